@@ -1,0 +1,140 @@
+"""
+The online codebooks of DinoSR: one table of codewords a teacher layer, learnt by counting (paper, Section 3.2).
+
+`N` codebooks, `V` codewords of a codebook, `D` hidden size, `M` masked frames.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Add up a tensor over all processes, in place; without a process group there is nothing to add."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def perplexity(histogram: torch.Tensor) -> torch.Tensor:
+    """
+    How many codewords are in use: `2 ** entropy` of a distribution over codewords.
+
+    Args:
+        histogram: (..., V), counts or summed probabilities, not normalised.
+
+    Returns:
+        float32 (...), from 1 (one codeword takes all, or the histogram is empty) to V (all alike).
+    """
+    histogram = histogram.float()
+    share = histogram / histogram.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    return torch.exp2(-(share * torch.log2(share + 1e-8)).sum(dim=-1))
+
+
+class OnlineCodebooks(nn.Module):
+    """
+    `N` codebooks of `V` codewords each, updated by exponential averages and not by gradient.
+
+    A codeword is the mean of the frames that fell on it: sums divided by counts. Only these two are kept; they are
+    float32 whatever the dtype of the model around them, and frozen.
+
+    A training step is `assign` and `accumulate` for each micro-batch, then one `commit`.
+
+    Buffers:
+        sums: (N, V, D), decayed sum of the frames of each codeword. A frozen parameter, so that it is in every
+            checkpoint and can be initialised on the meta device.
+        counts: (N, V), decayed number of frames of each codeword. A frozen parameter too.
+
+    What `accumulate` gathers is no part of the state: a checkpoint is taken after `commit`.
+    """
+
+    def __init__(self, num_codebooks: int, codebook_size: int, hidden_size: int) -> None:
+        super().__init__()
+        shape = (num_codebooks, codebook_size)
+        self.sums = nn.Parameter(torch.zeros(*shape, hidden_size, dtype=torch.float32), requires_grad=False)
+        self.counts = nn.Parameter(torch.ones(shape, dtype=torch.float32), requires_grad=False)
+        self._pending: torch.Tensor | None = None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "OnlineCodebooks":
+        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if moved.dtype == torch.float32 or not moved.is_floating_point():
+                return moved
+            if moved.is_meta or tensor.is_meta:
+                return torch.empty_like(moved, dtype=torch.float32)
+            # Not moved.float(): the digits that the other dtype lost would be gone.
+            return tensor.to(device=moved.device)
+
+        return super()._apply(keep_float32, recurse)
+
+    def initial_sums(self) -> torch.Tensor:
+        """
+        Random codewords with zero mean and unit variance over the `V` codewords of each dimension.
+
+        Returns:
+            float32 (N, V, D); with counts of one, sums and codewords are the same.
+        """
+        codewords = torch.randn(self.sums.shape, dtype=torch.float32, device=self.sums.device)
+        variance, mean = torch.var_mean(codewords, dim=1, correction=0, keepdim=True)
+        return (codewords - mean) * torch.rsqrt(variance + 1e-5)
+
+    @property
+    def codewords(self) -> torch.Tensor:
+        """float32 (N, V, D): the centroid of each codeword."""
+        return self.sums / self.counts[..., None]
+
+    @torch.no_grad()
+    def assign(self, targets: torch.Tensor) -> torch.Tensor:
+        """
+        Find the nearest codeword, in Euclidean distance, of each frame in each codebook (paper, equation 3).
+
+        Args:
+            targets: float32 (N, M, D).
+
+        Returns:
+            int64 (N, M), in [0, V).
+        """
+        with torch.autocast(targets.device.type, enabled=False):
+            codewords = self.codewords
+            # |t - c|^2 = |t|^2 - 2 (t c - |c|^2 / 2), and |t|^2 is the same for all codewords
+            half_norms = codewords.square().sum(dim=-1)[:, None, :] / 2  # (N, 1, V)
+            return torch.baddbmm(half_norms, targets.float(), codewords.mT, beta=-1).argmax(dim=-1)
+
+    @torch.no_grad()
+    def accumulate(self, targets: torch.Tensor, codes: torch.Tensor) -> None:
+        """
+        Add a micro-batch to what the next `commit` will take.
+
+        Args:
+            targets: float32 (N, M, D).
+            codes: int64 (N, M), as `assign` gave them.
+        """
+        num_codebooks, codebook_size, hidden_size = self.sums.shape
+        if self._pending is None or self._pending.device != self.sums.device:
+            self._pending = self.sums.new_zeros(num_codebooks, codebook_size, hidden_size + 1)
+        rows = codes + codebook_size * torch.arange(num_codebooks, device=codes.device)[:, None]  # (N, M)
+        # One more column of ones: sums and counts travel together, here and between processes.
+        frames = torch.nn.functional.pad(targets.float(), (0, 1), value=1.0)  # (N, M, D + 1)
+        self._pending.view(-1, hidden_size + 1).index_add_(0, rows.flatten(), frames.flatten(0, 1))
+
+    @torch.no_grad()
+    def commit(self, decay: float) -> None:
+        """
+        Move the codewords that were hit since the last call, in any process (paper, equations 4 and 5).
+
+        Codewords that nothing fell on stay as they are, counts too. All processes must call this together: it is the
+        one collective of a training step.
+
+        Args:
+            decay: Share of the old sums and counts that is kept, in [0, 1].
+        """
+        pending = self._pending
+        self._pending = None
+        if pending is None:
+            pending = self.sums.new_zeros(*self.sums.shape[:2], self.sums.shape[2] + 1)
+        pending = all_reduce_sum(pending.to(self.sums.device))
+        new_sums, new_counts = pending[..., :-1], pending[..., -1]
+        weight = torch.where(new_counts > 0, 1.0 - decay, 0.0)  # (N, V)
+        self.sums.lerp_(new_sums, weight[..., None])
+        self.counts.lerp_(new_counts, weight)

@@ -1,0 +1,301 @@
+"""The configuration of DinoSR (arXiv 2305.10005): sizes, dropouts, codebooks, teacher, pre-training mask."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+FREEZE_MODES = ("frozen", "shared", "copied")
+CTC_LOSS_REDUCTIONS = ("mean", "sum")
+
+Length = TypeVar("Length", int, torch.Tensor)
+
+
+def _anneal(start: float, end: float, num_steps: int, step: int) -> float:
+    """Linear from start to end over num_steps, then end."""
+    if step >= num_steps:
+        return float(end)
+    return float(end - (end - start) * (1 - step / num_steps))
+
+
+@strict
+class DinoSRConfig(PreTrainedConfig):
+    r"""
+    Configuration of a DinoSR model; the defaults are the base model of the paper (Section 4.1 and its `base.yaml`).
+
+    Fields that mean the same as in `Data2VecAudioConfig`, whose architecture this is, have the same names.
+
+    Args:
+        vocab_size: Number of output labels of `DinoSRForCTC`.
+        hidden_size: Width `D` of the transformer.
+        num_hidden_layers: Number of transformer layers, in the student as in the teacher.
+        num_attention_heads: Attention heads of a layer; divides `hidden_size`.
+        intermediate_size: Width of a layer's feed-forward network.
+        hidden_act: Activation of the feed-forward network.
+        hidden_dropout: Dropout after attention, after the feed-forward network and before the first layer.
+        activation_dropout: Dropout inside the feed-forward network.
+        attention_dropout: Dropout of attention probabilities.
+        feat_proj_dropout: Dropout of the projected features, student only.
+        final_dropout: Dropout before the CTC head (Data2VecAudio's value; the paper does not state one).
+        layerdrop: Probability with which the student skips a layer in training.
+        initializer_range: Standard deviation of the transformer's initial weights.
+        layer_norm_eps: Epsilon of the layer norms of transformer and projection.
+        feat_extract_activation: Activation of the convolutions (feature encoder and positions).
+        conv_dim: Output channels of each convolution of the feature encoder.
+        conv_stride: Stride of each convolution of the feature encoder.
+        conv_kernel: Kernel size of each convolution of the feature encoder.
+        conv_bias: Whether the convolutions of the feature encoder have a bias.
+        num_conv_pos_embedding_groups: Groups of the positional convolutions; divides `hidden_size`.
+        conv_pos_kernel_size: Kernel size of each positional convolution.
+        num_conv_pos_embeddings: Number of stacked positional convolutions.
+        num_codebooks: Number `N` of top layers that have a codebook and a prediction head.
+        codebook_size: Number `V` of codewords of a codebook.
+        codebook_decay: Decay of codeword sums and counts (tau of the paper's equations 4 and 5).
+        codebook_end_decay: Value that `codebook_decay` is annealed to linearly; None keeps it constant.
+        codebook_end_decay_step: Update at which the annealing of `codebook_decay` ends.
+        ema_decay: Decay of the teacher's average at the first update (lambda of the paper's equation 1).
+        ema_end_decay: Decay of the teacher's average once `ema_anneal_steps` updates are done.
+        ema_anneal_steps: Updates over which the decay goes linearly from `ema_decay` to `ema_end_decay`.
+        freeze_teacher_step: Update from which the teacher stands still; None for never.
+        freeze_mode: What stands still with it: `"frozen"` convolutions and projection too, as the authors meant;
+            `"shared"` they go on learning and feed the teacher, as the authors' code does; `"copied"` the teacher
+            keeps copies of them, the student's go on learning.
+        reference_padding: Whether padding is handled as in the authors' code, where an utterance's features depend on
+            the padding of its batch. For comparisons only.
+        mask_prob: Pre-training mask: spans drawn are `mask_prob * frames / mask_length`; spans overlap, so the default
+            masks about 57 % of the frames.
+        mask_length: Pre-training mask: frames of a span.
+        mask_min_spans: Pre-training mask: least number of spans of an utterance.
+        apply_spec_augment: Whether `DinoSRModel` masks features when training (fine-tuning). Pre-training never does.
+        mask_time_prob: Fine-tuning mask over time, as `mask_prob`.
+        mask_time_length: Fine-tuning mask over time: frames of a span.
+        mask_time_min_masks: Fine-tuning mask over time: least number of spans.
+        mask_feature_prob: Fine-tuning mask over channels, as `mask_prob`.
+        mask_feature_length: Fine-tuning mask over channels: channels of a span, at most `hidden_size`.
+        mask_feature_min_masks: Fine-tuning mask over channels: least number of spans.
+        ctc_loss_reduction: `"mean"` (over utterances, each divided by its number of labels) or `"sum"`.
+        ctc_zero_infinity: Whether utterances too short for their labels count as zero rather than infinite loss.
+        use_weighted_layer_sum: Whether the classification heads read a learnt average of all layers (SUPERB).
+        classifier_proj_size: Width of the projection in front of utterance pooling.
+        tdnn_dim: Output channels of each time-delay layer of `DinoSRForXVector`.
+        tdnn_kernel: Kernel size of each time-delay layer.
+        tdnn_dilation: Dilation of each time-delay layer.
+        xvector_output_dim: Width of the x-vector.
+        pad_token_id: Label of padding, which is the blank of CTC.
+        bos_token_id: Label that begins a sentence.
+        eos_token_id: Label that ends a sentence.
+
+    Raises:
+        ValueError: For every combination of values that no model can have; the message names the fields.
+
+    Example:
+
+    ```python
+    >>> from dinosr_hf import DinoSRConfig, DinoSRModel
+
+    >>> config = DinoSRConfig(num_hidden_layers=4, num_codebooks=2)
+    >>> config.num_frames(16000)
+    49
+    >>> model = DinoSRModel(config)
+    ```
+    """
+
+    model_type = "dinosr"
+
+    vocab_size: int = 32
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout: float | int = 0.1
+    activation_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.1
+    feat_proj_dropout: float | int = 0.0
+    final_dropout: float | int = 0.1
+    layerdrop: float | int = 0.05
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-5
+    feat_extract_activation: str = "gelu"
+    conv_dim: list[int] | tuple[int, ...] = (512, 512, 512, 512, 512, 512, 512)
+    conv_stride: list[int] | tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_kernel: list[int] | tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_bias: bool = False
+    num_conv_pos_embedding_groups: int = 16
+    conv_pos_kernel_size: int = 19
+    num_conv_pos_embeddings: int = 5
+    num_codebooks: int = 8
+    codebook_size: int = 256
+    codebook_decay: float | int = 0.9
+    codebook_end_decay: float | int | None = None
+    codebook_end_decay_step: int = 0
+    ema_decay: float | int = 0.999
+    ema_end_decay: float | int = 0.9999
+    ema_anneal_steps: int = 30_000
+    freeze_teacher_step: int | None = 200_001
+    freeze_mode: str = "frozen"
+    reference_padding: bool = False
+    mask_prob: float | int = 0.8
+    mask_length: int = 10
+    mask_min_spans: int = 1
+    apply_spec_augment: bool = True
+    mask_time_prob: float | int = 0.05
+    mask_time_length: int = 10
+    mask_time_min_masks: int = 2
+    mask_feature_prob: float | int = 0.0
+    mask_feature_length: int = 10
+    mask_feature_min_masks: int = 0
+    ctc_loss_reduction: str = "mean"
+    ctc_zero_infinity: bool = True
+    use_weighted_layer_sum: bool = False
+    classifier_proj_size: int = 256
+    tdnn_dim: list[int] | tuple[int, ...] = (512, 512, 512, 512, 1500)
+    tdnn_kernel: list[int] | tuple[int, ...] = (5, 3, 3, 1, 1)
+    tdnn_dilation: list[int] | tuple[int, ...] = (1, 2, 3, 1, 1)
+    xvector_output_dim: int = 512
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # Here and not only as a hook of @strict, whose own error is no ValueError.
+        self.validate_architecture()
+
+    def validate_architecture(self) -> None:
+        """Refuse values that no model can have. Raises `ValueError`."""
+        self._check_transformer()
+        self._check_convolutions()
+        self._check_codebooks_and_teacher()
+        self._check_masks()
+        self._check_heads()
+
+    def _check_transformer(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        self._check_range(sizes, 1)
+        self._check_range(("layer_norm_eps",), 0, open_low=True)
+        self._check_range(("initializer_range",), 0)
+        probabilities = ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout")
+        self._check_range((*probabilities, "final_dropout", "layerdrop"), 0, 1)
+        self._check_divides("num_attention_heads", "hidden_size")
+        self._check_one_of("hidden_act", ACT2FN)
+
+    def _check_convolutions(self) -> None:
+        self._check_lists(("conv_dim", "conv_stride", "conv_kernel"))
+        self._check_one_of("feat_extract_activation", ACT2FN)
+        positions = ("num_conv_pos_embeddings", "conv_pos_kernel_size", "num_conv_pos_embedding_groups")
+        self._check_range(positions, 1)
+
+    def _check_codebooks_and_teacher(self) -> None:
+        self._check_range(("num_codebooks", "codebook_size"), 1)
+        if self.num_codebooks > self.num_hidden_layers:
+            raise ValueError(
+                f"num_codebooks={self.num_codebooks} is more than num_hidden_layers={self.num_hidden_layers}, but each"
+                " codebook belongs to a layer of its own. Lower num_codebooks or raise num_hidden_layers."
+            )
+        self._check_range(("codebook_decay", "ema_decay", "ema_end_decay"), 0, 1)
+        if self.codebook_end_decay is not None:
+            self._check_range(("codebook_end_decay",), 0, 1)
+        self._check_range(("codebook_end_decay_step", "ema_anneal_steps"), 0)
+        if self.freeze_teacher_step is not None and self.freeze_teacher_step < 0:
+            raise ValueError(
+                f"freeze_teacher_step={self.freeze_teacher_step} is negative. Give the update from which the teacher"
+                " stands still, or None for never."
+            )
+        self._check_one_of("freeze_mode", FREEZE_MODES)
+
+    def _check_masks(self) -> None:
+        self._check_range(("mask_prob",), 0, 1, open_low=True)
+        self._check_range(("mask_time_prob", "mask_feature_prob"), 0, 1)
+        self._check_range(("mask_length", "mask_time_length", "mask_feature_length"), 1)
+        self._check_range(("mask_min_spans", "mask_time_min_masks", "mask_feature_min_masks"), 0)
+        if self.mask_feature_prob > 0 and self.mask_feature_length > self.hidden_size:
+            raise ValueError(
+                f"mask_feature_length={self.mask_feature_length} is longer than hidden_size={self.hidden_size}, the"
+                " axis that it masks. Lower mask_feature_length, or set mask_feature_prob to 0 for no such mask."
+            )
+
+    def _check_heads(self) -> None:
+        self._check_one_of("ctc_loss_reduction", CTC_LOSS_REDUCTIONS)
+        self._check_lists(("tdnn_dim", "tdnn_kernel", "tdnn_dilation"))
+        self._check_range(("classifier_proj_size", "xvector_output_dim"), 1)
+
+    def _check_range(self, names: Sequence[str], low: float, high: float = math.inf, open_low: bool = False) -> None:
+        for name in names:
+            value = getattr(self, name)
+            too_low = value <= low if open_low else value < low
+            if too_low or value > high or math.isnan(value):
+                allowed = f"{'more than' if open_low else 'at least'} {low}"
+                allowed += "" if high == math.inf else f" and at most {high}"
+                raise ValueError(f"{name}={value} is out of range: it must be {allowed}.")
+
+    def _check_divides(self, divisor: str, name: str) -> None:
+        if getattr(self, name) % getattr(self, divisor):
+            raise ValueError(
+                f"{divisor}={getattr(self, divisor)} does not divide {name}={getattr(self, name)}. Change one of them."
+            )
+
+    def _check_one_of(self, name: str, allowed: Any) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Choose one of {', '.join(sorted(allowed))}.")
+
+    def _check_lists(self, names: Sequence[str]) -> None:
+        lengths = {name: len(getattr(self, name)) for name in names}
+        if len(set(lengths.values())) > 1 or 0 in lengths.values():
+            shown = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            raise ValueError(f"These lists must have one entry a layer, the same number and at least one: {shown}.")
+        for name in names:
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} has an entry below 1.")
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Samples a frame: the product of `conv_stride` (320, which is 50 Hz at 16 kHz, for the base model)."""
+        return math.prod(self.conv_stride)
+
+    def num_frames(self, num_samples: Length) -> Length:
+        """
+        Frames that the convolutional feature encoder makes of a waveform, rounded down layer by layer.
+
+        Args:
+            num_samples: Samples; an int, or an integer tensor of any shape.
+
+        Returns:
+            Frames, an int or a tensor as `num_samples`; 0 where the waveform is shorter than the receptive field.
+        """
+        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
+            if isinstance(num_samples, torch.Tensor):
+                num_samples = torch.div(num_samples - kernel, stride, rounding_mode="floor") + 1
+            else:
+                num_samples = (num_samples - kernel) // stride + 1
+        return num_samples.clamp(min=0) if isinstance(num_samples, torch.Tensor) else max(num_samples, 0)
+
+    def codebook_decay_at(self, step: int) -> float:
+        """Codebook decay of the forward pass after `step` completed updates (SEMANTICS T5)."""
+        end = self.codebook_decay if self.codebook_end_decay is None else self.codebook_end_decay
+        return _anneal(self.codebook_decay, end, self.codebook_end_decay_step, step)
+
+    def is_teacher_frozen_at(self, step: int) -> bool:
+        """Whether `step` completed updates are at or past `freeze_teacher_step`."""
+        return self.freeze_teacher_step is not None and step >= self.freeze_teacher_step
+
+    def ema_decay_at(self, step: int) -> float:
+        """
+        Decay of the teacher's move after `step` completed updates; 1.0 where it stands still (SEMANTICS T3, T6).
+
+        Where the freeze comes before the end of annealing, `freeze_mode` "frozen" stops the teacher at once; "shared"
+        and "copied" anneal the decay towards 1 from then on, as the authors' code does.
+        """
+        end = self.ema_end_decay
+        if self.is_teacher_frozen_at(step):
+            if self.freeze_mode == "frozen":
+                return 1.0
+            end = 1.0
+        return _anneal(self.ema_decay, end, self.ema_anneal_steps, step)
+
+
+__all__ = ["DinoSRConfig"]

@@ -1,0 +1,74 @@
+"""Bring checkpoints of other code over to a Transformers folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import Wav2Vec2FeatureExtractor
+
+from ..modeling_dinosr import DinoSRForPreTraining
+from .fairseq import CheckpointError, config_from_fairseq, state_dict_from_fairseq
+
+__all__ = ["CheckpointError", "convert"]
+
+
+def _read(file: Path) -> dict:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not a file. Give the path of a checkpoint.")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch raises a different class for each way in which a file can be wrong; all mean the same to the user
+        raise CheckpointError(
+            f"{file} cannot be opened as a checkpoint without running code from it ({error.__class__.__name__}). It is"
+            " damaged, or holds objects other than tensors and plain containers."
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{file} holds a {type(checkpoint).__name__}, not a checkpoint's dictionary.")
+    return checkpoint
+
+
+def convert(file: str | os.PathLike, out_dir: str | os.PathLike) -> DinoSRForPreTraining:
+    """
+    Convert a checkpoint of the authors' code, written by fairseq with its configuration as a plain dictionary.
+
+    Opening the file runs none of its code: it is read with `torch.load(weights_only=True)`, and the convolutions'
+    sizes in its configuration, a Python expression, are parsed and not evaluated. Every weight of the file is used.
+
+    Args:
+        file: The checkpoint.
+        out_dir: Folder to write: weights as safetensors, configuration, feature extractor and the model's code. It
+            must not exist yet, or be empty; it appears whole or not at all.
+
+    Returns:
+        The converted model, in evaluation mode: student, teacher, codebooks and heads. The teacher is the one of the
+        last forward pass, as the file has it (SEMANTICS D3).
+
+    Raises:
+        CheckpointError: For a file that is not such a checkpoint, or has settings or weights that the model has not;
+            the message names them.
+        ValueError: If `out_dir` has something in it.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ValueError(f"{out_dir} exists and is not empty. Give another folder, or remove it first.")
+    checkpoint = _read(Path(file))
+    config = config_from_fairseq(checkpoint)
+    model = DinoSRForPreTraining(config)
+    model.load_state_dict(state_dict_from_fairseq(checkpoint, model))
+    model.eval()
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=f".{out_dir.name}-"))
+    try:
+        model.save_pretrained(unfinished)
+        Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.replace(out_dir)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return model

@@ -1,0 +1,332 @@
+"""
+The network of DinoSR: convolutions over the waveform, projection, positions, transformer; student and teacher alike.
+
+`B` batch, `S` samples, `T` frames, `C` conv channels, `D` hidden size, `N` codebooks.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_dinosr import DinoSRConfig
+
+
+class DinoSRConvLayer(GradientCheckpointingLayer):
+    """Convolution without padding, layer norm over channels, activation."""
+
+    def __init__(self, config: DinoSRConfig, layer_id: int) -> None:
+        super().__init__()
+        in_channels = config.conv_dim[layer_id - 1] if layer_id > 0 else 1
+        self.conv = nn.Conv1d(
+            in_channels,
+            config.conv_dim[layer_id],
+            kernel_size=config.conv_kernel[layer_id],
+            stride=config.conv_stride[layer_id],
+            bias=config.conv_bias,
+        )
+        self.layer_norm = nn.LayerNorm(config.conv_dim[layer_id])
+        self.activation = ACT2FN[config.feat_extract_activation]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, T) to (B, C, T), T shorter."""
+        hidden_states = self.conv(hidden_states)
+        hidden_states = self.layer_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        return self.activation(hidden_states)
+
+
+class DinoSRFeatureEncoder(nn.Module):
+    """The convolutions that make 50 frames a second out of 16,000 samples."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.conv_layers = nn.ModuleList(DinoSRConvLayer(config, i) for i in range(len(config.conv_dim)))
+        self.gradient_checkpointing = False
+
+    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        """(B, S) to (B, C, T)."""
+        hidden_states = input_values[:, None]
+        if self.gradient_checkpointing and self.training and next(self.parameters()).requires_grad:
+            # Reentrant checkpointing passes gradients only to layers whose input requires them.
+            hidden_states = hidden_states.detach().requires_grad_()
+        for conv_layer in self.conv_layers:
+            hidden_states = conv_layer(hidden_states)
+        return hidden_states
+
+
+class DinoSRLinear(nn.Linear):
+    """A linear layer that starts as torch initialises it: the projection and the prediction heads (D7)."""
+
+
+class DinoSRFeatureProjection(nn.Module):
+    """Layer norm, projection to the transformer's width, dropout."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
+        self.projection = DinoSRLinear(config.conv_dim[-1], config.hidden_size)
+        self.dropout = nn.Dropout(config.feat_proj_dropout)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, C) to projected (B, T, D) and normalised (B, T, C)."""
+        features = self.layer_norm(features)
+        return self.dropout(self.projection(features)), features
+
+
+class DinoSRPositionalConv(nn.Conv1d):
+    """A positional convolution; like `DinoSRLinear` it starts as torch initialises it (D7)."""
+
+
+class DinoSRPositionalConvLayer(nn.Module):
+    """Grouped convolution of the same length, layer norm without weights, activation."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        # Here and not in the configuration: transformers' own tests vary hidden_size alone.
+        if config.hidden_size % config.num_conv_pos_embedding_groups:
+            raise ValueError(
+                f"num_conv_pos_embedding_groups={config.num_conv_pos_embedding_groups} does not divide"
+                f" hidden_size={config.hidden_size}. Change one of them."
+            )
+        self.conv = DinoSRPositionalConv(
+            config.hidden_size,
+            config.hidden_size,
+            kernel_size=config.conv_pos_kernel_size,
+            padding=config.conv_pos_kernel_size // 2,
+            groups=config.num_conv_pos_embedding_groups,
+        )
+        self.layer_norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False)
+        self.activation = ACT2FN[config.feat_extract_activation]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, D, T) to (B, D, T)."""
+        num_frames = hidden_states.shape[-1]
+        hidden_states = self.conv(hidden_states)[..., :num_frames]  # an even kernel gives one frame too many
+        hidden_states = self.layer_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        return self.activation(hidden_states)
+
+
+class DinoSRPositionalConvEmbedding(nn.Module):
+    """Relative positions by stacked convolutions over time."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DinoSRPositionalConvLayer(config) for _ in range(config.num_conv_pos_embeddings))
+
+    def forward(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, D) to (B, T, D); frames outside of `frame_mask`, bool (B, T), are zero in front of every layer."""
+        hidden_states = hidden_states.transpose(1, 2)
+        for layer in self.layers:
+            if frame_mask is not None:
+                hidden_states = hidden_states.masked_fill(~frame_mask[:, None], 0.0)
+            hidden_states = layer(hidden_states)
+        return hidden_states.transpose(1, 2)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out; query, key, value (B, heads, T, head size) to (B, T, heads, head size) and weights."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class DinoSRAttention(nn.Module):
+    """Multi-head self-attention, by whichever of transformers' implementations the configuration names."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.attention_dropout
+        self.is_causal = False
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, D) to (B, T, D) and, where the implementation has them, weights (B, heads, T, T)."""
+        batch_and_time = hidden_states.shape[:-1]
+        heads = (*batch_and_time, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_proj(output.reshape(*batch_and_time, -1).contiguous()), weights
+
+
+class DinoSRFeedForward(nn.Module):
+    """Two linear layers; their output in evaluation mode is what the teacher's targets are made of."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_act_fn = ACT2FN[config.hidden_act]
+        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
+        self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) to (B, T, D)."""
+        hidden_states = self.intermediate_act_fn(self.intermediate_dense(hidden_states))
+        return self.output_dropout(self.output_dense(self.intermediate_dropout(hidden_states)))
+
+
+class DinoSREncoderLayer(GradientCheckpointingLayer):
+    """A transformer layer with the norms behind the residuals."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.layerdrop = config.layerdrop
+        self.attention = DinoSRAttention(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = DinoSRFeedForward(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def run(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, D) to the layer's output and its feed-forward network's output, each (B, T, D)."""
+        attended, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
+        hidden_states = self.layer_norm(hidden_states + self.dropout(attended))
+        fed_forward = self.feed_forward(hidden_states)
+        return self.final_layer_norm(hidden_states + fed_forward), fed_forward
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """(B, T, D) to (B, T, D); in training the layer is skipped with probability `layerdrop`."""
+        output, _ = self.run(hidden_states, attention_mask, **kwargs)
+        if self.training and self.layerdrop > 0:
+            # Computed and thrown away rather than left out: every parameter gets a gradient in every process, the
+            # list of hidden states keeps its length, and torch.compile sees no branch.
+            keep = torch.rand((), device=output.device) >= self.layerdrop
+            output = torch.where(keep, output, hidden_states.to(output.dtype))
+        return output
+
+
+class DinoSREncoder(nn.Module):
+    """Positions and transformer layers."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.pos_conv_embed = DinoSRPositionalConvEmbedding(config)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(DinoSREncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def prepare(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+        """Features (B, T, D) and frame_mask bool (B, T) to the first layer's input and attention mask."""
+        if frame_mask is not None:
+            hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=frame_mask
+        )
+        # The authors zero the padding once, so that it leaks into valid frames at every further convolution.
+        positions = self.pos_conv_embed(hidden_states, None if self.config.reference_padding else frame_mask)
+        return self.dropout(self.layer_norm(hidden_states + positions)), attention_mask
+
+    def forward(
+        self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """(B, T, D) and frame_mask bool (B, T) to (B, T, D)."""
+        hidden_states, attention_mask = self.prepare(hidden_states, frame_mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return hidden_states
+
+
+class DinoSRTeacher(DinoSREncoder):
+    """
+    The student's encoder, averaged over updates: it makes the targets (paper, Section 3.1).
+
+    Always in evaluation mode and never trained by gradient. With `freeze_mode="copied"` it has its own copies of
+    convolutions and projection, which follow the student's until the freeze.
+    """
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__(config)
+        self.feature_extractor: DinoSRFeatureEncoder | None = None
+        self.feature_projection: DinoSRFeatureProjection | None = None
+        if config.freeze_mode == "copied":
+            self.feature_extractor = DinoSRFeatureEncoder(config)
+            self.feature_projection = DinoSRFeatureProjection(config)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "DinoSRTeacher":
+        """Nothing changes: a teacher has no training mode."""
+        return self
+
+    def forward(
+        self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Unmasked features (B, T, D) to the feed-forward outputs of the top layers (N, B, T, D)."""
+        hidden_states, attention_mask = self.prepare(hidden_states, frame_mask)
+        outputs = []
+        for layer in self.layers:
+            assert isinstance(layer, DinoSREncoderLayer)
+            hidden_states, fed_forward = layer.run(hidden_states, attention_mask, **kwargs)
+            outputs.append(fed_forward)
+        return torch.stack(outputs[-self.config.num_codebooks :])
+
+    def own_features(self, input_values: torch.Tensor) -> torch.Tensor | None:
+        """(B, S) to features (B, T, D) by the teacher's own convolutions and projection; None where it has none."""
+        if self.feature_extractor is None or self.feature_projection is None:
+            return None
+        features, _ = self.feature_projection(self.feature_extractor(input_values).transpose(1, 2))
+        return features
+
+    def pairs_with(self, student: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Each parameter of the teacher and the one of the same place in a student, a `DinoSRModel`."""
+        theirs = dict(student.named_parameters())
+        for name, parameter in self.named_parameters():
+            yield parameter, theirs[name] if name in theirs else theirs[f"encoder.{name}"]
+
+    @torch.no_grad()
+    def follow(self, encoder: DinoSREncoder, decay: float) -> None:
+        """Average the layers, with this share of the old; copy the positional convolutions (SEMANTICS T4)."""
+        averaged = (*self.layers.parameters(), *self.layer_norm.parameters())
+        torch._foreach_lerp_(averaged, (*encoder.layers.parameters(), *encoder.layer_norm.parameters()), 1 - decay)
+        torch._foreach_copy_(tuple(self.pos_conv_embed.parameters()), tuple(encoder.pos_conv_embed.parameters()))
+
+    @torch.no_grad()
+    def copy_front_end(self, extractor: DinoSRFeatureEncoder, projection: DinoSRFeatureProjection) -> None:
+        """Copy the student's convolutions and projection, where the teacher has its own (SEMANTICS T8)."""
+        if self.feature_extractor is not None and self.feature_projection is not None:
+            torch._foreach_copy_(tuple(self.feature_extractor.parameters()), tuple(extractor.parameters()))
+            torch._foreach_copy_(tuple(self.feature_projection.parameters()), tuple(projection.parameters()))
