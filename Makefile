@@ -1,0 +1,56 @@
+# `make help` lists the targets. Each makes the environment that it needs and brings it up to date.
+
+PYTHON ?= python3
+WORKERS ?= 2
+TRANSFORMERS ?= 5.17.0
+
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+OLDEST := .venv-transformers-$(TRANSFORMERS)
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-hf test-oldest lint types clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON (python3), WORKERS (2), TRANSFORMERS (5.17.0, for test-oldest), VENV (.venv)"
+
+# Debian's python3 has no ensurepip: there the pip that is outside installs the one inside.
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@echo "Installing into $(VENV) with $$($(PYTHON) --version); minutes the first time"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(VENV)/bin/python install -qq pip; }
+	@$(VENV)/bin/python -m pip install -qq -e '.[dev]' -c $(CONSTRAINTS)
+	@touch $@
+
+demo: $(INSTALLED) ## a DinoSR learns the units of synthetic speech, and a table and a picture of them
+	@$(VENV)/bin/python examples/demo.py
+
+test: $(INSTALLED) ## the tests, then transformers' own
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)
+	@$(MAKE) --no-print-directory test-hf
+
+test-hf: $(INSTALLED) ## transformers' own common tests on our classes
+	@HF_COMMON_WORKERS=$(WORKERS) tests/hf_common/run.sh $(VENV)/bin/python
+
+# The pin gives way; what the older release needs beside it, pip finds.
+$(OLDEST)/constraints.txt: constraints.txt
+	@mkdir -p $(@D)
+	@grep -vE '^(transformers|huggingface_hub|tokenizers)==' $< >$@
+	@echo "transformers==$(TRANSFORMERS)" >>$@
+
+test-oldest: $(OLDEST)/constraints.txt ## `make test` under the oldest transformers, in an environment of its own
+	@$(MAKE) --no-print-directory test VENV=$(OLDEST) CONSTRAINTS=$<
+
+lint: $(INSTALLED) ## ruff: rules and format
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+types: $(INSTALLED) ## mypy
+	$(VENV)/bin/mypy
+
+clean: ## remove the environments and caches
+	rm -rf .venv .venv-transformers-* .cache .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

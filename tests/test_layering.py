@@ -1,0 +1,326 @@
+"""
+The house rules that a machine can read off the imports: the layers of docs/architecture.md, the files that travel to
+the Hub as remote code, and extras that are imported only where they are used.
+
+`complaints(file, source)` is the checker; it is run on every file of the project and, to see that it objects, on
+snippets that break one rule each.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers.dynamic_module_utils import get_relative_import_files
+
+import dinosr_hf
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "dinosr_hf"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+
+# From the bottom up. Imports point down, or stay within a module or package of this list.
+LAYERS = (
+    ("configuration_dinosr",),
+    ("codebook_dinosr", "masking"),
+    ("encoder_dinosr",),
+    ("objective_dinosr", "heads_dinosr"),
+    ("modeling_dinosr",),
+    ("_compat",),
+    ("data", "conversion"),
+    ("pretraining", "ctc", "analysis"),
+    ("hub",),
+    ("__init__",),
+)
+LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+REMOTE_CODE = {room for rooms in LAYERS[:5] for room in rooms}
+# `data` takes frame lengths from the configuration, and nothing from the model.
+NOT_FOR_DATA = REMOTE_CODE - {"configuration_dinosr", "masking"}
+
+# What every installation has: our dependencies, and what transformers depends on itself.
+ALWAYS_INSTALLED = {"numpy", "safetensors", "torch", "transformers", "huggingface_hub", "tqdm", "yaml"}
+REMOTE_CODE_MAY_IMPORT = {"numpy", "torch", "transformers", "huggingface_hub"}
+EXTRAS = [
+    "accelerate",
+    "datasets",
+    "espeakng_loader",
+    "evaluate",
+    "flashlight",
+    "jiwer",
+    "matplotlib",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "sklearn",
+    "soundfile",
+    "soxr",
+    "tensorboard",
+]
+
+MAX_SOURCE_LINES = 650
+MAX_EXAMPLE_LINES = 150
+
+
+def room_of(file: Path) -> str:
+    """The module or package of `LAYERS` that a file of src/dinosr_hf belongs to."""
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_modules(file: Path, node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    """Absolute names of the modules that a statement of `file` imports from, such as `dinosr_hf.data.audio`."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    package = ["dinosr_hf", *file.relative_to(PACKAGE).parent.parts] if node.level else []
+    base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+    base = [part for part in base if part]
+    for alias in node.names:
+        inside = PACKAGE.joinpath(*base[1:], alias.name)
+        is_module = base[0] == "dinosr_hf" and (inside.is_dir() or inside.with_suffix(".py").exists())
+        yield ".".join([*base, alias.name] if is_module else base)
+
+
+def module_level(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run at import: not function bodies, not `if TYPE_CHECKING:`."""
+    for node in ast.iter_child_nodes(tree):
+        deferred = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if deferred or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            continue
+        yield node
+        yield from module_level(node)
+
+
+def layer_complaints(room: str, target: str) -> Iterator[str]:
+    parts = target.split(".")
+    if parts[0] != "dinosr_hf":
+        return
+    target_room = parts[1] if len(parts) > 1 else "__init__"
+    if target_room == room:
+        return
+    if target_room not in LAYER or room not in LAYER:
+        yield f"{room} imports {target}: give both a place in LAYERS"
+    elif LAYER[target_room] >= LAYER[room]:
+        yield f"{room} imports {target}, which is not below it"
+    elif room == "data" and target_room in NOT_FOR_DATA:
+        yield f"data imports {target}: frame lengths come from the configuration"
+
+
+def remote_code_complaints(source: str, tree: ast.AST) -> Iterator[str]:
+    """transformers finds the files to copy by a regular expression, line by line, and reads annotations as types."""
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    for node in statements:
+        text = ast.unparse(node)
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            yield f"`{text}` turns annotations into strings, which from_pretrained and @strict cannot read"
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            if node.level > 1 or node.module not in REMOTE_CODE:
+                yield f"`{text}` is not `from .module import Name` of another file of the remote code"
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            for root in {name.partition(".")[0] for name in names}:
+                if root not in REMOTE_CODE_MAY_IMPORT | sys.stdlib_module_names:
+                    yield f"`{text}` is not at hand where remote code runs"
+    lines = {line for node in statements for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    for number, line in enumerate(source.splitlines(), start=1):
+        if number not in lines and re.match(r"\s*(from\s+\S+\s+import\b|import\s+\S+\s*$)", line):
+            yield f"line {number} looks like an import, and transformers would follow it: {line.strip()}"
+
+
+def complaints(file: Path, source: str) -> list[str]:
+    """What is wrong with a file of src/dinosr_hf."""
+    tree, room, found = ast.parse(source), room_of(file), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for target in dict.fromkeys(imported_modules(file, node)):
+                found += layer_complaints(room, target)
+    may_import = ALWAYS_INSTALLED | sys.stdlib_module_names | {"dinosr_hf"}
+    if room == "pretraining":
+        may_import |= {"accelerate"}
+    for node in module_level(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for target in dict.fromkeys(imported_modules(file, node)):
+                if target.partition(".")[0] not in may_import:
+                    found.append(f"{target} is an extra: import it in the function that uses it")
+                elif target.startswith("torch.utils.tensorboard"):
+                    found.append(f"{target} needs an extra: import it in the function that uses it")
+    if room in REMOTE_CODE:
+        found += remote_code_complaints(source, tree)
+    if len(source.splitlines()) > MAX_SOURCE_LINES:
+        found.append(f"{len(source.splitlines())} lines are more than {MAX_SOURCE_LINES}")
+    return [f"{file.relative_to(PACKAGE)}: {complaint}" for complaint in found]
+
+
+def example_complaints(source: str) -> list[str]:
+    """What is wrong with a script of examples/: thin, and public names only."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        private = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "dinosr_hf":
+            private = [name for name in [*node.module.split("."), *(a.name for a in node.names)] if name[0] == "_"]
+            if node.module == "dinosr_hf":
+                private += [alias.name for alias in node.names if alias.name not in vars(dinosr_hf)]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) != "self":
+            private = [node.attr] if re.match(r"_(?!_)", node.attr) else []
+        if private:
+            found.append(f"`{ast.unparse(node)}`: {', '.join(private)} is not public")
+    if len(source.splitlines()) > MAX_EXAMPLE_LINES:
+        found.append(f"{len(source.splitlines())} lines are more than {MAX_EXAMPLE_LINES}")
+    return found
+
+
+def talks_to_torch_distributed(source: str) -> bool:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed"):
+            return True
+        if isinstance(node, ast.Import) and any(a.name.startswith("torch.distributed") for a in node.names):
+            return True
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if any(name.startswith("torch.distributed") for name in names):
+                return True
+    return False
+
+
+def test_sources_keep_the_rules():
+    assert SOURCES
+    assert [line for file in SOURCES for line in complaints(file, file.read_text())] == []
+
+
+def test_every_file_has_a_layer():
+    assert {room_of(file) for file in SOURCES} <= set(LAYER)
+
+
+def test_examples_keep_the_rules():
+    found = [f"{file.name}: {line}" for file in EXAMPLES for line in example_complaints(file.read_text())]
+    assert found == []
+
+
+def test_one_module_talks_to_torch_distributed():
+    found = [str(file.relative_to(PACKAGE)) for file in SOURCES if talks_to_torch_distributed(file.read_text())]
+    assert len(found) <= 1, found
+
+
+def test_transformers_copies_the_whole_remote_code():
+    copied = {Path(file).stem for file in get_relative_import_files(str(PACKAGE / "modeling_dinosr.py"))}
+    assert copied | {"modeling_dinosr"} == REMOTE_CODE
+
+
+BAD_SOURCES = {
+    "up": ("data/audio.py", "from ..pretraining.loop import train", "not below"),
+    "sideways": ("data/audio.py", "from ..conversion import convert", "not below"),
+    "up_to_the_front_door": ("analysis/plots.py", "from .. import DinoSRModel", "not below"),
+    "up_by_absolute_name": ("analysis/plots.py", "from dinosr_hf.hub import save", "not below"),
+    "up_inside_a_function": ("masking.py", "def f():\n    from .modeling_dinosr import DinoSRModel", "not below"),
+    "unknown_place": ("ctc/metrics.py", "from ..attic import thing", "LAYERS"),
+    "data_uses_the_model": ("data/batching.py", "from ..modeling_dinosr import DinoSRModel", "configuration"),
+    "data_uses_the_model_as_module": ("data/batching.py", "from .. import encoder_dinosr", "configuration"),
+    "extra_at_import": ("data/audio.py", "import soundfile", "extra"),
+    "extra_at_import_guarded": (
+        "analysis/plots.py",
+        "try:\n    import matplotlib\nexcept OSError: ...",
+        "extra",
+    ),
+    "extra_in_a_class_body": ("analysis/plots.py", "class A:\n    from scipy import fft", "extra"),
+    "accelerate_outside_pretraining": ("ctc/metrics.py", "from accelerate import Accelerator", "extra"),
+    "tensorboard_by_torch": ("pretraining/loop.py", "from torch.utils.tensorboard import SummaryWriter", "extra"),
+    "remote_from_package": ("modeling_dinosr.py", "from . import masking", "from .module import Name"),
+    "remote_from_subpackage": ("modeling_dinosr.py", "from .data.audio import x", "from .module import Name"),
+    "remote_by_absolute_name": ("modeling_dinosr.py", "from dinosr_hf.masking import x", "not at hand"),
+    "remote_safetensors": ("modeling_dinosr.py", "import safetensors", "not at hand"),
+    "remote_future": ("configuration_dinosr.py", "from __future__ import annotations", "strings"),
+    "remote_import_in_docstring": (
+        "encoder_dinosr.py",
+        '"""\n    from .attic import Old\n"""',
+        "looks like an import",
+    ),
+    "remote_plain_import_in_docstring": ("encoder_dinosr.py", '"""\nimport soundfile\n"""', "looks like an import"),
+    "too_long": ("data/audio.py", "x = 1\n" * (MAX_SOURCE_LINES + 1), "lines"),
+}
+GOOD_SOURCES = {
+    "down": ("pretraining/loop.py", "from ..data.audio import load_audio\nfrom ..modeling_dinosr import DinoSRModel"),
+    "same_package": ("data/collator.py", "from .audio import load_audio\nfrom . import sources"),
+    "extra_where_used": ("data/audio.py", "def f():\n    import soundfile"),
+    "extra_for_types": ("data/sources.py", "if TYPE_CHECKING:\n    from datasets import Dataset"),
+    "accelerate_in_pretraining": ("pretraining/loop.py", "from accelerate import Accelerator"),
+    "remote_in_parentheses": ("modeling_dinosr.py", "from .encoder_dinosr import (\n    A,\n    B,\n)"),
+    "remote_example_in_docstring": ("modeling_dinosr.py", '"""\n>>> from dinosr_hf import DinoSRModel\n"""'),
+    "remote_prose": ("modeling_dinosr.py", '"""\nfrom the student, and import duties\n"""'),
+}
+
+
+@pytest.mark.parametrize(("file", "source", "message"), BAD_SOURCES.values(), ids=BAD_SOURCES)
+def test_checker_objects(file, source, message):
+    assert message in "\n".join(complaints(PACKAGE / file, source))
+
+
+@pytest.mark.parametrize(("file", "source"), GOOD_SOURCES.values(), ids=GOOD_SOURCES)
+def test_checker_lets_pass(file, source):
+    assert complaints(PACKAGE / file, source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from dinosr_hf.data._espeak import speak",
+        "from dinosr_hf.modeling_dinosr import _numpy_generator",
+        "from dinosr_hf import NoSuchName",
+        "model._frame_mask(x)",
+        "x = 1\n" * (MAX_EXAMPLE_LINES + 1),
+    ],
+    ids=["private_module", "private_name", "unknown_name", "private_attribute", "too_long"],
+)
+def test_example_checker_objects(source):
+    assert example_complaints(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import torch.distributed as dist", True),
+        ("from torch import distributed", True),
+        ("from torch.distributed import all_reduce", True),
+        ("import torch\ntorch.distributed.barrier()", True),
+        ("import torch\ntorch.distributions.Normal(0, 1)", False),
+    ],
+)
+def test_torch_distributed_is_noticed(source, expected):
+    assert talks_to_torch_distributed(source) is expected
+
+
+def test_package_imports_without_extras():
+    # The extras are installed here and transformers would import some of them itself, so they are hidden from both.
+    modules = [
+        ".".join(["dinosr_hf", *file.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+        for file in SOURCES
+        if room_of(file) != "pretraining"  # there accelerate is always at hand
+    ]
+    code = textwrap.dedent(
+        f"""
+        import importlib, sys
+
+        class WithoutExtras:
+            def __init__(self, finder):
+                self.finder = finder
+
+            def __getattr__(self, name):
+                return getattr(self.finder, name)
+
+            def find_spec(self, name, path=None, target=None):
+                hidden = name.partition(".")[0] in {EXTRAS}
+                return None if hidden else self.finder.find_spec(name, path, target)
+
+        sys.meta_path[:] = [WithoutExtras(finder) for finder in sys.meta_path]
+        import dinosr_hf
+        dinosr_hf.DinoSRModel
+        for module in {modules}:
+            importlib.import_module(module)
+        assert not {set(EXTRAS)} & {{name.partition(".")[0] for name in sys.modules}}
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
