@@ -118,7 +118,7 @@ class DinoSRPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def freeze_feature_encoder(self) -> None:
-        """Stop training the convolutional feature encoder, as fine-tuning does from its first update."""
+        """Stop training the convolutions, as fine-tuning does from its first update."""
         self.base_model.feature_extractor.requires_grad_(False)
 
     def freeze_base_model(self) -> None:
@@ -634,13 +634,8 @@ class DinoSRForXVector(DinoSRClassifier):
         embeddings = self.feature_extractor(mean_and_deviation_over_time(delayed, frame_mask))
         logits = self.classifier(embeddings)
         loss = None if labels is None else self.objective(logits, labels)
-        return XVectorOutput(
-            loss=loss,
-            logits=logits,
-            embeddings=embeddings,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        both = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return XVectorOutput(loss=loss, logits=logits, embeddings=embeddings, **both)
 
 
 __all__ = [

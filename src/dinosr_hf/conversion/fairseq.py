@@ -84,8 +84,11 @@ def parse_conv_layers(text: str) -> list[tuple[int, int, int]]:
                 return [read_layer(item) for item in items]
             case ast.BinOp(left=left, op=ast.Add(), right=right):
                 return read(left) + read(right)
-            case ast.BinOp(left=layers, op=ast.Mult(), right=ast.Constant(value=int(times))) if 0 <= times <= 64:
-                return read(layers) * times
+            case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int(times))):
+                layers = read(left)
+                # in front of the product: a few repeats of repeats fill the memory
+                if 0 <= len(layers) * times <= 64:
+                    return layers * times
         raise ValueError
 
     def read_layer(node: ast.expr) -> tuple[int, int, int]:
@@ -199,6 +202,8 @@ def _renamed(state: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Our name, their name and the tensor of every weight."""
     for key, value in state.items():
         if key in NESTED_KEYS:
+            if not isinstance(value, Mapping):
+                raise CheckpointError(f"The checkpoint's {key} must be a dictionary, but is {type(value).__name__}.")
             for inner, tensor in value.items():
                 yield _rename(inner, NESTED_KEYS[key], f"{key}."), f"{key}.{inner}", tensor
         else:
