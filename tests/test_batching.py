@@ -1,0 +1,377 @@
+"""Plans of steps against a slow and obvious twin, and the same steps for any processes, micro-batches and workers."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dinosr_hf import DinoSRConfig
+from dinosr_hf.data import (
+    Crop,
+    FolderSource,
+    PretrainingCollator,
+    StepDataset,
+    StepLoader,
+    micro_batches,
+    plan_epoch,
+    summarize_plan,
+)
+from dinosr_hf.data.collator import utterance_generator, utterance_hash
+
+
+def corpus(num_utterances: int, seed: int = 0) -> list[int]:
+    """Lengths with a long tail, some equal, some below and above the limits that the tests use."""
+    lengths = np.random.default_rng(seed).gamma(4.0, 30, num_utterances).astype(int) + 5
+    lengths[::7] = 90
+    return lengths.tolist()
+
+
+LIMITS = {"step_samples": 1_000, "min_samples": 40, "max_samples": 250}
+SIZES = [1, 2, 13, 100, 731]
+
+
+def naive_plan(num_samples, *, seed, epoch, step_samples, min_samples, max_samples, mode, num_buckets, ids):
+    """`plan_epoch` as one would say it, in the same order of random draws."""
+    generator = utterance_generator(seed, epoch, "", "plan")
+    length = {index: min(n, max_samples) for index, n in enumerate(num_samples) if n >= min_samples}
+    tie = dict(zip(length, generator.random(len(length)), strict=True))
+    in_order = sorted(length, key=lambda index: (length[index], tie[index]))
+    total, place = 0, {}
+    for index in in_order:
+        total += length[index]
+        place[index] = total
+    for index, shift in zip(in_order, generator.random(len(length)), strict=True):
+        place[index] += shift * sum(length.values()) / num_buckets
+    in_order.sort(key=place.__getitem__)
+    if generator.random() >= 0.5:
+        in_order.reverse()
+
+    steps = [[]]
+    for index in in_order:
+        if sum(length[other] for other in steps[-1]) + length[index] > step_samples:
+            steps.append([])
+        steps[-1].append(index)
+    if len(steps) > 1 and sum(length[index] for index in steps[-1]) < step_samples / 2:
+        steps.pop()
+
+    plan = []
+    for step in steps:
+        shortest = min(length[index] for index in step)
+        plan.append([])
+        for index in step:
+            taken = shortest if mode == "crop" else length[index]
+            share = utterance_hash(seed, epoch, ids[index], "crop") / 2**128
+            plan[-1].append((index, math.floor(share * (num_samples[index] - taken + 1)), taken))
+    return [plan[position] for position in generator.permutation(len(plan))]
+
+
+@pytest.mark.filterwarnings("ignore:All .* utterances together")
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("num_buckets", [1, 7])
+@pytest.mark.parametrize("size", SIZES)
+def test_plan_is_that_of_the_naive_twin(size, num_buckets, mode):
+    lengths = corpus(size)
+    options = dict(LIMITS, seed=3, epoch=2, mode=mode, num_buckets=num_buckets, ids=[f"u{k}" for k in range(size)])
+    assert plan_epoch(lengths, **options) == naive_plan(lengths, **options)
+
+
+@pytest.mark.filterwarnings("ignore:All .* utterances together")
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("epoch", range(3))
+def test_what_every_plan_holds(size, mode, epoch):
+    lengths = corpus(size, seed=epoch)
+    steps = plan_epoch(lengths, **LIMITS, seed=0, epoch=epoch, mode=mode)
+
+    members = [crop.index for step in steps for crop in step]
+    assert len(members) == len(set(members))
+    assert all(steps)
+    for step in steps:
+        taken = [crop.num_samples for crop in step]
+        uncropped = [min(lengths[crop.index], LIMITS["max_samples"]) for crop in step]
+        assert sum(taken) <= sum(uncropped) <= LIMITS["step_samples"]
+        assert taken == ([min(uncropped)] * len(step) if mode == "crop" else uncropped)
+        for index, start, num_samples in step:
+            assert lengths[index] >= LIMITS["min_samples"]
+            assert 0 <= start <= lengths[index] - num_samples
+    if len(steps) > 1:
+        eligible = sum(n >= LIMITS["min_samples"] for n in lengths)
+        left_over = LIMITS["step_samples"] / 2 / LIMITS["min_samples"]
+        assert eligible - left_over < len(members) <= eligible
+        assert min(sum(min(lengths[c.index], LIMITS["max_samples"]) for c in step) for step in steps) >= 500
+
+
+def test_same_seed_and_epoch_give_the_same_plan():
+    lengths = corpus(200)
+    first, again, epoch, seed = (
+        plan_epoch(lengths, **LIMITS, seed=seed, epoch=epoch) for seed, epoch in [(0, 0), (0, 0), (0, 1), (1, 0)]
+    )
+    assert first == again
+    assert sorted(map(sorted, first)) != sorted(map(sorted, epoch))
+    assert sorted(map(sorted, first)) != sorted(map(sorted, seed))
+
+
+@pytest.mark.filterwarnings("ignore:All .* utterances together")
+def test_start_of_a_crop_is_the_utterances_own():
+    """Its share of the room there is: the same in any order of the corpus, and whatever the others are."""
+    lengths = [300, 500, 700, 900]
+    ids = ["a", "b", "c", "d"]
+    options = {"seed": 0, "epoch": 0, "step_samples": 4_000, "min_samples": 1, "max_samples": 250, "mode": "pad"}
+    plan = plan_epoch(lengths, **options, ids=ids)
+    turned = plan_epoch(lengths[::-1], **options, ids=ids[::-1])
+    alone = plan_epoch(lengths[2:3], **options, ids=ids[2:3])
+    starts = {ids[crop.index]: crop.start for crop in plan[0]}
+    assert starts == {ids[::-1][crop.index]: crop.start for crop in turned[0]}
+    assert alone[0][0].start == starts["c"]
+    assert len(set(starts.values())) == 4
+
+
+@pytest.mark.filterwarnings("ignore:All .* utterances together")
+def test_crops_begin_anywhere_and_move_with_the_epochs():
+    options = {"seed": 0, "step_samples": 100, "min_samples": 1, "max_samples": 100}
+    starts = [plan_epoch([1_099], epoch=epoch, **options)[0][0].start for epoch in range(2_000)]
+    assert min(starts) < 10
+    assert max(starts) > 990
+    assert abs(np.mean(starts) - 499.5) < 5 * 1_000 / math.sqrt(12 * 2_000)
+
+
+def test_buckets_bring_together_what_is_alike():
+    lengths = corpus(2_000)
+    lost = []
+    for num_buckets in (1, 5, 40):
+        steps = plan_epoch(lengths, **LIMITS, seed=0, epoch=0, num_buckets=num_buckets)
+        lost.append(summarize_plan(steps, lengths, min_samples=40, micro_samples=1_000).cropped_share)
+    assert lost[0] > 1.5 * lost[1] > 1.5**2 * lost[2]
+
+
+def test_neither_the_shortest_nor_the_longest_are_always_dropped():
+    lengths = list(range(100, 149))
+    options = {"seed": 0, "step_samples": 1_000, "min_samples": 1, "max_samples": 1_000}
+    dropped = set()
+    for epoch in range(20):
+        members = {crop.index for step in plan_epoch(lengths, epoch=epoch, **options) for crop in step}
+        dropped |= set(range(49)) - members
+    assert min(dropped) < 5
+    assert max(dropped) > 43
+
+
+def test_less_than_a_step_is_one_step_with_a_warning():
+    with pytest.warns(UserWarning, match=r"All 3 utterances together \(120 samples, 0.0 s\) are no more than a step"):
+        steps = plan_epoch([40, 40, 10, 40], **LIMITS, seed=0, epoch=0)
+    assert sorted(crop.index for crop in steps[0]) == [0, 1, 3]
+
+
+def test_nothing_long_enough():
+    message = r"None of 2 utterances has min_samples=40 .* the longest: 39 samples, 0.0 s\. Lower min_samples"
+    with pytest.raises(ValueError, match=message):
+        plan_epoch([12, 39], **LIMITS, seed=0, epoch=0)
+    with pytest.raises(ValueError, match=r"None of 0 utterances .* there are none"):
+        plan_epoch([], **LIMITS, seed=0, epoch=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"min_samples": 251}, "min_samples=251, max_samples=250 and step_samples=1,000 must .* rise in this order"),
+        ({"max_samples": 1_001}, "max_samples=1,001 and step_samples=1,000 must be at least 1 and rise"),
+        ({"min_samples": 0}, "min_samples=0, .* must be at least 1"),
+        ({"mode": "cut"}, "mode='cut' is unknown. Choose crop or pad"),
+        ({"num_buckets": 0}, "num_buckets=0 is out of range"),
+        ({"ids": ["a"]}, "There are 1 ids for 2 utterances"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_limits_that_contradict_each_other(change, message):
+    with pytest.raises(ValueError, match=message):
+        plan_epoch([100, 100], **(dict(LIMITS, seed=0, epoch=0) | change))
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("micro_samples", [250, 400, 5_000])
+def test_micro_batches_share_out_the_step(world_size, micro_samples, mode):
+    lengths = corpus(500)
+    plan = plan_epoch(lengths, **LIMITS, seed=0, epoch=0, mode=mode)
+    steps = [step for step in plan if len(step) >= world_size]
+    assert len(steps) > len(plan) / 2
+    for step in steps:
+        before = copy.copy(step)
+        shares = [
+            micro_batches(step, rank=rank, world_size=world_size, micro_samples=micro_samples)
+            for rank in range(world_size)
+        ]
+        assert step == before
+        assert sorted(crop for pieces in shares for piece in pieces for crop in piece) == sorted(step)
+        for pieces in shares:
+            assert pieces
+            for piece in pieces:
+                assert len(piece) * max(crop.num_samples for crop in piece) <= micro_samples
+        counts = [len(pieces) for pieces in shares]
+        sizes = [sum(map(len, pieces)) for pieces in shares]
+        assert max(sizes) - min(sizes) <= 1
+        # Alike, but where a process has fewer utterances than others have pieces.
+        assert all(count == max(counts) or count == size for count, size in zip(counts, sizes, strict=True))
+
+
+def test_micro_batches_are_as_few_as_fit():
+    step = [Crop(k, 0, 100) for k in range(10)]
+    assert [len(piece) for piece in micro_batches(step, rank=0, world_size=1, micro_samples=1_000)] == [10]
+    assert [len(piece) for piece in micro_batches(step, rank=0, world_size=1, micro_samples=999)] == [5, 5]
+    assert [len(piece) for piece in micro_batches(step, rank=0, world_size=1, micro_samples=420)] == [3, 3, 4]
+    assert [len(piece) for piece in micro_batches(step, rank=1, world_size=4, micro_samples=200)] == [1, 2]
+
+
+def test_step_with_too_few_utterances():
+    step = [Crop(k, 0, 16_000) for k in range(3)]
+    with pytest.raises(
+        ValueError, match=r"A step of 3 utterances \(48,000 samples, 3.0 s\) cannot be shared by 4 processes"
+    ):
+        micro_batches(step, rank=0, world_size=4, micro_samples=100_000)
+
+
+def test_micro_batch_too_small_for_one_utterance():
+    with pytest.raises(ValueError, match=r"micro_samples=15,999 is less than one utterance \(16,000 samples, 1.0 s\)"):
+        micro_batches([Crop(0, 0, 16_000)], rank=0, world_size=1, micro_samples=15_999)
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_rank_out_of_range(rank):
+    with pytest.raises(ValueError, match=f"rank={rank} is out of range"):
+        micro_batches([Crop(0, 0, 5)] * 4, rank=rank, world_size=2, micro_samples=10)
+
+
+def test_summary_counts_everything():
+    lengths = [10, 30, 90, 100, 100, 200]
+    steps = [[Crop(3, 0, 90), Crop(2, 0, 90)], [Crop(5, 0, 80), Crop(4, 0, 100)]]
+    summary = summarize_plan(steps, lengths, min_samples=20, micro_samples=200)
+
+    assert summary[:5] == (2, 4, 1, 1, 2)
+    assert summary.hours == pytest.approx(360 / 16_000 / 3_600)
+    assert summary.seconds_per_step == pytest.approx(180 / 16_000)
+    assert summary.cropped_share == pytest.approx(1 - 360 / 490)
+    assert summary.padded_share == pytest.approx(1 - 360 / 380)
+    assert "4 utterances in 2 steps" in str(summary)
+    assert "1 too short, 1 left over; 26.5% of the audio cropped away, 5.3% padding" in str(summary)
+    halves = summarize_plan(steps, lengths, min_samples=20, world_size=2, micro_samples=200)
+    assert (halves.num_micro_batches, halves.padded_share) == (4, 0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    soundfile = pytest.importorskip("soundfile")
+    folder = tmp_path_factory.mktemp("speech")
+    generator = np.random.default_rng(0)
+    for k in range(14):
+        samples = generator.normal(0, 0.1, 8_000 + 700 * k).astype(np.float32)
+        soundfile.write(folder / f"{k}.flac", samples, 16_000)
+    return FolderSource(folder)
+
+
+def step_dataset(source, *, rank=0, world_size=1, micro_samples=32_000, mode="crop", epoch=0):
+    steps = plan_epoch(
+        [utterance.num_samples for utterance in source.utterances],
+        ids=[utterance.id for utterance in source.utterances],
+        seed=0,
+        epoch=epoch,
+        step_samples=50_000,
+        min_samples=4_000,
+        max_samples=16_000,
+        mode=mode,
+    )
+    collator = PretrainingCollator(DinoSRConfig(), seed=0)
+    return StepDataset(source, steps, collator, rank, world_size, micro_samples, epoch)
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def rows(batches):
+    """Each utterance's samples and mask, in an order that does not depend on how they were batched."""
+    found = [
+        (values[: int(length)].tolist(), mask.tolist())
+        for batch in batches
+        for values, mask, length in zip(
+            batch["input_values"],
+            batch["mask_time_indices"],
+            batch.get("attention_mask", torch.ones_like(batch["input_values"])).sum(1),
+            strict=True,
+        )
+    ]
+    return sorted((values, mask[: DinoSRConfig().num_frames(len(values))]) for values, mask in found)
+
+
+def test_step_holds_the_planned_crops(source):
+    dataset = step_dataset(source)
+    assert len(dataset) > 1
+    batches = dataset[0]
+    pieces = dataset.micro_batches(0)
+    assert len(batches) == len(pieces) == 2
+    for batch, piece in zip(batches, pieces, strict=True):
+        items = [(source.utterances[c.index].id, source.load(c.index, c.start, c.num_samples)) for c in piece]
+        assert_same([batch], [dataset.collator(items, epoch=0)])
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_step_does_not_depend_on_processes_and_micro_batches(source, mode):
+    whole = step_dataset(source, mode=mode, micro_samples=1_000_000)
+    for step in range(len(whole)):
+        expected = rows(whole[step])
+        for world_size, micro_samples in [(1, 16_000), (2, 32_000), (3, 16_000)]:
+            batches = [
+                batch
+                for rank in range(world_size)
+                for batch in step_dataset(
+                    source, mode=mode, rank=rank, world_size=world_size, micro_samples=micro_samples
+                )[step]
+            ]
+            assert len(batches) > 1
+            assert rows(batches) == expected
+    assert rows(whole[0]) != rows(step_dataset(source, mode=mode, micro_samples=1_000_000, epoch=1)[0])
+
+
+@pytest.mark.parametrize(("num_workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])
+def test_workers_give_the_same_steps(source, num_workers, context):
+    dataset = step_dataset(source, mode="pad")
+    loader = StepLoader(dataset, num_workers=num_workers, multiprocessing_context=context)
+    loaded = list(loader)
+    assert len(loaded) == len(loader) == len(dataset)
+    for step, batches in enumerate(loaded):
+        assert_same(batches, dataset[step])
+
+
+def test_loader_begins_in_mid_epoch(source):
+    dataset = step_dataset(source)
+    loader = StepLoader(dataset, first_step=1)
+    loaded = list(loader)
+    assert len(loaded) == len(loader) == len(dataset) - 1
+    for step, batches in enumerate(loaded, 1):
+        assert_same(batches, dataset[step])
+    assert list(StepLoader(dataset, first_step=len(dataset))) == []
+    with pytest.raises(
+        ValueError, match=f"first_step={len(dataset) + 1} is out of range: the epoch has {len(dataset)}"
+    ):
+        StepLoader(dataset, first_step=len(dataset) + 1)
+
+
+def test_plain_data_loader_gives_whole_steps(source):
+    dataset = step_dataset(source)
+    for step, batches in enumerate(DataLoader(dataset, batch_size=None)):
+        assert_same(batches, dataset[step])
+
+
+def test_loader_leaves_global_random_numbers_alone(source):
+    dataset = step_dataset(source)
+    state = torch.get_rng_state()
+    list(StepLoader(dataset))
+    assert torch.equal(torch.get_rng_state(), state)
+    list(DataLoader(dataset, batch_size=None))
+    assert not torch.equal(torch.get_rng_state(), state)
