@@ -1,0 +1,250 @@
+"""
+Phone labels at the frames of the model.
+
+Frame `i` of the model sees the samples `[stride * i, stride * i + field)`, with the paper's encoder
+`[320 i, 320 i + 400)`. Its label is the one spoken at the centre of that field, sample `320 i + 200`: at 12.5 ms,
+32.5 ms, 52.5 ms, ... The convolutions do not pad, so this holds from the first frame to the last.
+
+`T` frames. Times are seconds, intervals contain their start and not their end.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+STRIDE = 320
+FIELD = 400
+SAMPLING_RATE = 16_000
+SILENCE = "SIL"
+
+
+class Segment(NamedTuple):
+    """A label and the time it is spoken at, in seconds."""
+
+    label: str
+    start: float
+    end: float
+
+
+def frame_centers(
+    num_frames: int, *, stride: int = STRIDE, field: int = FIELD, sampling_rate: int = SAMPLING_RATE
+) -> NDArray[np.float64]:
+    """
+    Time of the centre of each frame's field.
+
+    Args:
+        num_frames: T, as `config.num_frames(num_samples)` gives it.
+        stride: Samples from one frame to the next (`config.inputs_to_logits_ratio`).
+        field: Samples that a frame sees.
+        sampling_rate: Samples a second.
+
+    Returns:
+        float64 (T,), `(stride * i + field / 2) / sampling_rate` seconds.
+
+    Raises:
+        ValueError: If `num_frames` is negative.
+    """
+    if num_frames < 0:
+        raise ValueError(f"num_frames={num_frames} is out of range: it must be at least 0.")
+    return (stride * np.arange(num_frames) + field / 2) / sampling_rate
+
+
+def _to_segment(item: Segment | tuple[str, float, float] | Mapping[str, Any]) -> Segment:
+    if isinstance(item, Mapping):
+        try:
+            label, start, end = item["label"], item["start"], item["end"]
+        except KeyError as error:
+            raise ValueError(f"A segment lacks {error}: it needs label, start and end. It is {dict(item)}.") from None
+    else:
+        label, start, end = item
+    segment = Segment(str(label), float(start), float(end))
+    if not (math.isfinite(segment.start) and segment.start <= segment.end < math.inf):
+        raise ValueError(f"The segment {tuple(segment)} ends before it starts: times are seconds, start first.")
+    return segment
+
+
+def frame_labels(
+    segments: Iterable[Segment | tuple[str, float, float] | Mapping[str, Any]],
+    num_frames: int,
+    *,
+    stride: int = STRIDE,
+    field: int = FIELD,
+    sampling_rate: int = SAMPLING_RATE,
+    silence: str = SILENCE,
+) -> list[str]:
+    """
+    Label frames from segments with times: each frame has the label at its centre.
+
+    Args:
+        segments: (label, start, end) in seconds, or mappings with these keys (the column `phones` of the synthetic
+            corpus); in any order. Segments of no length are never seen. Neighbours may overlap by half a stride, as
+            rounded times do; there the later one counts.
+        num_frames: T, as `config.num_frames(num_samples)` gives it.
+        stride: Samples from one frame to the next.
+        field: Samples that a frame sees.
+        sampling_rate: Samples a second.
+        silence: Label of frames in gaps between segments, before the first and after the last.
+
+    Returns:
+        T labels.
+
+    Raises:
+        ValueError: If a segment ends before it starts, segments overlap by more, or `num_frames` is negative.
+    """
+    spoken = sorted((s for s in map(_to_segment, segments) if s.end > s.start), key=lambda segment: segment.start)
+    tolerance = stride / 2 / sampling_rate
+    for left, right in pairwise(spoken):
+        if left.end - right.start > tolerance:
+            raise ValueError(
+                f"The segments {tuple(left)} and {tuple(right)} overlap: each moment can have one label only. "
+                "Give one tier of an alignment (phones, not phones and words)."
+            )
+    centers = frame_centers(num_frames, stride=stride, field=field, sampling_rate=sampling_rate)
+    # The last segment that has begun; -1 before the first.
+    positions = np.searchsorted([segment.start for segment in spoken], centers, side="right") - 1
+    return [
+        spoken[position].label if position >= 0 and center < spoken[position].end else silence
+        for position, center in zip(positions.tolist(), centers.tolist(), strict=True)
+    ]
+
+
+def step_labels(
+    labels: Sequence[str],
+    step_seconds: float,
+    num_frames: int,
+    *,
+    stride: int = STRIDE,
+    field: int = FIELD,
+    sampling_rate: int = SAMPLING_RATE,
+) -> list[str]:
+    """
+    Label frames from one label a step: each frame has the label of the step that holds its centre.
+
+    Label `j` stands for `[j, j + 1)` steps; with steps of 10 ms frame `i` has label `2 i + 1`. Aligners round the
+    number of steps of a file in their own ways, so labels may end up to one field (25 ms) before the last frame does;
+    the last label then lasts on.
+
+    Args:
+        labels: One label a step, from the start of the recording.
+        step_seconds: Length of a step, such as 0.01.
+        num_frames: T, as `config.num_frames(num_samples)` gives it.
+        stride: Samples from one frame to the next.
+        field: Samples that a frame sees.
+        sampling_rate: Samples a second.
+
+    Returns:
+        T labels.
+
+    Raises:
+        ValueError: If labels and frames do not cover the same time, or `step_seconds` or `num_frames` is out of range.
+    """
+    if not 0 < step_seconds < math.inf:
+        raise ValueError(f"step_seconds={step_seconds} is out of range: it must be more than 0, such as 0.01.")
+    # Counted in samples: 0.01 * 16,000 is 160 exactly, where 0.0325 / 0.01 is not 3.25.
+    step = step_seconds * sampling_rate
+    centers = frame_centers(num_frames, stride=stride, field=field, sampling_rate=1)
+    covered = len(labels) * step
+    # T frames need at least stride * (T - 1) + field samples, and stride more would give another frame.
+    shortest, longest = stride * (num_frames - 1) + field, stride * num_frames + field
+    if (num_frames and covered < shortest - field) or covered > longest + field:
+        raise ValueError(
+            f"{len(labels):,} labels of {step_seconds} s cover {covered / sampling_rate:.3f} s, but {num_frames:,} "
+            f"frames cover {shortest / sampling_rate:.3f} s. Check step_seconds and that both are of the same "
+            "recording; cut the labels where the audio was cut."
+        )
+    positions = np.minimum(np.floor(centers / step + 1e-9).astype(np.int64), len(labels) - 1)
+    return [labels[position] for position in positions.tolist()]
+
+
+def align_labels(
+    labels: Sequence[str] | Sequence[Segment],
+    num_frames: int,
+    *,
+    step_seconds: float = 0.01,
+    stride: int = STRIDE,
+    field: int = FIELD,
+    sampling_rate: int = SAMPLING_RATE,
+    silence: str = SILENCE,
+) -> list[str]:
+    """
+    Label frames from what `read_labels` gives for one recording, of either form.
+
+    Args:
+        labels: One label a step, or segments.
+        num_frames: T, as `config.num_frames(num_samples)` gives it.
+        step_seconds: Length of a step; segments have times of their own.
+        stride: Samples from one frame to the next.
+        field: Samples that a frame sees.
+        sampling_rate: Samples a second.
+        silence: Label of frames outside all segments.
+
+    Returns:
+        T labels.
+
+    Raises:
+        ValueError: As `step_labels` and `frame_labels` do.
+    """
+    steps = [label for label in labels if isinstance(label, str)]
+    if steps:
+        return step_labels(steps, step_seconds, num_frames, stride=stride, field=field, sampling_rate=sampling_rate)
+    segments = [segment for segment in labels if not isinstance(segment, str)]
+    return frame_labels(segments, num_frames, stride=stride, field=field, sampling_rate=sampling_rate, silence=silence)
+
+
+def _parse_line(line: str, place: str) -> tuple[str, list[str] | list[Segment]]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error}. Give one object a line.") from None
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not isinstance(row.get("phones"), list):
+        raise ValueError(f'{place} must be an object with a string "name" and a list "phones".')
+    phones = row["phones"]
+    if all(isinstance(phone, str) for phone in phones):
+        return row["name"], phones
+    if all(isinstance(phone, dict) for phone in phones):
+        try:
+            return row["name"], [_to_segment(phone) for phone in phones]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{place} holds what is no segment: {error}") from None
+    raise ValueError(f'{place} must hold all strings or all objects with label, start and end in "phones".')
+
+
+def read_labels(path: str | Path) -> dict[str, list[str] | list[Segment]]:
+    """
+    Read a file of phone labels.
+
+    One JSON object a line, `{"name": ..., "phones": [...]}`; other keys are left alone. `phones` holds strings, one
+    label a fixed step, or objects `{"label": ..., "start": seconds, "end": seconds}`.
+
+    Args:
+        path: A `.jsonl` file, or `.jsonl.gz`.
+
+    Returns:
+        For each name, in the order of the file, its labels as they are written: strings or segments (`align_labels`
+        takes both).
+
+    Raises:
+        ValueError: If the file has another suffix, a line is not of this form, or a name comes twice.
+    """
+    path = Path(path)
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{path} is no file of labels that can be read: give .jsonl or .jsonl.gz.")
+    rows: dict[str, list[str] | list[Segment]] = {}
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            name, phones = _parse_line(line, f"{path}, line {number},")
+            if name in rows:
+                raise ValueError(f"{path}, line {number}, names {name!r} again, but each recording has one line.")
+            rows[name] = phones
+    return rows
