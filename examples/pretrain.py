@@ -1,0 +1,31 @@
+"""
+Pre-train a DinoSR.
+
+    accelerate launch examples/pretrain.py                                      # a tiny one, on synthetic speech
+    accelerate launch examples/pretrain.py --data my_recordings --max_steps 2000
+    accelerate launch examples/pretrain.py examples/configs/base_ls960.yaml --data my_recordings --output_dir runs/base
+
+A YAML file first, if any, then flags over it; without a file, examples/configs/tiny_cpu.yaml is the file. What neither
+has is at the paper's values. `--help` lists all arguments.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("dinosr_hf").setLevel(logging.INFO)
+    try:
+        arguments = parse_arguments(sys.argv[1:], Path(__file__).parent / "configs" / "tiny_cpu.yaml")
+        run(arguments)
+    except ArgumentError as error:
+        sys.exit(f"pretrain.py: {error}")
+    print(f"The model is in {arguments.run.output_dir}: AutoModel.from_pretrained({arguments.run.output_dir!r}).")
+
+
+if __name__ == "__main__":
+    main()

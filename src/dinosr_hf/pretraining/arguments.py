@@ -1,0 +1,246 @@
+"""
+What a pre-training run can be told: the model, the data, the run; by a YAML file and by flags over it.
+
+The defaults are the paper's (Section 4.1), or a comment says why not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..configuration_dinosr import DinoSRConfig
+
+
+class ArgumentError(ValueError):
+    """An argument that a run cannot work with; the message says which, and what to change."""
+
+
+# Fields of DinoSRConfig that pre-training reads; what belongs to fine-tuning is set there.
+MODEL_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout", "layerdrop"),
+    *("initializer_range", "layer_norm_eps", "feat_extract_activation"),
+    *("conv_dim", "conv_stride", "conv_kernel", "conv_bias"),
+    *("num_conv_pos_embeddings", "conv_pos_kernel_size", "num_conv_pos_embedding_groups"),
+    *("num_codebooks", "codebook_size", "codebook_decay", "codebook_end_decay", "codebook_end_decay_step"),
+    *("ema_decay", "ema_end_decay", "ema_anneal_steps", "freeze_teacher_step", "freeze_mode"),
+    *("mask_prob", "mask_length", "mask_min_spans"),
+)
+
+
+def _model_arguments() -> type:
+    """A dataclass of the model's fields, with the configuration's own defaults and docstring lines."""
+    lines = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", DinoSRConfig.__doc__ or "", re.MULTILINE)
+    helps = {name: re.sub(r"\s+", " ", text).replace("%", "%%") for name, text in lines}
+    defaults: dict[str, Any] = {spec.name: spec.default for spec in dataclasses.fields(DinoSRConfig)}
+    fields: list[tuple[str, Any, Any]] = []
+    for name in MODEL_FIELDS:
+        annotation, default = str(DinoSRConfig.__annotations__[name]), defaults[name]
+        metadata = {"help": helps[name]}
+        if "list" in annotation:
+            fields.append((name, list[int], field(default_factory=partial(list, default), metadata=metadata)))
+            continue
+        kind: Any = float if "float" in annotation else type(default)
+        kind = kind | None if "None" in annotation else kind
+        fields.append((name, kind, field(default=default, metadata=metadata)))
+    return dataclasses.make_dataclass("ModelArguments", fields)
+
+
+ModelArguments: Any = _model_arguments()
+
+
+@dataclass
+class DataArguments:
+    """The recordings, and how they are cut into optimizer steps."""
+
+    data: str = field(
+        default="synthetic",
+        metadata={
+            "help": "A folder of audio, a fairseq manifest (.tsv), a folder or file of `datasets`, a dataset's name on"
+            " the Hub; or `synthetic`: speech made on the spot by espeak-ng."
+        },
+    )
+    data_split: str | None = field(default=None, metadata={"help": "Split of the data, where it has several."})
+    data_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset with several."})
+    audio_column: str = field(default="audio", metadata={"help": "Column of a dataset that has the audio."})
+    synthetic_utterances: int = field(default=1200, metadata={"help": "Utterances of the synthetic corpus."})
+    synthetic_languages: list[str] = field(
+        default_factory=lambda: ["en"], metadata={"help": "Languages of the synthetic corpus: en, de, es, fr, it."}
+    )
+    batching: str = field(
+        default="crop",
+        metadata={
+            "choices": ["crop", "pad"],
+            "help": "crop: all utterances of a step are cut to its shortest, at random (the paper); pad: they are"
+            " padded.",
+        },
+    )
+    step_seconds: float = field(
+        default=3800.0,
+        metadata={"help": "Audio of an optimizer step, over all processes and micro-batches (the paper: 63 minutes)."},
+    )
+    micro_seconds: float = field(
+        default=237.5, metadata={"help": "Audio of one forward pass of a process, padding included; what fits a GPU."}
+    )
+    min_seconds: float = field(default=2.0, metadata={"help": "Shorter utterances are left out."})
+    max_seconds: float = field(default=20.0, metadata={"help": "Of longer utterances a random part is taken."})
+    num_buckets: int = field(default=20, metadata={"help": "Buckets of similar duration, at most."})
+    num_workers: int = field(default=4, metadata={"help": "Reading processes of each training process."})
+
+
+@dataclass
+class RunArguments:
+    """The optimization, and what is left behind."""
+
+    output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder for the model and the metrics."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, masks, crops and order."})
+    max_steps: int = field(default=400_000, metadata={"help": "Updates of the optimizer."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate between warm-up and decay."})
+    warmup_share: float = field(default=0.03, metadata={"help": "Share of the steps in which the rate rises."})
+    hold_share: float = field(
+        default=0.47, metadata={"help": "Share of the steps in which it stays; the rest decays."}
+    )
+    final_lr_scale: float = field(
+        default=0.1,
+        metadata={"help": "Last learning rate, as a share (the paper's text; the authors' file comes to 0.01)."},
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "Decay of the gradients' mean."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Decay of the squared gradients' mean."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Adam's epsilon."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Of all parameters, norms and biases too."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 (the paper): never."})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={"help": "no, fp16 (the paper) or bf16; left out: as `accelerate` is configured or launched."},
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade a third of the speed for memory."})
+    log_steps: int = field(default=100, metadata={"help": "Steps from one line of metrics to the next."})
+    save_steps: int = field(default=25_000, metadata={"help": "Steps from one saved model to the next; 0: only last."})
+    trackers: list[str] = field(
+        default_factory=list, metadata={"help": "Where Accelerate sends the metrics too: tensorboard, wandb, ..."}
+    )
+
+
+@dataclass
+class PretrainingArguments:
+    """Everything a run is told."""
+
+    model: Any
+    data: DataArguments
+    run: RunArguments
+
+    def model_config(self) -> DinoSRConfig:
+        """The configuration of the model. Raises `ValueError` for combinations no model can have."""
+        return DinoSRConfig(**dataclasses.asdict(self.model))
+
+    def to_yaml(self) -> str:
+        """The arguments as a file that starts the same run."""
+        groups = (self.model, self.data, self.run)
+        return "\n".join(yaml.safe_dump(dataclasses.asdict(group), sort_keys=False) for group in groups)
+
+
+PRECISIONS = (None, "no", "fp16", "bf16")
+GROUPS: Any = (ModelArguments, DataArguments, RunArguments)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"{name} is no argument. The nearest is {near}."
+
+
+def _read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ArgumentError(f"{path} is not a file. Give the path of a YAML file, or only flags.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ArgumentError(f"{path} must be lines of `key: value`, but holds a {type(content).__name__}.")
+    for key in content:
+        if key not in known:
+            raise ArgumentError(f"{path}: {_nearest(str(key), known)}")
+    return dict(content)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:  # argparse would print all flags and exit
+        raise ArgumentError(f"{message}. --help lists all arguments.")
+
+
+def parse_arguments(argv: Sequence[str], default_config: str | Path) -> PretrainingArguments:
+    """
+    Read the command line of `examples/pretrain.py`.
+
+    Args:
+        argv: First, if given, a YAML file; then flags, `--name value`, which go over it.
+        default_config: The YAML file that counts where none is given.
+
+    Returns:
+        The arguments; keys that neither file nor flags have are at the paper's values.
+
+    Raises:
+        ArgumentError: For an unknown key (the message names the nearest), a value of the wrong type or out of range.
+    """
+    known = [spec.name for group in GROUPS for spec in dataclasses.fields(group)]
+    flags = list(argv)
+    path = Path(flags.pop(0)) if flags and not flags[0].startswith("-") else Path(default_config)
+    from_file = _read_yaml(path, known)
+    parser = _Parser(GROUPS, allow_abbrev=False)
+    as_flags: list[str] = []
+    for key, value in from_file.items():
+        values = value if isinstance(value, list) else [value]
+        as_flags += [] if value is None or value == [] else [f"--{key}", *map(str, values)]
+    *groups, unknown = parser.parse_args_into_dataclasses(
+        args=[*as_flags, *flags], look_for_args_file=False, return_remaining_strings=True
+    )
+    for text in unknown:
+        name = text.lstrip("-").partition("=")[0]
+        raise ArgumentError(_nearest(name, known) if text.startswith("-") else f"{text} belongs to no argument.")
+    for key, value in from_file.items():
+        if (value is None or value == []) and f"--{key}" not in flags:
+            owner = next(group for group in groups if hasattr(group, key))
+            setattr(owner, key, value)
+    arguments = PretrainingArguments(*groups)
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: PretrainingArguments) -> None:
+    data, run = arguments.data, arguments.run
+    rules = [
+        (run.max_steps >= 1, "max_steps", run.max_steps, "at least 1"),
+        (run.learning_rate > 0, "learning_rate", run.learning_rate, "more than 0"),
+        (0 <= run.warmup_share <= 1, "warmup_share", run.warmup_share, "at least 0 and at most 1"),
+        (0 <= run.hold_share <= 1 - run.warmup_share, "hold_share", run.hold_share, "at most 1 with warmup_share"),
+        (0 < run.final_lr_scale <= 1, "final_lr_scale", run.final_lr_scale, "more than 0 and at most 1"),
+        (run.max_grad_norm >= 0, "max_grad_norm", run.max_grad_norm, "at least 0, which means never"),
+        (
+            run.mixed_precision in (None, "no", "fp16", "bf16"),
+            "mixed_precision",
+            run.mixed_precision,
+            "no, fp16, bf16",
+        ),
+        (run.log_steps >= 1, "log_steps", run.log_steps, "at least 1"),
+        (run.save_steps >= 0, "save_steps", run.save_steps, "at least 0, which means only at the end"),
+        (data.num_workers >= 0, "num_workers", data.num_workers, "at least 0"),
+        (data.synthetic_utterances >= 1, "synthetic_utterances", data.synthetic_utterances, "at least 1"),
+        (data.min_seconds > 0, "min_seconds", data.min_seconds, "more than 0"),
+        (data.max_seconds >= data.min_seconds, "max_seconds", data.max_seconds, "at least min_seconds"),
+        (data.step_seconds >= data.max_seconds, "step_seconds", data.step_seconds, "at least max_seconds"),
+        (data.micro_seconds >= data.max_seconds, "micro_seconds", data.micro_seconds, "at least max_seconds"),
+    ]
+    for holds, name, value, allowed in rules:
+        if not holds:
+            raise ArgumentError(f"{name}={value} is out of range: it must be {allowed}.")
+    arguments.model_config()
