@@ -257,6 +257,14 @@ class DinoSRConfig(PreTrainedConfig):
         """Samples a frame: the product of `conv_stride` (320, which is 50 Hz at 16 kHz, for the base model)."""
         return math.prod(self.conv_stride)
 
+    @property
+    def receptive_field(self) -> int:
+        """Samples that one frame sees: frame `i` begins with sample `i * inputs_to_logits_ratio` (400 for base)."""
+        field, hop = 1, 1
+        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
+            field, hop = field + (kernel - 1) * hop, hop * stride
+        return field
+
     def num_frames(self, num_samples: Length) -> Length:
         """
         Frames that the convolutional feature encoder makes of a waveform, rounded down layer by layer.

@@ -17,6 +17,25 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_dinosr import DinoSRConfig
 
 
+def check_input(config: DinoSRConfig, input_values: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Refuse what is no batch of waveforms (B, S) with its attention mask (B, S). Raises `ValueError`."""
+    if input_values.dim() != 2:
+        raise ValueError(
+            f"input_values has shape {tuple(input_values.shape)}, but must be (batch, samples): one channel of"
+            " 16 kHz audio an utterance. Use the feature extractor to make it."
+        )
+    if config.num_frames(input_values.shape[1]) < 1:
+        raise ValueError(
+            f"input_values has {input_values.shape[1]} samples, too few for a single frame. Pad the batch or leave"
+            " such short utterances out."
+        )
+    if attention_mask is not None and attention_mask.shape != input_values.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but must be (batch, samples) ="
+            f" {tuple(input_values.shape)}: 1 for samples, 0 for padding, in samples and not in frames."
+        )
+
+
 class DinoSRConvLayer(GradientCheckpointingLayer):
     """Convolution without padding, layer norm over channels, activation."""
 

@@ -38,6 +38,7 @@ from .encoder_dinosr import (
     DinoSRLinear,
     DinoSRPositionalConv,
     DinoSRTeacher,
+    check_input,
 )
 from .heads_dinosr import (
     DinoSRMarginLoss,
@@ -153,18 +154,6 @@ class DinoSRModel(DinoSRPreTrainedModel):
         self.encoder = DinoSREncoder(config)
         self.post_init()
 
-    def _check_input(self, input_values: torch.Tensor) -> None:
-        if input_values.dim() != 2:
-            raise ValueError(
-                f"input_values has shape {tuple(input_values.shape)}, but must be (batch, samples): one channel of"
-                " 16 kHz audio an utterance. Use the feature extractor to make it."
-            )
-        if self.config.num_frames(input_values.shape[1]) < 1:
-            raise ValueError(
-                f"input_values has {input_values.shape[1]} samples, too few for a single frame. Pad the batch or leave"
-                " such short utterances out."
-            )
-
     def _mask_features(
         self, features: torch.Tensor, mask_time_indices: torch.Tensor | None, frame_mask: torch.Tensor | None
     ) -> torch.Tensor:
@@ -215,7 +204,7 @@ class DinoSRModel(DinoSRPreTrainedModel):
         Raises:
             ValueError: For inputs of another shape, or too short for a frame.
         """
-        self._check_input(input_values)
+        check_input(self.config, input_values, attention_mask)
         features = self.feature_extractor(input_values).transpose(1, 2)
         frame_mask = self._frame_mask(attention_mask, features.shape[1])
         hidden_states, features = self.feature_projection(features)
@@ -331,7 +320,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
             ValueError: For inputs or masks of another shape.
         """
         if mask_time_indices is None and self.training:
-            self.dinosr._check_input(input_values)
+            check_input(self.config, input_values, attention_mask)
             mask_time_indices = self._sample_mask(input_values, attention_mask, mask_generator)
         student = self.dinosr(input_values, attention_mask, mask_time_indices=mask_time_indices, **kwargs)
         losses: Mapping[str, Any] = {}
