@@ -145,7 +145,7 @@ class FairseqAdam(torch.optim.AdamW):
 def start_of_trajectory(folder, trajectory, freeze_mode):
     model = DinoSRForPreTraining.from_pretrained(folder, reference_padding=True, freeze_mode=freeze_mode)
     state = model.state_dict()
-    state.update({k: v for k, v in by_our_names(trajectory, "init.student.").items()})
+    state.update(by_our_names(trajectory, "init.student."))
     for name in encoder_names(model):
         state[f"teacher.{name}"] = state[f"dinosr.encoder.{name}"]
     num_codebooks = model.config.num_codebooks

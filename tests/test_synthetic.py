@@ -467,3 +467,22 @@ except RuntimeError as error:
 def test_an_unknown_voice_is_an_error():
     with pytest.raises(RuntimeError, match=r"no voice 'xx\+m3'"):
         _espeak.synthesize("", voice="xx+m3", pitch=50, pitch_range=50, rate=160, volume=30, seed=0)
+
+
+def test_several_texts_make_one_long_utterance():
+    short = SyntheticCorpus(num_utterances=1, seed=5)[0]
+    long = SyntheticCorpus(num_utterances=1, seed=5, num_texts=(4, 4))[0]
+    assert long["num_samples"] > 2.5 * short["num_samples"]
+    assert len(long["text"].split()) == len(long["words"]) >= 16
+    phones = long["phones"]
+    assert phones[0]["start"] == 0 and phones[-1]["end"] == pytest.approx(long["num_samples"] / SAMPLING_RATE)
+    for before, after in itertools.pairwise(phones):
+        assert before["end"] == after["start"]
+        assert not before["label"] == after["label"] == SILENCE
+    assert sum(p["label"] == SILENCE and p["end"] - p["start"] > 0.1 for p in phones[1:-1]) >= 3
+
+
+@pytest.mark.parametrize("num_texts", [(0, 1), (2, 1), (1,)])
+def test_impossible_numbers_of_texts_are_refused(num_texts):
+    with pytest.raises(ValueError, match="num_texts must be the least and the greatest"):
+        SyntheticCorpus(num_utterances=1, num_texts=num_texts)

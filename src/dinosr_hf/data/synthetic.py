@@ -273,6 +273,22 @@ def _say(text: str, speaker: Speaker, strip_stress: bool, generator: np.random.G
     )
 
 
+def _one_after_the_other(pieces: list[_Speech]) -> _Speech:
+    """One utterance out of several of a speaker; the silence around them becomes the pauses between them."""
+    phones: list[Segment] = []
+    words: list[Segment] = []
+    offset = 0
+    for piece in pieces:
+        for phone in piece.phones:
+            moved = Segment(phone.label, phone.start + offset, phone.end + offset)
+            if phones and phones[-1].label == moved.label == SILENCE:
+                moved = Segment(SILENCE, phones.pop().start, moved.end)
+            phones.append(moved)
+        words += [Segment(word.label, word.start + offset, word.end + offset) for word in piece.words]
+        offset += len(piece.samples)
+    return _Speech(np.concatenate([piece.samples for piece in pieces]), phones, words, pieces[0].speaker)
+
+
 def _room(generator: np.random.Generator, num_bins: int, num_samples: int) -> np.ndarray:
     """Frequency response of a small room: the direct sound, then noise that dies away."""
     reverberation_seconds = generator.uniform(0.1, 0.4)
@@ -398,6 +414,7 @@ class SyntheticCorpus:
         noise: Whether each utterance goes through a room, a microphone and noise of its own and has its own level.
             Without, it is as espeak-ng says it, with digital silence, at one level. What is said stays the same.
         text: "sentences" (4 to 12 words), "digits" (3 to 8 of them), or "mixed", either with equal chance.
+        num_texts: Least and greatest number of such texts in an utterance, with pauses between them.
         strip_stress: Whether labels of phones lose their marks of stress and length.
         snr_db: Lowest and highest signal-to-noise ratio in dB, measured over the phones.
 
@@ -418,6 +435,7 @@ class SyntheticCorpus:
     split: str = "train"
     noise: bool = True
     text: str = "sentences"
+    num_texts: tuple[int, int] = (1, 1)
     strip_stress: bool = True
     snr_db: tuple[float, float] = _SNR_DB
 
@@ -426,6 +444,7 @@ class SyntheticCorpus:
             raise ValueError(f"languages is a sequence of languages: pass ({self.languages!r},).")
         object.__setattr__(self, "languages", tuple(self.languages))
         object.__setattr__(self, "snr_db", tuple(self.snr_db))
+        object.__setattr__(self, "num_texts", tuple(self.num_texts))
         unknown = [language for language in self.languages if language not in LANGUAGES]
         if unknown or not self.languages or len(set(self.languages)) < len(self.languages):
             raise ValueError(f"languages must be one or more of {LANGUAGES}, each once, got {self.languages}.")
@@ -439,6 +458,10 @@ class SyntheticCorpus:
             raise ValueError(f"seed must be 0 or more, got {self.seed}.")
         _check_choice("split", self.split, SPLITS)
         _check_choice("text", self.text, TEXTS)
+        if len(self.num_texts) != 2 or not 1 <= self.num_texts[0] <= self.num_texts[1]:
+            raise ValueError(
+                f"num_texts must be the least and the greatest number of texts, at least 1, got {self.num_texts}."
+            )
         if len(self.snr_db) != 2 or not self.snr_db[0] <= self.snr_db[1]:
             raise ValueError(
                 f"snr_db must be the lowest and the highest ratio in dB, in this order: got {self.snr_db}."
@@ -571,6 +594,9 @@ class SyntheticCorpus:
         generator = _generator(self.seed, self.split, "speech", number)
         speaker = self.speaker(int(generator.integers(self.num_speakers)))
         grammar = GRAMMARS[speaker.language]
-        says_digits = self.text == "digits" or (self.text == "mixed" and generator.random() < 0.5)
-        text = digit_string(grammar, generator) if says_digits else expand(grammar, "sentence", generator)
-        return _say(text, speaker, self.strip_stress, generator)
+        pieces = []
+        for _ in range(int(generator.integers(self.num_texts[0], self.num_texts[1] + 1))):
+            says_digits = self.text == "digits" or (self.text == "mixed" and generator.random() < 0.5)
+            text = digit_string(grammar, generator) if says_digits else expand(grammar, "sentence", generator)
+            pieces.append(_say(text, speaker, self.strip_stress, generator))
+        return _one_after_the_other(pieces)

@@ -77,6 +77,12 @@ class DataArguments:
     synthetic_languages: list[str] = field(
         default_factory=lambda: ["en"], metadata={"help": "Languages of the synthetic corpus: en, de, es, fr, it."}
     )
+    synthetic_texts: list[int] = field(
+        default_factory=lambda: [4, 6], metadata={"help": "Least and greatest number of sentences in an utterance."}
+    )
+    synthetic_noise: bool = field(
+        default=True, metadata={"help": "Whether the synthetic corpus has rooms, microphones and noise."}
+    )
     batching: str = field(
         default="crop",
         metadata={

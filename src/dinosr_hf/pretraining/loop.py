@@ -47,15 +47,37 @@ logger = get_logger(__name__)
 Batch = dict[str, torch.Tensor]
 
 
+def synthetic_corpus(data: DataArguments, *, num_utterances: int, seed: int, split: str) -> SyntheticCorpus:
+    """
+    The corpus that `data: synthetic` stands for, or its other splits, which have other speakers.
+
+    Args:
+        data: Its `synthetic_languages`, `synthetic_texts` and `synthetic_noise` count.
+        num_utterances: How many utterances.
+        seed: Of the corpus.
+        split: "train", "validation" or "test".
+
+    Raises:
+        ValueError: For values the corpus does not have.
+    """
+    return SyntheticCorpus(
+        num_utterances=num_utterances,
+        seed=seed,
+        languages=data.synthetic_languages,
+        split=split,
+        noise=data.synthetic_noise,
+        text="mixed",
+        num_texts=(data.synthetic_texts[0], data.synthetic_texts[-1]),
+    )
+
+
 def _open_data(data: DataArguments, seed: int) -> SpeechSource:
     if data.data != "synthetic":
         return open_source(
             data.data, split=data.data_split, config_name=data.data_config, audio_column=data.audio_column
         )
     logger.info("Making %d utterances with espeak-ng.", data.synthetic_utterances)
-    corpus = SyntheticCorpus(
-        num_utterances=data.synthetic_utterances, seed=seed, languages=data.synthetic_languages, text="mixed"
-    )
+    corpus = synthetic_corpus(data, num_utterances=data.synthetic_utterances, seed=seed, split="train")
     return DatasetSource(corpus.to_dataset(num_proc=min(8, os.cpu_count() or 1)))
 
 
