@@ -283,7 +283,7 @@ class DinoSRConfig(PreTrainedConfig):
         return num_samples.clamp(min=0) if isinstance(num_samples, torch.Tensor) else max(num_samples, 0)
 
     def codebook_decay_at(self, step: int) -> float:
-        """Codebook decay of the forward pass after `step` completed updates (SEMANTICS T5)."""
+        """Codebook decay of the forward pass after `step` completed updates (docs/parity.md, T5)."""
         end = self.codebook_decay if self.codebook_end_decay is None else self.codebook_end_decay
         return _anneal(self.codebook_decay, end, self.codebook_end_decay_step, step)
 
@@ -293,7 +293,7 @@ class DinoSRConfig(PreTrainedConfig):
 
     def ema_decay_at(self, step: int) -> float:
         """
-        Decay of the teacher's move after `step` completed updates; 1.0 where it stands still (SEMANTICS T3, T6).
+        Decay of the teacher's move after `step` completed updates; 1.0 where it stands still (docs/parity.md, T3, T6).
 
         Where the freeze comes before the end of annealing, `freeze_mode` "frozen" stops the teacher at once; "shared"
         and "copied" anneal the decay towards 1 from then on, as the authors' code does.

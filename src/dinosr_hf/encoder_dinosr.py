@@ -338,14 +338,14 @@ class DinoSRTeacher(DinoSREncoder):
 
     @torch.no_grad()
     def follow(self, encoder: DinoSREncoder, decay: float) -> None:
-        """Average the layers, with this share of the old; copy the positional convolutions (SEMANTICS T4)."""
+        """Average the layers, with this share of the old; copy the positional convolutions (docs/parity.md, T4)."""
         averaged = (*self.layers.parameters(), *self.layer_norm.parameters())
         torch._foreach_lerp_(averaged, (*encoder.layers.parameters(), *encoder.layer_norm.parameters()), 1 - decay)
         torch._foreach_copy_(tuple(self.pos_conv_embed.parameters()), tuple(encoder.pos_conv_embed.parameters()))
 
     @torch.no_grad()
     def copy_front_end(self, extractor: DinoSRFeatureEncoder, projection: DinoSRFeatureProjection) -> None:
-        """Copy the student's convolutions and projection, where the teacher has its own (SEMANTICS T8)."""
+        """Copy the student's convolutions and projection, where the teacher has its own (docs/parity.md, T8)."""
         if self.feature_extractor is not None and self.feature_projection is not None:
             torch._foreach_copy_(tuple(self.feature_extractor.parameters()), tuple(extractor.parameters()))
             torch._foreach_copy_(tuple(self.feature_projection.parameters()), tuple(projection.parameters()))

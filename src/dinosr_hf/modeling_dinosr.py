@@ -355,7 +355,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
 
         The codebooks take what training forward passes have gathered since the last call, over all processes: every
         process must call this. The teacher's layers move towards the student's by exponential average, its positional
-        convolutions are copied (paper, equation 1; SEMANTICS T2 to T8).
+        convolutions are copied (paper, equation 1; docs/parity.md, T2 to T8).
 
         Args:
             step: Updates completed, this one included: 1 after the first.

@@ -46,7 +46,7 @@ def convert(file: str | os.PathLike, out_dir: str | os.PathLike) -> DinoSRForPre
 
     Returns:
         The converted model, in evaluation mode: student, teacher, codebooks and heads. The teacher is the one of the
-        last forward pass, as the file has it (SEMANTICS D3).
+        last forward pass, as the file has it (docs/parity.md, D3).
 
     Raises:
         CheckpointError: For a file that is not such a checkpoint, or has settings or weights that the model has not;

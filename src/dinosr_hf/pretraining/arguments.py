@@ -232,7 +232,7 @@ def _check(arguments: PretrainingArguments) -> None:
         (0 < run.final_lr_scale <= 1, "final_lr_scale", run.final_lr_scale, "more than 0 and at most 1"),
         (run.max_grad_norm >= 0, "max_grad_norm", run.max_grad_norm, "at least 0, which means never"),
         (
-            run.mixed_precision in (None, "no", "fp16", "bf16"),
+            run.mixed_precision in PRECISIONS,
             "mixed_precision",
             run.mixed_precision,
             "no, fp16, bf16",

@@ -7,6 +7,7 @@ The pre-training loop: forward, backward, clip, optimizer, schedule, codebooks a
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import time
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -42,7 +42,7 @@ from .metrics import MetricSums
 from .schedules import tri_stage
 from .state import append_metrics, save_model
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
 
@@ -285,6 +285,8 @@ def run(arguments: PretrainingArguments) -> DinoSRForPreTraining:
         project_dir=output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if not accelerator.is_main_process:
+        logging.getLogger("dinosr_hf").setLevel(logging.WARNING)
     set_seed(options.seed)
     with accelerator.main_process_first():
         source = _open_data(arguments.data, options.seed)

@@ -41,7 +41,9 @@ def save_model(model: DinoSRForPreTraining, folder: str | os.PathLike) -> Path:
     try:
         model.save_pretrained(aside)
         feature_extractor().save_pretrained(aside)
+        mode = (aside / "config.json").stat().st_mode  # safetensors writes for the owner alone
         for file in sorted(aside.iterdir()):
+            file.chmod(mode)
             file.replace(folder / file.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,143 @@
+"""
+A DinoSR learns acoustic units of synthetic speech in minutes, and shows what it has learnt. `make demo` runs it.
+
+It pre-trains the tiny model of examples/configs/tiny_cpu.yaml through the real command, then judges it on held-out
+synthetic voices: loss, perplexity and active codewords before and after, and how well units tell phones apart, beside
+an untrained model and k-means on MFCCs.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import set_seed
+from transformers.utils import logging
+
+from dinosr_hf import DinoSRForPreTraining, perplexity, sample_span_mask
+from dinosr_hf.analysis import UnitQuality, frame_labels, unit_quality
+from dinosr_hf.analysis.baselines import kmeans_units, mfcc
+from dinosr_hf.analysis.plots import phone_codeword_figure
+from dinosr_hf.analysis.units import LabelledSpeech, layer_tables, target_features
+from dinosr_hf.data import normalize_waveform
+from dinosr_hf.pretraining import PretrainingArguments, parse_arguments, synthetic_corpus
+
+HERE = Path(__file__).parent
+CONFIG = HERE / "configs" / "tiny_cpu.yaml"
+MARKER = ".dinosr-demo"  # only a folder that has it is emptied
+
+
+def labelled_speech(arguments: PretrainingArguments, split: str, num_utterances: int) -> list[LabelledSpeech]:
+    """Synthetic utterances with a phone for each frame of the model."""
+    config, speech = arguments.model_config(), []
+    for row in synthetic_corpus(arguments.data, num_utterances=num_utterances, seed=arguments.run.seed, split=split):
+        waveform = normalize_waveform(row["audio"]["array"])
+        num_frames = config.num_frames(len(waveform))
+        labels = frame_labels(row["phones"], num_frames, field=config.receptive_field)
+        speech.append(LabelledSpeech(waveform, labels))
+    return speech
+
+
+@torch.no_grad()
+def held_out_loss(model: DinoSRForPreTraining, speech: list[LabelledSpeech]) -> tuple[float, float, float, float]:
+    """Loss, target and prediction perplexity, active codewords on held-out speech with fixed masks."""
+    config, total, frames, codes, predictions = model.config, 0.0, 0, 0, 0
+    generator = np.random.default_rng(0)
+    for waveform, labels in speech:
+        mask = sample_span_mask((1, len(labels)), config.mask_prob, config.mask_length, generator=generator)
+        output = model(torch.from_numpy(waveform)[None], mask_time_indices=torch.from_numpy(mask))
+        total += output.loss.item() * output.num_masked_frames.item()
+        frames += output.num_masked_frames.item()
+        codes, predictions = codes + output.code_counts, predictions + output.prediction_sums
+    active = (codes > 0).sum(dim=1).double().mean().item()
+    return total / frames, perplexity(codes).mean().item(), perplexity(predictions).mean().item(), active
+
+
+def best_layer(qualities: list[UnitQuality]) -> int:
+    """Position of the codebook with the highest PNMI."""
+    return max(range(len(qualities)), key=lambda layer: qualities[layer].pnmi)
+
+
+def judge_model(
+    model: DinoSRForPreTraining, validation: list[LabelledSpeech], test: list[LabelledSpeech]
+) -> tuple[UnitQuality, np.ndarray, list[str], int]:
+    """Test quality, table and phones of the codebook that is best on the validation split, and its layer."""
+    tables, _ = layer_tables(model, validation)
+    best = best_layer([UnitQuality.from_table(table) for table in tables])
+    tables, phones = layer_tables(model, test)
+    first = model.config.num_hidden_layers - model.config.num_codebooks + 1
+    return UnitQuality.from_table(tables[best]), tables[best], phones, first + best
+
+
+def judge_kmeans(features, num_clusters: int, train: list[LabelledSpeech], test: list[LabelledSpeech]) -> UnitQuality:
+    """Quality of k-means units on any features of a waveform, (S,) to (T, D)."""
+    clusters = kmeans_units(np.concatenate([features(waveform) for waveform, _ in train]), num_clusters, seed=0)
+    labels, codes = [], []
+    for waveform, phones in test:
+        frames = clusters.predict(features(waveform))
+        length = min(len(frames), len(phones))  # the windows of MFCCs may fit in once more than the model's
+        labels += phones[:length]
+        codes.append(frames[:length])
+    return unit_quality(labels, np.concatenate(codes), num_codes=num_clusters)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/demo", help="folder of the results; an earlier demo's goes")
+    parser.add_argument("--seed", type=int, default=0)
+    options, flags = parser.parse_known_args()
+    flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
+    arguments = parse_arguments(flags, CONFIG)
+    out = Path(options.output_dir)
+    if (out / MARKER).exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE / "pretrain.py"), *flags]
+    subprocess.run(command, check=True)
+    logging.disable_progress_bar()
+
+    print("\nJudging on held-out voices ...", flush=True)
+    train = labelled_speech(arguments, "train", 60)
+    validation, test = labelled_speech(arguments, "validation", 25), labelled_speech(arguments, "test", 50)
+    trained = DinoSRForPreTraining.from_pretrained(out).eval()
+    set_seed(options.seed)
+    untrained = DinoSRForPreTraining(arguments.model_config()).eval()
+
+    print("\n| held-out speech | loss (nats) | target perplexity | prediction perplexity | active codewords |")
+    print("|---|---|---|---|---|")
+    for name, model in (("at the start", untrained), ("at the end", trained)):
+        loss, target, prediction, active = held_out_loss(model, test)
+        print(
+            f"| {name} | {loss:.3f} | {target:.1f} | {prediction:.1f} | {active:.1f} of {model.config.codebook_size} |"
+        )
+
+    num_codes = trained.config.codebook_size
+    quality, table, phones, layer = judge_model(trained, validation, test)
+    first, _, _, first_layer = judge_model(untrained, validation, test)
+
+    def untrained_features(waveform):
+        return target_features(untrained, waveform)[-1].numpy()
+
+    print(f"\n| units, {num_codes} at most | phone purity | PNMI | units in use |\n|---|---|---|---|")
+    rows = {
+        f"DinoSR, layer {layer}": quality,
+        f"untrained model, layer {first_layer}": first,
+        "k-means on the untrained model": judge_kmeans(untrained_features, num_codes, train, test),
+        "k-means on MFCCs": judge_kmeans(mfcc, num_codes, train, test),
+    }
+    for name, row in rows.items():
+        print(f"| {name} | {row.phone_purity:.3f} | {row.pnmi:.3f} | {row.num_active_codes} |")
+    figure = phone_codeword_figure(
+        table, phones, title=f"P(phone | codeword), layer {layer}, held-out synthetic voices"
+    )
+    figure.savefig(out / "phone_by_codeword.png", dpi=150)
+    print(f"\nThe picture is {out / 'phone_by_codeword.png'}, the model is in {out}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""What the documents say works: their Python runs, their commands and flags exist, their links lead somewhere."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+
+from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
+from dinosr_hf.pretraining import ArgumentError, parse_arguments
+from dinosr_hf.pretraining.state import save_model
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "examples" / "configs" / "tiny_cpu.yaml"
+DOCUMENTS = sorted(
+    file.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "model_cards/*.md")
+    for file in ROOT.glob(pattern)
+)
+CODES = r"\b(?:S(?:10|[1-9])|T(?:1[01]|[1-9])|M[1-4]|D[1-7])\b"
+
+
+def blocks(name, language):
+    """(line of its first line, text) of each fenced block of a language."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+
+
+RUN_BLOCKS = """
+import json, sys
+
+namespace = {"__name__": "__main__"}
+for line, code in json.load(sys.stdin):
+    # Behind empty lines, so that a traceback has the document's line.
+    exec(compile("\\n" * (line - 1) + code, sys.argv[1], "exec"), namespace)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The names that the documents use: a trained model, a recording, an authors' checkpoint."""
+    path = tmp_path_factory.mktemp("documents")
+    config = parse_arguments(["--num_hidden_layers", "2"], TINY).model_config()
+    save_model(DinoSRForPreTraining(config), path / "runs" / "tiny")
+    noise = np.random.default_rng(0).standard_normal(22_050).cumsum() * 1e-3
+    soundfile.write(path / "speech.wav", np.clip(noise, -0.9, 0.9), 22_050)
+    shutil.copy(ROOT / "tests" / "fixtures" / "dev_tiny" / "checkpoint.pt", path / "dinosr.ckpt")
+    return path
+
+
+WITH_PYTHON = [name for name in DOCUMENTS if blocks(name, "python") and not name.startswith("model_cards/")]
+
+
+@pytest.mark.parametrize("name", WITH_PYTHON)
+def test_python_of_the_documents_runs(folder, name):
+    # A process of its own: remote code would stay registered with the automatic classes.
+    work = folder / Path(name).stem
+    work.mkdir()
+    for entry in ("runs", "speech.wav", "dinosr.ckpt"):
+        source = folder / entry
+        shutil.copytree(source, work / entry) if source.is_dir() else shutil.copy(source, work / entry)
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_MODULES_CACHE": str(work / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_BLOCKS, name],
+        input=json.dumps(blocks(name, "python")),
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_readme_has_code():
+    assert "README.md" in WITH_PYTHON
+
+
+def commands(text):
+    """Words of each command of a block of bash, without comments and the variables in front."""
+    for line in re.sub(r"\\\n", " ", text).splitlines():
+        for command in re.split(r"\s*(?:&&|;)\s*", line):
+            words = shlex.split(command, comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words.pop(0)
+            if words:
+                yield words
+
+
+def load_benchmark():
+    spec = importlib.util.spec_from_file_location("train_step", ROOT / "benchmarks" / "train_step.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_script(script, flags):
+    """The script exists and takes these flags."""
+    assert (ROOT / script).is_file(), f"{script} does not exist"
+    if script in ("examples/pretrain.py", "examples/demo.py"):
+        if flags != ["--help"]:
+            parse_arguments([str(ROOT / flag) if flag.endswith(".yaml") else flag for flag in flags], TINY)
+    elif script == "benchmarks/train_step.py":
+        load_benchmark().parse(flags)
+    else:
+        raise AssertionError(f"{script}: say here how its flags are checked")
+
+
+def check_make(targets):
+    rules = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(targets) <= set(rules), f"make {targets}: the Makefile has {rules}"
+
+
+def check_pip(words):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert words[0] == "install"
+    for word in words[1:]:
+        named = re.fullmatch(r"\.(?:\[([\w,]+)\])?", word)
+        assert named, f"pip {words}: {word} is not this package"
+        assert set((named[1] or "").split(",")) - {""} <= set(extras), f"{word}: the extras are {list(extras)}"
+
+
+def check_command(words):
+    match words:
+        case ["make", *targets]:
+            check_make(targets)
+        case ["pip", *rest]:
+            check_pip(rest)
+        case ["python", script, *flags]:
+            check_script(script, flags)
+        case ["accelerate", "launch", *rest]:
+            from accelerate.commands.launch import launch_command_parser
+
+            launch = launch_command_parser().parse_args(rest)
+            check_script(launch.training_script, launch.training_script_args)
+        case ["git" | "cd", *_]:
+            pass
+        case [tool, *_] if tool.startswith(".venv/bin/"):
+            pass
+        case _:
+            raise AssertionError(f"unknown command: {shlex.join(words)}")
+
+
+BASH = [(f"{name}:{line}", text) for name in DOCUMENTS for line, text in blocks(name, "bash")]
+
+
+@pytest.mark.parametrize("text", [text for _, text in BASH], ids=[name for name, _ in BASH])
+def test_commands_of_the_documents_exist(text):
+    for words in commands(text):
+        check_command(words)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make coffee",
+        'pip install ".[nothing]"',
+        "python examples/nothing.py",
+        "accelerate launch examples/pretrain.py examples/configs/nothing.yaml",
+        "PORT=1 accelerate launch examples/pretrain.py --max_stepz 3",
+        "python benchmarks/train_step.py --size huge",
+        "rm -rf runs",
+    ],
+)
+def test_commands_that_do_not_exist_are_noticed(command):
+    (words,) = commands(command)
+    with pytest.raises((AssertionError, ArgumentError, SystemExit)):
+        check_command(words)
+
+
+def anchors(file):
+    """The names that GitHub gives to the headings of a file."""
+    text = re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), f"{name}: {link} does not exist"
+        if anchor:
+            assert anchor in anchors(target), f"{name}: {link} is no heading; there are {sorted(anchors(target))}"
+
+
+def test_short_codes_of_the_source_are_defined():
+    text = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
+    defined = set(re.findall(rf"^- \*\*({CODES})\*\*", text, re.MULTILINE))
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").glob("*.md")]
+    used = {code for file in sources for code in re.findall(CODES, file.read_text(encoding="utf-8"))}
+    assert used and used <= defined
+
+
+def test_every_file_of_the_package_is_on_the_map():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package = ROOT / "src" / "dinosr_hf"
+    rooms = {file.relative_to(package).with_suffix("").parts[0] for file in package.rglob("*.py")}
+    assert {room for room in rooms if f"`{room}`" not in text} == set()
+
+
+def test_every_logged_number_is_explained():
+    text = (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
+    from dinosr_hf.pretraining.metrics import MetricSums
+
+    fields = MetricSums(2, 3, torch.device("cpu")).compute(lambda sums: sums)
+    fields |= dict.fromkeys(["step", "epoch", "learning_rate", "audio_seconds_per_second", "grad_norm"])
+    fields |= DinoSRForPreTraining(DinoSRConfig(**SMALL)).update_targets(1)
+    assert [name for name in fields if f"`{name}`" not in text] == []
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_codebooks": 1, "conv_dim": [2] * 7}
+
+
+def test_front_matter_of_the_card_is_valid():
+    _, front_matter, body = (ROOT / "model_cards" / "TEMPLATE.md").read_text(encoding="utf-8").split("---\n", 2)
+    fields = yaml.safe_load(front_matter)
+    assert fields["library_name"] == "transformers" and "dinosr" in fields["tags"]
+    for heading in ("Intended use", "Training data", "Training procedure", "Figures", "Licence"):
+        assert f"\n## {heading}" in body
+
+
+QUICK = ["--size", "tiny", "--batch", "2", "--seconds", "0.5", "--repeats", "1", "--threads", "1"]
+
+
+def test_benchmark_prints_a_table(capsys):
+    load_benchmark().main(QUICK)
+    printed = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in printed
+    assert re.search(r"^\| sdpa \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "message"), [("LOSS_TOLERANCE", "different losses"), ("CODEBOOK_TOLERANCE", "other codebooks")]
+)
+def test_benchmark_does_not_time_what_is_wrong(capsys, monkeypatch, tolerance, message):
+    benchmark = load_benchmark()
+    monkeypatch.setattr(benchmark, tolerance, -1.0)
+    with pytest.raises(SystemExit, match=message):
+        benchmark.main(QUICK)
+    assert capsys.readouterr().out == ""
