@@ -88,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/demo", help="folder of the results; an earlier demo's goes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--test_utterances", type=int, default=50, help="held-out utterances to judge on")
     options, flags = parser.parse_known_args()
     flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
     arguments = parse_arguments(flags, CONFIG)
@@ -102,8 +103,9 @@ def main() -> None:
     logging.disable_progress_bar()
 
     print("\nJudging on held-out voices ...", flush=True)
-    train = labelled_speech(arguments, "train", 60)
-    validation, test = labelled_speech(arguments, "validation", 25), labelled_speech(arguments, "test", 50)
+    num_test = options.test_utterances
+    train, test = labelled_speech(arguments, "train", num_test), labelled_speech(arguments, "test", num_test)
+    validation = labelled_speech(arguments, "validation", max(1, num_test // 2))
     trained = DinoSRForPreTraining.from_pretrained(out).eval()
     set_seed(options.seed)
     untrained = DinoSRForPreTraining(arguments.model_config()).eval()

@@ -501,3 +501,17 @@ def test_loss_is_the_same_as_a_tuple():
     x, mask = batch(0)
     as_tuple = model(x, mask_time_indices=mask, return_dict=False)
     torch.testing.assert_close(as_tuple[0], model(x, mask_time_indices=mask).loss, **LOSSES)
+
+
+def test_a_state_dict_without_copies_fills_them_from_its_student():
+    source = pretraining_model(freeze_mode="shared").state_dict()
+    model = pretraining_model(seed=1, freeze_mode="copied")
+    model.load_state_dict(source)
+    state = model.state_dict()
+    names = [name for name in state if name.startswith(("teacher.feature_extractor.", "teacher.feature_projection."))]
+    assert names
+    for name in names:
+        assert torch.equal(state[name], source[name.replace("teacher.", "dinosr.", 1)])
+    assert not any("teacher.feature" in name for name in source)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({name: tensor for name, tensor in source.items() if not name.startswith("dinosr.")})

@@ -349,3 +349,15 @@ class DinoSRTeacher(DinoSREncoder):
         if self.feature_extractor is not None and self.feature_projection is not None:
             torch._foreach_copy_(tuple(self.feature_extractor.parameters()), tuple(extractor.parameters()))
             torch._foreach_copy_(tuple(self.feature_projection.parameters()), tuple(projection.parameters()))
+
+
+def fill_front_end_copies(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """
+    Let a state dict from before there were copies load: they equal the student's. A pre-hook of `load_state_dict` for
+    `DinoSRForPreTraining`; it changes nothing for models without copies.
+    """
+    for part in ("feature_extractor.", "feature_projection."):
+        if getattr(module.teacher, part[:-1]) is not None:
+            student = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}dinosr.{part}")}
+            for key, value in student.items():
+                state_dict.setdefault(f"{prefix}teacher.{key[len(prefix) + len('dinosr.') :]}", value)

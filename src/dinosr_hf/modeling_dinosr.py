@@ -39,6 +39,7 @@ from .encoder_dinosr import (
     DinoSRPositionalConv,
     DinoSRTeacher,
     check_input,
+    fill_front_end_copies,
 )
 from .heads_dinosr import (
     DinoSRMarginLoss,
@@ -239,6 +240,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
         )
         self.teacher = DinoSRTeacher(config)
         self.codebooks = OnlineCodebooks(config.num_codebooks, config.codebook_size, config.hidden_size)
+        self.register_load_state_dict_pre_hook(fill_front_end_copies)
         self.post_init()
 
     def initialize_weights(self) -> None:

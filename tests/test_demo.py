@@ -1,0 +1,40 @@
+"""The demo runs from the command to the picture; whether it learns is docs/experiments.md's matter, not a test's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SIZES = {"max_steps": 2, "synthetic_utterances": 6, "step_seconds": 20, "test_utterances": 3, "codebook_size": 16}
+TINY = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+
+
+def run_demo(folder, *flags):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "demo.py"), "--output_dir", str(folder), *TINY, *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.mark.slow
+def test_the_demo_prints_its_tables_and_leaves_model_and_picture(tmp_path):
+    done = run_demo(tmp_path / "demo")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for row in ("at the start", "at the end", "DinoSR, layer", "untrained model, layer", "k-means on MFCCs"):
+        cells = next(line for line in done.stdout.splitlines() if line.startswith(f"| {row}")).split("|")
+        assert float(cells[2]) > 0
+    assert (tmp_path / "demo" / "phone_by_codeword.png").stat().st_size > 10_000
+    assert (tmp_path / "demo" / "model.safetensors").exists()
+
+
+def test_the_demo_leaves_a_folder_of_something_else_alone(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = run_demo(tmp_path)
+    assert done.returncode != 0 and "has a model already" in done.stderr
+    assert (tmp_path / "config.json").exists()
