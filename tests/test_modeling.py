@@ -125,6 +125,18 @@ def test_eager_attention_is_sdpa():
     assert not eager.attentions[0][2][..., model.config.num_frames(97) :].any()
 
 
+def test_flex_attention_is_sdpa():
+    # flex attention wants heads of at least 16 on a CPU
+    x, mask = padded([waveforms(1, length)[0] for length in LENGTHS])
+    model = encoder(hidden_size=64, num_attention_heads=2, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        sdpa = model(x, mask).last_hidden_state
+        model.set_attn_implementation("flex_attention")
+        flex = model(x, mask).last_hidden_state
+    frames = torch.arange(sdpa.shape[1]) < model.config.num_frames(mask.sum(dim=1))[:, None]
+    torch.testing.assert_close(flex[frames], sdpa[frames], **SAME_ARITHMETIC)
+
+
 def test_outputs_and_shapes():
     config = tiny_config()
     model = DinoSRModel(config).eval()
