@@ -176,7 +176,7 @@ def test_wrong_arguments_are_refused_by_name(tmp_path, content, flags, message):
 
 
 def test_impossible_models_are_refused():
-    with pytest.raises(ValueError, match="num_codebooks=9 is more than num_hidden_layers=4"):
+    with pytest.raises(ValueError, match="num_codebooks=9 is more than num_hidden_layers=3"):
         parse_arguments(["--num_codebooks", "9"], CONFIGS / "tiny_cpu.yaml")
 
 
