@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SIZES = {"max_steps": 2, "synthetic_utterances": 6, "step_seconds": 20, "test_utterances": 3, "codebook_size": 16}
-TINY = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+SIZES = {
+    "max_steps": 2,
+    "synthetic_utterances": 6,
+    "step_seconds": 20,
+    "test_utterances": 3,
+    "codebook_size": 16,
+    "num_threads": 1,
+}
+TINY = [word for name, value in {**SIZES, "num_threads": 1}.items() for word in (f"--{name}", str(value))]
 
 
 def run_demo(folder, *flags):

@@ -52,6 +52,7 @@ TINY = {
     "max_seconds": 2.0,
     "num_buckets": 2,
     "num_workers": 0,
+    "num_threads": 1,
     "max_steps": 4,
     "learning_rate": 1e-3,
     "log_steps": 1,
@@ -166,6 +167,7 @@ def test_arguments_written_by_a_run_start_the_same_run(tmp_path, recordings):
         ("micro_seconds: 1", [], "micro_seconds=1.0 is out of range"),
         ("mixed_precision: int8", [], "mixed_precision=int8"),
         ("batching: none", [], "batching"),
+        ("num_threads: -1", [], "num_threads=-1 is out of range"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(tmp_path, content, flags, message):
@@ -307,6 +309,17 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, recordings):
     Path(arguments.run.output_dir).mkdir()
     with pytest.raises(FloatingPointError, match="Lower learning_rate"):
         pretrain(model, FolderSource(recordings), arguments, Accelerator())
+
+
+def test_threads_are_those_asked_for_or_all_there_are(tmp_path, recordings):
+    before = torch.get_num_threads()
+    try:
+        trained(tmp_path, recordings, "one", max_steps=1)
+        assert torch.get_num_threads() == 1
+        trained(tmp_path, recordings, "all", max_steps=1, num_threads=0)
+        assert torch.get_num_threads() == os.cpu_count()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_trackers_get_the_metrics(tmp_path, recordings):

@@ -129,6 +129,10 @@ class RunArguments:
         default=None,
         metadata={"help": "no, fp16 (the paper) or bf16; left out: as `accelerate` is configured or launched."},
     )
+    num_threads: int = field(
+        default=0,
+        metadata={"help": "CPU threads of a process when training on a CPU; 0: its share of the cores."},
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade a third of the speed for memory."})
     log_steps: int = field(default=100, metadata={"help": "Steps from one line of metrics to the next."})
     save_steps: int = field(default=25_000, metadata={"help": "Steps from one saved model to the next; 0: only last."})
@@ -237,6 +241,7 @@ def _check(arguments: PretrainingArguments) -> None:
             run.mixed_precision,
             "no, fp16, bf16",
         ),
+        (run.num_threads >= 0, "num_threads", run.num_threads, "at least 0, which means its share of the cores"),
         (run.log_steps >= 1, "log_steps", run.log_steps, "at least 1"),
         (run.save_steps >= 0, "save_steps", run.save_steps, "at least 0, which means only at the end"),
         (data.num_workers >= 0, "num_workers", data.num_workers, "at least 0"),

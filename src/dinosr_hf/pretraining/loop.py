@@ -287,6 +287,10 @@ def run(arguments: PretrainingArguments) -> DinoSRForPreTraining:
     )
     if not accelerator.is_main_process:
         logging.getLogger("dinosr_hf").setLevel(logging.WARNING)
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` leaves a process one thread, whatever there is.
+        share = (os.cpu_count() or 1) // accelerator.num_processes
+        torch.set_num_threads(options.num_threads or max(1, share))
     set_seed(options.seed)
     with accelerator.main_process_first():
         source = _open_data(arguments.data, options.seed)
