@@ -150,7 +150,7 @@ def test_masks_drawn_in_training_come_from_the_generator():
     x = waveforms(3, 900)
 
     def codes(seed):
-        return model(x, mask_generator=torch.Generator().manual_seed(seed)).codes
+        return model(x, generator=torch.Generator().manual_seed(seed)).codes
 
     torch.manual_seed(0)
     first = codes(4)

@@ -301,7 +301,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         mask_time_indices: torch.Tensor | None = None,
-        mask_generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DinoSRForPreTrainingOutput:
         """
@@ -312,7 +312,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
             attention_mask: (B, S), 1 for samples, 0 for padding; None: no padding.
             mask_time_indices: bool (B, T), the frames to mask and predict; padded frames are left out of it. None: in
                 training they are drawn here; in evaluation nothing is masked and there is no loss.
-            mask_generator: Source of the masks drawn here; None: torch's global generator of the CPU.
+            generator: Source of the masks drawn here; None: torch's global generator of the CPU.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
@@ -323,7 +323,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
         """
         if mask_time_indices is None and self.training:
             check_input(self.config, input_values, attention_mask)
-            mask_time_indices = self._sample_mask(input_values, attention_mask, mask_generator)
+            mask_time_indices = self._sample_mask(input_values, attention_mask, generator)
         student = self.dinosr(input_values, attention_mask, mask_time_indices=mask_time_indices, **kwargs)
         losses: Mapping[str, Any] = {}
         if mask_time_indices is not None:
