@@ -37,7 +37,7 @@ from ..data import (
 )
 from ..data.synthetic import SyntheticCorpus
 from ..modeling_dinosr import DinoSRForPreTraining
-from .arguments import ArgumentError, DataArguments, PretrainingArguments
+from .arguments import ArgumentError, DataArguments, PretrainingArguments, RunArguments
 from .metrics import MetricSums
 from .schedules import tri_stage
 from .state import append_metrics, save_model
@@ -160,6 +160,26 @@ def _accumulate_gradients(
         sums.add(output, *_count_samples(batch))
 
 
+def _optimizer_and_schedule(
+    model: DinoSRForPreTraining, options: RunArguments
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.weight_decay,
+    )
+    factor = partial(
+        tri_stage,
+        max_steps=options.max_steps,
+        warmup_share=options.warmup_share,
+        hold_share=options.hold_share,
+        final_lr_scale=options.final_lr_scale,
+    )
+    return optimizer, LambdaLR(optimizer, factor)
+
+
 def pretrain(
     model: DinoSRForPreTraining, source: SpeechSource, arguments: PretrainingArguments, accelerator: Accelerator
 ) -> DinoSRForPreTraining:
@@ -183,21 +203,7 @@ def pretrain(
     options, config, device = arguments.run, model.config, accelerator.device
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        weight_decay=options.weight_decay,
-    )
-    factor = partial(
-        tri_stage,
-        max_steps=options.max_steps,
-        warmup_share=options.warmup_share,
-        hold_share=options.hold_share,
-        final_lr_scale=options.final_lr_scale,
-    )
-    schedule = LambdaLR(optimizer, factor)
+    optimizer, schedule = _optimizer_and_schedule(model, options)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     is_frozen = False

@@ -27,7 +27,10 @@ class MetricSums:
     def __init__(self, num_codebooks: int, codebook_size: int, device: torch.device) -> None:
         self._shape = (num_codebooks, codebook_size)
         # One tensor, so that one collective adds up everything: counts, probabilities, loss, frames, samples, padding.
-        self._sums = torch.zeros(2 * num_codebooks * codebook_size + num_codebooks + 3, device=device).double()
+        # In float64 counts stay exact for weeks; Apple's GPUs have none.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        size = 2 * num_codebooks * codebook_size + num_codebooks + 3
+        self._sums = torch.zeros(size, device=device, dtype=dtype)
 
     @torch.no_grad()
     def add(self, output: DinoSRForPreTrainingOutput, num_samples: int, num_padded: int) -> None:
@@ -41,10 +44,10 @@ class MetricSums:
         """
         assert output.code_counts is not None and output.prediction_sums is not None
         assert output.codebook_losses is not None and output.num_masked_frames is not None
-        frames = output.num_masked_frames.double()
+        frames = output.num_masked_frames.to(self._sums.dtype)
         parts = [output.code_counts.flatten(), output.prediction_sums.flatten(), output.codebook_losses * frames]
         audio = self._sums.new_tensor([num_samples, num_padded])
-        self._sums += torch.cat([*(part.double() for part in parts), frames[None], audio])
+        self._sums += torch.cat([*(part.to(self._sums.dtype) for part in parts), frames[None], audio])
 
     def compute(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | list[float]]:
         """
@@ -71,7 +74,7 @@ class MetricSums:
             "loss": losses.mean().item(),
             "target_perplexity": target.mean().item(),
             "prediction_perplexity": prediction.mean().item(),
-            "active_codewords": active.double().mean().item(),
+            "active_codewords": active.float().mean().item(),
             "codebook_losses": losses.tolist(),
             "target_perplexities": target.tolist(),
             "prediction_perplexities": prediction.tolist(),
