@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ..codebook_dinosr import perplexity
+from ..data import SAMPLING_RATE
 from ..objective_dinosr import DinoSRForPreTrainingOutput
 
 
@@ -80,6 +81,6 @@ class MetricSums:
             "prediction_perplexities": prediction.tolist(),
             "codebook_active_codewords": active.tolist(),
             "masked_frames": frames,
-            "seconds": num_samples / 16_000,
+            "seconds": num_samples / SAMPLING_RATE,
             "padded_share": num_padded / max(num_samples + num_padded, 1),
         }

@@ -12,13 +12,14 @@ from typing import Any
 
 from transformers import Wav2Vec2FeatureExtractor
 
+from ..data import SAMPLING_RATE
 from ..modeling_dinosr import DinoSRForPreTraining
 
 
 def feature_extractor() -> Wav2Vec2FeatureExtractor:
     """What turns audio into the model's input: 16 kHz, zero mean and unit variance, padding at the end."""
     return Wav2Vec2FeatureExtractor(
-        feature_size=1, sampling_rate=16_000, padding_value=0.0, do_normalize=True, return_attention_mask=True
+        feature_size=1, sampling_rate=SAMPLING_RATE, padding_value=0.0, do_normalize=True, return_attention_mask=True
     )
 
 
