@@ -73,7 +73,7 @@ class OnlineCodebooks(nn.Module):
         Random codewords with zero mean and unit variance over the `V` codewords of each dimension.
 
         Returns:
-            float32 (N, V, D); with counts of one, sums and codewords are the same.
+            float32 (N, V, D): codewords, and sums where counts are one.
         """
         codewords = torch.randn(self.sums.shape, dtype=torch.float32, device=self.sums.device)
         variance, mean = torch.var_mean(codewords, dim=1, correction=0, keepdim=True)
@@ -117,6 +117,10 @@ class OnlineCodebooks(nn.Module):
         # One more column of ones: sums and counts travel together, here and between processes.
         frames = torch.nn.functional.pad(targets.float(), (0, 1), value=1.0)  # (N, M, D + 1)
         self._pending.view(-1, hidden_size + 1).index_add_(0, rows.flatten(), frames.flatten(0, 1))
+
+    def discard(self) -> None:
+        """Forget what was accumulated since the last `commit`: for a step that is skipped."""
+        self._pending = None
 
     @torch.no_grad()
     def commit(self, decay: float) -> None:

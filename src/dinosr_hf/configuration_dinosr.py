@@ -54,6 +54,8 @@ class DinoSRConfig(PreTrainedConfig):
         num_conv_pos_embeddings: Number of stacked positional convolutions.
         num_codebooks: Number `N` of top layers that have a codebook and a prediction head.
         codebook_size: Number `V` of codewords of a codebook.
+        codebook_start_count: Frames that the random start of a codeword counts for: the fewer, the further the first
+            frames that fall on it take it. It belongs to the size of the batch.
         codebook_decay: Decay of codeword sums and counts (tau of the paper's equations 4 and 5).
         codebook_end_decay: Value that `codebook_decay` is annealed to linearly; None keeps it constant.
         codebook_end_decay_step: Update at which the annealing of `codebook_decay` ends.
@@ -130,6 +132,7 @@ class DinoSRConfig(PreTrainedConfig):
     num_conv_pos_embeddings: int = 5
     num_codebooks: int = 8
     codebook_size: int = 256
+    codebook_start_count: float | int = 1.0
     codebook_decay: float | int = 0.9
     codebook_end_decay: float | int | None = None
     codebook_end_decay_step: int = 0
@@ -197,6 +200,7 @@ class DinoSRConfig(PreTrainedConfig):
                 f"num_codebooks={self.num_codebooks} is more than num_hidden_layers={self.num_hidden_layers}, but each"
                 " codebook belongs to a layer of its own. Lower num_codebooks or raise num_hidden_layers."
             )
+        self._check_range(("codebook_start_count",), 0, open_low=True)
         self._check_range(("codebook_decay", "ema_decay", "ema_end_decay"), 0, 1)
         if self.codebook_end_decay is not None:
             self._check_range(("codebook_end_decay",), 0, 1)

@@ -49,7 +49,7 @@ from .heads_dinosr import (
     mean_over_time,
 )
 from .masking import numpy_generator, sample_span_mask, sample_spec_augment
-from .objective_dinosr import DinoSRForPreTrainingOutput, masked_prediction_losses, normalize_over_time
+from .objective_dinosr import DinoSRForPreTrainingOutput, energy_sums, masked_prediction_losses, normalize_over_time
 
 # Which of transformers' automatic classes finds which model; a saved folder's `auto_map` is made of it.
 AUTO_CLASSES = {
@@ -101,8 +101,8 @@ class DinoSRPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DinoSRModel):
             init.uniform_(module.masked_spec_embed)
         elif isinstance(module, OnlineCodebooks):
-            init.copy_(module.sums, module.initial_sums())
-            init.ones_(module.counts)
+            init.copy_(module.sums, module.initial_sums() * self.config.codebook_start_count)
+            init.constant_(module.counts, self.config.codebook_start_count)
         elif isinstance(module, DinoSRForPreTraining):
             for own, live in module.teacher.pairs_with(module.dinosr):
                 init.copy_(own, live)
@@ -266,7 +266,6 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
         )
         return torch.from_numpy(mask).to(input_values.device)
 
-    @torch.no_grad()
     def compute_targets(
         self,
         input_values: torch.Tensor,
@@ -287,13 +286,20 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
             float32 (N, B, T, D): feed-forward output of each of the top N layers, normalised over time.
         """
         frame_mask = self._frame_mask(attention_mask, extract_features.shape[1])
+        return self._targets_and_energies(input_values, extract_features, frame_mask, kwargs)[0]
+
+    @torch.no_grad()
+    def _targets_and_energies(
+        self, input_values: torch.Tensor, extracted: torch.Tensor, frame_mask: torch.Tensor | None, kwargs: Mapping
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.teacher.own_features(input_values)
         if features is None:
             # Without the projection's dropout, which is the student's alone.
-            features = self.dinosr.feature_projection.projection(extract_features.detach())
+            features = self.dinosr.feature_projection.projection(extracted.detach())
         layers = self.teacher(features, frame_mask, **kwargs)
         # Our frames count by themselves; the authors' statistics have the padding in them.
-        return normalize_over_time(layers, None if self.config.reference_padding else frame_mask)
+        targets = normalize_over_time(layers, None if self.config.reference_padding else frame_mask)
+        return targets, energy_sums(layers, frame_mask)
 
     @can_return_tuple
     def forward(
@@ -325,16 +331,18 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
             check_input(self.config, input_values, attention_mask)
             mask_time_indices = self._sample_mask(input_values, attention_mask, generator)
         student = self.dinosr(input_values, attention_mask, mask_time_indices=mask_time_indices, **kwargs)
-        losses: Mapping[str, Any] = {}
+        losses: dict[str, Any] = {}
         if mask_time_indices is not None:
             for_student_only = ("output_hidden_states", "output_attentions")
             teacher_kwargs = {name: value for name, value in kwargs.items() if name not in for_student_only}
-            targets = self.compute_targets(input_values, student.extract_features, attention_mask, **teacher_kwargs)
+            features = student.extract_features
+            frame_mask = self._frame_mask(attention_mask, features.shape[1])
+            targets, energies = self._targets_and_energies(input_values, features, frame_mask, teacher_kwargs)
             masked = mask_time_indices.to(targets.device, torch.bool)
-            frame_mask = self._frame_mask(attention_mask, masked.shape[1])
             if frame_mask is not None:
                 masked = masked & frame_mask
             losses = self._score(student.last_hidden_state[masked], targets[:, masked])
+            losses |= {"target_energies": energies, "feature_energies": energy_sums(features, frame_mask)}
         return DinoSRForPreTrainingOutput(
             **losses,
             last_hidden_state=student.last_hidden_state,
@@ -342,13 +350,13 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
             attentions=student.attentions,
         )
 
-    def _score(self, student: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
+    def _score(self, student: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
         """Student's output (M, D) and targets (N, M, D) at masked frames to losses and counts."""
         codes = self.codebooks.assign(targets)
         if self.training:
             self.codebooks.accumulate(targets, codes)
         logits = torch.stack([head(student) for head in self.heads])  # (N, M, V)
-        return masked_prediction_losses(logits, codes)
+        return dict(masked_prediction_losses(logits, codes))
 
     @torch.no_grad()
     def update_targets(self, step: int) -> dict[str, float]:

@@ -12,6 +12,19 @@ from transformers.utils.generic import ModelOutput
 from .codebook_dinosr import perplexity
 
 
+def _moments_over_time(
+    hidden_states: torch.Tensor, frame_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance, (..., B, 1, D) each, over the frames that count of float32 (..., B, T, D)."""
+    if frame_mask is None:
+        variance, mean = torch.var_mean(hidden_states, dim=-2, correction=0, keepdim=True)
+        return mean, variance
+    weight = frame_mask[..., None].float()  # (B, T, 1)
+    weight = weight / weight.sum(dim=-2, keepdim=True).clamp(min=1.0)
+    mean = (hidden_states * weight).sum(dim=-2, keepdim=True)
+    return mean, ((hidden_states - mean).square() * weight).sum(dim=-2, keepdim=True)
+
+
 def normalize_over_time(hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
     """
     Instance norm: zero mean and unit variance over the frames of each utterance and channel (paper, Section 3.1).
@@ -24,14 +37,30 @@ def normalize_over_time(hidden_states: torch.Tensor, frame_mask: torch.Tensor | 
         float32 (..., B, T, D).
     """
     hidden_states = hidden_states.float()
-    if frame_mask is None:
-        variance, mean = torch.var_mean(hidden_states, dim=-2, correction=0, keepdim=True)
-    else:
-        weight = frame_mask[..., None].float()  # (B, T, 1)
-        weight = weight / weight.sum(dim=-2, keepdim=True).clamp(min=1.0)
-        mean = (hidden_states * weight).sum(dim=-2, keepdim=True)
-        variance = ((hidden_states - mean).square() * weight).sum(dim=-2, keepdim=True)
+    mean, variance = _moments_over_time(hidden_states, frame_mask)
     return (hidden_states - mean) * torch.rsqrt(variance + 1e-5)
+
+
+@torch.no_grad()
+def energy_sums(hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    How much of the energy of features changes over time, as sums that add up over batches.
+
+    The first divided by the second is the *variation*: 1 for features that are zero on average over each utterance,
+    0 where all frames of an utterance are alike, which no instance norm shows afterwards.
+
+    Args:
+        hidden_states: (..., B, T, D).
+        frame_mask: bool (B, T), the frames that count; None: all.
+
+    Returns:
+        float32 (..., 2), without gradient: squared distances from the mean of each utterance and channel, and squares,
+        each summed over utterances, frames and channels.
+    """
+    mean, variance = _moments_over_time(hidden_states.float(), frame_mask)
+    energies = torch.stack((variance, variance + mean.square()), dim=-1).sum(dim=-2)  # (..., B, 1, 2)
+    num_frames = hidden_states.shape[-2] if frame_mask is None else frame_mask.sum(dim=-1)[:, None, None]
+    return (energies * num_frames).sum(dim=(-3, -2))
 
 
 @dataclass
@@ -50,6 +79,10 @@ class DinoSRForPreTrainingOutput(ModelOutput):
         last_hidden_state: (B, T, D), the student's output.
         code_counts: int64 (N, V), masked frames on each codeword: what to add up over micro-batches and processes.
         prediction_sums: float32 (N, V), the student's probabilities summed over masked frames, likewise.
+        target_energies: float32 (N, 2), of the teacher's layers before instance norm, all frames: energy that changes
+            over time within an utterance, and all energy; likewise to add up. Divided, 0 is a teacher whose frames are
+            all alike (`energy_sums`).
+        feature_energies: float32 (2,), the same of the student's convolutions (`extract_features` of `DinoSRModel`).
         hidden_states: On demand, the student's: first layer's input and each layer's output, (B, T, D) each.
         attentions: On demand, the student's: (B, heads, T, T) a layer.
     """
@@ -64,6 +97,8 @@ class DinoSRForPreTrainingOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     code_counts: torch.Tensor | None = None
     prediction_sums: torch.Tensor | None = None
+    target_energies: torch.Tensor | None = None
+    feature_energies: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
