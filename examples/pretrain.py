@@ -13,7 +13,16 @@ import logging
 import sys
 from pathlib import Path
 
-from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
+from accelerate import PartialState
+
+from dinosr_hf.pretraining import (
+    ArgumentError,
+    CheckpointError,
+    RunInterrupted,
+    TrainingStopped,
+    parse_arguments,
+    run,
+)
 
 
 def main() -> None:
@@ -21,10 +30,14 @@ def main() -> None:
     logging.getLogger("dinosr_hf").setLevel(logging.INFO)
     try:
         arguments = parse_arguments(sys.argv[1:], Path(__file__).parent / "configs" / "tiny_cpu.yaml")
-        run(arguments)
-    except ArgumentError as error:
+        model = run(arguments)
+    except (ArgumentError, CheckpointError, TrainingStopped) as error:
         sys.exit(f"pretrain.py: {error}")
-    print(f"The model is in {arguments.run.output_dir}: AutoModel.from_pretrained({arguments.run.output_dir!r}).")
+    except RunInterrupted as interruption:
+        print(f"{interruption} The same command goes on from there.", file=sys.stderr)
+        sys.exit(interruption.exit_code)
+    if model is not None and PartialState().is_main_process:
+        print(f"The model is in {arguments.run.output_dir}: AutoModel.from_pretrained({arguments.run.output_dir!r}).")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,34 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
+import pytest
 import torch
 
 torch.set_num_threads(1)
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its precision for the life of a process."""
+    from accelerate.state import AcceleratorState  # an optional package
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory):
+    """A folder of coloured noise in several formats, rates and channels."""
+    import soundfile  # an optional package
+
+    folder = tmp_path_factory.mktemp("recordings")
+    generator = np.random.default_rng(0)
+    for number, (suffix, rate, channels) in enumerate(
+        [("wav", 16000, 1), ("flac", 22050, 2), ("ogg", 16000, 1), ("mp3", 44100, 2), ("wav", 8000, 1)] * 3
+    ):
+        seconds = 0.8 + 0.15 * number
+        audio = generator.standard_normal((int(rate * seconds), channels)).cumsum(axis=0) * 0.002
+        soundfile.write(folder / f"{number:02d}.{suffix}", np.clip(audio, -0.9, 0.9), rate)
+    return folder

@@ -161,7 +161,7 @@ def test_read_labels_of_both_forms(tmp_path, name):
         {"name": "steps", "phones": ["SIL", "SIL", "æ", "æ"], "speaker": "left alone"},
         "",
         {"name": "segments", "phones": [{"label": "æ", "start": 0.02, "end": 0.04}]},
-        {"name": "nothing", "phones": []},
+        {"id": "nothing", "phones": []},
     ]
     labels = read_labels(write_lines(tmp_path / name, rows))
     assert list(labels) == ["steps", "segments", "nothing"]

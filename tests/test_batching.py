@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,15 +13,18 @@ from torch.utils.data import DataLoader
 
 from dinosr_hf import DinoSRConfig
 from dinosr_hf.data import (
+    AudioFileError,
     Crop,
     FolderSource,
     PretrainingCollator,
+    SpeechSource,
     StepDataset,
     StepLoader,
     micro_batches,
     plan_epoch,
     summarize_plan,
 )
+from dinosr_hf.data.batching import MicroBatch, SkippedPart
 from dinosr_hf.data.collator import utterance_generator, utterance_hash
 
 
@@ -66,7 +70,7 @@ def naive_plan(num_samples, *, seed, epoch, step_samples, min_samples, max_sampl
         for index in step:
             taken = shortest if mode == "crop" else length[index]
             share = utterance_hash(seed, epoch, ids[index], "crop") / 2**128
-            plan[-1].append((index, math.floor(share * (num_samples[index] - taken + 1)), taken))
+            plan[-1].append((index, math.floor(share * (num_samples[index] - taken + 1)), taken, epoch))
     return [plan[position] for position in generator.permutation(len(plan))]
 
 
@@ -96,7 +100,8 @@ def test_what_every_plan_holds(size, mode, epoch):
         uncropped = [min(lengths[crop.index], LIMITS["max_samples"]) for crop in step]
         assert sum(taken) <= sum(uncropped) <= LIMITS["step_samples"]
         assert taken == ([min(uncropped)] * len(step) if mode == "crop" else uncropped)
-        for index, start, num_samples in step:
+        for index, start, num_samples, own_epoch in step:
+            assert own_epoch == epoch
             assert lengths[index] >= LIMITS["min_samples"]
             assert 0 <= start <= lengths[index] - num_samples
     if len(steps) > 1:
@@ -158,6 +163,60 @@ def test_neither_the_shortest_nor_the_longest_are_always_dropped():
         dropped |= set(range(49)) - members
     assert min(dropped) < 5
     assert max(dropped) > 43
+
+
+def test_members_of_an_epoch_may_come_more_than_once():
+    """A plan of members is that of a corpus that has each of them for itself, but for the passes that seed crops."""
+    lengths = corpus(150)
+    ids = [f"u{k}" for k in range(150)]
+    members = [(index, own_epoch) for index in range(0, 150, 2) for own_epoch in range(7, 7 + index % 3)]
+    assert len(members) > len({index for index, _ in members})
+    options = dict(LIMITS, max_samples=100, seed=3, epoch=2)
+    steps = plan_epoch(lengths, ids=ids, members=members, **options)
+    apart = plan_epoch([lengths[index] for index, _ in members], **options)
+
+    assert [[members[crop.index] for crop in step] for step in apart] == [
+        [(c.index, c.epoch) for c in s] for s in steps
+    ]
+    for step in steps:
+        for index, start, num_samples, own_epoch in step:
+            share = utterance_hash(3, own_epoch, ids[index], "crop") / 2**128
+            assert start == math.floor(share * (lengths[index] - num_samples + 1))
+    starts = {}
+    for crop in (crop for step in steps for crop in step if lengths[crop.index] > 150):
+        starts.setdefault(crop.index, []).append(crop.start)
+    assert all(len(set(each)) == len(each) for each in starts.values())
+    assert max(map(len, starts.values())) == 2
+
+
+def test_all_members_are_the_default():
+    lengths = corpus(100)
+    options = dict(LIMITS, seed=0, epoch=4)
+    members = [(index, 4) for index in range(100)]
+    assert plan_epoch(lengths, members=members, **options) == plan_epoch(lengths, **options)
+    assert plan_epoch(lengths, members=np.array(members), **options) == plan_epoch(lengths, **options)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_members_of_no_utterance(index):
+    with pytest.raises(ValueError, match=f"members has the index {index}, but there are 2 utterances"):
+        plan_epoch([100, 100], members=[(0, 0), (index, 0)], **LIMITS, seed=0, epoch=0)
+
+
+def test_no_members():
+    with pytest.raises(ValueError, match="None of 0 utterances has min_samples"):
+        plan_epoch([100, 100], members=[], **LIMITS, seed=0, epoch=0)
+
+
+def test_windows_of_an_epoch_have_orders_of_their_own():
+    lengths = corpus(100)
+    plans = [plan_epoch(lengths, **LIMITS, seed=0, epoch=0, window=window) for window in (0, 0, 1, 2)]
+    assert plans[0] == plans[1] == plan_epoch(lengths, **LIMITS, seed=0, epoch=0)
+    assert plans[0] != plans[2] != plans[3] != plans[0]
+    # An utterance's crop and mask are its own, whichever window it is in.
+    starts = [{crop[0]: crop[1:] for step in plan for crop in step} for plan in plans]
+    alike = [starts[0][index] == starts[2][index] for index in starts[0].keys() & starts[2].keys()]
+    assert sum(alike) > 0
 
 
 def test_less_than_a_step_is_one_step_with_a_warning():
@@ -257,6 +316,9 @@ def test_summary_counts_everything():
     assert summary.padded_share == pytest.approx(1 - 360 / 380)
     assert "4 utterances in 2 steps" in str(summary)
     assert "1 too short, 1 left over; 26.5% of the audio cropped away, 5.3% padding" in str(summary)
+    members = [(0, 0), (1, 0), (2, 0), (2, 1), (3, 0), (4, 0), (5, 0)]
+    twice = summarize_plan(steps, lengths, min_samples=20, micro_samples=200, members=members)
+    assert (twice.num_too_short, twice.num_dropped) == (1, 2)
     halves = summarize_plan(steps, lengths, min_samples=20, world_size=2, micro_samples=200)
     assert (halves.num_micro_batches, halves.padded_share) == (4, 0)
 
@@ -284,21 +346,22 @@ def step_dataset(source, *, rank=0, world_size=1, micro_samples=32_000, mode="cr
         mode=mode,
     )
     collator = PretrainingCollator(DinoSRConfig(), seed=0)
-    return StepDataset(source, steps, collator, rank, world_size, micro_samples, epoch)
+    return StepDataset(source, steps, collator, rank, world_size, micro_samples)
 
 
 def assert_same(first, second):
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert one.skipped == other.skipped
+        assert one.inputs.keys() == other.inputs.keys()
+        assert all(torch.equal(one.inputs[key], other.inputs[key]) for key in one.inputs)
 
 
 def rows(batches):
     """Each utterance's samples and mask, in an order that does not depend on how they were batched."""
     found = [
         (values[: int(length)].tolist(), mask.tolist())
-        for batch in batches
+        for batch, _ in batches
         for values, mask, length in zip(
             batch["input_values"],
             batch["mask_time_indices"],
@@ -316,8 +379,8 @@ def test_step_holds_the_planned_crops(source):
     pieces = dataset.micro_batches(0)
     assert len(batches) == len(pieces) == 2
     for batch, piece in zip(batches, pieces, strict=True):
-        items = [(source.utterances[c.index].id, source.load(c.index, c.start, c.num_samples)) for c in piece]
-        assert_same([batch], [dataset.collator(items, epoch=0)])
+        items = [(source.utterances[c.index].id, source.load(c.index, c.start, c.num_samples), 0) for c in piece]
+        assert_same([batch], [MicroBatch(dataset.collator(items), [])])
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
@@ -336,6 +399,91 @@ def test_step_does_not_depend_on_processes_and_micro_batches(source, mode):
             assert len(batches) > 1
             assert rows(batches) == expected
     assert rows(whole[0]) != rows(step_dataset(source, mode=mode, micro_samples=1_000_000, epoch=1)[0])
+
+
+class Damaged(SpeechSource):
+    """A source some of whose utterances have gone bad since they were listed."""
+
+    def __init__(self, source, damages):
+        self.source = source
+        self.utterances = source.utterances
+        self.skipped = {}
+        self.damages = damages
+
+    def load(self, index, start=0, num_samples=None):
+        waveform = self.source.load(index, start, num_samples).copy()
+        damage = self.damages.get(index)
+        if isinstance(damage, Exception):
+            raise damage
+        if damage is not None:
+            waveform[slice(None) if damage == 0 else 7] = damage
+        return waveform
+
+
+DAMAGES = {
+    "unreadable": (AudioFileError("x.flac is truncated", "truncated"), "x.flac is truncated"),
+    "disk": (OSError(5, "Input/output error"), r"\[Errno 5\] Input/output error"),
+    "silent": (0, "All [0-9,]+ samples of the part are 0"),
+    "nan": (np.nan, "NaN or infinite"),
+    "infinite": (np.inf, "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_what_has_gone_bad_is_left_out_and_said(source, damage, message, num_workers):
+    dataset = step_dataset(source, mode="pad", micro_samples=1_000_000)
+    bad = dataset.micro_batches(1)[0][0]  # the longest: without it there is less padding
+    rest = [[crop for crop in piece if crop != bad] for piece in dataset.micro_batches(1)]
+    damaged = step_dataset(Damaged(source, {bad.index: damage}), mode="pad", micro_samples=1_000_000)
+    batches = next(iter(StepLoader(damaged, first_step=1, num_workers=num_workers)))
+
+    (skipped,) = batches[0].skipped
+    assert skipped.utterance_id == source.utterances[bad.index].id
+    assert re.search(message, skipped.message)
+    assert [batch.skipped for batch in batches[1:]] == [[]] * (len(batches) - 1)
+    expected = [dataset.read(piece) for piece in rest]
+    assert_same([batch._replace(skipped=[]) for batch in batches], expected)
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_piece_of_which_nothing_is_left_is_silence(source, mode):
+    dataset = step_dataset(Damaged(source, dict.fromkeys(range(14), 0)), mode=mode)
+    for step in range(len(dataset)):
+        for (inputs, skipped), piece in zip(dataset[step], dataset.micro_batches(step), strict=True):
+            assert [name for name, _ in skipped] == [source.utterances[crop.index].id for crop in piece]
+            num_samples = min(crop.num_samples for crop in piece)
+            assert inputs["input_values"].shape == (1, num_samples)
+            assert inputs["mask_time_indices"].shape == (1, DinoSRConfig().num_frames(num_samples))
+            assert not any(tensor.any() for tensor in inputs.values())
+
+
+def test_error_that_is_no_files_fault_is_raised(source):
+    dataset = step_dataset(Damaged(source, {k: ImportError("no decoder") for k in range(14)}))
+    with pytest.raises(ImportError, match="no decoder"):
+        next(iter(StepLoader(dataset)))
+
+
+def test_pinning_keeps_the_types(monkeypatch):
+    """torch makes lists of plain tuples on the way; seen here without a GPU."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor.clone())
+    batch = MicroBatch({"input_values": torch.ones(1, 3)}, [SkippedPart("a", "b")])
+    pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    assert type(pinned) is MicroBatch
+    assert [type(part) for part in pinned.skipped] == [SkippedPart]
+    assert_same([pinned], [batch])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pins memory for a GPU")
+def test_pinned_batches_are_of_the_same_types(source):
+    dataset = step_dataset(Damaged(source, {0: 0, 5: np.nan}))
+    steps = list(StepLoader(dataset, num_workers=1, pin_memory=True))
+    assert sum(len(batch.skipped) for step in steps for batch in step) == 2
+    for loaded, expected in zip(steps, dataset, strict=False):
+        assert_same(loaded, expected)
+        for inputs, skipped in loaded:
+            assert all(tensor.is_pinned() for tensor in inputs.values())
+            assert all(isinstance(part, SkippedPart) for part in skipped)
 
 
 @pytest.mark.parametrize(("num_workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])

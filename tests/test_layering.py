@@ -31,9 +31,10 @@ LAYERS = (
     ("encoder_dinosr",),
     ("objective_dinosr", "heads_dinosr"),
     ("modeling_dinosr",),
-    ("_compat",),
+    ("_compat", "folders"),
     ("data", "conversion"),
-    ("pretraining", "ctc", "analysis"),
+    ("analysis",),
+    ("pretraining", "ctc"),
     ("hub",),
     ("__init__",),
 )

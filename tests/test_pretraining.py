@@ -1,8 +1,9 @@
 """The pre-training command: what it is told, that it learns, and that however a step is grouped, it is the same."""
 
-import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,87 +14,23 @@ import soundfile
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoModel
 from transformers.trainer_utils import set_seed
 
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRModel
-from dinosr_hf.data import FolderSource
-from dinosr_hf.pretraining import ArgumentError, parse_arguments, pretrain, run, tri_stage
-
-ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "examples" / "configs"
-
-TINY = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "conv_dim": [8, 8, 8],
-    "conv_kernel": [10, 8, 8],
-    "conv_stride": [5, 8, 8],
-    "num_conv_pos_embeddings": 2,
-    "conv_pos_kernel_size": 3,
-    "num_conv_pos_embedding_groups": 2,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "layerdrop": 0.0,
-    "num_codebooks": 2,
-    "codebook_size": 8,
-    "ema_decay": 0.9,
-    "ema_end_decay": 0.99,
-    "ema_anneal_steps": 3,
-    "freeze_teacher_step": None,
-    "mask_length": 4,
-    "step_seconds": 8.0,
-    "micro_seconds": 8.0,
-    "min_seconds": 0.3,
-    "max_seconds": 2.0,
-    "num_buckets": 2,
-    "num_workers": 0,
-    "num_threads": 1,
-    "max_steps": 4,
-    "learning_rate": 1e-3,
-    "log_steps": 1,
-    "save_steps": 0,
-}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps its precision for the life of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory):
-    """A folder of coloured noise in several formats, rates and channels."""
-    folder = tmp_path_factory.mktemp("recordings")
-    generator = np.random.default_rng(0)
-    for number, (suffix, rate, channels) in enumerate(
-        [("wav", 16000, 1), ("flac", 22050, 2), ("ogg", 16000, 1), ("mp3", 44100, 2), ("wav", 8000, 1)] * 3
-    ):
-        seconds = 0.8 + 0.15 * number
-        audio = generator.standard_normal((int(rate * seconds), channels)).cumsum(axis=0) * 0.002
-        soundfile.write(folder / f"{number:02d}.{suffix}", np.clip(audio, -0.9, 0.9), rate)
-    return folder
-
-
-def write_config(folder, **changes):
-    path = Path(folder) / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, **changes}))
-    return path
-
-
-def tiny_arguments(tmp_path, recordings, **changes):
-    path = write_config(tmp_path, data=str(recordings), output_dir=str(tmp_path / "out"), **changes)
-    return parse_arguments([str(path)], CONFIGS / "tiny_cpu.yaml")
-
-
-def metrics_of(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
+from dinosr_hf.data import AudioFileError, FolderSource
+from dinosr_hf.pretraining import (
+    ArgumentError,
+    TrainingStopped,
+    find_checkpoints,
+    loop,
+    parse_arguments,
+    pretrain,
+    run,
+    tri_stage,
+)
+from pretraining_runs import CONFIGS, ROOT, launch, metrics_of, tiny_arguments, write_config
 
 # -- arguments
 
@@ -219,8 +156,6 @@ def test_a_run_leaves_a_model_that_transformers_opens(tmp_path, recordings):
         assert math.isfinite(line["loss"]) and line["masked_frames"] > 0 and line["seconds"] > 0
         assert line["loss"] == pytest.approx(np.mean(line["codebook_losses"]))
         assert 1 <= line["target_perplexity"] <= 8 and 1 <= line["prediction_perplexity"] <= 8
-    with pytest.raises(ArgumentError, match="has a model already"):
-        run(arguments)
 
 
 def test_every_parameter_moves_and_the_loss_falls(tmp_path, recordings):
@@ -279,6 +214,16 @@ def test_gradient_checkpointing_and_clipping(tmp_path, recordings):
     assert all(line["grad_norm"] > 1e-4 for line in metrics)
 
 
+def test_a_compiled_model_is_the_same_run(tmp_path, recordings):
+    plain, _ = trained(tmp_path, recordings, "plain", max_steps=3)
+    # Traced and differentiated as for inductor, whose C++ takes minutes.
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    traced, _ = trained(tmp_path, recordings, "traced", max_steps=3, **compiled)
+    assert largest_difference(plain, traced) < 1e-5
+    with pytest.raises(ArgumentError, match="torch_compile_backend=nothing is none of .*inductor"):
+        tiny_arguments(tmp_path, recordings, torch_compile=True, torch_compile_backend="nothing")
+
+
 def test_bf16_keeps_weights_and_codebooks_in_float32(tmp_path, recordings):
     state, metrics = trained(tmp_path, recordings, "bf16", mixed_precision="bf16")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
@@ -301,14 +246,149 @@ def test_a_mask_that_does_not_fit_says_what_to_change(tmp_path, recordings):
         run(arguments)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, recordings):
-    arguments = tiny_arguments(tmp_path, recordings)
-    model = DinoSRForPreTraining(arguments.model_config())
-    with torch.no_grad():
-        model.heads[0].weight[0, 0] = float("nan")
-    Path(arguments.run.output_dir).mkdir()
-    with pytest.raises(FloatingPointError, match="Lower learning_rate"):
-        pretrain(model, FolderSource(recordings), arguments, Accelerator())
+def spoil(monkeypatch, is_spoilt):
+    """Make the gradient of some steps not a number; `is_spoilt` is asked with the number of the step, from 0."""
+    calls = iter(range(10**6))
+    plain = loop._accumulate_gradients
+
+    def accumulate(model, *arguments):
+        plain(model, *arguments)
+        if is_spoilt(next(calls)):
+            next(model.parameters()).grad[0] = float("nan")
+
+    monkeypatch.setattr(loop, "_accumulate_gradients", accumulate)
+
+
+def test_a_step_without_finite_gradients_moves_nothing_and_is_counted(tmp_path, recordings, monkeypatch):
+    taken = []
+    plain = loop.Pretraining._take
+
+    def take(self, step):
+        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        done = plain(self, step)
+        after = self.model.state_dict()
+        taken.append((done, [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]))
+        assert self.model.codebooks._pending is None
+        return done
+
+    monkeypatch.setattr(loop.Pretraining, "_take", take)
+    spoil(monkeypatch, lambda call: call in (2, 3))
+    _, metrics = trained(tmp_path, recordings, "run", max_steps=5)
+    assert [done for done, _ in taken] == [True, True, False, False, True, True, True]
+    assert all(bool(moved) == done for done, moved in taken)
+    assert [line["skipped_steps"] for line in metrics] == [0, 0, 2, 2, 2]
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in metrics)
+
+
+def test_too_many_such_steps_in_a_row_stop_the_run_with_its_checkpoint(tmp_path, recordings, monkeypatch):
+    spoil(monkeypatch, lambda call: call >= 3)
+    with pytest.raises(TrainingStopped, match=r"4 steps in a row had no finite gradient, after step 3\..*Lower learn"):
+        trained(tmp_path, recordings, "run", max_steps=20, max_skipped_steps=4, checkpoint_steps=1)
+    saved = DinoSRForPreTraining.from_pretrained(find_checkpoints(tmp_path / "run")[0])
+    assert all(torch.isfinite(tensor).all() for tensor in saved.state_dict().values())
+
+
+def test_targets_that_are_not_finite_spoil_the_gradient_too(tmp_path, recordings, monkeypatch):
+    plain = DinoSRForPreTraining._targets_and_energies
+
+    def overflow(self, *arguments):
+        targets, energies = plain(self, *arguments)
+        return targets, energies * float("inf")
+
+    monkeypatch.setattr(DinoSRForPreTraining, "_targets_and_energies", overflow)
+    with pytest.raises(TrainingStopped, match="2 steps in a row had no finite gradient, after step 0"):
+        trained(tmp_path, recordings, "run", max_skipped_steps=2)
+
+
+def test_recordings_gone_bad_are_skipped_counted_and_logged(tmp_path, recordings, monkeypatch, caplog):
+    folder = tmp_path / "recordings"
+    shutil.copytree(recordings, folder)
+    source = FolderSource(folder)
+    wav, flac = sorted(folder.glob("*.wav"))[2], sorted(folder.glob("*.flac"))[1]
+    wav.unlink()
+    flac.write_bytes(flac.read_bytes()[:3000])
+    monkeypatch.setattr("dinosr_hf.pretraining.runner.open_source", lambda *_, **__: source)
+    _, metrics = trained(tmp_path, recordings, "run", max_steps=9, num_workers=1, min_seconds=0.5)
+    assert metrics[-1]["skipped_files"] in (4, 5, 6)  # two in each of three epochs, but for what is left over
+    assert f"Skipped {wav.name}: " in caplog.text and f"Skipped {flac.name}: " in caplog.text
+    with pytest.raises(TrainingStopped, match=r"of \d+ recordings could not be read, .*max_skipped_share=0\.001"):
+        trained(tmp_path, recordings, "strict", max_steps=9, max_skipped_share=0.001)
+
+
+def test_a_step_of_nothing_but_bad_recordings_is_no_step(tmp_path, recordings, monkeypatch):
+    def load(self, index, start, num_samples):
+        raise AudioFileError("The disk went away.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "load", load)
+        with pytest.raises(TrainingStopped, match="Look at the disk"):
+            trained(tmp_path, recordings, "run")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_collapse_is_announced_and_can_stop_the_run(tmp_path, recordings, caplog):
+    # All codewords but one are out of reach, so that each frame falls on that one.
+    def collapsed(name, **changes):
+        arguments = tiny_arguments(tmp_path, recordings, max_steps=70, collapse_patience=2, **changes)
+        arguments.run.output_dir = str(tmp_path / name)
+        model = DinoSRForPreTraining(arguments.model_config())
+        with torch.no_grad():
+            model.codebooks.sums[1, 1:] = 1e6
+        Path(arguments.run.output_dir).mkdir()
+        return pretrain(model, FolderSource(recordings), arguments, Accelerator())
+
+    only = {"collapse_perplexity": 0.2, "collapse_active": 0.0, "collapse_variation": 0.0}
+    collapsed("warned", **only)
+    assert "target perplexity" in caplog.text and "codebook 2 (layer 2)" in caplog.text
+    warned = [line for line in metrics_of(tmp_path / "warned") if line.get("warnings")]
+    assert len(warned) == 1 and warned[0]["step"] == 52
+    with pytest.raises(TrainingStopped, match=r"The model has collapsed.*codebook 2 \(layer 2\)"):
+        collapsed("stopped", **only, stop_on_collapse=True)
+    assert metrics_of(tmp_path / "stopped")[-1]["step"] == 52
+
+
+def test_held_out_speech_is_judged_while_training(tmp_path, recordings):
+    _, metrics = trained(tmp_path, recordings, "run", max_steps=5, eval_data=str(recordings), eval_steps=2)
+    evaluations = [line for line in metrics if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [2, 4, 5]
+    assert all(0 < line["eval_loss"] < 3 and 1 <= line["eval_target_perplexity"] <= 8 for line in evaluations)
+
+
+def test_evaluating_does_not_change_the_run(tmp_path, recordings):
+    plain, _ = trained(tmp_path, recordings, "plain", hidden_dropout=0.1)
+    judged, _ = trained(tmp_path, recordings, "judged", hidden_dropout=0.1, eval_data=str(recordings), eval_steps=1)
+    assert all(torch.equal(plain[name], judged[name]) for name in plain)
+
+
+def test_a_dry_run_prints_the_plan_draws_it_and_trains_nothing(tmp_path, recordings, capsys):
+    arguments = tiny_arguments(tmp_path, recordings, dry_run=True, scale_to_batch=True, reference_step_seconds=16.0)
+    assert run(arguments) is None
+    printed = capsys.readouterr().out
+    assert "learning_rate" in printed and "Nothing was trained" in printed
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.png"]
+
+
+def test_scaled_arguments_are_written_and_resumed_without_scaling_again(tmp_path, recordings, caplog):
+    options = {"scale_to_batch": True, "reference_step_seconds": 16.0, "checkpoint_steps": 2, "max_steps": 2}
+    run(tiny_arguments(tmp_path, recordings, **options))
+    written = parse_arguments([str(tmp_path / "out" / "arguments.yaml")], "unused")
+    assert (written.run.max_steps, written.run.scale_to_batch) == (4, False)
+    assert written.run.learning_rate == pytest.approx(1e-3 * 0.5**0.5)
+    with caplog.at_level("INFO", "dinosr_hf"):
+        run(tiny_arguments(tmp_path, recordings, **options))
+    assert "This run is finished" in caplog.text and "at the checkpoint." not in caplog.text
+
+
+def test_several_data_are_mixed(tmp_path, recordings, caplog):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for number, path in enumerate(sorted(recordings.iterdir())):
+        (one if number % 3 else other).mkdir(exist_ok=True)
+        shutil.copy(path, one if number % 3 else other)
+    with caplog.at_level("INFO", "dinosr_hf"):
+        path = write_config(tmp_path, data=[str(one), str(other)], data_weights=[1, 2], output_dir=str(tmp_path / "o"))
+        run(parse_arguments([str(path)], "unused"))
+    assert re.search(r"\bone\b.*\bother\b", caplog.text, re.DOTALL)
+    assert metrics_of(tmp_path / "o")[-1]["step"] == 4
 
 
 def test_threads_are_those_asked_for_or_all_there_are(tmp_path, recordings):
@@ -327,30 +407,60 @@ def test_trackers_get_the_metrics(tmp_path, recordings):
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
 
-def launch(tmp_path, name, num_processes, *flags):
-    """The real command, through `accelerate launch`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    command += ["--num_processes", str(num_processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--multi_gpu"] * 0 + ["--main_process_port", str(29500 + os.getpid() % 2000)]
-    command += [str(ROOT / "examples" / "pretrain.py"), str(tmp_path / "tiny.yaml")]
-    command += ["--output_dir", str(tmp_path / name), *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(tmp_path / name / "model.safetensors"), metrics_of(tmp_path / name), done
+EIGHT = {"adam_epsilon": 1e-3, "freeze_teacher_step": 3, "max_steps": 5, "step_seconds": 8.0, "batching": "pad"}
+
+
+@pytest.fixture(scope="module")
+def eight_recordings(tmp_path_factory):
+    """Eight of unequal length, which are one step; their masks have unequal numbers of frames."""
+    folder = tmp_path_factory.mktemp("eight")
+    generator = np.random.default_rng(1)
+    for number in range(8):
+        audio = generator.standard_normal(int(16000 * (0.65 + 0.08 * number))).cumsum() * 0.002
+        soundfile.write(folder / f"{number}.wav", np.clip(audio, -0.9, 0.9), 16000)
+    return folder
+
+
+def assert_same_steps(one, other, tolerance=1e-5):
+    """Figures of each step, gradient norms among them, and the weights at the end."""
+    names = ("loss", "codebook_losses", "target_perplexities", "prediction_perplexities", "grad_norm", "seconds")
+    for first, second in zip(one[1], other[1], strict=True):
+        for name in (*names, "masked_frames", "codebook_active_codewords", "target_variations", "feature_variation"):
+            assert first[name] == pytest.approx(second[name], rel=tolerance, abs=tolerance), (first["step"], name)
+    assert largest_difference(one[0], other[0]) < tolerance
 
 
 @pytest.mark.slow
-def test_two_processes_are_the_same_run_as_one(tmp_path, recordings):
-    write_config(tmp_path, data=str(recordings), freeze_teacher_step=3, max_steps=5)
-    one, one_metrics, done = launch(tmp_path, "one", 1)
-    assert "AutoModel.from_pretrained" in done.stdout
-    two, two_metrics, _ = launch(tmp_path, "two", 2, "--micro_seconds", "3")
-    assert largest_difference(one, two) < 1e-4
-    for first, second in zip(one_metrics, two_metrics, strict=True):
-        assert first["loss"] == pytest.approx(second["loss"], abs=1e-5)
-        assert first["seconds"] == second["seconds"]
-        assert first["masked_frames"] == second["masked_frames"]
+@pytest.mark.filterwarnings("ignore:All 8 utterances together")
+def test_batch_8_and_8_times_1_and_2_processes_of_4_are_the_same_run(tmp_path, eight_recordings):
+    write_config(tmp_path, data=str(eight_recordings), **EIGHT)
+    whole = launch(tmp_path, "whole", 1, "--micro_seconds", "10")
+    assert "AutoModel.from_pretrained" in whole[2].stdout and "(1 micro-batches" in whole[2].stderr
+    ones = launch(tmp_path, "ones", 1, "--micro_seconds", "1.25", "--max_seconds", "1.25")
+    assert "(8 micro-batches" in ones[2].stderr
+    two = launch(tmp_path, "two", 2, "--micro_seconds", "5")
+    assert "(2 micro-batches" in two[2].stderr and two[2].stdout.count("AutoModel.from_pretrained") == 1
+    assert_same_steps(whole, ones)
+    assert_same_steps(whole, two)
+
+
+@pytest.mark.filterwarnings("ignore:All 8 utterances together")
+def test_means_of_means_are_another_run(tmp_path, eight_recordings, monkeypatch):
+    # the negative control of the test above: micro-batches that all count alike, however many frames they have masked
+    whole = trained(tmp_path, eight_recordings, "whole", **EIGHT, micro_seconds=10.0)
+    parts = trained(tmp_path, eight_recordings, "parts", **EIGHT, micro_seconds=2.0)
+    assert_same_steps(whole, parts)
+    plain = loop._accumulate_gradients
+
+    def alike(model, micro_batches, total_masked, accelerator, sums):
+        for batch in micro_batches:
+            masked = int(batch.inputs["mask_time_indices"].sum())
+            plain(model, [batch], masked * len(micro_batches), accelerator, sums)
+
+    monkeypatch.setattr(loop, "_accumulate_gradients", alike)
+    naive = trained(tmp_path, eight_recordings, "naive", **EIGHT, micro_seconds=2.0)
+    with pytest.raises(AssertionError):
+        assert_same_steps(whole, naive, tolerance=1e-4)
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
-"""Folders, manifests and datasets: what is found, what is left out and why, and that parts are read as parts."""
+"""Folders and datasets: what is found, what is left out and why, and that parts are read as parts."""
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import pickle
@@ -10,29 +9,8 @@ import pickle
 import numpy as np
 import pytest
 
-from dinosr_hf.data import AudioFileError, DatasetSource, FolderSource, ManifestSource, open_source, sources
-
-sf = pytest.importorskip("soundfile")
-datasets = pytest.importorskip("datasets")
-pa = pytest.importorskip("pyarrow")
-
-# A part of a resampled recording, as in test_audio.py.
-PART_ATOL = 1e-6
-
-
-def noise(num_frames: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, 0.1, num_frames).astype(np.float32)
-
-
-def write(path, num_frames: int, rate: int = 16_000, num_channels: int = 1) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sf.write(path, np.repeat(noise(num_frames)[:, None], num_channels, 1), rate)
-
-
-def flac(num_frames: int, rate: int = 16_000) -> bytes:
-    buffer = io.BytesIO()
-    sf.write(buffer, noise(num_frames), rate, format="FLAC")
-    return buffer.getvalue()
+from audio_files import KINDS, PART_ATOL, dataset_of, datasets, flac, manifest, noise, pa, write
+from dinosr_hf.data import AudioFileError, DatasetSource, FolderSource, ManifestSource
 
 
 @pytest.fixture
@@ -111,106 +89,6 @@ def test_file_that_went_bad_after_the_scan(folder):
     write(folder / "b.wav", 100)
     with pytest.raises(AudioFileError, match=r"b\.wav has 100 samples at 16,000 Hz, but the part from 0 to 8,000"):
         source.load(4, 0, 8_000)
-
-
-def manifest(tmp_path, *rows, root=None):
-    path = tmp_path / "train.tsv"
-    path.write_text("\n".join([str(root or tmp_path), *(f"{name}\t{frames}" for name, frames in rows), ""]))
-    return path
-
-
-def test_manifest_opens_a_few_files_only(tmp_path, monkeypatch):
-    opened = []
-    write(tmp_path / "one.wav", 5_000)
-    for k in range(99):
-        (tmp_path / f"{k}.wav").symlink_to(tmp_path / "one.wav")
-    read = sources.audio_info
-    monkeypatch.setattr(sources, "audio_info", lambda path: opened.append(path) or read(path))
-
-    source = ManifestSource(manifest(tmp_path, *((f"{k}.wav", 5_000) for k in range(99))))
-
-    assert source.utterances == [(f"{k}.wav", 5_000) for k in range(99)]
-    assert len(opened) == 16
-    assert {tmp_path / "0.wav", tmp_path / "98.wav"} <= set(opened)
-    np.testing.assert_array_equal(source.load(3, 100, 200), source.load(3)[100:300])
-
-
-def test_manifest_beside_its_folder_with_other_rate_empty_and_repeated_lines(tmp_path):
-    write(tmp_path / "clips" / "a.wav", 4_001, rate=8_000)
-    write(tmp_path / "clips" / "b.wav", 3_000, rate=8_000)
-    path = manifest(tmp_path, ("a.wav", 4_001), ("none.wav", 0), ("b.wav", 3_000), ("a.wav", 4_001), root="clips")
-
-    source = ManifestSource(path)
-
-    assert source.utterances == [("a.wav", 8_002), ("b.wav", 6_000), ("a.wav#2", 8_002)]
-    assert source.skipped == {"empty": ["none.wav"]}
-    np.testing.assert_array_equal(source.load(2), source.load(0))
-    assert len(source.load(1)) == 6_000
-
-
-@pytest.mark.parametrize("line", ["a.wav 4000", "a.wav\tlong", "a.wav\t1\t2"])
-def test_manifest_with_a_line_of_another_form(tmp_path, line):
-    path = tmp_path / "train.tsv"
-    path.write_text(f"{tmp_path}\nb.wav\t5\n{line}\n")
-    with pytest.raises(ValueError, match=r"train\.tsv, line 3: .* is not `relative/path<TAB>frames`"):
-        ManifestSource(path)
-
-
-def test_manifest_whose_folder_is_not_here(tmp_path):
-    path = manifest(tmp_path, ("a.wav", 5), root="/no/such/folder")
-    with pytest.raises(
-        ValueError, match=r"its first line must be the folder .* '/no/such/folder' is not a folder here"
-    ):
-        ManifestSource(path)
-
-
-def test_manifest_that_disagrees_with_a_header(tmp_path):
-    write(tmp_path / "a.wav", 4_000, rate=8_000)
-    message = r"a\.wav has 8,000 frames there, but the file has 8,000 samples at 16 kHz \(its own rate is 8,000 Hz\)"
-    with pytest.raises(ValueError, match=message):
-        ManifestSource(manifest(tmp_path, ("a.wav", 8_000)))
-
-
-def test_manifest_of_several_rates(tmp_path):
-    write(tmp_path / "a.wav", 4_000, rate=8_000)
-    write(tmp_path / "b.wav", 4_000, rate=16_000)
-    with pytest.raises(ValueError, match=r"different rates \(a\.wav 8,000 Hz, b\.wav 16,000 Hz\).*Give the folder"):
-        ManifestSource(manifest(tmp_path, ("a.wav", 4_000), ("b.wav", 4_000)))
-
-
-def test_manifest_of_nothing(tmp_path):
-    with pytest.raises(ValueError, match=r"train\.tsv has no utterances"):
-        ManifestSource(manifest(tmp_path))
-
-
-def dataset_of(kind: str, tmp_path):
-    """Three recordings of 1,600, 2,400 (at 8 kHz) and 3,000 samples, as one kind of column."""
-    lengths, rates = [1_600, 1_200, 3_000], [16_000, 8_000, 16_000]
-    files = [flac(n, rate) for n, rate in zip(lengths, rates, strict=True)]
-    paths = []
-    for k, data in enumerate(files):
-        (tmp_path / f"{k}.flac").write_bytes(data)
-        paths.append(str(tmp_path / f"{k}.flac"))
-    arrays = [noise(n) for n in lengths]
-    structs = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    column = {
-        "audio bytes": lambda: pa.array([{"bytes": data, "path": "x.flac"} for data in files], structs),
-        "audio paths": lambda: pa.array([{"bytes": None, "path": path} for path in paths], structs),
-        "bytes": lambda: pa.array(files),
-        "paths": lambda: pa.array(paths),
-        "arrays": lambda: pa.array(
-            [{"array": a, "sampling_rate": rate} for a, rate in zip(arrays, rates, strict=True)],
-            pa.struct({"array": pa.list_(pa.float32()), "sampling_rate": pa.int64()}),
-        ),
-    }[kind]()
-    dataset = datasets.Dataset(pa.table({"audio": column, "text": ["a", "b", "c"]}))
-    if kind.startswith("audio"):
-        dataset = dataset.cast_column("audio", datasets.Audio())
-        assert dataset.features["audio"].decode
-    return dataset
-
-
-KINDS = ["audio bytes", "audio paths", "bytes", "paths", "arrays"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -297,109 +175,6 @@ def test_dataset_of_splits_or_of_another_class(tmp_path):
         DatasetSource(datasets.DatasetDict(train=dataset, test=dataset))
     with pytest.raises(ValueError, match=r"A map-style datasets\.Dataset is needed, not IterableDataset\."):
         DatasetSource(dataset.to_iterable_dataset())
-
-
-def test_open_folder(folder):
-    assert len(open_source(folder)) == 5
-    assert isinstance(open_source(str(folder)), FolderSource)
-    names = [utterance.id for utterance in open_source(folder, split="a").utterances]
-    assert names == ["deep/er/x.mp3", "m.ogg", "z.FLAC"]
-    with pytest.raises(ValueError, match=r"split='dev' is not a folder in .*, which has a. Choose one of them"):
-        open_source(folder, split="dev")
-
-
-def test_open_manifest(tmp_path):
-    write(tmp_path / "a.wav", 5_000)
-    path = manifest(tmp_path, ("a.wav", 5_000))
-    assert isinstance(open_source(path), ManifestSource)
-    with pytest.raises(ValueError, match=r"split='train': .*train\.tsv is a manifest, which has no splits"):
-        open_source(path, split="train")
-
-
-@pytest.mark.parametrize("kind", ["audio bytes", "arrays"])
-def test_open_saved_dataset(tmp_path, kind):
-    dataset = dataset_of(kind, tmp_path)
-    dataset.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(tmp_path / "two")
-
-    assert len(open_source(tmp_path / "one")) == 3
-    assert len(open_source(tmp_path / "two", split="test")) == 1
-    with pytest.raises(ValueError, match=r"split='train': .*one is a single split"):
-        open_source(tmp_path / "one", split="train")
-    with pytest.raises(ValueError, match=r"split=None: .*two has the splits train, test. Choose one"):
-        open_source(tmp_path / "two")
-
-
-def test_open_parquet(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    dataset = dataset_of("audio bytes", tmp_path)
-    folder = tmp_path / "parquet"
-    (folder / "data").mkdir(parents=True)
-    dataset.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
-    dataset.select([0]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
-
-    assert len(open_source(folder / "data" / "train-00000-of-00001.parquet")) == 3
-    assert len(open_source(folder, split="test")) == 1
-    source = open_source(folder, split="train")
-    np.testing.assert_allclose(source.load(2), noise(3_000), rtol=0, atol=2**-15)
-    with pytest.raises(ValueError, match=r"split=None: .*parquet has the splits train, test"):
-        open_source(folder)
-
-
-def test_open_hub_name(tmp_path, monkeypatch):
-    asked = []
-
-    def load_dataset(*arguments, **options):
-        asked.append((arguments, options))
-        return dataset_of("audio bytes", tmp_path)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert len(open_source("someone/speech", split="train", config_name="en")) == 3
-    assert asked == [(("someone/speech", "en"), {"split": "train"})]
-
-
-def test_open_hub_name_without_a_split(tmp_path, monkeypatch):
-    splits = datasets.DatasetDict(train=dataset_of("bytes", tmp_path), dev=dataset_of("bytes", tmp_path))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: splits)
-    with pytest.raises(ValueError, match="split=None: someone/speech has the splits train, dev"):
-        open_source("someone/speech")
-
-
-@pytest.mark.parametrize("error", [datasets.exceptions.DatasetNotFoundError("gone"), ConnectionError("no network")])
-def test_open_hub_name_that_is_not_there(monkeypatch, error):
-    def load_dataset(*arguments, **options):
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        ValueError, match=rf"some/folder is not here, and not found on the Hub \({error}\)\. Accepted are"
-    ):
-        open_source("some/folder")
-
-
-def test_open_hub_dataset_that_needs_torchcodec(monkeypatch):
-    def load_dataset(*arguments, **options):
-        raise datasets.exceptions.DatasetGenerationError("failed") from ImportError("torchcodec")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"without torchcodec\. Download its files \(`hf download"):
-        open_source("someone/speech")
-
-
-@pytest.mark.parametrize("name", ["nothing", "./nothing/here", "data/a/b/c", "train.tsv", "gone/x.parquet"])
-def test_open_nothing(name):
-    with pytest.raises(ValueError, match=rf"{name} is not here\. Accepted are:\n  a folder with wav, flac(.|\n)*Hub"):
-        open_source(name)
-
-
-def test_open_what_is_of_no_use(tmp_path):
-    (tmp_path / "notes.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"notes\.txt is nothing to train on\. Accepted are"):
-        open_source(tmp_path / "notes.txt")
-    with pytest.raises(ValueError, match=r"has no audio in it\. Accepted are"):
-        open_source(tmp_path)
-    with pytest.raises(ValueError, match="config_name='en' belongs to a dataset on the Hub"):
-        open_source(tmp_path, config_name="en")
 
 
 @pytest.mark.parametrize("kind", ["folder", "manifest", *KINDS])

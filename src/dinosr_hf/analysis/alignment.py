@@ -205,14 +205,15 @@ def _parse_line(line: str, place: str) -> tuple[str, list[str] | list[Segment]]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not JSON: {error}. Give one object a line.") from None
-    if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not isinstance(row.get("phones"), list):
-        raise ValueError(f'{place} must be an object with a string "name" and a list "phones".')
+    name = row.get("name", row.get("id")) if isinstance(row, dict) else None
+    if not isinstance(name, str) or not isinstance(row.get("phones"), list):
+        raise ValueError(f'{place} must be an object with a string "name" (or "id") and a list "phones".')
     phones = row["phones"]
     if all(isinstance(phone, str) for phone in phones):
-        return row["name"], phones
+        return name, phones
     if all(isinstance(phone, dict) for phone in phones):
         try:
-            return row["name"], [_to_segment(phone) for phone in phones]
+            return name, [_to_segment(phone) for phone in phones]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{place} holds what is no segment: {error}") from None
     raise ValueError(f'{place} must hold all strings or all objects with label, start and end in "phones".')
@@ -222,8 +223,8 @@ def read_labels(path: str | Path) -> dict[str, list[str] | list[Segment]]:
     """
     Read a file of phone labels.
 
-    One JSON object a line, `{"name": ..., "phones": [...]}`; other keys are left alone. `phones` holds strings, one
-    label a fixed step, or objects `{"label": ..., "start": seconds, "end": seconds}`.
+    One JSON object a line, `{"name": ..., "phones": [...]}`, or "id" for "name"; other keys are left alone. `phones`
+    holds strings, one label a fixed step, or objects `{"label": ..., "start": seconds, "end": seconds}`.
 
     Args:
         path: A `.jsonl` file, or `.jsonl.gz`.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
-from transformers import Wav2Vec2FeatureExtractor
 
+from ..folders import save_folder
 from ..modeling_dinosr import DinoSRForPreTraining
 from .fairseq import CheckpointError, config_from_fairseq, state_dict_from_fairseq
 
@@ -42,7 +40,7 @@ def convert(file: str | os.PathLike, out_dir: str | os.PathLike) -> DinoSRForPre
     Args:
         file: The checkpoint.
         out_dir: Folder to write: weights as safetensors, configuration, feature extractor and the model's code. It
-            must not exist yet, or be empty; it appears whole or not at all.
+            must not exist yet, in which case it appears whole or not at all, or be empty.
 
     Returns:
         The converted model, in evaluation mode: student, teacher, codebooks and heads. The teacher is the one of the
@@ -61,14 +59,5 @@ def convert(file: str | os.PathLike, out_dir: str | os.PathLike) -> DinoSRForPre
     model = DinoSRForPreTraining(config)
     model.load_state_dict(state_dict_from_fairseq(checkpoint, model))
     model.eval()
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=f".{out_dir.name}-"))
-    try:
-        model.save_pretrained(unfinished)
-        Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        unfinished.replace(out_dir)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    save_folder(model, out_dir)
     return model

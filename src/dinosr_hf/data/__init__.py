@@ -4,10 +4,26 @@ Speech for pre-training: where it comes from, how it is read, and how it becomes
 Importing this needs none of the optional packages; reading audio does (`pip install "dinosr-hf[train]"`).
 """
 
+from .archives import TarSource
 from .audio import SAMPLING_RATE, AudioFileError, AudioInfo, audio_info, load_audio, normalize_waveform
-from .batching import Crop, PlanSummary, StepDataset, StepLoader, micro_batches, plan_epoch, summarize_plan
+from .batching import (
+    Crop,
+    MicroBatch,
+    PlanSummary,
+    SkippedPart,
+    StepDataset,
+    StepLoader,
+    micro_batches,
+    plan_epoch,
+    summarize_plan,
+)
 from .collator import PretrainingCollator, min_maskable_samples, utterance_generator
-from .sources import DatasetSource, FolderSource, ManifestSource, SpeechSource, Utterance, open_source
+from .manifests import ManifestSource, TableSource
+from .mixture import MixedSource
+from .opening import open_source
+from .scan import FolderScan, ScannedFile, scan_folder, write_manifest
+from .sources import DatasetSource, FolderSource, SpeechSource, Utterance
+from .streaming import SpeechStream, StreamChangedError, StreamWindow
 
 __all__ = [
     "SAMPLING_RATE",
@@ -20,13 +36,25 @@ __all__ = [
     "Utterance",
     "FolderSource",
     "ManifestSource",
+    "TableSource",
+    "TarSource",
     "DatasetSource",
+    "SpeechStream",
+    "StreamWindow",
+    "StreamChangedError",
+    "MixedSource",
     "open_source",
+    "FolderScan",
+    "ScannedFile",
+    "scan_folder",
+    "write_manifest",
     "Crop",
     "plan_epoch",
     "micro_batches",
     "PlanSummary",
     "summarize_plan",
+    "MicroBatch",
+    "SkippedPart",
     "StepDataset",
     "StepLoader",
     "PretrainingCollator",

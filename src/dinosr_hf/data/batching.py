@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -17,19 +18,30 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .audio import SAMPLING_RATE
+from .audio import SAMPLING_RATE, AudioFileError
 from .collator import PretrainingCollator, utterance_generator, utterance_hash
 from .sources import SpeechSource
+from .workers import shielded_workers, watch_parent
 
 Mode = Literal["crop", "pad"]
 
 
 class Crop(NamedTuple):
-    """A part of an utterance: the utterance's index in its source, first sample, number of samples."""
+    """
+    A part of an utterance.
+
+    Attributes:
+        index: Of the utterance in its source.
+        start: First sample.
+        num_samples: Length.
+        epoch: The utterance's own pass, which seeds its mask as it did `start`: the run's epoch, unless a mixture
+            uses some utterances more often than others.
+    """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which has no use here
     start: int
     num_samples: int
+    epoch: int = 0
 
 
 def _seconds(num_samples: float) -> str:
@@ -47,6 +59,8 @@ def plan_epoch(
     mode: Mode = "crop",
     num_buckets: int = 20,
     ids: Sequence[str] | None = None,
+    members: Sequence[tuple[int, int]] | None = None,
+    window: int = 0,
 ) -> list[list[Crop]]:
     """
     Plan the optimizer steps of an epoch, over all processes and micro-batches together.
@@ -54,7 +68,7 @@ def plan_epoch(
     Utterances shorter than `min_samples` are left out; of longer ones than `max_samples` a part is taken. They are
     sorted by length into sliding buckets, so that a step has utterances of similar length, other ones each epoch; in
     this order they fill one step after the other, and a last one that does not reach half of `step_samples` is
-    dropped. Then the steps are shuffled. Each utterance is in at most one step.
+    dropped. Then the steps are shuffled. Each member of the epoch is in at most one step.
 
     The paper fills the batch of each device in this way, cropped to its shortest utterance, and so mixes lengths
     within a step. Here it is the step that is filled and cropped, so that it does not depend on the number of devices.
@@ -71,19 +85,24 @@ def plan_epoch(
             Both have the same utterances in the same steps.
         num_buckets: A bucket, within which the order is random, has one part in so many of the audio. More buckets
             mean less cropping or padding, and less mixing.
-        ids: Name of each utterance; where a part starts depends on (seed, epoch, name) and the room there is. None:
+        ids: Name of each utterance; where a part starts depends on (seed, pass, name) and the room there is. None:
             the index is the name.
+        members: (index, pass) of each part of this epoch, as `MixedSource.epoch_members` gives them: an index may
+            occur more than once, with another pass each time. None: every utterance once, and its pass is `epoch`.
+        window: Which part of an epoch `num_samples` is, from 0, where a stream is read window by window.
 
     Returns:
         The parts of each step. `summarize_plan` says what the plan comes to.
 
     Raises:
-        ValueError: If limits contradict each other or no utterance is long enough.
+        ValueError: If limits contradict each other, members are of no utterance, or none is long enough.
     """
     _check_limits(step_samples, min_samples, max_samples, mode, num_buckets)
     full_lengths = np.asarray(num_samples, dtype=np.int64)
     if ids is not None and len(ids) != len(full_lengths):
         raise ValueError(f"There are {len(ids):,} ids for {len(full_lengths):,} utterances: give one each.")
+    indices, passes = _members(members, len(full_lengths), epoch)
+    full_lengths = full_lengths[indices]
     eligible = np.flatnonzero(full_lengths >= min_samples)
     if len(eligible) == 0:
         longest = _seconds(full_lengths.max()) if len(full_lengths) else "there are none"
@@ -93,7 +112,7 @@ def plan_epoch(
         )
 
     lengths = np.minimum(full_lengths, max_samples)
-    generator = utterance_generator(seed, epoch, "", "plan")
+    generator = utterance_generator(seed, epoch, str(window) if window else "", "plan")
     steps = _fill_steps(_sort_in_buckets(eligible, lengths, num_buckets, generator), lengths, step_samples)
     if len(steps) == 1:
         warnings.warn(
@@ -105,14 +124,16 @@ def plan_epoch(
     elif lengths[steps[-1]].sum() * 2 < step_samples:
         del steps[-1]
 
-    def crop(index: int, length: int) -> Crop:
-        room = int(full_lengths[index]) - length
+    def crop(member: int, length: int) -> Crop:
+        room = int(full_lengths[member]) - length
+        index, own_epoch = int(indices[member]), int(passes[member])
         name = str(index) if ids is None else ids[index]
-        return Crop(index, utterance_hash(seed, epoch, name, "crop") * (room + 1) >> 128 if room else 0, length)
+        start = utterance_hash(seed, own_epoch, name, "crop") * (room + 1) >> 128 if room else 0
+        return Crop(index, start, length, own_epoch)
 
     def crops(step: list[int]) -> list[Crop]:
         shortest = int(lengths[step].min())
-        return [crop(index, shortest if mode == "crop" else int(lengths[index])) for index in step]
+        return [crop(member, shortest if mode == "crop" else int(lengths[member])) for member in step]
 
     return [crops(steps[position]) for position in generator.permutation(len(steps))]
 
@@ -127,6 +148,22 @@ def _check_limits(step_samples: int, min_samples: int, max_samples: int, mode: s
             f"min_samples={min_samples:,}, max_samples={max_samples:,} and step_samples={step_samples:,} must be at"
             " least 1 and rise in this order: a step holds at least one utterance of the greatest length."
         )
+
+
+def _members(
+    members: Sequence[tuple[int, int]] | None, num_utterances: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Index and pass of each member of an epoch."""
+    if members is None:
+        return np.arange(num_utterances), np.full(num_utterances, epoch)
+    indices, passes = np.asarray(members, dtype=np.int64).reshape(-1, 2).T
+    if len(indices) and not 0 <= indices.min() <= indices.max() < num_utterances:
+        wrong = indices[(indices < 0) | (indices >= num_utterances)][0]
+        raise ValueError(
+            f"members has the index {wrong}, but there are {num_utterances:,} utterances: give (index, pass) with an"
+            f" index of at least 0 and less than {num_utterances}."
+        )
+    return indices, passes
 
 
 def _sort_in_buckets(
@@ -214,7 +251,7 @@ class PlanSummary(NamedTuple):
 
     Attributes:
         num_steps: Optimizer steps of the epoch.
-        num_utterances: Utterances in them.
+        num_utterances: Utterances in them; one that a mixture takes twice counts twice.
         num_too_short: Utterances left out because they are shorter than the least length.
         num_dropped: Utterances left over because they do not fill half a step.
         num_micro_batches: Forward passes of the epoch, over all processes.
@@ -250,6 +287,7 @@ def summarize_plan(
     min_samples: int,
     world_size: int = 1,
     micro_samples: int,
+    members: Sequence[tuple[int, int]] | None = None,
 ) -> PlanSummary:
     """
     Say what a plan of `plan_epoch` comes to, and what it leaves out.
@@ -260,9 +298,10 @@ def summarize_plan(
         min_samples: As planned with.
         world_size: Number of processes.
         micro_samples: As for `micro_batches`; the padding depends on it.
+        members: As planned with.
 
     Raises:
-        ValueError: As `micro_batches`.
+        ValueError: As `micro_batches` and `plan_epoch`.
     """
     used = [crop for step in steps for crop in step]
     audio = sum(crop.num_samples for crop in used)
@@ -273,18 +312,47 @@ def summarize_plan(
         for rank in range(world_size)
         for piece in micro_batches(step, rank=rank, world_size=world_size, micro_samples=micro_samples)
     ]
-    num_too_short = int(np.sum(np.asarray(num_samples) < min_samples))
+    too_short = np.asarray(num_samples) < min_samples
+    indices, _ = _members(members, len(num_samples), epoch=0)
     return PlanSummary(
         num_steps=len(steps),
         num_utterances=len(used),
-        num_too_short=num_too_short,
-        num_dropped=len(num_samples) - num_too_short - len(used),
+        num_too_short=int(too_short.sum()),
+        num_dropped=int((~too_short[indices]).sum()) - len(used),
         num_micro_batches=len(pieces),
         hours=audio / SAMPLING_RATE / 3600,
         seconds_per_step=audio / SAMPLING_RATE / len(steps),
         cropped_share=1 - audio / whole,
         padded_share=1 - audio / sum(map(_padded, pieces)),
     )
+
+
+class SkippedPart(NamedTuple):
+    """A part of an utterance that could not be used: the utterance's id and what is wrong."""
+
+    utterance_id: str
+    message: str
+
+
+class MicroBatch(NamedTuple):
+    """
+    What one forward pass takes.
+
+    Attributes:
+        inputs: For the model, as `PretrainingCollator` makes them. If every part was skipped: one silent row with
+            nothing masked, which has no loss, so that the process takes part in the step all the same.
+        skipped: What was left out of it.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    skipped: list[SkippedPart]
+
+
+def _check_samples(waveform: np.ndarray) -> None:
+    if not np.isfinite(waveform).all():
+        raise AudioFileError("The part has samples that are NaN or infinite.", "not finite")
+    if waveform.min() == waveform.max():
+        raise AudioFileError(f"All {len(waveform):,} samples of the part are {waveform[0]:g}.", "silent")
 
 
 class StepDataset(Dataset):
@@ -301,7 +369,6 @@ class StepDataset(Dataset):
         rank: Of this process.
         world_size: Number of processes.
         micro_samples: As for `micro_batches`.
-        epoch: From 0, as planned with.
     """
 
     def __init__(
@@ -312,7 +379,6 @@ class StepDataset(Dataset):
         rank: int,
         world_size: int,
         micro_samples: int,
-        epoch: int,
     ) -> None:
         self.source = source
         self.steps = steps
@@ -320,7 +386,6 @@ class StepDataset(Dataset):
         self.rank = rank
         self.world_size = world_size
         self.micro_samples = micro_samples
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -331,15 +396,29 @@ class StepDataset(Dataset):
             self.steps[step], rank=self.rank, world_size=self.world_size, micro_samples=self.micro_samples
         )
 
-    def read(self, piece: Sequence[Crop]) -> dict[str, torch.Tensor]:
-        """Read and collate a piece. Raises as the source and the collator."""
-        items = [
-            (self.source.utterances[index].id, self.source.load(index, start, num_samples))
-            for index, start, num_samples in piece
-        ]
-        return self.collator(items, self.epoch)
+    def read(self, piece: Sequence[Crop]) -> MicroBatch:
+        """
+        Read and collate a piece. What has gone bad since it was listed is left out, and said.
 
-    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        Skipped are files that raise `AudioFileError` or `OSError`, and parts whose samples are not finite or all
+        equal (digital silence). Raises as the collator.
+        """
+        items: list[tuple[str, np.ndarray, int]] = []
+        skipped: list[SkippedPart] = []
+        for index, start, num_samples, epoch in piece:
+            name = self.source.utterances[index].id
+            try:
+                waveform = self.source.load(index, start, num_samples)
+                _check_samples(waveform)
+            except (AudioFileError, OSError) as error:
+                skipped.append(SkippedPart(name, str(error)))
+            else:
+                items.append((name, waveform, epoch))
+        if not items:
+            return MicroBatch(self.collator.silence(min(crop.num_samples for crop in piece)), skipped)
+        return MicroBatch(self.collator(items), skipped)
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
         """The collated micro-batches of a step."""
         return [self.read(piece) for piece in self.micro_batches(step)]
 
@@ -350,7 +429,7 @@ class _PieceDataset(Dataset):
     def __init__(self, dataset: StepDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, position: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, position: tuple[int, int]) -> MicroBatch:
         step, piece = position
         return self.dataset.read(self.dataset.micro_batches(step)[piece])
 
@@ -369,13 +448,16 @@ class _PieceSampler:
 
 class StepLoader:
     """
-    Iterates over the steps of an epoch: a list of collated micro-batches for each, read ahead by workers.
+    Iterates over the steps of an epoch: a list of `MicroBatch` for each, read ahead by workers.
 
     What travels between processes is one micro-batch at a time. A step of an hour of audio for a single device is
     230 MB, and workers that each hold two of those in shared memory exhaust it.
 
     Iterating leaves torch's global random state alone, where a plain `DataLoader` draws a seed from it; so a run that
     is resumed, and starts one more iterator than the undisturbed run, sees the same random numbers.
+
+    Workers leave it to this process to decide what a signal to the whole group means, and end when it does (see
+    `workers`).
 
     Args:
         dataset: The steps.
@@ -401,6 +483,7 @@ class StepLoader:
             raise ValueError(f"first_step={first_step} is out of range: the epoch has {len(dataset)} steps.")
         self.dataset = dataset
         self.first_step = first_step
+        self._start_method = multiprocessing_context
         self._loader: DataLoader[Any] = DataLoader(
             _PieceDataset(dataset),
             batch_size=None,
@@ -409,12 +492,14 @@ class StepLoader:
             pin_memory=pin_memory,
             multiprocessing_context=multiprocessing_context if num_workers else None,
             generator=torch.Generator(),
+            worker_init_fn=watch_parent,
         )
 
     def __len__(self) -> int:
         return len(self.dataset) - self.first_step
 
-    def __iter__(self) -> Iterator[list[dict[str, torch.Tensor]]]:
-        pieces = iter(self._loader)
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        with shielded_workers(self._start_method) if self._loader.num_workers else nullcontext():
+            pieces = iter(self._loader)
         for step in range(self.first_step, len(self.dataset)):
             yield [next(pieces) for _ in self.dataset.micro_batches(step)]

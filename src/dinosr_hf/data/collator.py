@@ -70,7 +70,7 @@ class PretrainingCollator:
     """
     Turns utterances into the input of `DinoSRForPreTraining`.
 
-    The mask of an utterance depends on (seed, epoch, its id) and its number of frames, not on its batch.
+    The mask of an utterance depends on (seed, its epoch, its id) and its number of frames, not on its batch.
 
     Args:
         config: A `DinoSRConfig`; its frame count, `mask_prob`, `mask_length` and `mask_min_spans` are used.
@@ -84,13 +84,13 @@ class PretrainingCollator:
         self.seed = seed
         self.normalize = normalize
 
-    def __call__(self, items: Sequence[tuple[str, np.ndarray]], epoch: int) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[tuple[str, np.ndarray, int]]) -> dict[str, torch.Tensor]:
         """
         Collate a batch.
 
         Args:
-            items: `(utterance id, waveform)`, waveforms float (S,) at 16 kHz.
-            epoch: From 0.
+            items: `(utterance id, waveform, epoch)`, waveforms float (S,) at 16 kHz, epochs from 0; the epoch is
+                the utterance's own pass (`Crop.epoch`).
 
         Returns:
             `input_values` float32 (B, S), zero where padded; `attention_mask` int64 (B, S), only if lengths differ;
@@ -101,13 +101,13 @@ class PretrainingCollator:
         """
         if not items:
             raise ValueError("A batch needs at least one utterance.")
-        lengths = [len(waveform) for _, waveform in items]
+        lengths = [len(waveform) for _, waveform, _ in items]
         num_frames = [self.config.num_frames(length) for length in lengths]
         self._check_frames(lengths, num_frames)
 
         input_values = np.zeros((len(items), max(lengths)), dtype=np.float32)
         mask_time_indices = np.zeros((len(items), max(num_frames)), dtype=bool)
-        for row, (utterance_id, waveform) in enumerate(items):
+        for row, (utterance_id, waveform, epoch) in enumerate(items):
             input_values[row, : lengths[row]] = normalize_waveform(waveform) if self.normalize else waveform
             mask_time_indices[row, : num_frames[row]] = sample_span_mask(
                 (1, num_frames[row]),
@@ -125,6 +125,21 @@ class PretrainingCollator:
             positions = torch.arange(max(lengths))
             batch["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()  # (B, S)
         return batch
+
+    def silence(self, num_samples: int) -> dict[str, torch.Tensor]:
+        """
+        A batch of one silent row in which nothing is masked: it adds nothing to losses, gradients and codebooks.
+
+        Args:
+            num_samples: S, its length.
+
+        Returns:
+            `input_values` float32 (1, S) and `mask_time_indices` bool (1, T).
+        """
+        return {
+            "input_values": torch.zeros(1, num_samples),
+            "mask_time_indices": torch.zeros(1, self.config.num_frames(num_samples), dtype=torch.bool),
+        }
 
     def _check_frames(self, lengths: Sequence[int], num_frames: Sequence[int]) -> None:
         if min(num_frames) >= self.config.mask_length:

@@ -1,5 +1,6 @@
 """
-Where utterances come from: folders, manifests, `datasets`. Headers are read once, audio when it is asked for.
+Where utterances come from: what all sources have in common; folders and `datasets`. Headers are read once, audio when
+it is asked for.
 
 Nothing is decoded to disk. `S` samples at 16 kHz.
 """
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from .audio import SAMPLING_RATE, AudioFileError, audio_info, load_audio, read_resampled, require, resampled_length
+from .audio import AudioFileError, audio_info, load_audio, read_resampled, require, resampled_length
 
 logger = logging.getLogger(__name__)
 
@@ -162,75 +162,6 @@ class FolderSource(SpeechSource):
         return load_audio(self.root / self.utterances[index].id, start=start, num_samples=num_samples)
 
 
-class ManifestSource(SpeechSource):
-    """
-    A fairseq manifest: the first line is a folder, each other `relative/path<TAB>frames`.
-
-    Files are not opened, but for 16 of them, spread evenly, whose headers must agree with the manifest. Frames are at
-    the files' own rate, which must be the same for all; where it is not 16 kHz, lengths are converted.
-
-    Args:
-        path: The manifest. A folder that is not absolute is looked for beside the manifest.
-
-    Raises:
-        ValueError: For lines that are not of this form, and where headers disagree with the manifest.
-        AudioFileError: If one of the files looked at cannot be read.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        name = str(path)
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            root = file.readline().strip()
-            rows = [self._parse(line, number, name) for number, line in enumerate(file, 2) if line.strip()]
-        self.root = Path(path).parent / root
-        if not root or not self.root.is_dir():
-            raise ValueError(
-                f"{name}: its first line must be the folder that the paths below it belong to, but {root!r} is not a"
-                " folder here. Correct that line."
-            )
-        self._paths = [file_name for file_name, _ in rows]
-        rate = self._check_headers([row for row in rows if row[1] > 0], name)
-        empty = AudioFileError("Its manifest gives 0 frames.", "empty")
-        lengths = [resampled_length(frames, rate) or empty for _, frames in rows]
-        kept = self._keep(zip(_number_repeats(self._paths), lengths, strict=True), name)
-        self._paths = [self._paths[position] for position in kept]
-
-    @staticmethod
-    def _parse(line: str, number: int, name: str) -> tuple[str, int]:
-        columns = line.rstrip("\r\n").split("\t")
-        if len(columns) != 2 or not columns[1].strip().isdecimal():
-            raise ValueError(
-                f"{name}, line {number}: {line.strip()!r} is not `relative/path<TAB>frames`, which is the form of each"
-                " line but the first."
-            )
-        return columns[0], int(columns[1])
-
-    def _check_headers(self, rows: list[tuple[str, int]], name: str) -> int:
-        """Compare some files with the manifest; returns the rate that its frames are at."""
-        rates: dict[int, str] = {}
-        for position in sorted({round(k * (len(rows) - 1) / 15) for k in range(16)} if rows else ()):
-            file_name, frames = rows[position]
-            info = audio_info(self.root / file_name)
-            rate = info.sampling_rate
-            if resampled_length(frames, rate) != info.num_samples:
-                raise ValueError(
-                    f"{name}: {file_name} has {frames:,} frames there, but the file has {info.num_samples:,} samples"
-                    f" at 16 kHz (its own rate is {rate:,} Hz). Make the manifest again."
-                )
-            rates.setdefault(rate, file_name)
-        if len(rates) > 1:
-            shown = ", ".join(f"{file_name} {rate:,} Hz" for rate, file_name in rates.items())
-            raise ValueError(
-                f"{name} has files of different rates ({shown}), so that its frames do not say how long they are. Give"
-                " the folder instead of the manifest, or one manifest a rate."
-            )
-        return next(iter(rates), SAMPLING_RATE)
-
-    def load(self, index: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
-        """See `SpeechSource.load`."""
-        return load_audio(self.root / self._paths[index], start=start, num_samples=num_samples)
-
-
 class DatasetSource(SpeechSource):
     """
     A `datasets.Dataset` with a column of audio.
@@ -296,16 +227,8 @@ class DatasetSource(SpeechSource):
 
     def _file(self, row: int) -> Any:
         """Path, or file object on the bytes, of a row."""
-        pa = require("pyarrow")
-        value = self._value(row)
-        fields = [value]
-        if pa.types.is_struct(value.type):
-            fields = [value[name] for name in ("bytes", "path") if value.is_valid and name in value.type.names]
-        for field in fields:
-            if field.is_valid:
-                is_path = pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
-                return field.as_py() if is_path else pa.BufferReader(field.as_buffer())
-        raise AudioFileError("The row has neither bytes nor a path.", "missing")
+        stored = _stored_file(self._value(row))
+        return stored if isinstance(stored, str) else require("pyarrow").BufferReader(stored)
 
     def load(self, index: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
         """See `SpeechSource.load`."""
@@ -327,6 +250,19 @@ class DatasetSource(SpeechSource):
             )
         except AudioFileError as error:
             raise AudioFileError(f"Utterance {name}: {error}", error.reason) from error
+
+
+def _stored_file(value: Any) -> Any:
+    """What an Arrow scalar of a column of "files" stores: a buffer of the file's bytes, or its path as a string."""
+    pa = require("pyarrow")
+    fields = [value]
+    if pa.types.is_struct(value.type):
+        fields = [value[name] for name in ("bytes", "path") if value.is_valid and name in value.type.names]
+    for field in fields:
+        if field.is_valid and not pa.types.is_null(field.type):
+            is_path = pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+            return field.as_py() if is_path else field.as_buffer()
+    raise AudioFileError("The row has neither bytes nor a path.", "missing")
 
 
 def _audio_kind(arrow_type: Any, column: str) -> str:
@@ -351,96 +287,3 @@ def _audio_kind(arrow_type: Any, column: str) -> str:
         f"The column {column!r} is {arrow_type}, which is not audio. Audio is an Audio column, paths, bytes of files,"
         ' {"array": list of floats, "sampling_rate": int}, or a list of floats.'
     )
-
-
-_ACCEPTED = """Accepted are:
-  a folder with wav, flac, ogg, opus or mp3 files in it or below it,
-  a fairseq manifest (.tsv),
-  a folder written by datasets' save_to_disk, a .parquet file, or a folder of .parquet files,
-  the name of a dataset on the Hub ("organisation/name"), with `split`."""
-
-
-def _load_dataset(*arguments: Any, split: str | None, what: str, **options: Any) -> Any:
-    """`datasets.load_dataset`, with advice where it fails for want of a split or of torchcodec."""
-    datasets = require("datasets")
-    try:
-        loaded = datasets.load_dataset(*arguments, split=split, **options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        if not isinstance(error.__cause__, ImportError):
-            raise
-        raise ValueError(
-            f"{what}: datasets cannot prepare this one without torchcodec. Download its files (`hf download"
-            " --repo-type dataset NAME --local-dir FOLDER`) and give that folder."
-        ) from error
-    return _choose_split(loaded, None, what)
-
-
-def _choose_split(dataset: Any, split: str | None, what: str) -> Any:
-    if not isinstance(dataset, dict):
-        if split is not None:
-            raise ValueError(f"split={split!r}: {what} is a single split. Leave split out.")
-        return dataset
-    if split is None and len(dataset) == 1:
-        return next(iter(dataset.values()))
-    if split not in dataset:
-        raise ValueError(f"split={split!r}: {what} has the splits {', '.join(dataset)}. Choose one of them.")
-    return dataset[split]
-
-
-def _open_folder(path: Path, split: str | None, audio_column: str) -> SpeechSource:
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        dataset = _choose_split(require("datasets").load_from_disk(str(path)), split, str(path))
-        return DatasetSource(dataset, audio_column)
-    if next(_find_audio(path), None) is None:
-        if not any(path.glob("*.parquet")) and not any(path.glob("*/*.parquet")):
-            raise ValueError(f"{path} has no audio in it. {_ACCEPTED}")
-        return DatasetSource(_load_dataset(str(path), split=split, what=str(path)), audio_column)
-    if split is None:
-        return FolderSource(path)
-    if not (path / split).is_dir():
-        folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        raise ValueError(
-            f"split={split!r} is not a folder in {path}, which has {', '.join(folders) or 'no folders'}. Choose one of"
-            " them, or leave split out for all."
-        )
-    return FolderSource(path / split)
-
-
-def open_source(
-    name: str | Path, *, split: str | None = None, config_name: str | None = None, audio_column: str = "audio"
-) -> SpeechSource:
-    """
-    Open whatever a name stands for.
-
-    Args:
-        name: A folder with audio, a fairseq manifest (`.tsv`), a folder written by `save_to_disk`, a `.parquet` file
-            or a folder of them, or the name of a dataset on the Hub.
-        split: Of a dataset that has several; of a folder with audio, the name of a folder in it.
-        config_name: Of a Hub dataset that has several configurations.
-        audio_column: Column of a dataset that has the audio.
-
-    Raises:
-        ValueError: If the name stands for nothing, with a list of what is accepted; if a split is needed or does not
-            exist; and as the source's own class.
-        ImportError: Without `datasets`, where it is needed.
-    """
-    path = Path(name)
-    is_hub_name = not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) is not None
-    if config_name is not None and not is_hub_name:
-        raise ValueError(f"config_name={config_name!r} belongs to a dataset on the Hub, and {name} is not one.")
-    if path.is_dir():
-        return _open_folder(path, split, audio_column)
-    if path.is_file() and path.suffix == ".tsv":
-        if split is not None:
-            raise ValueError(f"split={split!r}: {name} is a manifest, which has no splits. Leave split out.")
-        return ManifestSource(path)
-    if path.is_file() and path.suffix == ".parquet":
-        dataset = _load_dataset("parquet", data_files=str(path), split=None, what=str(path))
-        return DatasetSource(_choose_split(dataset, split, str(path)), audio_column)
-    if not is_hub_name or path.suffix in (".tsv", ".parquet"):
-        raise ValueError(f"{name} is {'nothing to train on' if path.exists() else 'not here'}. {_ACCEPTED}")
-    try:
-        dataset = _load_dataset(str(name), config_name, split=split, what=str(name))
-    except (FileNotFoundError, ConnectionError) as error:  # the first: datasets knows no such name
-        raise ValueError(f"{name} is not here, and not found on the Hub ({error}). {_ACCEPTED}") from error
-    return DatasetSource(dataset, audio_column)

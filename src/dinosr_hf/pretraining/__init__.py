@@ -1,17 +1,46 @@
-"""Pre-training with Accelerate: arguments, schedules, the loop, what it measures and what it leaves behind."""
+"""Pre-training with Accelerate: arguments, schedules, loop, checkpoints, what is measured and what is left behind."""
 
 from .arguments import ArgumentError, DataArguments, PretrainingArguments, RunArguments, parse_arguments
-from .loop import pretrain, run, synthetic_corpus
-from .schedules import tri_stage
+from .checkpoint import Checkpoint, CheckpointError, choose_checkpoint, find_checkpoints, read_checkpoint
+from .evaluation import HeldOut, row_labels
+from .loop import Pretraining, Progress, TrainingStopped, pretrain
+from .monitor import CollapseMonitor
+from .plan import RunPlan, describe_plan, plan_figure
+from .runner import open_data, run, synthetic_corpus
+from .scaling import Change, changes_table, scale_to_batch
+from .schedules import constant, cosine, make_schedule, tri_stage
+from .signals import RunInterrupted
 
 __all__ = [
     "ArgumentError",
+    "Change",
+    "Checkpoint",
+    "CheckpointError",
+    "CollapseMonitor",
     "DataArguments",
+    "HeldOut",
+    "Pretraining",
     "PretrainingArguments",
+    "Progress",
     "RunArguments",
+    "RunInterrupted",
+    "RunPlan",
+    "TrainingStopped",
+    "changes_table",
+    "choose_checkpoint",
+    "constant",
+    "cosine",
+    "describe_plan",
+    "find_checkpoints",
+    "make_schedule",
+    "open_data",
     "parse_arguments",
+    "plan_figure",
     "pretrain",
+    "read_checkpoint",
+    "row_labels",
     "run",
+    "scale_to_batch",
     "synthetic_corpus",
     "tri_stage",
 ]

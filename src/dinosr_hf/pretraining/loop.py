@@ -1,5 +1,5 @@
 """
-The pre-training loop: forward, backward, clip, optimizer, schedule, codebooks and teacher, log.
+The pre-training loop: forward, backward, clip, optimizer, codebooks and teacher, log, checkpoint.
 
 `B` batch, `S` samples, `T` frames.
 """
@@ -7,315 +7,465 @@ The pre-training loop: forward, backward, clip, optimizer, schedule, codebooks a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
-import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from torch.optim.lr_scheduler import LambdaLR
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .._compat import enable_gradient_checkpointing
-from ..data import (
-    SAMPLING_RATE,
-    DatasetSource,
-    PretrainingCollator,
-    SpeechSource,
-    StepDataset,
-    StepLoader,
-    min_maskable_samples,
-    open_source,
-    plan_epoch,
-    summarize_plan,
-)
-from ..data.synthetic import SyntheticCorpus
+from ..data import MicroBatch, SpeechSource, SpeechStream
 from ..modeling_dinosr import DinoSRForPreTraining
-from .arguments import ArgumentError, DataArguments, PretrainingArguments, RunArguments
+from .arguments import ARCHITECTURE, PretrainingArguments, RunArguments
+from .checkpoint import Checkpoint, CheckpointError, load_model_weights, load_training_state, save_checkpoint
+from .evaluation import HeldOut
+from .feed import Step, StepFeed
 from .metrics import MetricSums
-from .schedules import tri_stage
+from .monitor import CollapseMonitor
+from .schedules import make_schedule
+from .signals import RunInterrupted, SignalWatch
 from .state import append_metrics, save_model
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, torch.Tensor]
+
+class TrainingStopped(RuntimeError):
+    """A run that ended itself because going on would be of no use; the message says why, and what to change."""
 
 
-def synthetic_corpus(data: DataArguments, *, num_utterances: int, seed: int, split: str) -> SyntheticCorpus:
+@dataclass
+class Progress:
     """
-    The corpus that `data: synthetic` stands for, or its other splits, which have other speakers.
+    What a run has done so far, over all processes; it is in each checkpoint.
 
-    Args:
-        data: Its `synthetic_languages`, `synthetic_texts` and `synthetic_noise` count.
-        num_utterances: How many utterances.
-        seed: Of the corpus.
-        split: "train", "validation" or "test".
-
-    Raises:
-        ValueError: For values the corpus does not have.
+    Attributes:
+        step: Updates completed.
+        skipped_steps: Steps left out because gradients or targets were not finite.
+        skipped_in_row: Of these, the ones since the last update.
+        skipped_files: Recordings left out because they could not be read.
+        utterances: Recordings asked for.
+        audio_seconds: Audio trained on, without padding.
+        elapsed_seconds: Time spent training, over all sessions of the run.
     """
-    return SyntheticCorpus(
-        num_utterances=num_utterances,
-        seed=seed,
-        languages=data.synthetic_languages,
-        split=split,
-        noise=data.synthetic_noise,
-        text="mixed",
-        num_texts=(data.synthetic_texts[0], data.synthetic_texts[-1]),
-    )
+
+    step: int = 0
+    skipped_steps: int = 0
+    skipped_in_row: int = 0
+    skipped_files: int = 0
+    utterances: int = 0
+    audio_seconds: float = 0.0
+    elapsed_seconds: float = 0.0
 
 
-def _open_data(data: DataArguments, seed: int) -> SpeechSource:
-    if data.data != "synthetic":
-        return open_source(
-            data.data, split=data.data_split, config_name=data.data_config, audio_column=data.audio_column
-        )
-    logger.info("Making %d utterances with espeak-ng.", data.synthetic_utterances)
-    corpus = synthetic_corpus(data, num_utterances=data.synthetic_utterances, seed=seed, split="train")
-    return DatasetSource(corpus.to_dataset(num_proc=min(8, os.cpu_count() or 1)))
-
-
-def _check_mask_fits(arguments: PretrainingArguments) -> None:
-    config, data = arguments.model_config(), arguments.data
-    shortest = int(data.min_seconds * SAMPLING_RATE)
-    needed = min_maskable_samples(config)
-    if shortest < needed:
-        raise ArgumentError(
-            f"mask_length={config.mask_length} does not fit: the shortest utterance has {config.num_frames(shortest)}"
-            f" frames ({shortest:,} samples). Raise min_seconds to at least {-(-needed // 160) / 100:.2f} or lower"
-            " mask_length."
-        )
-
-
-def _steps(
-    source: SpeechSource, arguments: PretrainingArguments, accelerator: Accelerator, first_step: int = 0
-) -> Iterator[tuple[int, list[Batch]]]:
-    """Epoch after epoch without end: the epoch's number and this process's micro-batches of a step."""
-    data, seed = arguments.data, arguments.run.seed
-    num_samples = [utterance.num_samples for utterance in source.utterances]
-    limits = {"min_samples": int(data.min_seconds * SAMPLING_RATE)}
-    collator = PretrainingCollator(arguments.model_config(), seed=seed)
-    micro_samples = int(data.micro_seconds * SAMPLING_RATE)
-    epoch = 0
-    while True:
-        plan = plan_epoch(
-            num_samples,
-            seed=seed,
-            epoch=epoch,
-            step_samples=int(data.step_seconds * SAMPLING_RATE),
-            max_samples=int(data.max_seconds * SAMPLING_RATE),
-            mode="pad" if data.batching == "pad" else "crop",
-            num_buckets=data.num_buckets,
-            ids=[utterance.id for utterance in source.utterances],
-            **limits,
-        )
-        if epoch == 0:
-            world = accelerator.num_processes
-            summary = summarize_plan(plan, num_samples, world_size=world, micro_samples=micro_samples, **limits)
-            logger.info("Epoch: %s", summary)
-        dataset = StepDataset(
-            source, plan, collator, accelerator.process_index, accelerator.num_processes, micro_samples, epoch
-        )
-        loader = StepLoader(
-            dataset, num_workers=data.num_workers, pin_memory=accelerator.device.type == "cuda", first_step=first_step
-        )
-        for micro_batches in loader:
-            yield epoch, micro_batches
-        epoch, first_step = epoch + 1, 0
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def _count_samples(batch: Batch) -> tuple[int, int]:
+def _count_samples(inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
     """Samples of a batch without padding, and samples of padding."""
-    total = batch["input_values"].numel()
-    read = int(batch["attention_mask"].sum()) if "attention_mask" in batch else total
+    total = inputs["input_values"].numel()
+    read = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else total
     return read, total - read
 
 
 def _accumulate_gradients(
-    model: torch.nn.Module, micro_batches: list[Batch], accelerator: Accelerator, sums: MetricSums
+    model: torch.nn.Module,
+    micro_batches: list[MicroBatch],
+    total_masked: float,
+    accelerator: Accelerator,
+    sums: MetricSums,
 ) -> None:
     """
     Forward and backward of a step: the gradient is that of the mean over all masked frames of the step, however they
     are spread over micro-batches and processes.
     """
-    # Padded frames are never in these masks, so that the frames of the step are known before the first forward pass.
-    masked = [int(batch["mask_time_indices"].sum()) for batch in micro_batches]
-    total = accelerator.reduce(torch.tensor(sum(masked), device=accelerator.device), "sum").item()
-    for position, (batch, num_masked) in enumerate(zip(micro_batches, masked, strict=True)):
+    for position, batch in enumerate(micro_batches):
+        inputs = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.inputs.items()}
         is_last = position == len(micro_batches) - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-            output = model(**_to_device(batch, accelerator.device))
+            output = model(**inputs)
             # Processes' gradients are averaged, not added up.
-            accelerator.backward(output.loss * (num_masked * accelerator.num_processes / total))
-        sums.add(output, *_count_samples(batch))
+            share = int(batch.inputs["mask_time_indices"].sum()) * accelerator.num_processes / total_masked
+            # 0, or not a number where the teacher's output is not finite while the loss is (fp16). Through the
+            # gradient every process learns of it, with no collective.
+            poison = output.target_energies.sum() * 0
+            accelerator.backward(output.loss * (share + poison))
+        sums.add(output, *_count_samples(batch.inputs))
 
 
-def _optimizer_and_schedule(
-    model: DinoSRForPreTraining, options: RunArguments
-) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    optimizer = torch.optim.AdamW(
+def _make_optimizer(model: DinoSRForPreTraining, options: RunArguments) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,
         weight_decay=options.weight_decay,
     )
-    factor = partial(
-        tri_stage,
-        max_steps=options.max_steps,
-        warmup_share=options.warmup_share,
-        hold_share=options.hold_share,
-        final_lr_scale=options.final_lr_scale,
-    )
-    return optimizer, LambdaLR(optimizer, factor)
+
+
+def _memory_gib(device: torch.device) -> float:
+    """The most memory that the GPU has held so far; without one, what this process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import psutil  # a dependency of accelerate
+
+    return psutil.Process().memory_info().rss / 2**30
+
+
+class Pretraining:
+    """
+    A run: its parts, its place, and what it does at each step; `run` goes through it.
+
+    Args:
+        model: A fresh or pre-trained model of `arguments.model_config()`.
+        source: The recordings, or a stream of them.
+        arguments: What the run is told.
+        accelerator: Devices, precision, processes. Its own gradient accumulation must be off: steps are cut into
+            micro-batches by `micro_seconds`.
+        checkpoint: What to go on from; None: the beginning.
+        held_out: Evaluated every `eval_steps`; None: never.
+    """
+
+    def __init__(
+        self,
+        model: DinoSRForPreTraining,
+        source: SpeechSource | SpeechStream,
+        arguments: PretrainingArguments,
+        accelerator: Accelerator,
+        checkpoint: Checkpoint | None = None,
+        held_out: HeldOut | None = None,
+    ) -> None:
+        options, config = arguments.run, model.config
+        self.model, self.arguments, self.options, self.accelerator = model, arguments, options, accelerator
+        self.held_out = held_out
+        self.progress = Progress()
+        self.feed = StepFeed(
+            source,
+            arguments.data,
+            config,
+            seed=options.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        self.monitor = CollapseMonitor(config, options)
+        self._learning_rate: Callable[[int], float] = make_schedule(options)
+        self._new_sums: Callable[[], MetricSums] = partial(
+            MetricSums, config.num_codebooks, config.codebook_size, accelerator.device
+        )
+        self._sums = self._new_sums()
+        self._signals = SignalWatch()
+        self._save_asked = self._stop_asked = False
+        if options.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        if options.torch_compile:
+            model.compile(backend=options.torch_compile_backend)
+        optimizer = _make_optimizer(model, options)  # of all parameters, also those that a resumed run has frozen
+        if checkpoint is not None:
+            load_model_weights(checkpoint, model)
+            self.progress = Progress(**checkpoint.manifest["progress"])
+        self._is_frozen = model.apply_freeze(self.progress.step)
+        self._wrapped, self._optimizer = accelerator.prepare(model, optimizer)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """What is not in the model: optimizer, random states, place in the data, interval of metrics."""
+        self.feed.load_state_dict(checkpoint.manifest["feed"])
+        self.monitor.load_state_dict(checkpoint.manifest["monitor"])
+        own = load_training_state(checkpoint, self._optimizer, self.accelerator)
+        if own is not None:
+            self._sums.load_state_dict(own["sums"])
+
+    def run(self) -> DinoSRForPreTraining:
+        """
+        Train to the last step, and leave the model in `output_dir` with `metrics.jsonl` beside it.
+
+        Returns:
+            The trained model, without wrappers.
+
+        Raises:
+            ValueError: For data that the arguments do not fit.
+            TrainingStopped: If too many recordings cannot be read, too many steps in a row have no finite gradient, or
+                the model collapsed and `stop_on_collapse` is set.
+            RunInterrupted: After SIGTERM or SIGINT; a checkpoint was written.
+            CheckpointError: If the last checkpoint or the model cannot be written.
+        """
+        options, accelerator, progress = self.options, self.accelerator, self.progress
+        self.model.train()
+        self._started = self._interval_started = time.perf_counter()
+        self._elapsed_before = progress.elapsed_seconds
+        self._first_step = self._step_at_last_log = progress.step
+        with (
+            self._signals,
+            logging_redirect_tqdm(),
+            tqdm(
+                total=options.max_steps,
+                initial=progress.step,
+                disable=not accelerator.is_main_process,
+                unit="step",
+                dynamic_ncols=True,
+            ) as bar,
+        ):
+            if progress.step < options.max_steps:
+                for step in self.feed:
+                    if self._take(step):
+                        bar.update()
+                        self._after_update(bar, step.epoch)
+                    self._answer_signals()
+                    if progress.step >= options.max_steps:
+                        break
+        self._finish()
+        return self.model.eval()
+
+    def _take(self, step: Step) -> bool:
+        """Forward, backward, clip, optimizer, codebooks and teacher; whether it was an update, and not skipped."""
+        accelerator, options, progress = self.accelerator, self.options, self.progress
+        micro_batches = step.micro_batches
+        # The one collective before the gradients: padded frames are never in these masks, so that the frames of the
+        # step are known before the first forward pass; what was asked of one process is then known to all.
+        masked = sum(int(batch.inputs["mask_time_indices"].sum()) for batch in micro_batches)
+        skipped = [entry for batch in micro_batches for entry in batch.skipped]
+        utterances = len(skipped) + sum(
+            int(batch.inputs["mask_time_indices"].any(dim=-1).sum()) for batch in micro_batches
+        )
+        own = [masked, len(skipped), utterances, self._signals.save, self._signals.stop > 0]
+        totals = accelerator.reduce(torch.tensor(list(map(int, own)), device=accelerator.device), "sum").tolist()
+        total_masked, total_skipped, total_utterances, self._save_asked, self._stop_asked = totals
+        for name, message in skipped:
+            logger.warning("Skipped %s: %s", name, message)
+        progress.skipped_files += total_skipped
+        progress.utterances += total_utterances
+        self._check_skipped_files()
+        if not total_masked:
+            return False
+
+        sums = self._new_sums()
+        _accumulate_gradients(self._wrapped, micro_batches, total_masked, accelerator, sums)
+        self._grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf)
+        if not bool(torch.isfinite(self._grad_norm)):
+            self._skip_step()
+            return False
+        progress.skipped_in_row = 0
+        self._rate = options.learning_rate * self._learning_rate(progress.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        progress.step += 1
+        self._decays = self.model.update_targets(progress.step)
+        self._sums.merge(sums)
+        if not self._is_frozen and self.model.apply_freeze(progress.step):
+            self._is_frozen = True
+            logger.info("Step %d: teacher, convolutions and projection are frozen from here on.", progress.step)
+            if accelerator.num_processes > 1:
+                # Its buckets wait for the gradients of parameters that have none any more.
+                self._wrapped = accelerator.prepare_model(self.model)
+        return True
+
+    def _check_skipped_files(self) -> None:
+        """So that a disk that went away is no run on what is left."""
+        progress, share = self.progress, self.arguments.data.max_skipped_share
+        if progress.skipped_files > share * max(progress.utterances, 1000):
+            raise TrainingStopped(
+                f"{progress.skipped_files:,} of {progress.utterances:,} recordings could not be read, which is more"
+                f" than max_skipped_share={share:g} allows (of at least 1,000). The log names them. Look at the disk,"
+                " make the manifest again, or raise max_skipped_share."
+            )
+
+    def _skip_step(self) -> None:
+        """Gradients that are not finite move nothing: no weight, no codeword, no teacher, no figure."""
+        progress, scaler = self.progress, self.accelerator.scaler
+        self._optimizer.zero_grad()
+        self.model.codebooks.discard()
+        if scaler is not None:
+            scaler.update()  # fp16: the next steps are scaled by less
+        progress.skipped_steps += 1
+        progress.skipped_in_row += 1
+        if progress.skipped_in_row >= self.options.max_skipped_steps:
+            raise TrainingStopped(
+                f"{progress.skipped_in_row} steps in a row had no finite gradient, after step {progress.step}. The"
+                " last checkpoint is as it was. Lower learning_rate, use bf16 instead of fp16, or set max_grad_norm,"
+                " and start again: the run goes on from there."
+            )
+
+    def _after_update(self, bar: tqdm, epoch: int) -> None:
+        options, step = self.options, self.progress.step
+        is_last = step == options.max_steps
+        if step % options.log_steps == 0 or step == 1 or is_last:
+            self._log(bar, epoch)
+        if self.held_out is not None and (step % options.eval_steps == 0 or is_last):
+            self._evaluate(self.held_out)
+        if options.save_steps and step % options.save_steps == 0 and not is_last:
+            self._save_model(Path(options.output_dir) / f"step-{step}")
+        if options.checkpoint_steps and step % options.checkpoint_steps == 0 and not is_last:
+            self._try_checkpoint()
+
+    def _log(self, bar: tqdm, epoch: int) -> None:
+        options, progress = self.options, self.progress
+        figures: dict[str, Any] = self._sums.compute(partial(self.accelerator.reduce, reduction="sum"))
+        self._sums = self._new_sums()
+        now = time.perf_counter()
+        speed = figures["seconds"] / (now - self._interval_started)
+        self._interval_started = now
+        progress.audio_seconds += figures["seconds"]
+        progress.elapsed_seconds = self._elapsed_before + now - self._started
+        metrics: dict[str, Any] = {
+            "step": progress.step,
+            "epoch": epoch,
+            "learning_rate": self._rate,
+            **self._decays,
+            "grad_norm": float(self._grad_norm),
+            **figures,
+            "audio_seconds_per_second": speed,
+            "audio_hours": progress.audio_seconds / 3600,
+            "elapsed_seconds": progress.elapsed_seconds,
+            "seconds_left": self._seconds_left(figures["seconds"], speed),
+            "skipped_files": progress.skipped_files,
+            "skipped_steps": progress.skipped_steps,
+            "memory_gib": _memory_gib(self.accelerator.device),
+        }
+        bar.set_postfix(
+            loss=f"{metrics['loss']:.3f}",
+            ppl=f"{metrics['target_perplexity']:.0f}/{metrics['prediction_perplexity']:.0f}",
+            active=f"{metrics['active_codewords']:.0f}",
+            speed=f"{speed:.0f}x",
+            refresh=False,
+        )
+        warnings = self.monitor.check(metrics)
+        if warnings:
+            metrics["warnings"] = warnings
+        self._write(metrics)
+        for warning in warnings:
+            logger.warning("%s", warning)
+        if self.monitor.has_collapsed and options.stop_on_collapse:
+            raise TrainingStopped(
+                f"The model has collapsed, and stop_on_collapse is set. {' '.join(self.monitor.standing())}"
+            )
+
+    def _seconds_left(self, interval_seconds: float, speed: float) -> float:
+        """At the speed of the last interval, for the audio that is still to come."""
+        done = max(1, self.progress.step - self._step_at_last_log)
+        self._step_at_last_log = self.progress.step
+        return (self.options.max_steps - self.progress.step) * interval_seconds / done / max(speed, 1e-9)
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        """A line of the JSONL, and what trackers can draw of it: numbers, a codebook's by a name of its own."""
+        if self.accelerator.is_main_process:
+            append_metrics(self.options.output_dir, metrics)
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        for name, values in metrics.items():
+            if isinstance(values, list) and name != "warnings":
+                numbers |= {f"{name}/{number}": value for number, value in enumerate(values)}
+        self.accelerator.log(numbers, step=metrics["step"])
+
+    def _evaluate(self, held_out: HeldOut) -> None:
+        figures = held_out.evaluate(self.model, self.accelerator)
+        self._write({"step": self.progress.step} | {f"eval_{name}": value for name, value in figures.items()})
+        logger.info(
+            "Step %d, held out: %s.",
+            self.progress.step,
+            ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float)),
+        )
+        self._interval_started += held_out.seconds_taken  # it is no training
+
+    def _save_model(self, folder: Path) -> None:
+        """For good, beside the checkpoints; a full disk is no reason to lose the run."""
+        if self.accelerator.is_main_process:
+            try:
+                save_model(self.model, folder)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                logger.error("The model could not be written to %s: %s. The run goes on.", folder, error)
+
+    def checkpoint(self) -> Path:
+        """
+        Write a checkpoint of this moment, between two steps; all processes together.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        options, progress = self.options, self.progress
+        progress.elapsed_seconds = self._elapsed_before + time.perf_counter() - self._started
+        config = self.model.config.to_dict()
+        path = save_checkpoint(
+            options.output_dir,
+            progress.step,
+            self.model,
+            self._optimizer,
+            self.accelerator,
+            process_state={"sums": self._sums.state_dict()},
+            manifest={
+                "progress": dataclasses.asdict(progress),
+                "feed": self.feed.state_dict(),
+                "monitor": self.monitor.state_dict(),
+                "architecture": {name: config[name] for name in ARCHITECTURE},
+                "arguments": self.arguments.to_dict(),
+            },
+            keep=options.keep_checkpoints,
+        )
+        self._signals.save = False
+        return path
+
+    def _try_checkpoint(self) -> None:
+        """A full disk is said aloud, and the run goes on: the checkpoint before this one is still there."""
+        try:
+            self.checkpoint()
+        except CheckpointError as error:
+            logger.error("%s The run goes on without it.", error)
+
+    def _answer_signals(self) -> None:
+        """What one process was asked for, all do: the reduction before the step has told them."""
+        if self._stop_asked:
+            path = self.checkpoint()
+            number = self._signals.stop or signal.SIGTERM
+            name = signal.Signals(number).name
+            raise RunInterrupted(f"{name}: stopped after step {self.progress.step}, with {path}.", 128 + number)
+        if self._save_asked:
+            self._try_checkpoint()
+
+    def _finish(self) -> None:
+        if self.options.checkpoint_steps and self.progress.step > self._first_step:
+            self.checkpoint()
+        if self.accelerator.is_main_process:
+            save_model(self.model, self.options.output_dir)
+        self.accelerator.wait_for_everyone()
 
 
 def pretrain(
-    model: DinoSRForPreTraining, source: SpeechSource, arguments: PretrainingArguments, accelerator: Accelerator
+    model: DinoSRForPreTraining,
+    source: SpeechSource | SpeechStream,
+    arguments: PretrainingArguments,
+    accelerator: Accelerator,
+    *,
+    checkpoint: Checkpoint | None = None,
+    held_out: HeldOut | None = None,
 ) -> DinoSRForPreTraining:
     """
     Train a model on a source, and leave it in `output_dir` with `metrics.jsonl` beside it.
 
     Args:
         model: A fresh or pre-trained model of `arguments.model_config()`.
-        source: The recordings.
+        source: The recordings, or a stream of them.
         arguments: What the run is told.
         accelerator: Devices, precision, processes. Its own gradient accumulation must be off: steps are cut into
             micro-batches by `micro_seconds`.
+        checkpoint: What to go on from; None: the beginning.
+        held_out: Evaluated every `eval_steps`; None: never.
 
     Returns:
         The trained model, without wrappers.
 
     Raises:
         ValueError: For data that the arguments do not fit.
-        FloatingPointError: If the loss is not a finite number.
+        TrainingStopped: As `Pretraining.run`.
+        RunInterrupted: After SIGTERM or SIGINT; a checkpoint was written.
+        CheckpointError: If a checkpoint does not fit, or the last one or the model cannot be written.
     """
-    options, config, device = arguments.run, model.config, accelerator.device
-    if options.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    optimizer, schedule = _optimizer_and_schedule(model, options)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
-    is_frozen = False
-    sums = MetricSums(config.num_codebooks, config.codebook_size, device)
-    since = time.perf_counter()
-    bar = tqdm(total=options.max_steps, disable=not accelerator.is_main_process, unit="step", dynamic_ncols=True)
-    for step, (epoch, micro_batches) in enumerate(_steps(source, arguments, accelerator), start=1):
-        _accumulate_gradients(wrapped, micro_batches, accelerator, sums)
-        grad_norm = None
-        if options.max_grad_norm > 0:
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-        learning_rate = schedule.get_last_lr()[0]
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        decays = model.update_targets(step)
-        if not is_frozen and model.apply_freeze(step):
-            is_frozen = True
-            logger.info("Step %d: teacher, convolutions and projection are frozen from here on.", step)
-            if accelerator.num_processes > 1:
-                # Its buckets wait for the gradients of parameters that have none any more.
-                wrapped = accelerator.prepare_model(model)
-        bar.update()
-        if step % options.log_steps == 0 or step in (1, options.max_steps):
-            metrics: dict[str, Any] = {"step": step, "epoch": epoch, "learning_rate": learning_rate, **decays}
-            metrics |= sums.compute(partial(accelerator.reduce, reduction="sum"))
-            metrics["audio_seconds_per_second"] = metrics["seconds"] / (time.perf_counter() - since)
-            if grad_norm is not None:
-                metrics["grad_norm"] = float(grad_norm)
-            _log(metrics, bar, accelerator, options.output_dir)
-            sums = MetricSums(config.num_codebooks, config.codebook_size, device)
-            since = time.perf_counter()
-        is_last = step == options.max_steps
-        if accelerator.is_main_process and options.save_steps and step % options.save_steps == 0 and not is_last:
-            save_model(model, Path(options.output_dir) / f"step-{step}")
-        if is_last:
-            break
-    bar.close()
-    if accelerator.is_main_process:
-        save_model(model, options.output_dir)
-    accelerator.wait_for_everyone()
-    return model.eval()
-
-
-def _log(metrics: dict[str, Any], bar: tqdm, accelerator: Accelerator, output_dir: str) -> None:
-    bar.set_postfix(
-        loss=f"{metrics['loss']:.3f}",
-        ppl=f"{metrics['target_perplexity']:.0f}/{metrics['prediction_perplexity']:.0f}",
-        active=f"{metrics['active_codewords']:.0f}",
-        speed=f"{metrics['audio_seconds_per_second']:.0f}x",
-    )
-    if accelerator.is_main_process:
-        append_metrics(output_dir, metrics)
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    accelerator.log(numbers, step=metrics["step"])
-    if not math.isfinite(metrics["loss"]):
-        raise FloatingPointError(
-            f"The loss is {metrics['loss']} at step {metrics['step']}. Lower learning_rate, use bf16 instead of fp16,"
-            " or set max_grad_norm; the last saved model is in output_dir."
-        )
-
-
-def run(arguments: PretrainingArguments) -> DinoSRForPreTraining:
-    """
-    A whole run: data, model, training; what `examples/pretrain.py` does.
-
-    Args:
-        arguments: As `parse_arguments` gives them.
-
-    Returns:
-        The trained model.
-
-    Raises:
-        ArgumentError: If `output_dir` has a model already, or a span does not fit the shortest utterance.
-        ValueError: As the data.
-    """
-    options = arguments.run
-    output_dir = Path(options.output_dir)
-    if (output_dir / "config.json").exists():
-        raise ArgumentError(f"output_dir={output_dir} has a model already. Give another folder, or remove this one.")
-    _check_mask_fits(arguments)
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        log_with=options.trackers or None,
-        project_dir=output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    if not accelerator.is_main_process:
-        logging.getLogger("dinosr_hf").setLevel(logging.WARNING)
-    if accelerator.device.type == "cpu":
-        # `accelerate launch` leaves a process one thread, whatever there is.
-        share = (os.cpu_count() or 1) // accelerator.num_processes
-        torch.set_num_threads(options.num_threads or max(1, share))
-    set_seed(options.seed)
-    with accelerator.main_process_first():
-        source = _open_data(arguments.data, options.seed)
-    model = DinoSRForPreTraining(arguments.model_config())
-    num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info(
-        "%s parameters to train; %s; %d process(es) on %s, precision %s.",
-        f"{num_parameters:,}",
-        f"{sum(u.num_samples for u in source.utterances) / SAMPLING_RATE / 3600:.2f} h in {len(source):,} utterances",
-        accelerator.num_processes,
-        accelerator.device.type,
-        accelerator.mixed_precision,
-    )
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "arguments.yaml").write_text(arguments.to_yaml(), encoding="utf-8")
-        (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-    if options.trackers:
-        accelerator.init_trackers("dinosr")
-    model = pretrain(model, source, arguments, accelerator)
-    accelerator.end_training()
-    return model
+    return Pretraining(model, source, arguments, accelerator, checkpoint, held_out).run()

@@ -2,56 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import Wav2Vec2FeatureExtractor
+from transformers.utils import logging as hf_logging
 
-from ..data import SAMPLING_RATE
+from ..folders import save_folder
 from ..modeling_dinosr import DinoSRForPreTraining
 
 
-def feature_extractor() -> Wav2Vec2FeatureExtractor:
-    """What turns audio into the model's input: 16 kHz, zero mean and unit variance, padding at the end."""
-    return Wav2Vec2FeatureExtractor(
-        feature_size=1, sampling_rate=SAMPLING_RATE, padding_value=0.0, do_normalize=True, return_attention_mask=True
-    )
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    was_on = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            hf_logging.enable_progress_bar()
 
 
 def save_model(model: DinoSRForPreTraining, folder: str | os.PathLike) -> Path:
     """
-    Write a folder that `from_pretrained` opens: weights, configuration, code, feature extractor.
-
-    The files are written aside first, and then moved, so that a file that is there is whole.
+    Write a folder that `from_pretrained` opens, with no progress bar: there is one already, that of the run.
 
     Args:
         model: What to save, teacher and codebooks included.
-        folder: Where to; made if it does not exist. Files of other names in it stay.
+        folder: As for `save_folder`.
 
     Returns:
         The folder.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder, prefix=".unfinished-"))
-    try:
-        model.save_pretrained(aside)
-        feature_extractor().save_pretrained(aside)
-        mode = (aside / "config.json").stat().st_mode  # safetensors writes for the owner alone
-        for file in sorted(aside.iterdir()):
-            file.chmod(mode)
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
+    with _without_progress_bars():
+        return save_folder(model, folder)
 
 
 def append_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> None:
     """Add a line to the run's `metrics.jsonl`."""
     with open(Path(folder) / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
+
+
+def cut_metrics(folder: str | os.PathLike, last_step: int) -> None:
+    """Drop the lines of `metrics.jsonl` after a step, which a run that goes on from there will write again."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            is_kept = json.loads(line)["step"] <= last_step
+        except ValueError:  # half a line: the run was killed while it wrote it
+            continue
+        if is_kept:
+            kept.append(line)
+    aside = path.with_suffix(".unfinished")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)

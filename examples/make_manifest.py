@@ -1,0 +1,50 @@
+"""
+Look through a folder of recordings once, and write a manifest of what a run can use.
+
+    python examples/make_manifest.py my_recordings my_recordings/manifest.jsonl
+    accelerate launch examples/pretrain.py --data my_recordings/manifest.jsonl
+
+Prints hours, files, rates, channels, formats and durations, and what is left out and why; the list of that goes beside
+the manifest. Only headers and beginnings are read; --decode reads everything.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from dinosr_hf.data.scan import MIN_SECONDS, scan_folder, write_manifest
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Scan a folder of recordings and write a manifest.")
+    parser.add_argument("folder", help="with wav, flac, ogg, opus or mp3 files in it or below it")
+    parser.add_argument("manifest", help="to write: .jsonl, .csv, or .tsv (fairseq's; files of one rate only)")
+    parser.add_argument(
+        "--min_seconds",
+        type=float,
+        default=MIN_SECONDS,
+        help="leave out shorter files. The default, %(default)s, is one masked span of the paper's model: less is of"
+        " use to no run. A run leaves out more by its own min_seconds.",
+    )
+    parser.add_argument("--decode", action="store_true", help="decode everything, which finds all damaged files")
+    parser.add_argument("--overwrite", action="store_true", help="replace the manifest if it exists")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(argv)
+    since = time.perf_counter()
+    try:
+        scan = scan_folder(options.folder, min_seconds=options.min_seconds, decode=options.decode, show_progress=True)
+        print(scan)
+        written = write_manifest(scan, options.manifest, overwrite=options.overwrite)
+    except ValueError as error:
+        sys.exit(f"make_manifest.py: {error}")
+    num_files, seconds = len(scan.usable) + len(scan.left_out), time.perf_counter() - since
+    print(f"{num_files:,} files in {seconds:,.1f} s ({num_files / seconds:,.0f} a second)")
+    print("Written:", *written)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,40 @@
+"""
+Draw the curves of pre-training runs, with those of a published full-size run behind them.
+
+    python examples/plot_run.py runs/tiny
+    python examples/plot_run.py runs/a runs/b --x hours --output both.png
+
+A run is its output_dir, finished or not. Runs with steps of other sizes compare by hours of audio.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinosr_hf.analysis.curves import read_run, run_figure
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run")
+    parser.add_argument("--output", help="the picture, .png or .pdf; left out: curves.png in the first run's folder")
+    parser.add_argument("--x", default="step", choices=["step", "hours"], help="updates, or hours of audio")
+    parser.add_argument("--title", help="text above the picture")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(argv)
+    try:
+        figure = run_figure([read_run(folder) for folder in options.runs], x=options.x, title=options.title)
+    except ValueError as error:
+        sys.exit(f"plot_run.py: {error}")
+    output = Path(options.output or Path(options.runs[0]) / "curves.png")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150)
+    print(f"The picture is {output}.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

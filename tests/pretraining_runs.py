@@ -1,0 +1,113 @@
+"""A tiny pre-training run, and ways to start it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dinosr_hf.data import FolderSource
+from dinosr_hf.pretraining import parse_arguments
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "examples" / "configs"
+
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "conv_dim": [8, 8, 8],
+    "conv_kernel": [10, 8, 8],
+    "conv_stride": [5, 8, 8],
+    "num_conv_pos_embeddings": 2,
+    "conv_pos_kernel_size": 3,
+    "num_conv_pos_embedding_groups": 2,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "layerdrop": 0.0,
+    "num_codebooks": 2,
+    "codebook_size": 8,
+    "ema_decay": 0.9,
+    "ema_end_decay": 0.99,
+    "ema_anneal_steps": 3,
+    "freeze_teacher_step": None,
+    "mask_length": 4,
+    "step_seconds": 8.0,
+    "micro_seconds": 8.0,
+    "min_seconds": 0.3,
+    "max_seconds": 2.0,
+    "num_buckets": 2,
+    "num_workers": 0,
+    "num_threads": 1,
+    "max_steps": 4,
+    "learning_rate": 1e-3,
+    "log_steps": 1,
+    "save_steps": 0,
+}
+
+
+# Dropout and layerdrop, so that random states matter; two figures a line, so that an interval is cut by a checkpoint.
+CHANCE = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.3, "max_steps": 10, "log_steps": 2}
+TIMED = {"audio_seconds_per_second", "elapsed_seconds", "seconds_left", "memory_gib"}
+
+
+def write_config(folder, **changes):
+    path = Path(folder) / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}))
+    return path
+
+
+def tiny_arguments(tmp_path, recordings, **changes):
+    path = write_config(tmp_path, data=str(recordings), output_dir=str(tmp_path / "out"), **changes)
+    return parse_arguments([str(path)], CONFIGS / "tiny_cpu.yaml")
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(folder):
+    """The metrics without what depends on the clock."""
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in metrics_of(folder)]
+
+
+def assert_same_run(folder, other):
+    """Weights and figures, bit for bit."""
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert figures(folder) == figures(other)
+
+
+def send_at_load(monkeypatch, number, call, source=FolderSource):
+    """Send this process a signal at a certain read of a recording."""
+    loads = iter(range(10**9))
+    plain = source.load
+
+    def load(self, *arguments):
+        if next(loads) == call:
+            os.kill(os.getpid(), number)
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(source, "load", load)
+
+
+def launch(tmp_path, name, num_processes, *flags):
+    """The real command, through `accelerate launch`, in as many processes as asked for."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
+    # Several processes on a CPU: torchrun starts them (with --cpu, accelerate wants MPI, and starts a single one).
+    command += ["--cpu"] if num_processes == 1 else ["--multi_gpu"]
+    command += ["--num_processes", str(num_processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(29500 + os.getpid() % 2000)]
+    command += [str(ROOT / "examples" / "pretrain.py"), str(tmp_path / "tiny.yaml")]
+    command += ["--output_dir", str(tmp_path / name), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{num_processes} process(es)" in done.stderr
+    return load_file(tmp_path / name / "model.safetensors"), metrics_of(tmp_path / name), done

@@ -1,0 +1,239 @@
+"""Manifests and tables: what a line says, that few files are opened, and that lies are found out."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from audio_files import PART_ATOL, manifest, sf, write
+from dinosr_hf.data import AudioFileError, ManifestSource, TableSource, manifests
+
+
+def test_manifest_opens_a_few_files_only(tmp_path, monkeypatch):
+    opened = []
+    write(tmp_path / "one.wav", 5_000)
+    for k in range(99):
+        (tmp_path / f"{k}.wav").symlink_to(tmp_path / "one.wav")
+    read = manifests.audio_info
+    monkeypatch.setattr(manifests, "audio_info", lambda path: opened.append(path) or read(path))
+
+    source = ManifestSource(manifest(tmp_path, *((f"{k}.wav", 5_000) for k in range(99))))
+
+    assert source.utterances == [(f"{k}.wav", 5_000) for k in range(99)]
+    assert len(opened) == 16
+    assert {tmp_path / "0.wav", tmp_path / "98.wav"} <= set(opened)
+    np.testing.assert_array_equal(source.load(3, 100, 200), source.load(3)[100:300])
+
+
+def test_manifest_beside_its_folder_with_other_rate_empty_and_repeated_lines(tmp_path):
+    write(tmp_path / "clips" / "a.wav", 4_001, rate=8_000)
+    write(tmp_path / "clips" / "b.wav", 3_000, rate=8_000)
+    path = manifest(tmp_path, ("a.wav", 4_001), ("none.wav", 0), ("b.wav", 3_000), ("a.wav", 4_001), root="clips")
+
+    source = ManifestSource(path)
+
+    assert source.utterances == [("a.wav", 8_002), ("b.wav", 6_000), ("a.wav#2", 8_002)]
+    assert source.skipped == {"empty": ["none.wav"]}
+    np.testing.assert_array_equal(source.load(2), source.load(0))
+    assert len(source.load(1)) == 6_000
+
+
+@pytest.mark.parametrize("line", ["a.wav 4000", "a.wav\tlong", "a.wav\t1\t2"])
+def test_manifest_with_a_line_of_another_form(tmp_path, line):
+    path = tmp_path / "train.tsv"
+    path.write_text(f"{tmp_path}\nb.wav\t5\n{line}\n")
+    with pytest.raises(ValueError, match=r"train\.tsv, line 3: .* is not `relative/path<TAB>frames`"):
+        ManifestSource(path)
+
+
+def test_manifest_whose_folder_is_not_here(tmp_path):
+    path = manifest(tmp_path, ("a.wav", 5), root="/no/such/folder")
+    with pytest.raises(
+        ValueError, match=r"its first line must be the folder .* '/no/such/folder' is not a folder here"
+    ):
+        ManifestSource(path)
+
+
+def test_manifest_that_disagrees_with_a_header(tmp_path):
+    write(tmp_path / "a.wav", 4_000, rate=8_000)
+    message = r"a\.wav has 8,000 frames there, but the file has 8,000 samples at 16 kHz \(its own rate is 8,000 Hz\)"
+    with pytest.raises(ValueError, match=message):
+        ManifestSource(manifest(tmp_path, ("a.wav", 8_000)))
+
+
+def test_manifest_of_several_rates(tmp_path):
+    write(tmp_path / "a.wav", 4_000, rate=8_000)
+    write(tmp_path / "b.wav", 4_000, rate=16_000)
+    with pytest.raises(ValueError, match=r"different rates \(a\.wav 8,000 Hz, b\.wav 16,000 Hz\).*Give the folder"):
+        ManifestSource(manifest(tmp_path, ("a.wav", 4_000), ("b.wav", 4_000)))
+
+
+def test_manifest_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"train\.tsv has no utterances"):
+        ManifestSource(manifest(tmp_path))
+
+
+def table(tmp_path, rows, name="train.jsonl"):
+    path = tmp_path / name
+    if name.endswith(".csv"):
+        lines = [",".join(rows[0]), *(",".join(str(value) for value in row.values()) for row in rows)]
+    else:
+        lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Files whose headers are read."""
+    opened = []
+    read = manifests.audio_info
+    monkeypatch.setattr(manifests, "audio_info", lambda path: opened.append(path) or read(path))
+    return opened
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.csv"])
+@pytest.mark.parametrize("column", manifests.PATH_COLUMNS)
+def test_table_beside_its_files(tmp_path, name, column):
+    write(tmp_path / "clips" / "a.wav", 4_001, rate=8_000)
+    write(tmp_path / "b.wav", 3_000)
+    rows = [{column: "clips/a.wav", "text": "x"}, {column: str(tmp_path / "b.wav"), "text": "y"}]
+    source = TableSource(table(tmp_path, rows, name))
+    assert source.utterances == [("clips/a.wav", 8_002), (str(tmp_path / "b.wav"), 3_000)]
+    np.testing.assert_array_equal(source.load(1), sf.read(tmp_path / "b.wav", dtype="float32")[0])
+    np.testing.assert_allclose(source.load(0, 1_000, 500), source.load(0)[1_000:1_500], rtol=0, atol=PART_ATOL)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"num_frames": 2_500, "sampling_rate": 8_000},
+        {"num_samples": 5_000},
+        {"duration": 0.3125},
+        {"num_frames": 2_500, "sampling_rate": 8_000, "num_samples": 7, "duration": 7},
+    ],
+    ids=["frames", "samples", "seconds", "frames first"],
+)
+def test_table_with_lengths_opens_a_few_files_only(tmp_path, counted, name, length):
+    write(tmp_path / "one.wav", 2_500, rate=8_000)
+    for k in range(99):
+        (tmp_path / f"{k}.wav").symlink_to(tmp_path / "one.wav")
+    source = TableSource(table(tmp_path, [{"path": f"{k}.wav", **length} for k in range(99)], name))
+    lost = 1 if list(length) == ["duration"] else 0  # half of the fourth decimal is 0.8 samples
+    assert source.utterances == [(f"{k}.wav", 5_000 - lost) for k in range(99)]
+    assert len(counted) == 16
+    assert {tmp_path / "0.wav", tmp_path / "98.wav"} <= set(counted)
+    assert len(source.load(3)) == 5_000 - lost
+
+
+def test_table_reads_headers_where_it_has_no_lengths(tmp_path, counted):
+    write(tmp_path / "a.wav", 4_000)
+    write(tmp_path / "b.wav", 5_000)
+    (tmp_path / "bad.wav").write_text("no audio")
+    rows = [
+        {"path": "a.wav", "num_samples": 4_000},
+        {"path": "b.wav", "num_samples": None},
+        {"path": "bad.wav"},
+        {"path": "none.wav", "num_samples": 0},
+    ]
+    source = TableSource(table(tmp_path, rows))
+    assert source.utterances == [("a.wav", 4_000), ("b.wav", 5_000)]
+    assert source.skipped == {"unreadable": ["bad.wav"], "empty": ["none.wav"]}
+    assert sorted(path.name for path in counted) == ["a.wav", "b.wav", "bad.wav"]
+
+
+@pytest.mark.parametrize("decimals", range(8))
+def test_table_of_rounded_durations_never_promises_too_much(tmp_path, decimals):
+    lengths = [16_000 + 37 * k for k in range(20)]
+    for length in lengths:
+        write(tmp_path / f"{length}.wav", length)
+    rows = [{"path": f"{length}.wav", "duration": f"{length / 16_000:.{decimals}f}"} for length in lengths]
+    source = TableSource(table(tmp_path, rows, "train.csv"))
+    for index, ((_, given), length) in enumerate(zip(source.utterances, lengths, strict=True)):
+        assert length - 16_000 / 10**decimals - 1 <= given <= length
+        assert given == length or decimals < 5
+        assert len(source.load(index)) == given
+
+
+def test_table_of_parts(tmp_path):
+    write(tmp_path / "long.wav", 48_000)
+    whole = sf.read(tmp_path / "long.wav", dtype="float32")[0]
+    rows = [
+        {"audio_filepath": "long.wav", "offset": 0.25, "duration": 0.5, "id": "first"},
+        {"audio_filepath": "long.wav", "offset": 0.5, "duration": 1},
+        {"audio_filepath": "long.wav", "offset": 2, "duration": 1.0},
+    ]
+    source = TableSource(table(tmp_path, rows))
+    # Only what reaches to the end of the file may not be there: two figures, each right to half a hundredth.
+    assert source.utterances == [("first", 8_000), ("long.wav", 16_000), ("long.wav#2", 16_000 - 160)]
+    np.testing.assert_array_equal(source.load(0), whole[4_000:12_000])
+    np.testing.assert_array_equal(source.load(1, 100, 50), whole[8_100:8_150])
+    np.testing.assert_array_equal(source.load(2, 15_000), whole[47_000:47_840])
+
+
+def test_table_of_an_audio_folder(tmp_path):
+    write(tmp_path / "a.wav", 16_000)
+    (tmp_path / "metadata.csv").write_text(
+        '\ufefffile_name,transcription,duration\na.wav,"one, ""two""\nthree",1.000\n'
+    )
+    source = TableSource(tmp_path / "metadata.csv")
+    assert source.utterances == [("a.wav", 15_992)]
+
+
+def test_table_of_one_file_twice(tmp_path):
+    write(tmp_path / "a.wav", 4_000)
+    source = TableSource(table(tmp_path, [{"path": "a.wav", "id": 7}, {"path": "a.wav", "id": 7}]))
+    assert source.utterances == [("7", 4_000), ("7#2", 4_000)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"file": "a.wav", "text": "x"},
+            "no column with paths of audio. It has file, text; the paths must be in one of",
+        ),
+        ({"path": None}, "line 1: path is None, where the path of a file must be"),
+        (
+            {"path": "a.wav", "num_samples": "many"},
+            "line 1: num_samples is 'many', where a number of 0 or more must be",
+        ),
+        ({"path": "a.wav", "num_samples": 1.5}, "where a whole number must be"),
+        ({"path": "a.wav", "duration": float("nan")}, "line 1: duration is 'NaN'"),
+        ({"path": "a.wav", "duration": -1}, "line 1: duration is -1"),
+        ({"path": "a.wav", "offset": 1}, "line 1: offset=1 needs a duration"),
+        ([1], r"line 1: '\[1\]' is not a JSON object, of which there must be one a line"),
+    ],
+    ids=["column", "path", "text", "half", "nan", "negative", "offset", "list"],
+)
+def test_table_that_cannot_be_understood(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        TableSource(table(tmp_path, [row]))
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"num_samples": 4_001},
+        {"num_samples": 3_999},
+        {"duration": 0.302},
+        {"duration": 0.22},
+        {"duration": 0.201, "offset": 0.1},
+    ],
+    ids=["longer", "shorter", "more seconds", "fewer seconds", "part beyond the end"],
+)
+def test_table_that_disagrees_with_a_header(tmp_path, length):
+    write(tmp_path / "a.wav", 4_000)
+    with pytest.raises(ValueError, match=r"a\.wav reaches to sample .* but the file has 4,000 samples"):
+        TableSource(table(tmp_path, [{"path": "a.wav", **length}]))
+
+
+def test_table_of_nothing(tmp_path):
+    (tmp_path / "empty.csv").write_text("path,duration\n")
+    with pytest.raises(ValueError, match=r"empty\.csv has no utterances"):
+        TableSource(tmp_path / "empty.csv")
+    with pytest.raises(AudioFileError, match=r"gone\.wav is not a file"):
+        TableSource(table(tmp_path, [{"path": "gone.wav", "num_samples": 5}]))

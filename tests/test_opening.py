@@ -1,0 +1,234 @@
+"""What a name stands for, and what is said of names that stand for nothing."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import tarfile
+
+import numpy as np
+import pytest
+
+from audio_files import dataset_of, datasets, manifest, noise, write
+from dinosr_hf.data import FolderSource, ManifestSource, SpeechStream, TableSource, TarSource, open_source
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five readable files of several kinds."""
+    root = tmp_path / "corpus"
+    write(root / "b.wav", 8_000)
+    write(root / "a" / "z.FLAC", 4_000, num_channels=2)
+    write(root / "a" / "deep" / "er" / "x.mp3", 11_025, rate=22_050)
+    write(root / "a" / "m.ogg", 5_000)
+    write(root / "0.flac", 8_000, rate=8_000)
+    (root / "a" / "notes.txt").write_text("no audio")
+    return root
+
+
+def test_open_folder(folder):
+    assert len(open_source(folder)) == 5
+    assert isinstance(open_source(str(folder)), FolderSource)
+    names = [utterance.id for utterance in open_source(folder, split="a").utterances]
+    assert names == ["deep/er/x.mp3", "m.ogg", "z.FLAC"]
+    with pytest.raises(ValueError, match=r"split='dev' is not a folder in .*, which has a. Choose one of them"):
+        open_source(folder, split="dev")
+
+
+def test_open_manifest(tmp_path):
+    write(tmp_path / "a.wav", 5_000)
+    path = manifest(tmp_path, ("a.wav", 5_000))
+    assert isinstance(open_source(path), ManifestSource)
+    with pytest.raises(ValueError, match=r"split='train': .*train\.tsv is a manifest, which has no splits"):
+        open_source(path, split="train")
+
+
+@pytest.mark.parametrize("kind", ["audio bytes", "arrays"])
+def test_open_saved_dataset(tmp_path, kind):
+    dataset = dataset_of(kind, tmp_path)
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(tmp_path / "two")
+
+    assert len(open_source(tmp_path / "one")) == 3
+    assert len(open_source(tmp_path / "two", split="test")) == 1
+    with pytest.raises(ValueError, match=r"split='train': .*one is a single split"):
+        open_source(tmp_path / "one", split="train")
+    with pytest.raises(ValueError, match=r"split=None: .*two has the splits train, test. Choose one"):
+        open_source(tmp_path / "two")
+
+
+def test_open_parquet(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    dataset = dataset_of("audio bytes", tmp_path)
+    folder = tmp_path / "parquet"
+    (folder / "data").mkdir(parents=True)
+    dataset.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    dataset.select([0]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+
+    assert len(open_source(folder / "data" / "train-00000-of-00001.parquet")) == 3
+    assert len(open_source(folder, split="test")) == 1
+    source = open_source(folder, split="train")
+    np.testing.assert_allclose(source.load(2), noise(3_000), rtol=0, atol=2**-15)
+    with pytest.raises(ValueError, match=r"split=None: .*parquet has the splits train, test"):
+        open_source(folder)
+
+
+def test_open_hub_name(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return dataset_of("audio bytes", tmp_path)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(open_source("someone/speech", split="train", config_name="en")) == 3
+    assert asked == [(("someone/speech", "en"), {"split": "train"})]
+
+
+def test_open_hub_name_without_a_split(tmp_path, monkeypatch):
+    splits = datasets.DatasetDict(train=dataset_of("bytes", tmp_path), dev=dataset_of("bytes", tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: splits)
+    with pytest.raises(ValueError, match="split=None: someone/speech has the splits train, dev"):
+        open_source("someone/speech")
+
+
+@pytest.mark.parametrize("error", [datasets.exceptions.DatasetNotFoundError("gone"), ConnectionError("no network")])
+def test_open_hub_name_that_is_not_there(monkeypatch, error):
+    def load_dataset(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        ValueError, match=rf"some/folder is not here, and not found on the Hub \({error}\)\. Accepted are"
+    ):
+        open_source("some/folder")
+
+
+def test_open_hub_dataset_that_needs_torchcodec(monkeypatch):
+    def load_dataset(*arguments, **options):
+        raise datasets.exceptions.DatasetGenerationError("failed") from ImportError("torchcodec")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"without torchcodec\. Download its files \(`hf download"):
+        open_source("someone/speech")
+
+
+@pytest.mark.parametrize("name", ["nothing", "./nothing/here", "data/a/b/c", "train.tsv", "gone/x.parquet"])
+def test_open_nothing(name):
+    with pytest.raises(ValueError, match=rf"{name} is not here\. Accepted are:\n  a folder with wav, flac(.|\n)*Hub"):
+        open_source(name)
+
+
+def test_open_what_is_of_no_use(tmp_path):
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"notes\.txt is nothing to train on\. Accepted are"):
+        open_source(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match=r"has no audio in it\. Accepted are"):
+        open_source(tmp_path)
+    with pytest.raises(ValueError, match="config_name='en' belongs to a dataset on the Hub"):
+        open_source(tmp_path, config_name="en")
+
+
+def test_open_table(tmp_path):
+    write(tmp_path / "a.wav", 5_000)
+    (tmp_path / "train.csv").write_text("path\na.wav\n")
+    for name in ("train.jsonl", "train.json"):
+        (tmp_path / name).write_text('{"path": "a.wav"}\n')
+    for name in ("train.csv", "train.jsonl", "train.json"):
+        source = open_source(tmp_path / name)
+        assert isinstance(source, TableSource)
+        assert source.utterances == [("a.wav", 5_000)]
+    with pytest.raises(ValueError, match=r"split='x': .*train\.csv is a manifest, which has no splits"):
+        open_source(tmp_path / "train.csv", split="x")
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """Two archives of one recording each, in folders of their own."""
+    for name in ("train", "test"):
+        write(tmp_path / "a.flac", 5_000)
+        (tmp_path / "tars" / name).mkdir(parents=True)
+        with tarfile.open(tmp_path / "tars" / name / "0.tar", "w") as archive:
+            archive.add(tmp_path / "a.flac", f"{name}.flac")
+    return tmp_path / "tars"
+
+
+def test_open_archives(archives):
+    everything = [("test/0.tar/test.flac", 5_000), ("train/0.tar/train.flac", 5_000)]
+    assert isinstance(open_source(archives), TarSource)
+    assert open_source(archives).utterances == everything
+    assert open_source(f"{archives}/*/0.tar").utterances == everything
+    assert open_source(archives, split="test").utterances == [("0.tar/test.flac", 5_000)]
+    assert open_source(archives / "train" / "0.tar").utterances == [("0.tar/train.flac", 5_000)]
+    with pytest.raises(ValueError, match=r"split='x' is not a folder in .*tars, which has test, train"):
+        open_source(archives, split="x")
+    with pytest.raises(ValueError, match=r"split='x': .*0\.tar is an archive, which has no splits"):
+        open_source(archives / "train" / "0.tar", split="x")
+    with pytest.raises(ValueError, match="there is no tar archive here"):
+        open_source(f"{archives}/gone-*.tar")
+
+
+def test_open_compressed_archive(archives):
+    (archives / "x.tar.gz").write_bytes(gzip.compress((archives / "train" / "0.tar").read_bytes()))
+    with pytest.raises(ValueError, match=r"x\.tar\.gz is compressed \(gzip\)"):
+        open_source(archives / "x.tar.gz")
+
+
+def test_open_folder_with_audio_and_archives(archives, caplog):
+    write(archives / "a.wav", 3_000)
+    (archives / "train" / "0.tar").rename(archives / "0.tar")
+    with caplog.at_level(logging.WARNING):
+        assert open_source(archives).utterances == [("a.wav", 3_000)]
+    assert "has .tar archives too, which are not read beside its audio files" in caplog.text
+
+
+def read(stream) -> list[tuple[str, int]]:
+    assert isinstance(stream, SpeechStream)
+    return [utterance for window in stream.windows(0) for utterance in window.source.utterances]
+
+
+def test_stream_parquet_saved_datasets_and_archives(tmp_path, archives, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    dataset = dataset_of("audio bytes", tmp_path)
+    (tmp_path / "parquet").mkdir()
+    dataset.to_parquet(tmp_path / "parquet" / "train-00000-of-00001.parquet")
+    dataset.select([0]).to_parquet(tmp_path / "parquet" / "test-00000-of-00001.parquet")
+    dataset.save_to_disk(tmp_path / "saved", num_shards=2)
+    three = [("0", 1_600), ("1", 2_400), ("2", 3_000)]
+
+    assert read(open_source(tmp_path / "parquet" / "train-00000-of-00001.parquet", streaming=True)) == three
+    assert read(open_source(tmp_path / "parquet", split="test", streaming=True)) == three[:1]
+    saved = open_source(tmp_path / "saved", streaming=True, window_seconds=0.1)
+    assert read(saved) == three
+    assert [window.index for window in saved.windows(0)] == [0, 1, 2]
+    shuffled = read(open_source(tmp_path / "saved", streaming=True, seed=1))
+    assert sorted(num_samples for _, num_samples in shuffled) == [1_600, 2_400, 3_000]
+    for name in (archives, archives / "train" / "0.tar", f"{archives}/*/0.tar"):
+        utterances = read(open_source(name, streaming=True, audio_column="flac"))
+        assert ("train", 5_000) in utterances
+    with pytest.raises(ValueError, match=r"split=None: .*parquet has the splits train, test"):
+        open_source(tmp_path / "parquet", streaming=True)
+    with pytest.raises(ValueError, match=r"audio_column='audio' is not a column of the stream, which has .*flac"):
+        open_source(archives, streaming=True)
+
+
+def test_stream_hub_name(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return dataset_of("audio bytes", tmp_path).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(read(open_source("someone/speech", split="train", config_name="en", streaming=True))) == 3
+    assert asked == [(("someone/speech", "en"), {"split": "train", "streaming": True})]
+
+
+def test_stream_of_what_is_no_dataset(folder, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"streaming is for datasets .* and .*corpus is none\. .* leave streaming out"
+    ):
+        open_source(folder, streaming=True)
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"streaming is for datasets .* and .*train\.jsonl is none"):
+        open_source(tmp_path / "train.jsonl", streaming=True)

@@ -1,0 +1,364 @@
+"""No work is lost: checkpoints, resume bit for bit, signals, kills, full disks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.data import FolderSource
+from dinosr_hf.pretraining import (
+    ArgumentError,
+    CheckpointError,
+    RunInterrupted,
+    find_checkpoints,
+    parse_arguments,
+    read_checkpoint,
+    run,
+)
+from pretraining_runs import (
+    CHANCE,
+    CONFIGS,
+    ROOT,
+    assert_same_run,
+    launch,
+    metrics_of,
+    send_at_load,
+    tiny_arguments,
+    write_config,
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, recordings):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(tiny_arguments(folder, recordings, **CHANCE, checkpoint_steps=0))
+    return folder / "out"
+
+
+# An epoch has 3 steps of 4 or 5 recordings: in its middle, at its end, in the next one.
+@pytest.mark.parametrize("call", [0, 6, 13, 30])
+def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(tmp_path, recordings, undisturbed, monkeypatch, call):
+    arguments = tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=100)
+    with monkeypatch.context() as patch:
+        send_at_load(patch, signal.SIGTERM, call)
+        with pytest.raises(RunInterrupted, match=r"SIGTERM: stopped after step \d+, with .*checkpoint-\d+") as caught:
+            run(arguments)
+    assert caught.value.exit_code == 143
+    stopped_at = read_checkpoint(find_checkpoints(tmp_path / "out")[0]).step
+    assert 1 <= stopped_at < 10
+    run(arguments)
+    assert_same_run(tmp_path / "out", undisturbed)
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_every_checkpoint_leads_to_the_same_end(tmp_path, recordings, undisturbed, step, caplog):
+    arguments = tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=1, keep_checkpoints=20)
+    run(arguments)
+    for path in find_checkpoints(tmp_path / "out"):
+        if read_checkpoint(path).step > step:
+            shutil.rmtree(path)
+    (tmp_path / "out" / "model.safetensors").unlink()
+    with caplog.at_level("INFO", "dinosr_hf"):
+        run(arguments)
+    assert f"Resuming from {tmp_path / 'out' / f'checkpoint-{step}'}: step {step} of 10" in caplog.text
+    assert_same_run(tmp_path / "out", undisturbed)
+
+
+def test_without_its_random_states_a_resumed_run_is_another_one(tmp_path, recordings, undisturbed, monkeypatch):
+    # the negative control of the tests above
+    arguments = tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=5)
+    run(arguments)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-10")
+    monkeypatch.setattr("dinosr_hf.pretraining.checkpoint.set_random_state", lambda _: None)
+    run(arguments)
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "out", undisturbed)
+
+
+def test_a_run_with_workers_and_a_freeze_in_between_goes_on_bit_for_bit(tmp_path, recordings):
+    options = {**CHANCE, "freeze_teacher_step": 4, "num_workers": 2, "keep_checkpoints": 9}
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    run(tiny_arguments(tmp_path / "whole", recordings, **options, checkpoint_steps=0))
+    arguments = tiny_arguments(tmp_path / "parts", recordings, **options, checkpoint_steps=6)
+    run(arguments)
+    shutil.rmtree(tmp_path / "parts" / "out" / "checkpoint-10")
+    run(arguments)
+    assert_same_run(tmp_path / "parts" / "out", tmp_path / "whole" / "out")
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path, recordings):
+    run(tiny_arguments(tmp_path, recordings, max_steps=7, checkpoint_steps=2, keep_checkpoints=3))
+    assert [path.name for path in find_checkpoints(tmp_path / "out")] == [
+        "checkpoint-7",
+        "checkpoint-6",
+        "checkpoint-4",
+    ]
+    assert DinoSRForPreTraining.from_pretrained(tmp_path / "out" / "checkpoint-6").config.hidden_size == 16
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_checkpoint_says_what_wrote_it(tmp_path, recordings):
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, keep_checkpoints=9))
+    manifest = read_checkpoint(tmp_path / "out" / "checkpoint-2").manifest
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["arguments"]["codebook_size"] == 8
+    assert manifest["progress"]["step"] == 2 and manifest["progress"]["audio_seconds"] > 0
+    assert set(manifest["files"]) >= {"model.safetensors", "training_state.pt", "process_states.pt", "config.json"}
+
+
+def finished_run(tmp_path, recordings):
+    arguments = tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=3, keep_checkpoints=9)
+    run(arguments)
+    return arguments, tmp_path / "out"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: truncate(folder / "training_state.pt"), r"training_state\.pt has .* bytes instead of"),
+        (lambda folder: flip_a_bit(folder / "model.safetensors"), r"model\.safetensors is not what was written"),
+        (lambda folder: (folder / "process_states.pt").unlink(), r"checkpoint-10 lacks process_states\.pt"),
+        (lambda folder: (folder / "checkpoint.json").unlink(), r"checkpoint-10 has no checkpoint\.json"),
+        (lambda folder: truncate(folder / "checkpoint.json"), r"checkpoint\.json cannot be read"),
+        (lambda folder: (folder / "checkpoint.json").write_text("{}"), r"is of format None"),
+    ],
+    ids=["truncated", "changed", "incomplete", "unfinished", "half a manifest", "another program's"],
+)
+def test_a_bad_checkpoint_is_refused_by_name_and_the_one_before_it_used(
+    tmp_path, recordings, undisturbed, caplog, damage, message
+):
+    arguments, out = finished_run(tmp_path, recordings)
+    damage(out / "checkpoint-10")
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(out / "checkpoint-10")
+    with caplog.at_level("INFO", "dinosr_hf"):
+        run(arguments)
+    assert "Checkpoint refused: " in caplog.text and "checkpoint-10" in caplog.text
+    assert f"Resuming from {out / 'checkpoint-9'}" in caplog.text
+    assert_same_run(out, undisturbed)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, recordings):
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* can be used.*codebook_size 8 instead of 12"):
+        run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, codebook_size=12))
+    other = tiny_arguments(tmp_path, recordings, codebook_size=12, resume=str(tmp_path / "out" / "checkpoint-2"))
+    with pytest.raises(CheckpointError, match="is of another model: codebook_size 8 instead of 12"):
+        run(other)
+
+
+def test_never_resuming_refuses_a_folder_with_checkpoints(tmp_path, recordings):
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
+    with pytest.raises(CheckpointError, match="has checkpoints, and resume is never"):
+        run(tiny_arguments(tmp_path, recordings, resume="never"))
+
+
+def test_a_folder_with_a_model_and_no_checkpoint_is_refused(tmp_path, recordings):
+    arguments = tiny_arguments(tmp_path, recordings, checkpoint_steps=0)
+    run(arguments)
+    with pytest.raises(ArgumentError, match="has a model already"):
+        run(arguments)
+
+
+def test_a_finished_run_is_left_alone_and_goes_on_with_more_steps(tmp_path, recordings, caplog):
+    with caplog.at_level("INFO", "dinosr_hf"):
+        first = run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
+        again = run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
+        assert "This run is finished" in caplog.text
+        assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in again.state_dict().items())
+        run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, max_steps=6, learning_rate=2e-3))
+    assert "max_steps is 6 now, and was 4 at the checkpoint" in caplog.text
+    assert "learning_rate is 0.002 now, and was 0.001 at the checkpoint" in caplog.text
+    assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_data_begin_a_new_epoch_and_say_so(tmp_path, recordings, caplog):
+    run(tiny_arguments(tmp_path, recordings, max_steps=5, checkpoint_steps=5))
+    fewer = tmp_path / "fewer"
+    shutil.copytree(recordings, fewer)
+    next(iter(sorted(fewer.glob("*.wav")))).unlink()
+    run(tiny_arguments(tmp_path, fewer, max_steps=7, checkpoint_steps=5, step_seconds=7.0))
+    assert "because the recordings, step_seconds changed since the checkpoint: epoch 2 begins now" in caplog.text
+
+
+def test_sigusr1_asks_for_a_checkpoint_and_the_run_goes_on(tmp_path, recordings, undisturbed, monkeypatch):
+    send_at_load(monkeypatch, signal.SIGUSR1, 13)
+    run(tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=0))
+    (saved,) = find_checkpoints(tmp_path / "out")
+    assert 3 <= read_checkpoint(saved).step <= 5
+    assert_same_run(tmp_path / "out", undisturbed)
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, recordings, monkeypatch):
+    plain = FolderSource.load
+
+    def load(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(FolderSource, "load", load)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_arguments(tmp_path, recordings))
+    assert not find_checkpoints(tmp_path / "out")
+
+
+def test_signal_handlers_are_put_back(tmp_path, recordings):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    run(tiny_arguments(tmp_path, recordings, max_steps=1))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def in_a_process(code, *arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, **options)
+
+
+FULL_DISK = """
+import logging, resource, sys
+from dinosr_hf.pretraining import CheckpointError, find_checkpoints, parse_arguments, run
+from dinosr_hf.pretraining.loop import Pretraining
+logging.basicConfig(level=logging.INFO)
+arguments = parse_arguments([sys.argv[1]], "unused")
+take = Pretraining._take
+def take_and_fill_the_disk(self, step):
+    done = take(self, step)
+    if self.progress.step == 3:  # from here on no file may grow beyond 20 kB, as if the disk were full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return done
+Pretraining._take = take_and_fill_the_disk
+try:
+    run(arguments)
+except CheckpointError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_and_says_so(tmp_path, recordings, undisturbed):
+    write_config(tmp_path, data=str(recordings), output_dir=str(tmp_path / "out"), **CHANCE, checkpoint_steps=2)
+    done = in_a_process(FULL_DISK, tmp_path / "tiny.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Those of steps 4, 6 and 8 are missed and the run goes on; the last one is an error.
+    for step in (4, 6, 8):
+        assert f"checkpoint-{step} could not be written" in done.stderr
+    assert "refused:" in done.stdout and "checkpoint-10 could not be written" in done.stdout
+    assert f"The last one, {tmp_path / 'out' / 'checkpoint-2'}, is as it was. Free space" in done.stdout
+    assert [read_checkpoint(path).step for path in find_checkpoints(tmp_path / "out")] == [2]
+    assert not list((tmp_path / "out").glob(".*"))
+    run(parse_arguments([str(tmp_path / "tiny.yaml")], "unused"))
+    assert_same_run(tmp_path / "out", undisturbed)
+
+
+# Importing takes seconds and a step milliseconds: one process imports, its children run the command and are killed.
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import pretrain
+config, out, num_kills = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+chance = random.Random(0)
+kills = while_saving = starts = 0
+while not (out / "model.safetensors").exists():
+    starts += 1
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(out.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.argv = ["pretrain.py", config]
+        pretrain.main()
+        os._exit(0)
+    checkpoints = lambda: len([p for p in out.glob("*checkpoint-*") if p.name[0] != "."])
+    newest = lambda: max([int(p.name.split("-")[1]) for p in out.glob("checkpoint-*")], default=0)
+    wanted = newest() + 2
+    at_a_save = chance.random() < 0.5
+    delay = chance.random() * 0.03
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        saving = any(out.glob(".unfinished-*"))
+        if kills < num_kills and newest() >= wanted and (saving or not at_a_save):
+            time.sleep(delay * (0.3 if at_a_save else 1))
+            while_saving += any(out.glob(".unfinished-*"))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+            break
+        time.sleep(0.0005)
+    assert starts < 60
+print(kills, while_saving, starts)
+"""
+
+
+@pytest.mark.slow
+def test_twenty_kills_end_with_the_weights_of_an_undisturbed_run(tmp_path, recordings):
+    options = {**CHANCE, "max_steps": 100, "log_steps": 7}
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "whole").mkdir()
+    run(tiny_arguments(tmp_path / "whole", recordings, **options, checkpoint_steps=0))
+    out = tmp_path / "killed" / "out"
+    config = write_config(
+        tmp_path / "killed", data=str(recordings), output_dir=str(out), **options, checkpoint_steps=1
+    )
+    done = in_a_process(KILLS, ROOT / "examples", config, out, 20)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills, while_saving, _ = map(int, done.stdout.split()[-3:])
+    assert kills == 20 and while_saving >= 3
+    assert_same_run(out, tmp_path / "whole" / "out")
+
+
+@pytest.mark.slow
+def test_resume_with_two_processes_goes_on_from_one(tmp_path, recordings):
+    write_config(tmp_path, data=str(recordings), max_steps=6, checkpoint_steps=3, keep_checkpoints=9)
+    whole, whole_metrics, _ = launch(tmp_path, "whole", 1)
+    (tmp_path / "parts").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "parts" / "checkpoint-3")
+    parts, parts_metrics, done = launch(tmp_path, "parts", 2)
+    assert "is of 1 process(es), and now there are 2" in done.stderr
+    assert max((whole[name] - parts[name]).abs().max().item() for name in whole) < 1e-4
+    assert parts_metrics[-1]["loss"] == pytest.approx(whole_metrics[-1]["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_answers_signals_with_a_checkpoint_and_its_exit_code(tmp_path, recordings, number, code):
+    out = tmp_path / "out"
+    config = write_config(tmp_path, data=str(recordings), output_dir=str(out), max_steps=100_000, checkpoint_steps=0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), str(config), "--num_workers", "2"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    while not (out / "metrics.jsonl").exists():
+        assert process.poll() is None
+    os.killpg(process.pid, number)  # as a terminal or Slurm does: to the reading processes as well
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == code, errors[-3000:]
+    assert "The same command goes on from there." in errors and "Traceback" not in errors
+    assert (
+        read_checkpoint(find_checkpoints(out)[0]).step
+        == json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    )
+
+
+def test_default_configurations_can_be_parsed():
+    assert parse_arguments([], CONFIGS / "tiny_cpu.yaml").run.resume == "auto"
+
+
+def test_the_main_process_checks_paths(tmp_path):
+    assert find_checkpoints(tmp_path) == []
+    with pytest.raises(CheckpointError, match=r"has no checkpoint\.json: it is unfinished, or from another program"):
+        read_checkpoint(Path(tmp_path))
