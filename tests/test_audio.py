@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
 import pickle
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +256,36 @@ def test_error_survives_its_way_out_of_a_worker():
     error = pickle.loads(pickle.dumps(AudioFileError("a.wav is empty.", "empty")))
     assert (str(error), error.reason) == ("a.wav is empty.", "empty")
     assert AudioFileError("only a message").reason == "unreadable"  # torch rebuilds it so
+
+
+class SlowFile(io.BytesIO):
+    """Says when it is first read from, and then takes its time."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.is_being_read = threading.Event()
+
+    def readinto(self, buffer):
+        if not self.is_being_read.is_set():
+            self.is_being_read.set()
+            threading.Event().wait(0.5)
+        return super().readinto(buffer)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_process_forked_while_a_file_is_being_opened_can_open_files():
+    data = encoded(speechlike(1_000), 16_000)
+    slow = SlowFile(data)
+    reader = threading.Thread(target=audio_info, args=(slow,))
+    reader.start()
+    assert slow.is_being_read.wait(30)
+    child = multiprocessing.get_context("fork").Process(target=load_audio, args=(data,))
+    child.start()
+    child.join(10)
+    exit_code = child.exitcode
+    child.kill()
+    reader.join()
+    assert exit_code == 0
 
 
 def test_normalisation_is_layer_norm():

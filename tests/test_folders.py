@@ -1,14 +1,12 @@
 """Folders that `from_pretrained` opens: whole, or not there."""
 
-import os
-
 import pytest
 import torch
-from tiny import tiny_config
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.data import SAMPLING_RATE
 from dinosr_hf.folders import feature_extractor, save_folder
+from tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -16,25 +14,58 @@ def model():
     return DinoSRForPreTraining(tiny_config())
 
 
-def test_extractor_is_for_the_rate_that_data_are_read_at():
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_extractor_is_for_the_rate_that_audio_is_read_at():
     assert feature_extractor().sampling_rate == SAMPLING_RATE
 
 
-def test_new_folder_appears_as_a_whole(model, tmp_path, monkeypatch):
-    (tmp_path / "usual").mkdir()
-    (tmp_path / "usual" / "file").touch()
-    seen = []
+def test_new_folder_appears_when_it_is_whole(model, tmp_path, monkeypatch):
+    while_saving = []
     save = DinoSRForPreTraining.save_pretrained
 
     def watched(self, folder, **kwargs):
         save(self, folder, **kwargs)
-        seen.append((tmp_path / "new").exists())
+        while_saving.extend(names(tmp_path / "runs"))
 
     monkeypatch.setattr(DinoSRForPreTraining, "save_pretrained", watched)
-    assert save_folder(model, str(tmp_path / "new" / "model")) == tmp_path / "new" / "model"
-    assert save_folder(model, tmp_path / "other") == tmp_path / "other"
-    assert seen == [True, True]  # the first made the folder above
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "other", "usual"]
-    modes = {path.stat().st_mode for path in (tmp_path / "other").iterdir()}
+    assert save_folder(model, str(tmp_path / "runs" / "model")) == tmp_path / "runs" / "model"
+    assert len(while_saving) == 1 and while_saving[0].startswith(".unfinished-")
+    assert names(tmp_path / "runs") == ["model"]
+    assert {"config.json", "model.safetensors", "modeling_dinosr.py", "preprocessor_config.json"} <= set(
+        names(tmp_path / "runs" / "model")
+    )
+
+
+def test_new_folder_can_be_read_by_whom_the_user_lets(model, tmp_path):
+    (tmp_path / "usual").mkdir()
+    (tmp_path / "usual" / "file").touch()
+    save_folder(model, tmp_path / "model")
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
     assert modes == {(tmp_path / "usual" / "file").stat().st_mode}
-    assert (tmp_path / "other").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_files_of_other_names_stay_and_a_model_is_replaced(model, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    save_folder(DinoSRForPreTraining(tiny_config()), tmp_path)
+    save_folder(model, tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    loaded = DinoSRForPreTraining.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("target", [".", "new"])
+def test_failed_save_changes_nothing(model, tmp_path, monkeypatch, target):
+    def fail(self, folder, **kwargs):
+        (folder / "config.json").write_text("half")
+        raise OSError("no space left on device")
+
+    (tmp_path / "config.json").write_text("mine")
+    monkeypatch.setattr(DinoSRForPreTraining, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_folder(model, tmp_path / target)
+    assert names(tmp_path) == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "mine"

@@ -44,7 +44,7 @@ REMOTE_CODE = {room for rooms in LAYERS[:5] for room in rooms}
 NOT_FOR_DATA = REMOTE_CODE - {"configuration_dinosr", "masking"}
 
 # What every installation has: our dependencies, and what transformers depends on itself.
-ALWAYS_INSTALLED = {"numpy", "safetensors", "torch", "transformers", "huggingface_hub", "tqdm", "yaml"}
+ALWAYS_INSTALLED = {"filelock", "numpy", "safetensors", "torch", "transformers", "huggingface_hub", "tqdm", "yaml"}
 REMOTE_CODE_MAY_IMPORT = {"numpy", "torch", "transformers", "huggingface_hub"}
 EXTRAS = [
     "accelerate",

@@ -104,6 +104,9 @@ def test_arguments_written_by_a_run_start_the_same_run(tmp_path, recordings):
         ("micro_seconds: 1", [], "micro_seconds=1.0 is out of range"),
         ("mixed_precision: int8", [], "mixed_precision=int8"),
         ("batching: none", [], "batching"),
+        ("seed: -1", [], "seed=-1 is out of range"),
+        ("adam_beta2: 1", [], "adam_beta2=1.0 is out of range"),
+        ("num_buckets: 0", [], "num_buckets=0 is out of range"),
         ("num_threads: -1", [], "num_threads=-1 is out of range"),
     ],
 )
@@ -115,7 +118,7 @@ def test_wrong_arguments_are_refused_by_name(tmp_path, content, flags, message):
 
 
 def test_impossible_models_are_refused():
-    with pytest.raises(ValueError, match="num_codebooks=9 is more than num_hidden_layers=3"):
+    with pytest.raises(ArgumentError, match="num_codebooks=9 is more than num_hidden_layers=3"):
         parse_arguments(["--num_codebooks", "9"], CONFIGS / "tiny_cpu.yaml")
 
 
@@ -220,7 +223,7 @@ def test_a_compiled_model_is_the_same_run(tmp_path, recordings):
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     traced, _ = trained(tmp_path, recordings, "traced", max_steps=3, **compiled)
     assert largest_difference(plain, traced) < 1e-5
-    with pytest.raises(ArgumentError, match="torch_compile_backend=nothing is none of .*inductor"):
+    with pytest.raises(ArgumentError, match=r"torch_compile_backend=nothing is none of .*inductor"):
         tiny_arguments(tmp_path, recordings, torch_compile=True, torch_compile_backend="nothing")
 
 
@@ -263,9 +266,9 @@ def test_a_step_without_finite_gradients_moves_nothing_and_is_counted(tmp_path, 
     taken = []
     plain = loop.Pretraining._take
 
-    def take(self, step):
+    def take(self, *arguments):
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        done = plain(self, step)
+        done = plain(self, *arguments)
         after = self.model.state_dict()
         taken.append((done, [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]))
         assert self.model.codebooks._pending is None
@@ -311,7 +314,7 @@ def test_recordings_gone_bad_are_skipped_counted_and_logged(tmp_path, recordings
     _, metrics = trained(tmp_path, recordings, "run", max_steps=9, num_workers=1, min_seconds=0.5)
     assert metrics[-1]["skipped_files"] in (4, 5, 6)  # two in each of three epochs, but for what is left over
     assert f"Skipped {wav.name}: " in caplog.text and f"Skipped {flac.name}: " in caplog.text
-    with pytest.raises(TrainingStopped, match=r"of \d+ recordings could not be read, .*max_skipped_share=0\.001"):
+    with pytest.raises(TrainingStopped, match=r"of \d+ recordings could not be read.*max_skipped_share=0\.001"):
         trained(tmp_path, recordings, "strict", max_steps=9, max_skipped_share=0.001)
 
 
@@ -400,6 +403,24 @@ def test_threads_are_those_asked_for_or_all_there_are(tmp_path, recordings):
         assert torch.get_num_threads() == os.cpu_count()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "nowhere"}, "nowhere is not here"),
+        ({"eval_data": "nowhere"}, "nowhere is not here"),
+        ({"trackers": ["tensorbord"]}, "trackers=tensorbord is no tracker|tensorbord"),
+        ({"trackers": ["comet_ml"]}, "trackers=comet_ml is no tracker that Accelerate knows, or it is not installed"),
+        ({"mixed_precision": "fp16"}, "mixed_precision=fp16 needs a GPU"),
+        ({"output_dir": "/dev/null/out"}, "output_dir=/dev/null/out cannot be written to"),
+    ],
+    ids=["data", "held-out data", "unknown tracker", "missing tracker", "fp16 on a CPU", "folder"],
+)
+def test_what_a_user_got_wrong_is_said_in_one_line(tmp_path, recordings, changes, message):
+    path = write_config(tmp_path, **{"data": str(recordings), "output_dir": str(tmp_path / "out"), **changes})
+    with pytest.raises((ArgumentError, ValueError), match=message):
+        run(parse_arguments([str(path)], "unused"))
 
 
 def test_trackers_get_the_metrics(tmp_path, recordings):

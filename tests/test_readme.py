@@ -17,9 +17,10 @@ import soundfile
 import torch
 import yaml
 
-from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
-from dinosr_hf.pretraining import ArgumentError, parse_arguments
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
 from dinosr_hf.pretraining.state import save_model
+from pretraining_runs import metrics_of, tiny_arguments
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "configs" / "tiny_cpu.yaml"
@@ -101,21 +102,31 @@ def commands(text):
                 yield words
 
 
-def load_benchmark():
-    spec = importlib.util.spec_from_file_location("train_step", ROOT / "benchmarks" / "train_step.py")
+def load_script(script):
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+OWN_PARSER = (
+    *("examples/make_manifest.py", "examples/plot_run.py"),
+    *("benchmarks/train_step.py", "benchmarks/batching.py"),
+)
+
+
 def check_script(script, flags):
     """The script exists and takes these flags."""
     assert (ROOT / script).is_file(), f"{script} does not exist"
+    flags = [str(ROOT / flag) if flag.endswith(".yaml") else flag for flag in flags]
     if script in ("examples/pretrain.py", "examples/demo.py"):
         if flags != ["--help"]:
-            parse_arguments([str(ROOT / flag) if flag.endswith(".yaml") else flag for flag in flags], TINY)
-    elif script == "benchmarks/train_step.py":
-        load_benchmark().parse(flags)
+            parse_arguments(flags, TINY)
+    elif script in OWN_PARSER:
+        load_script(script).parse(flags)
+    elif script == "benchmarks/scale_to_batch.py":
+        study = load_script(script)
+        study.arguments_of("scaled", 0, *study.parse(flags))
     else:
         raise AssertionError(f"{script}: say here how its flags are checked")
 
@@ -172,7 +183,11 @@ def test_commands_of_the_documents_exist(text):
         "python examples/nothing.py",
         "accelerate launch examples/pretrain.py examples/configs/nothing.yaml",
         "PORT=1 accelerate launch examples/pretrain.py --max_stepz 3",
+        "python examples/make_manifest.py my_recordings",
+        "python examples/plot_run.py runs/a --x hour",
         "python benchmarks/train_step.py --size huge",
+        "python benchmarks/batching.py my_recordings --epochs 0",
+        "python benchmarks/scale_to_batch.py --seedz 0",
         "rm -rf runs",
     ],
 )
@@ -217,17 +232,26 @@ def test_every_file_of_the_package_is_on_the_map():
     assert {room for room in rooms if f"`{room}`" not in text} == set()
 
 
-def test_every_logged_number_is_explained():
+def test_every_logged_number_is_explained(tmp_path, recordings):
+    labels = tmp_path / "labels.jsonl"
+    names = sorted(path.name for path in recordings.iterdir())
+    labels.write_text(
+        "".join(
+            json.dumps({"name": name, "phones": [{"label": "a", "start": 0, "end": 0.5}]}) + "\n" for name in names
+        )
+    )
+    run(
+        tiny_arguments(
+            tmp_path, recordings, max_steps=2, eval_steps=2, eval_data=str(recordings), eval_labels=str(labels)
+        )
+    )
+    fields = dict.fromkeys(["warnings"])  # in a line only once something is wrong
+    for line in metrics_of(tmp_path / "out"):
+        fields |= line
+    assert {"loss", "eval_loss", "eval_pnmi", "grad_norm", "memory_gib"} <= set(fields)
     text = (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
-    from dinosr_hf.pretraining.metrics import MetricSums
-
-    fields = MetricSums(2, 3, torch.device("cpu")).compute(lambda sums: sums)
-    fields |= dict.fromkeys(["step", "epoch", "learning_rate", "audio_seconds_per_second", "grad_norm"])
-    fields |= DinoSRForPreTraining(DinoSRConfig(**SMALL)).update_targets(1)
-    assert [name for name in fields if f"`{name}`" not in text] == []
-
-
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_codebooks": 1, "conv_dim": [2] * 7}
+    assert "`eval_...`" in text  # where a held-out figure is explained by the name it has without it
+    assert [name for name in fields if not re.search(rf"`(eval_)?{name.removeprefix('eval_')}`", text)] == []
 
 
 def test_front_matter_of_the_card_is_valid():
@@ -242,7 +266,7 @@ QUICK = ["--size", "tiny", "--batch", "2", "--seconds", "0.5", "--repeats", "1",
 
 
 def test_benchmark_prints_a_table(capsys):
-    load_benchmark().main(QUICK)
+    load_script("benchmarks/train_step.py").main(QUICK)
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__}" in printed
     assert re.search(r"^\| sdpa \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", printed, re.MULTILINE)
@@ -252,7 +276,7 @@ def test_benchmark_prints_a_table(capsys):
     ("tolerance", "message"), [("LOSS_TOLERANCE", "different losses"), ("CODEBOOK_TOLERANCE", "other codebooks")]
 )
 def test_benchmark_does_not_time_what_is_wrong(capsys, monkeypatch, tolerance, message):
-    benchmark = load_benchmark()
+    benchmark = load_script("benchmarks/train_step.py")
     monkeypatch.setattr(benchmark, tolerance, -1.0)
     with pytest.raises(SystemExit, match=message):
         benchmark.main(QUICK)

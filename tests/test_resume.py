@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.data import FolderSource
@@ -18,6 +20,7 @@ from dinosr_hf.pretraining import (
     CheckpointError,
     RunInterrupted,
     find_checkpoints,
+    loop,
     parse_arguments,
     read_checkpoint,
     run,
@@ -48,11 +51,11 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(tmp_path, recordings, und
     arguments = tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=100)
     with monkeypatch.context() as patch:
         send_at_load(patch, signal.SIGTERM, call)
-        with pytest.raises(RunInterrupted, match=r"SIGTERM: stopped after step \d+, with .*checkpoint-\d+") as caught:
+        with pytest.raises(RunInterrupted, match=r"SIGTERM: stopped after step \d+, with ") as caught:
             run(arguments)
     assert caught.value.exit_code == 143
-    stopped_at = read_checkpoint(find_checkpoints(tmp_path / "out")[0]).step
-    assert 1 <= stopped_at < 10
+    stopped_at = [read_checkpoint(path).step for path in find_checkpoints(tmp_path / "out")]
+    assert stopped_at == [] if call == 0 else 1 <= stopped_at[0] < 10
     run(arguments)
     assert_same_run(tmp_path / "out", undisturbed)
 
@@ -64,7 +67,7 @@ def test_every_checkpoint_leads_to_the_same_end(tmp_path, recordings, undisturbe
     for path in find_checkpoints(tmp_path / "out"):
         if read_checkpoint(path).step > step:
             shutil.rmtree(path)
-    (tmp_path / "out" / "model.safetensors").unlink()
+    (tmp_path / "out" / "finished.json").unlink()
     with caplog.at_level("INFO", "dinosr_hf"):
         run(arguments)
     assert f"Resuming from {tmp_path / 'out' / f'checkpoint-{step}'}: step {step} of 10" in caplog.text
@@ -76,6 +79,7 @@ def test_without_its_random_states_a_resumed_run_is_another_one(tmp_path, record
     arguments = tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=5)
     run(arguments)
     shutil.rmtree(tmp_path / "out" / "checkpoint-10")
+    (tmp_path / "out" / "finished.json").unlink()
     monkeypatch.setattr("dinosr_hf.pretraining.checkpoint.set_random_state", lambda _: None)
     run(arguments)
     with pytest.raises(AssertionError):
@@ -90,6 +94,7 @@ def test_a_run_with_workers_and_a_freeze_in_between_goes_on_bit_for_bit(tmp_path
     arguments = tiny_arguments(tmp_path / "parts", recordings, **options, checkpoint_steps=6)
     run(arguments)
     shutil.rmtree(tmp_path / "parts" / "out" / "checkpoint-10")
+    (tmp_path / "parts" / "out" / "finished.json").unlink()
     run(arguments)
     assert_same_run(tmp_path / "parts" / "out", tmp_path / "whole" / "out")
 
@@ -102,7 +107,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path, recordings):
         "checkpoint-4",
     ]
     assert DinoSRForPreTraining.from_pretrained(tmp_path / "out" / "checkpoint-6").config.hidden_size == 16
-    assert not list((tmp_path / "out").glob(".*"))
+    assert [path.name for path in (tmp_path / "out").glob(".*")] in ([], [".lock"])
 
 
 def test_a_checkpoint_says_what_wrote_it(tmp_path, recordings):
@@ -147,6 +152,7 @@ def test_a_bad_checkpoint_is_refused_by_name_and_the_one_before_it_used(
 ):
     arguments, out = finished_run(tmp_path, recordings)
     damage(out / "checkpoint-10")
+    (out / "finished.json").unlink()
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(out / "checkpoint-10")
     with caplog.at_level("INFO", "dinosr_hf"):
@@ -172,10 +178,9 @@ def test_never_resuming_refuses_a_folder_with_checkpoints(tmp_path, recordings):
 
 
 def test_a_folder_with_a_model_and_no_checkpoint_is_refused(tmp_path, recordings):
-    arguments = tiny_arguments(tmp_path, recordings, checkpoint_steps=0)
-    run(arguments)
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=0))
     with pytest.raises(ArgumentError, match="has a model already"):
-        run(arguments)
+        run(tiny_arguments(tmp_path, recordings, checkpoint_steps=0, max_steps=5))
 
 
 def test_a_finished_run_is_left_alone_and_goes_on_with_more_steps(tmp_path, recordings, caplog):
@@ -188,6 +193,111 @@ def test_a_finished_run_is_left_alone_and_goes_on_with_more_steps(tmp_path, reco
     assert "max_steps is 6 now, and was 4 at the checkpoint" in caplog.text
     assert "learning_rate is 0.002 now, and was 0.001 at the checkpoint" in caplog.text
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_by_path_goes_on_with_what_that_run_has_reached(tmp_path, recordings, monkeypatch, caplog):
+    (tmp_path / "first").mkdir()
+    run(tiny_arguments(tmp_path / "first", recordings, checkpoint_steps=2))
+    origin = tmp_path / "first" / "out" / "checkpoint-2"
+    options = {"checkpoint_steps": 2, "max_steps": 8, "resume": str(origin), "learning_rate": 2e-3}
+    with monkeypatch.context() as patch:
+        send_at_load(patch, signal.SIGTERM, 18)
+        with pytest.raises(RunInterrupted):
+            run(tiny_arguments(tmp_path, recordings, **options))
+    reached = read_checkpoint(find_checkpoints(tmp_path / "out")[0]).step
+    assert reached > 4
+    with caplog.at_level("INFO", "dinosr_hf"):
+        run(tiny_arguments(tmp_path, recordings, **options))
+    assert f"Resuming from {tmp_path / 'out' / f'checkpoint-{reached}'}" in caplog.text
+    assert [line["step"] for line in metrics_of(tmp_path / "out")] == [3, 4, 5, 6, 7, 8]
+    with pytest.raises(CheckpointError, match="has checkpoints of another run, the newest checkpoint-4, and resume="):
+        run(
+            tiny_arguments(tmp_path / "first", recordings, **{**options, "resume": str(tmp_path / "out/checkpoint-8")})
+        )
+    with pytest.raises(CheckpointError, match=r"nowhere is not a folder\. Give auto, never, or the path"):
+        run(tiny_arguments(tmp_path, recordings, resume="nowhere"))
+
+
+def test_going_back_sets_later_checkpoints_aside(tmp_path, recordings, caplog):
+    options = {"max_steps": 6, "checkpoint_steps": 1, "keep_checkpoints": 9}
+    run(tiny_arguments(tmp_path, recordings, **options))
+    out = tmp_path / "out"
+    back = {**options, "resume": str(out / "checkpoint-3"), "max_steps": 7, "learning_rate": 1e-4}
+    run(tiny_arguments(tmp_path, recordings, **back))
+    assert "checkpoint-6 is after checkpoint-3, so it is set aside as abandoned-checkpoint-6" in caplog.text
+    assert [line["learning_rate"] < 2e-4 for line in metrics_of(out)] == [False] * 3 + [True] * 4
+    assert read_checkpoint(find_checkpoints(out)[0]).step == 7
+
+
+def test_a_finished_model_is_of_the_last_step(tmp_path, recordings, monkeypatch):
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
+    with monkeypatch.context() as patch:  # killed between the last checkpoint and the model
+        patch.setattr("dinosr_hf.pretraining.loop.save_model", lambda *_: 1 / 0)
+        with pytest.raises(CheckpointError, match=r"The model could not be written.*Free space there"):
+            run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, max_steps=6))
+    again = run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, max_steps=6))
+    last = load_file(tmp_path / "out" / "checkpoint-6" / "model.safetensors")
+    assert all(torch.equal(tensor, last[name]) for name, tensor in again.state_dict().items())
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["codebooks.sums"], last["codebooks.sums"])
+
+
+def test_changed_optimizer_options_are_in_force_after_a_resume(tmp_path, recordings, monkeypatch):
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
+    groups = []
+    plain = loop.Pretraining._finish
+
+    def finish(self):
+        groups.extend(self._optimizer.param_groups)
+        plain(self)
+
+    monkeypatch.setattr(loop.Pretraining, "_finish", finish)
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, max_steps=5, weight_decay=0.5, adam_beta2=0.9))
+    assert [(group["weight_decay"], group["betas"]) for group in groups] == [(0.5, (0.9, 0.9))]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, recordings):
+    (tmp_path / "out").mkdir()
+    with (
+        FileLock(tmp_path / "out" / ".lock"),
+        pytest.raises(ArgumentError, match="Another run is at work"),
+    ):
+        run(tiny_arguments(tmp_path, recordings))
+
+
+def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path, recordings, caplog, monkeypatch):
+    def append(folder, metrics):
+        with open("/dev/full", "a") as file:
+            file.write("{}")
+
+    monkeypatch.setattr(loop, "append_metrics", append)
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
+    assert "metrics.jsonl lacks step 4" in caplog.text
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_is_no_loss(tmp_path, recordings, monkeypatch):
+    plain = loop.save_checkpoint
+
+    def save(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=100))
+    assert read_checkpoint(find_checkpoints(tmp_path / "out")[0]).step == 4
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_interval_cut_by_a_checkpoint_keeps_its_time(tmp_path, recordings):
+    options = {"max_steps": 6, "checkpoint_steps": 3, "log_steps": 5, "keep_checkpoints": 9}
+    run(tiny_arguments(tmp_path, recordings, **options))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    before = read_checkpoint(tmp_path / "out" / "checkpoint-3").manifest["progress"]
+    assert before["logged_step"] == 1 and before["interval_seconds"] > 0
+    (tmp_path / "out" / "finished.json").unlink()
+    run(tiny_arguments(tmp_path, recordings, **options))
+    line = next(line for line in metrics_of(tmp_path / "out") if line["step"] == 5)
+    assert line["seconds"] / line["audio_seconds_per_second"] > before["interval_seconds"]
 
 
 def test_other_data_begin_a_new_epoch_and_say_so(tmp_path, recordings, caplog):
@@ -239,8 +349,8 @@ from dinosr_hf.pretraining.loop import Pretraining
 logging.basicConfig(level=logging.INFO)
 arguments = parse_arguments([sys.argv[1]], "unused")
 take = Pretraining._take
-def take_and_fill_the_disk(self, step):
-    done = take(self, step)
+def take_and_fill_the_disk(self, *arguments):
+    done = take(self, *arguments)
     if self.progress.step == 3:  # from here on no file may grow beyond 20 kB, as if the disk were full
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     return done
@@ -262,7 +372,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_and_says_so(tmp_path, recor
     assert "refused:" in done.stdout and "checkpoint-10 could not be written" in done.stdout
     assert f"The last one, {tmp_path / 'out' / 'checkpoint-2'}, is as it was. Free space" in done.stdout
     assert [read_checkpoint(path).step for path in find_checkpoints(tmp_path / "out")] == [2]
-    assert not list((tmp_path / "out").glob(".*"))
+    assert [path.name for path in (tmp_path / "out").glob(".*")] in ([], [".lock"])
     run(parse_arguments([str(tmp_path / "tiny.yaml")], "unused"))
     assert_same_run(tmp_path / "out", undisturbed)
 
@@ -276,7 +386,7 @@ import pretrain
 config, out, num_kills = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 chance = random.Random(0)
 kills = while_saving = starts = 0
-while not (out / "model.safetensors").exists():
+while not (out / "finished.json").exists():
     starts += 1
     child = os.fork()
     if child == 0:

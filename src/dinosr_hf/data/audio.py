@@ -10,6 +10,7 @@ import importlib
 import io
 import math
 import os
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +31,13 @@ _PREROLL_SECONDS = {"MP3": 30, "OGG": 10}
 
 # Half the length of soxr's filter in samples of the lower of both rates: 80 at quality HQ leave 2e-5, 160 leave 5e-7.
 _RESAMPLER_MARGIN = 200
+
+
+# soundfile opens one file at a time, under a lock of its own. A worker that is forked while another thread (one that
+# reads a stream ahead) has that lock would wait for it without end. So forking waits till no file is being opened.
+_OPENING = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_OPENING.acquire, after_in_parent=_OPENING.release, after_in_child=_OPENING.release)
 
 
 class AudioFileError(ValueError):
@@ -83,7 +91,8 @@ def _open(source: AudioInput) -> Any:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         file.seek(0)  # libsndfile takes the place where it finds the file for its beginning
     try:
-        return soundfile.SoundFile(file)
+        with _OPENING:
+            return soundfile.SoundFile(file)
     except (soundfile.SoundFileError, OSError) as error:
         name = _describe(source)
         if isinstance(source, (str, Path)) and not os.path.isfile(source):

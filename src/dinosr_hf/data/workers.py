@@ -1,8 +1,8 @@
 """
 Reading processes that neither die of a signal meant for the run nor outlive it.
 
-A terminal, Slurm or a shell sends SIGINT, SIGTERM or SIGUSR1 to every process of a group. What it means is for the
-training process to decide: it may have a step to finish and a checkpoint to save, and needs its workers for that.
+A terminal, Slurm or a shell sends SIGINT, SIGTERM, SIGHUP or SIGUSR1 to every process of a group. What it means is for
+the training process to decide: it may have a step to finish and a checkpoint to save, and needs its workers for that.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ _POLL_SECONDS = 1.0
 
 
 def _signals() -> set[signal.Signals]:
-    return {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    return {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
 
 @contextmanager
 def shielded_workers(start_method: str | None = None) -> Iterator[None]:
     """
-    Processes started in here begin with SIGINT, SIGTERM and SIGUSR1 blocked; a signal for this one waits till the end.
+    Processes started in here begin with SIGINT, SIGTERM, SIGHUP and SIGUSR1 blocked; a signal for this one waits till
+    the end.
 
     Without it a worker would be unprotected from its start until it gets to `watch_parent`, which is seconds where it
     is a fresh interpreter.
@@ -52,8 +53,8 @@ def watch_parent(worker_id: int) -> None:
     """
     Make this process a worker that leaves signals to its parent, and ends with it (a `worker_init_fn`).
 
-    SIGINT, SIGTERM and SIGUSR1 do nothing, unless it is the parent that sends SIGTERM, as `DataLoader` does to a
-    worker that does not end by itself. (macOS and Windows do not say who sent it: there it does nothing, too.) When
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 do nothing, unless it is the parent that sends SIGTERM, as `DataLoader` does to
+    a worker that does not end by itself. (macOS and Windows do not say who sent it: there it does nothing, too.) When
     the parent is gone, even by SIGKILL, the worker ends within a second, whatever it is doing.
 
     Args:
@@ -64,7 +65,7 @@ def watch_parent(worker_id: int) -> None:
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, _signals())
     else:
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             if name in signal.Signals.__members__:
                 signal.signal(signal.Signals[name], signal.SIG_IGN)
     threading.Thread(target=_watch, args=(parent, os.getppid()), name="watch parent", daemon=True).start()

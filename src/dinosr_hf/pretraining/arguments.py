@@ -335,6 +335,11 @@ def _check(arguments: PretrainingArguments) -> None:
         (0 <= run.hold_share <= 1 - run.warmup_share, "hold_share", run.hold_share, "at most 1 with warmup_share"),
         (0 < run.final_lr_scale <= 1, "final_lr_scale", run.final_lr_scale, "more than 0 and at most 1"),
         (run.reference_step_seconds > 0, "reference_step_seconds", run.reference_step_seconds, "more than 0"),
+        (run.seed >= 0, "seed", run.seed, "at least 0"),
+        (0 <= run.adam_beta1 < 1, "adam_beta1", run.adam_beta1, "at least 0, less than 1"),
+        (0 <= run.adam_beta2 < 1, "adam_beta2", run.adam_beta2, "at least 0, less than 1"),
+        (run.adam_epsilon > 0, "adam_epsilon", run.adam_epsilon, "more than 0"),
+        (run.weight_decay >= 0, "weight_decay", run.weight_decay, "at least 0"),
         (run.max_grad_norm >= 0, "max_grad_norm", run.max_grad_norm, "at least 0, which means never"),
         (run.max_skipped_steps >= 1, "max_skipped_steps", run.max_skipped_steps, "at least 1"),
         (run.mixed_precision in PRECISIONS, "mixed_precision", run.mixed_precision, "no, fp16, bf16"),
@@ -348,6 +353,7 @@ def _check(arguments: PretrainingArguments) -> None:
         (0 <= run.collapse_active < 1, "collapse_active", run.collapse_active, "at least 0, less than 1"),
         (0 <= run.collapse_variation < 1, "collapse_variation", run.collapse_variation, "at least 0, less than 1"),
         (run.collapse_patience >= 1, "collapse_patience", run.collapse_patience, "at least 1"),
+        (data.num_buckets >= 1, "num_buckets", data.num_buckets, "at least 1"),
         (data.num_workers >= 0, "num_workers", data.num_workers, "at least 0"),
         (0 <= data.max_skipped_share <= 1, "max_skipped_share", data.max_skipped_share, "at least 0 and at most 1"),
         (0 < data.data_temperature <= 1, "data_temperature", data.data_temperature, "more than 0 and at most 1"),
@@ -376,4 +382,7 @@ def _check(arguments: PretrainingArguments) -> None:
         raise ArgumentError("streaming reads one dataset, but data has several. Mix them on disk, or give one.")
     if data.eval_labels is not None and data.eval_data is None:
         raise ArgumentError("eval_labels belong to eval_data, which is left out. Give both.")
-    arguments.model_config()
+    try:
+        arguments.model_config()
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error

@@ -8,6 +8,7 @@ digest of each file), which is written last.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -24,7 +25,6 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..modeling_dinosr import DinoSRForPreTraining
@@ -89,9 +89,14 @@ def _digest(path: Path) -> str:
 
 def _flush(path: Path) -> None:
     """Have a file, or the names in a folder, on the disk itself before going on."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks flush no folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -141,7 +146,7 @@ def find_checkpoints(folder: str | os.PathLike) -> list[Path]:
 
 
 def _older(path: Path) -> list[Path]:
-    """The checkpoints before one, newest first. What claims to be after it was refused, and is not ours to remove."""
+    """The checkpoints before one, newest first. One that claims to be after it was refused, and is left alone."""
     return [other for other in find_checkpoints(path.parent) if _step_of(other) < _step_of(path)]
 
 
@@ -195,7 +200,7 @@ def save_checkpoint(
             _write(path, model, training, processes, dict(manifest))
             for old in _older(path)[keep - 1 :]:
                 _remove(old)
-        except (OSError, RuntimeError, SafetensorError) as error:  # the last two: how torch and safetensors say it
+        except Exception as error:  # whatever it is, the run is worth more than this checkpoint
             problem = f"{type(error).__name__}: {error}"
     problem = broadcast_object_list([problem])[0]
     if problem is not None:
@@ -236,7 +241,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return Checkpoint(path, manifest)
 
 
-def _refusals(folder: Path, architecture: Mapping[str, Any]) -> Iterator[Checkpoint | str]:
+def _candidates(folder: Path, architecture: Mapping[str, Any]) -> Iterator[Checkpoint | str]:
     """Each checkpoint of a folder, newest first: itself if it can be used, or why not."""
     for path in find_checkpoints(folder):
         try:
@@ -299,11 +304,9 @@ def _choose(resume: str, output_dir: Path, architecture: Mapping[str, Any]) -> C
             )
         return None
     if resume != "auto":
-        checkpoint = read_checkpoint(resume)
-        check_architecture(checkpoint, architecture)
-        return checkpoint
+        return _choose_by_path(Path(resume), output_dir, architecture)
     refused = []
-    for candidate in _refusals(output_dir, architecture):
+    for candidate in _candidates(output_dir, architecture):
         if isinstance(candidate, Checkpoint):
             return candidate
         logger.warning("Checkpoint refused: %s", candidate)
@@ -314,6 +317,33 @@ def _choose(resume: str, output_dir: Path, architecture: Mapping[str, Any]) -> C
             f" output_dir, or remove them. {' '.join(refused)}"
         )
     return None
+
+
+def _choose_by_path(path: Path, output_dir: Path, architecture: Mapping[str, Any]) -> Checkpoint:
+    """The one asked for, or what a run that began from it has reached since: the same command goes on."""
+    if not path.is_dir():
+        raise CheckpointError(f"resume={path} is not a folder. Give auto, never, or the path of a checkpoint.")
+    origin = str(path.resolve())
+    for candidate in _candidates(output_dir, architecture):
+        if isinstance(candidate, Checkpoint) and candidate.manifest["origin"] == origin:
+            return candidate
+    checkpoint = read_checkpoint(path)
+    check_architecture(checkpoint, architecture)
+    others = find_checkpoints(output_dir)
+    if path.resolve().parent == output_dir.resolve():
+        for newer in others:
+            if _step_of(newer) > checkpoint.step:
+                aside = newer.with_name(f"abandoned-{newer.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                newer.rename(aside)
+                logger.warning("%s is after %s, so it is set aside as %s.", newer.name, path.name, aside.name)
+    elif others:
+        raise CheckpointError(
+            f"{output_dir} has checkpoints of another run, the newest {others[0].name}, and resume={path} is none"
+            " of them. Give another output_dir, or let resume be auto."
+        )
+    checkpoint.manifest["origin"] = origin
+    return checkpoint
 
 
 def load_model_weights(checkpoint: Checkpoint, model: DinoSRForPreTraining) -> None:
@@ -329,29 +359,32 @@ def load_model_weights(checkpoint: Checkpoint, model: DinoSRForPreTraining) -> N
 
 def load_training_state(
     checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """
     Put back optimizer and scaler, and this process's random states.
 
+    With another number of processes random states begin anew, with a warning that says so.
+
     Returns:
-        This process's `process_state`; None if the number of processes is another one, or the precision, where random
-        states and running sums start anew, with a warning that says so.
+        This process's `process_state`. With another number of processes, running sums (`sums`) of all of them are the
+        main process's.
     """
     training = torch.load(checkpoint.path / "training_state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(training["optimizer"])
     if accelerator.scaler is not None and "scaler" in training:
         accelerator.scaler.load_state_dict(training["scaler"])
-    before, now = checkpoint.manifest["num_processes"], accelerator.num_processes
-    if before != now:
-        logger.warning(
-            "The checkpoint is of %d process(es), and now there are %d: the same steps and masks, but random numbers"
-            " of dropout and layerdrop are others, sums are rounded otherwise, and the current interval of metrics"
-            " begins anew. The run is not bit for bit what it would have been.",
-            before,
-            now,
-        )
-        return None
     processes = torch.load(checkpoint.path / "process_states.pt", map_location="cpu", weights_only=True)
-    state = processes[accelerator.process_index]
-    set_random_state(state["random"])
-    return state
+    before, now = checkpoint.manifest["num_processes"], accelerator.num_processes
+    if before == now:
+        state = processes[accelerator.process_index]
+        set_random_state(state["random"])
+        return state
+    logger.warning(
+        "The checkpoint is of %d process(es), and now there are %d: the same steps and masks, but random numbers of"
+        " dropout and layerdrop are others, and sums are rounded otherwise. The run is not bit for bit what it would"
+        " have been.",
+        before,
+        now,
+    )
+    sums = torch.stack([state["sums"] for state in processes]).sum(dim=0)
+    return {"sums": sums if accelerator.is_main_process else torch.zeros_like(sums)}

@@ -59,6 +59,9 @@ class StepFeed:
         rank: Of this process.
         world_size: Number of processes.
         pin_memory: As for `DataLoader`.
+
+    Attributes:
+        fingerprint: Names the recordings; see the function of this name.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class StepFeed:
         self._seed = seed
         self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
         self._collator = PretrainingCollator(config, seed=seed)
-        self._fingerprint = fingerprint(source)
+        self.fingerprint = fingerprint(source)
         # The step that comes next, and in a stream what its window is read again from.
         self._epoch, self._window, self._step = 0, 0, 0
         self._stream_state: dict | None = None
@@ -89,9 +92,17 @@ class StepFeed:
             "window": self._window,
             "step": self._step,
             "stream_state": self._stream_state,
-            "fingerprint": self._fingerprint,
+            "fingerprint": self.fingerprint,
             "plan": self._plan_options(),
         }
+
+    def put_back(self) -> None:
+        """Make the step that was just taken the next one again, for a checkpoint before it."""
+        self._step -= 1
+
+    def take_again(self) -> None:
+        """Undo `put_back`."""
+        self._step += 1
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
@@ -101,7 +112,7 @@ class StepFeed:
         """
         self._epoch, self._window, self._step = state["epoch"], state["window"], state["step"]
         self._stream_state = state["stream_state"]
-        changed = [] if state["fingerprint"] == self._fingerprint else ["the recordings"]
+        changed = [] if state["fingerprint"] == self.fingerprint else ["the recordings"]
         options = self._plan_options()
         changed += [name for name, value in options.items() if state["plan"].get(name) != value]
         if changed:
@@ -181,6 +192,22 @@ class StepFeed:
             members=members,
             window=self._window,
         )
+        too_small = sum(len(step) < self._world_size for step in plan)
+        if too_small == len(plan):
+            raise ValueError(
+                f"No step has an utterance for each of {self._world_size} processes: step_seconds="
+                f"{data.step_seconds:g} is too little for them. Raise it, lower max_seconds, or use fewer processes."
+            )
+        if too_small:
+            logger.warning(
+                "Epoch %d: %d of %d steps are left out, as they have fewer utterances than there are processes (%d)."
+                " Raise step_seconds, or lower max_seconds.",
+                self._epoch,
+                too_small,
+                len(plan),
+                self._world_size,
+            )
+            plan = [step for step in plan if len(step) >= self._world_size]
         summary = summarize_plan(
             plan,
             num_samples,

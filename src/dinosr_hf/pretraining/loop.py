@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .._compat import enable_gradient_checkpointing
 from ..data import MicroBatch, SpeechSource, SpeechStream
 from ..modeling_dinosr import DinoSRForPreTraining
-from .arguments import ARCHITECTURE, PretrainingArguments, RunArguments
+from .arguments import ARCHITECTURE, ArgumentError, PretrainingArguments, RunArguments
 from .checkpoint import Checkpoint, CheckpointError, load_model_weights, load_training_state, save_checkpoint
 from .evaluation import HeldOut
 from .feed import Step, StepFeed
@@ -35,7 +35,7 @@ from .metrics import MetricSums
 from .monitor import CollapseMonitor
 from .schedules import make_schedule
 from .signals import RunInterrupted, SignalWatch
-from .state import append_metrics, save_model
+from .state import append_metrics, mark_finished, save_model
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,10 @@ class Progress:
         skipped_in_row: Of these, the ones since the last update.
         skipped_files: Recordings left out because they could not be read.
         utterances: Recordings asked for.
+        recent_skipped: The same two, but halved every 10,000 recordings, so that only the last ones count.
+        recent_utterances: Of these.
+        logged_step: Step of the last line of metrics.
+        interval_seconds: Time spent training since that line.
         audio_seconds: Audio trained on, without padding.
         elapsed_seconds: Time spent training, over all sessions of the run.
     """
@@ -64,6 +68,10 @@ class Progress:
     skipped_in_row: int = 0
     skipped_files: int = 0
     utterances: int = 0
+    recent_skipped: float = 0.0
+    recent_utterances: float = 0.0
+    logged_step: int = 0
+    interval_seconds: float = 0.0
     audio_seconds: float = 0.0
     elapsed_seconds: float = 0.0
 
@@ -162,7 +170,7 @@ class Pretraining:
         )
         self._sums = self._new_sums()
         self._signals = SignalWatch()
-        self._save_asked = self._stop_asked = False
+        self._saved_step = self.progress.step  # of the newest checkpoint
         if options.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         if options.torch_compile:
@@ -171,18 +179,37 @@ class Pretraining:
         if checkpoint is not None:
             load_model_weights(checkpoint, model)
             self.progress = Progress(**checkpoint.manifest["progress"])
+            self._saved_step = self.progress.step
         self._is_frozen = model.apply_freeze(self.progress.step)
         self._wrapped, self._optimizer = accelerator.prepare(model, optimizer)
+        self._origin: str | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
+        self._check_feeds()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """What is not in the model: optimizer, random states, place in the data, interval of metrics."""
         self.feed.load_state_dict(checkpoint.manifest["feed"])
+        self._origin = checkpoint.manifest["origin"]
         self.monitor.load_state_dict(checkpoint.manifest["monitor"])
         own = load_training_state(checkpoint, self._optimizer, self.accelerator)
-        if own is not None:
-            self._sums.load_state_dict(own["sums"])
+        self._sums.load_state_dict(own["sums"])
+        for group in self._optimizer.param_groups:  # the saved ones are those of the arguments then
+            group |= self._adam_options()
+
+    def _adam_options(self) -> dict[str, Any]:
+        options = self.options
+        betas = (options.adam_beta1, options.adam_beta2)
+        return {"betas": betas, "eps": options.adam_epsilon, "weight_decay": options.weight_decay}
+
+    def _check_feeds(self) -> None:
+        """Processes that see other recordings would train on without a word, each on its own plan."""
+        seen = gather_object([self.feed.fingerprint])
+        if len(set(seen)) > 1:
+            raise ArgumentError(
+                "The processes do not see the same recordings: their lists differ. Look at the data on each machine,"
+                " or give all of them the same manifest."
+            )
 
     def run(self) -> DinoSRForPreTraining:
         """
@@ -200,9 +227,9 @@ class Pretraining:
         """
         options, accelerator, progress = self.options, self.accelerator, self.progress
         self.model.train()
-        self._started = self._interval_started = time.perf_counter()
+        self._started = time.perf_counter()
+        self._interval_started = self._started - progress.interval_seconds
         self._elapsed_before = progress.elapsed_seconds
-        self._first_step = self._step_at_last_log = progress.step
         with (
             self._signals,
             logging_redirect_tqdm(),
@@ -216,21 +243,22 @@ class Pretraining:
         ):
             if progress.step < options.max_steps:
                 for step in self.feed:
-                    if self._take(step):
+                    total_masked = self._exchange(step)
+                    if total_masked and self._take(step, total_masked):
                         bar.update()
                         self._after_update(bar, step.epoch)
-                    self._answer_signals()
                     if progress.step >= options.max_steps:
                         break
-        self._finish()
+            self._finish()
         return self.model.eval()
 
-    def _take(self, step: Step) -> bool:
-        """Forward, backward, clip, optimizer, codebooks and teacher; whether it was an update, and not skipped."""
-        accelerator, options, progress = self.accelerator, self.options, self.progress
-        micro_batches = step.micro_batches
-        # The one collective before the gradients: padded frames are never in these masks, so that the frames of the
-        # step are known before the first forward pass; what was asked of one process is then known to all.
+    def _exchange(self, step: Step) -> int:
+        """
+        What all processes must know of each other before a step, in one collective: the masked frames of the step,
+        recordings that could not be read, and what signals asked for, which is answered at once.
+        """
+        accelerator, progress, micro_batches = self.accelerator, self.progress, step.micro_batches
+        # Padded frames are never in these masks: the frames of the step are known before the first forward pass.
         masked = sum(int(batch.inputs["mask_time_indices"].sum()) for batch in micro_batches)
         skipped = [entry for batch in micro_batches for entry in batch.skipped]
         utterances = len(skipped) + sum(
@@ -238,17 +266,26 @@ class Pretraining:
         )
         own = [masked, len(skipped), utterances, self._signals.save, self._signals.stop > 0]
         totals = accelerator.reduce(torch.tensor(list(map(int, own)), device=accelerator.device), "sum").tolist()
-        total_masked, total_skipped, total_utterances, self._save_asked, self._stop_asked = totals
-        for name, message in skipped:
-            logger.warning("Skipped %s: %s", name, message)
+        total_masked, total_skipped, total_utterances, save_asked, stop_asked = totals
+        if save_asked or stop_asked:
+            self.feed.put_back()  # this step comes after the checkpoint
+            self._answer_signals(bool(stop_asked))
+            self.feed.take_again()
+        if total_skipped:
+            for name, message in gather_object([tuple(entry) for entry in skipped]):
+                logger.warning("Skipped %s: %s", name, message)
         progress.skipped_files += total_skipped
         progress.utterances += total_utterances
+        progress.recent_skipped += total_skipped
+        progress.recent_utterances += total_utterances
         self._check_skipped_files()
-        if not total_masked:
-            return False
+        return int(total_masked)
 
+    def _take(self, step: Step, total_masked: int) -> bool:
+        """Forward, backward, clip, optimizer, codebooks and teacher; whether it was an update, and not skipped."""
+        accelerator, options, progress = self.accelerator, self.options, self.progress
         sums = self._new_sums()
-        _accumulate_gradients(self._wrapped, micro_batches, total_masked, accelerator, sums)
+        _accumulate_gradients(self._wrapped, step.micro_batches, total_masked, accelerator, sums)
         self._grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf)
         if not bool(torch.isfinite(self._grad_norm)):
             self._skip_step()
@@ -273,12 +310,15 @@ class Pretraining:
     def _check_skipped_files(self) -> None:
         """So that a disk that went away is no run on what is left."""
         progress, share = self.progress, self.arguments.data.max_skipped_share
-        if progress.skipped_files > share * max(progress.utterances, 1000):
+        if progress.recent_skipped > share * max(progress.recent_utterances, 1000):
             raise TrainingStopped(
-                f"{progress.skipped_files:,} of {progress.utterances:,} recordings could not be read, which is more"
-                f" than max_skipped_share={share:g} allows (of at least 1,000). The log names them. Look at the disk,"
-                " make the manifest again, or raise max_skipped_share."
+                f"{progress.skipped_files:,} of {progress.utterances:,} recordings could not be read, and of the last"
+                f" ones more than max_skipped_share={share:g} allows (of at least 1,000). The log names them. Look at"
+                " the disk, make the manifest again, or raise max_skipped_share."
             )
+        if progress.recent_utterances > 10_000:
+            progress.recent_utterances /= 2
+            progress.recent_skipped /= 2
 
     def _skip_step(self) -> None:
         """Gradients that are not finite move nothing: no weight, no codeword, no teacher, no figure."""
@@ -314,7 +354,7 @@ class Pretraining:
         self._sums = self._new_sums()
         now = time.perf_counter()
         speed = figures["seconds"] / (now - self._interval_started)
-        self._interval_started = now
+        self._interval_started, progress.interval_seconds = now, 0.0
         progress.audio_seconds += figures["seconds"]
         progress.elapsed_seconds = self._elapsed_before + now - self._started
         metrics: dict[str, Any] = {
@@ -352,14 +392,17 @@ class Pretraining:
 
     def _seconds_left(self, interval_seconds: float, speed: float) -> float:
         """At the speed of the last interval, for the audio that is still to come."""
-        done = max(1, self.progress.step - self._step_at_last_log)
-        self._step_at_last_log = self.progress.step
+        done = max(1, self.progress.step - self.progress.logged_step)
+        self.progress.logged_step = self.progress.step
         return (self.options.max_steps - self.progress.step) * interval_seconds / done / max(speed, 1e-9)
 
     def _write(self, metrics: dict[str, Any]) -> None:
         """A line of the JSONL, and what trackers can draw of it: numbers, a codebook's by a name of its own."""
         if self.accelerator.is_main_process:
-            append_metrics(self.options.output_dir, metrics)
+            try:
+                append_metrics(self.options.output_dir, metrics)
+            except OSError as error:
+                logger.error("metrics.jsonl lacks step %d: %s. The run goes on.", metrics["step"], error)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         for name, values in metrics.items():
             if isinstance(values, list) and name != "warnings":
@@ -367,7 +410,11 @@ class Pretraining:
         self.accelerator.log(numbers, step=metrics["step"])
 
     def _evaluate(self, held_out: HeldOut) -> None:
-        figures = held_out.evaluate(self.model, self.accelerator)
+        try:
+            figures = held_out.evaluate(self.model, self.accelerator)
+        except ValueError as error:  # of sums over all processes: in all of them alike
+            logger.error("Step %d could not be evaluated: %s The run goes on.", self.progress.step, error)
+            return
         self._write({"step": self.progress.step} | {f"eval_{name}": value for name, value in figures.items()})
         logger.info(
             "Step %d, held out: %s.",
@@ -381,7 +428,7 @@ class Pretraining:
         if self.accelerator.is_main_process:
             try:
                 save_model(self.model, folder)
-            except (OSError, RuntimeError, SafetensorError) as error:
+            except Exception as error:
                 logger.error("The model could not be written to %s: %s. The run goes on.", folder, error)
 
     def checkpoint(self) -> Path:
@@ -392,7 +439,10 @@ class Pretraining:
             CheckpointError: If it cannot be written.
         """
         options, progress = self.options, self.progress
-        progress.elapsed_seconds = self._elapsed_before + time.perf_counter() - self._started
+        now = time.perf_counter()
+        progress.elapsed_seconds = self._elapsed_before + now - self._started
+        progress.interval_seconds = now - self._interval_started
+        self._signals.save = False
         config = self.model.config.to_dict()
         path = save_checkpoint(
             options.output_dir,
@@ -407,10 +457,11 @@ class Pretraining:
                 "monitor": self.monitor.state_dict(),
                 "architecture": {name: config[name] for name in ARCHITECTURE},
                 "arguments": self.arguments.to_dict(),
+                "origin": self._origin,
             },
             keep=options.keep_checkpoints,
         )
-        self._signals.save = False
+        self._saved_step = progress.step
         return path
 
     def _try_checkpoint(self) -> None:
@@ -420,22 +471,43 @@ class Pretraining:
         except CheckpointError as error:
             logger.error("%s The run goes on without it.", error)
 
-    def _answer_signals(self) -> None:
-        """What one process was asked for, all do: the reduction before the step has told them."""
-        if self._stop_asked:
-            path = self.checkpoint()
-            number = self._signals.stop or signal.SIGTERM
-            name = signal.Signals(number).name
-            raise RunInterrupted(f"{name}: stopped after step {self.progress.step}, with {path}.", 128 + number)
-        if self._save_asked:
-            self._try_checkpoint()
+    def _answer_signals(self, is_stop: bool) -> None:
+        """What one process was asked for, all do."""
+        step = self.progress.step
+        if not is_stop:
+            if step != self._saved_step:
+                self._try_checkpoint()
+            self._signals.save = False
+            return
+        path = Path(self.options.output_dir) / f"checkpoint-{step}"
+        if step != self._saved_step:
+            self.checkpoint()
+        where = f"with {path}" if path.exists() else "with nothing new to save"
+        number = self._signals.stop or signal.SIGTERM
+        name = signal.Signals(number).name
+        raise RunInterrupted(f"{name}: stopped after step {step}, {where}.", 128 + number)
 
     def _finish(self) -> None:
-        if self.options.checkpoint_steps and self.progress.step > self._first_step:
-            self.checkpoint()
+        """The last checkpoint, and the model, which is worth more: it is written even if the checkpoint cannot be."""
+        problem: CheckpointError | None = None
+        if self.options.checkpoint_steps and self.progress.step != self._saved_step:
+            try:
+                self.checkpoint()
+            except CheckpointError as error:
+                problem = error
         if self.accelerator.is_main_process:
-            save_model(self.model, self.options.output_dir)
+            try:
+                save_model(self.model, self.options.output_dir)
+                mark_finished(self.options.output_dir, self.progress.step)
+            except Exception as error:
+                before, folder = f"{problem} " if problem else "", self.options.output_dir
+                raise CheckpointError(
+                    f"{before}The model could not be written to {folder} ({type(error).__name__}: {error})."
+                    " Free space there, and give the same command: it goes on from the last checkpoint."
+                ) from error
         self.accelerator.wait_for_everyone()
+        if problem is not None:
+            raise problem
 
 
 def pretrain(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import math
 import os
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
+from filelock import BaseFileLock, FileLock, Timeout
 
 from ..analysis import read_labels
 from ..data import (
@@ -33,7 +35,7 @@ from .feed import StepFeed
 from .loop import Pretraining
 from .plan import describe_plan, plan_figure
 from .scaling import Change, scale_to_batch
-from .state import cut_metrics
+from .state import cut_metrics, finished_step
 
 logger = logging.getLogger(__name__)
 
@@ -137,12 +139,20 @@ def _make_accelerator(arguments: PretrainingArguments) -> Accelerator:
         mixed_precision=options.mixed_precision,
         log_with=options.trackers or None,
         project_dir=options.output_dir,
+        # The others wait while the main process looks through the recordings, and NCCL's own limit is ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=3))],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ArgumentError(
             f"{accelerator.distributed_type.value} shards the weights, and the teacher follows them one by one. Use"
             " plain data parallelism (`accelerate launch --multi_gpu`); base and large fit a GPU with it."
         )
+    known = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
+    for name in options.trackers:
+        if name not in known:
+            raise ArgumentError(f"trackers={name} is no tracker that Accelerate knows, or it is not installed here.")
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise ArgumentError("mixed_precision=fp16 needs a GPU: on a CPU it would be float32. Give bf16 or no.")
     if not accelerator.is_main_process:
         logging.getLogger("dinosr_hf").setLevel(logging.ERROR)
     if accelerator.device.type == "cpu":
@@ -152,9 +162,29 @@ def _make_accelerator(arguments: PretrainingArguments) -> Accelerator:
     return accelerator
 
 
-def _report_changes(checkpoint: Checkpoint, arguments: PretrainingArguments) -> None:
+def _lock(output_dir: Path, accelerator: Accelerator) -> BaseFileLock | None:
+    """Two runs in one folder would write over each other."""
+    if not accelerator.is_main_process:
+        return None
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output_dir / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ArgumentError(
+            f"Another run is at work in output_dir={output_dir}. Give another folder, or end that run (an"
+            " interrupted `accelerate launch` can leave its training process behind)."
+        ) from error
+    except OSError as error:
+        raise ArgumentError(f"output_dir={output_dir} cannot be written to: {error}") from error
+    return lock
+
+
+def _report_changes(checkpoint: Checkpoint, arguments: PretrainingArguments, precision: str) -> None:
     """Say which arguments are not those that the checkpoint's run was told."""
     before, now = checkpoint.manifest["arguments"], arguments.to_dict()
+    # What Accelerate was configured to counts, where mixed_precision is left out.
+    before, now = before | {"mixed_precision": checkpoint.manifest["precision"]}, now | {"mixed_precision": precision}
     quiet = {"output_dir", "resume", "trackers", "num_workers", "num_threads"}
     changed = [name for name in now if name not in quiet and before.get(name) != now[name]]
     for name in changed:
@@ -170,7 +200,8 @@ def _resume(arguments: PretrainingArguments, accelerator: Accelerator) -> Checkp
     checkpoint = choose_checkpoint(
         options.resume, output_dir, {name: config[name] for name in ARCHITECTURE}, accelerator
     )
-    if checkpoint is None and (output_dir / "config.json").exists():
+    is_other = checkpoint is None and (output_dir / "config.json").exists()
+    if is_other and finished_step(output_dir) < options.max_steps:
         raise ArgumentError(f"output_dir={output_dir} has a model already. Give another folder, or remove this one.")
     if checkpoint is not None:
         progress = checkpoint.manifest["progress"]
@@ -182,7 +213,7 @@ def _resume(arguments: PretrainingArguments, accelerator: Accelerator) -> Checkp
             checkpoint.manifest["feed"]["epoch"],
             progress["audio_seconds"] / 3600,
         )
-        _report_changes(checkpoint, arguments)
+        _report_changes(checkpoint, arguments, accelerator.mixed_precision)
     return checkpoint
 
 
@@ -275,19 +306,34 @@ def run(arguments: PretrainingArguments) -> DinoSRForPreTraining | None:
     output_dir = Path(options.output_dir)
     _check_mask_fits(arguments)
     accelerator = _make_accelerator(arguments)
+    lock = None if options.dry_run else _lock(output_dir, accelerator)
+    try:
+        return _run(arguments, changes, accelerator)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _run(
+    arguments: PretrainingArguments, changes: Sequence[Change], accelerator: Accelerator
+) -> DinoSRForPreTraining | None:
+    options, output_dir = arguments.run, Path(arguments.run.output_dir)
     checkpoint = None if options.dry_run else _resume(arguments, accelerator)
-    if checkpoint is not None and checkpoint.step >= options.max_steps and (output_dir / "config.json").exists():
+    if not options.dry_run and finished_step(output_dir) >= options.max_steps:
         logger.info("This run is finished. To train on, raise max_steps; to begin another, give another output_dir.")
         return DinoSRForPreTraining.from_pretrained(output_dir)
     set_seed(options.seed)
-    with accelerator.main_process_first():
-        source = open_data(arguments.data, options.seed)
+    try:
+        with accelerator.main_process_first():
+            source = open_data(arguments.data, options.seed)
+        held_out = None if options.dry_run else _open_held_out(arguments)
+    except (ValueError, OSError) as error:
+        raise ArgumentError(str(error)) from error
     if options.dry_run:
         _dry_run(arguments, source, accelerator, changes)
         return None
     model = DinoSRForPreTraining(arguments.model_config())
     _describe(model, source, accelerator)
-    held_out = _open_held_out(arguments)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "arguments.yaml").write_text(arguments.to_yaml(), encoding="utf-8")
@@ -296,6 +342,8 @@ def run(arguments: PretrainingArguments) -> DinoSRForPreTraining | None:
         told = arguments.to_dict()  # trackers take plain values only
         plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in told.items()}
         accelerator.init_trackers("dinosr", config=plain)
-    model = Pretraining(model, source, arguments, accelerator, checkpoint, held_out).run()
-    accelerator.end_training()
-    return model
+    try:
+        return Pretraining(model, source, arguments, accelerator, checkpoint, held_out).run()
+    finally:
+        for tracker in accelerator.trackers:  # what they hold back is written; no waiting for others here
+            tracker.finish()

@@ -28,8 +28,9 @@ class SignalWatch:
     """
     Notes signals, so that the loop can answer them between two steps; a context manager.
 
-    SIGUSR1 asks for a checkpoint and the run goes on; SIGTERM and SIGINT (Ctrl-C) ask for a checkpoint and the end. A
-    second SIGINT does not wait for it. Outside of the main thread, where Python allows no handlers, nothing is noted.
+    SIGUSR1 asks for a checkpoint and the run goes on; SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal, unless
+    `nohup` has it ignored) ask for a checkpoint and the end. A second SIGINT does not wait for it. Outside
+    of the main thread, where Python allows no handlers, nothing is noted.
 
     Attributes:
         save: Whether a checkpoint was asked for. The loop sets it back.
@@ -43,8 +44,9 @@ class SignalWatch:
 
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None)):  # Windows has no SIGUSR1
-                if number is not None:
+            for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):  # Windows has the first two
+                number = getattr(signal, name, None)
+                if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                     self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -56,5 +58,5 @@ class SignalWatch:
         if number == signal.SIGINT and self.stop == signal.SIGINT:
             raise KeyboardInterrupt
         self.save = True
-        if number in (signal.SIGTERM, signal.SIGINT):
+        if number != getattr(signal, "SIGUSR1", None):
             self.stop = int(number)

@@ -41,10 +41,25 @@ def save_model(model: DinoSRForPreTraining, folder: str | os.PathLike) -> Path:
         return save_folder(model, folder)
 
 
+def mark_finished(folder: str | os.PathLike, step: int) -> None:
+    """Note beside the model of a finished run which step it is of."""
+    (Path(folder) / "finished.json").write_text(json.dumps({"step": step}), encoding="utf-8")
+
+
+def finished_step(folder: str | os.PathLike) -> int:
+    """The step that `mark_finished` noted; 0 if there is no model of a finished run."""
+    path = Path(folder) / "finished.json"
+    return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.exists() else 0
+
+
 def append_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> None:
     """Add a line to the run's `metrics.jsonl`."""
-    with open(Path(folder) / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
+    with open(Path(folder) / "metrics.jsonl", "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # half a line, of a disk that was full
+                file.write(b"\n")
+        file.write(json.dumps(metrics).encode() + b"\n")
 
 
 def cut_metrics(folder: str | os.PathLike, last_step: int) -> None:
