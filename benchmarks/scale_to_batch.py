@@ -103,7 +103,9 @@ def complaints(arguments: dict[str, PretrainingArguments]) -> list[str]:
     reference, small = arguments["reference"], arguments["scaled"]
     steps = small.run.max_steps / reference.run.max_steps
     for name in ("codebook_decay", "ema_decay", "ema_end_decay"):
-        kept = getattr(small.model, name) ** steps
+        # The codebooks' decay counts from one of their updates to the next.
+        num_updates = steps / (small.model.codebook_update_steps if name == "codebook_decay" else 1)
+        kept = getattr(small.model, name) ** num_updates
         if not math.isclose(kept, getattr(reference.model, name), rel_tol=1e-6):
             found.append(f"{name} keeps {kept} of what the reference keeps {getattr(reference.model, name)} of")
     if not math.isclose(small.run.learning_rate * math.sqrt(steps), reference.run.learning_rate, rel_tol=1e-6):

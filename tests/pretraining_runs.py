@@ -52,7 +52,15 @@ TINY = {
 
 
 # Dropout and layerdrop, so that random states matter; two figures a line, so that an interval is cut by a checkpoint.
-CHANCE = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.3, "max_steps": 10, "log_steps": 2}
+# The codebooks move every third step, so that what waits for that is cut too.
+CHANCE = {
+    "codebook_update_steps": 3,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "layerdrop": 0.3,
+    "max_steps": 10,
+    "log_steps": 2,
+}
 TIMED = {"audio_seconds_per_second", "elapsed_seconds", "seconds_left", "memory_gib"}
 
 

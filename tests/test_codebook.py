@@ -96,6 +96,33 @@ def test_assignment_uses_the_codebook_before_the_update():
     assert not torch.equal(codebooks.assign(targets), before)
 
 
+def test_steps_held_back_are_one_step_with_the_frames_of_all():
+    codebooks, twin = fresh_codebooks(), SlowCodebooks(fresh_codebooks())
+    targets = [frames(20, seed) for seed in range(5)]
+    for number, step in enumerate(targets[:4]):
+        codebooks.accumulate(step[:, :7], codebooks.assign(step[:, :7]))
+        codebooks.accumulate(step[:, 7:], codebooks.assign(step[:, 7:]))
+        before = codebooks.sums.clone()
+        codebooks.commit(0.7, is_due=number == 3)
+        assert torch.equal(before, codebooks.sums) == (number < 3)
+        assert (codebooks.held is None) == (number == 3)
+    twin.learn(torch.cat(targets[:4], dim=1), 0.7)
+    torch.testing.assert_close(codebooks.sums.double(), twin.sums, **CODEBOOK_SUMS)
+    torch.testing.assert_close(codebooks.counts.double(), twin.counts, **CODEBOOK_COUNTS)
+
+
+def test_a_discarded_step_leaves_those_before_it():
+    codebooks, other = fresh_codebooks(), fresh_codebooks()
+    for each in (codebooks, other):
+        each.accumulate(frames(20, 0), each.assign(frames(20, 0)))
+        each.commit(0.7, is_due=False)
+    other.accumulate(frames(20, 1), other.assign(frames(20, 1)))
+    other.discard()
+    for each in (codebooks, other):
+        each.commit(0.7)
+    assert torch.equal(codebooks.sums, other.sums) and torch.equal(codebooks.counts, other.counts)
+
+
 def test_codewords_that_nothing_falls_on_stay():
     codebooks = fresh_codebooks()
     sums, counts = codebooks.sums.clone(), codebooks.counts.clone()

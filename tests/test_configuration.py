@@ -93,7 +93,6 @@ def test_what_is_no_share_is_refused(name, value):
     ("changes", "message"),
     [
         pytest.param({"layer_norm_eps": 0}, "layer_norm_eps=0 is out of range.*more than 0", id="norm-without-eps"),
-        pytest.param({"codebook_start_count": 0}, "codebook_start_count=0 is out of range", id="start-of-nothing"),
         pytest.param({"mask_prob": 0}, "mask_prob=0 is out of range.*more than 0", id="mask-of-nothing"),
         pytest.param(
             {"num_attention_heads": 7},

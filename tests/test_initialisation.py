@@ -62,16 +62,6 @@ def assert_uniform(tensor, low, high):
     assert tensor.std().item() == pytest.approx((high - low) / math.sqrt(12), rel=5 / math.sqrt(n))
 
 
-@pytest.mark.parametrize("count", [1, 0.125])
-def test_codewords_do_not_depend_on_what_they_start_to_count_for(count):
-    torch.manual_seed(0)
-    codebooks = DinoSRForPreTraining(tiny_config(codebook_start_count=count)).codebooks
-    torch.manual_seed(0)
-    plain = DinoSRForPreTraining(tiny_config()).codebooks
-    assert (codebooks.counts == count).all()
-    torch.testing.assert_close(codebooks.codewords, plain.codewords)
-
-
 def assert_fresh_heads_and_codebooks(model):
     bound = 1 / math.sqrt(CONFIG.hidden_size)
     for head in model.heads:

@@ -65,8 +65,6 @@ def test_paper_s_figures():
     assert plan.masked_share == pytest.approx(0.566, abs=0.01)  # docs/parity.md
     assert plan.frames_per_codeword == pytest.approx(420, rel=0.05)
     assert plan.first_move == pytest.approx(0.98, abs=0.01)
-    scaled, _ = scale_to_batch(base("--scale_to_batch", "--step_seconds", "475"))
-    assert describe_plan(scaled, None).first_move > 0.8
     assert plan.hours == pytest.approx(422_222, rel=1e-3)
     assert plan.micro_batches == 1
     assert plan.notes == []
@@ -132,7 +130,7 @@ def test_text_has_it_all(tiny_plan):
         "600: 13.3 hours of audio, 60.0 epochs of 10 steps",
         "0.001 after 60 updates of warm-up; tri_stage; at last 0.0001",
         "betas 0.9, 0.98; epsilon 1e-06; weight decay 0.01; clipping off",
-        "2 of 128; they remember 2 updates, 2.67 min of audio at first",
+        "2 of 128, moved every 1 update(s); they remember 2 updates, 2.67 min of audio at first",
         "remembers 100 updates, 2.23 h of audio at first; never stands still",
         "6 model(s) of 4.7 MB, 2 checkpoint(s) of 10.2 MB and one being written",
     ):
@@ -159,7 +157,7 @@ def test_text_says_what_was_scaled():
         (["--ema_decay", "0.999"], "remembers 1,000 updates, and the run has 600"),
         (
             ["--codebook_decay", "0.99", "--codebook_end_decay", "0.99"],
-            r"14% of the way .* Lower codebook_start_count",
+            r"14% of the way .* or codebook_update_steps",
         ),
         (
             ["--codebook_decay", "0.9", "--ema_decay", "0.999", "--ema_end_decay", "0.9999"],

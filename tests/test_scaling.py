@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from dinosr_hf.codebook_dinosr import OnlineCodebooks
 from dinosr_hf.pretraining import ArgumentError, parse_arguments, tri_stage
 from dinosr_hf.pretraining.scaling import Change, changes_table, format_value, scale_to_batch
 
@@ -37,8 +36,7 @@ EIGHTH = {
     "weight_decay": 3.535534e-3,
     "save_steps": 200_000,
     "eval_steps": 40_000,
-    "codebook_start_count": 0.125,
-    "codebook_decay": 0.9869162,
+    "codebook_update_steps": 8,
     "ema_decay": 0.99987495,
     "ema_end_decay": 0.999987499,
     "ema_anneal_steps": 240_000,
@@ -68,10 +66,22 @@ def test_clipping_and_codebook_annealing_where_they_are_used():
     flags = ("--max_grad_norm", "2", "--codebook_decay", "0.5", "--codebook_end_decay", "0.9")
     scaled, changes = eighth(*flags, "--codebook_end_decay_step", "200")
     assert scaled.run.max_grad_norm == pytest.approx(2 * math.sqrt(8))
-    assert scaled.model.codebook_decay == pytest.approx(0.5**0.125)
-    assert scaled.model.codebook_end_decay == pytest.approx(0.9**0.125)
-    assert scaled.model.codebook_end_decay_step == 1600
-    assert {"max_grad_norm", "codebook_end_decay", "codebook_end_decay_step"} <= {change.name for change in changes}
+    assert (scaled.model.codebook_decay, scaled.model.codebook_end_decay) == (0.5, 0.9)
+    assert (scaled.model.codebook_end_decay_step, scaled.model.codebook_update_steps) == (1600, 8)
+    names = {change.name for change in changes}
+    assert {"max_grad_norm", "codebook_update_steps", "codebook_end_decay_step"} <= names
+    # The n-th update of the codebooks has the decay it had: 8 n updates of the weights are as much audio as n were.
+    config, before = scaled.model_config(), base(*flags, "--codebook_end_decay_step", "200").model_config()
+    for number in (1, 2, 100, 201):
+        assert config.codebook_decay_at(8 * number - 8) == pytest.approx(before.codebook_decay_at(number - 1))
+
+
+@pytest.mark.parametrize(("seconds", "num_steps"), [(2500, 2), (3000, 1), (7600, 1), (1000, 4)])
+def test_codebooks_remember_the_same_audio_where_the_ratio_is_not_whole(seconds, num_steps):
+    scaled, _ = scale_to_batch(base("--step_seconds", str(seconds)))
+    assert scaled.model.codebook_update_steps == num_steps
+    kept_a_second = scaled.model.codebook_decay ** (1 / (num_steps * seconds))
+    assert kept_a_second == pytest.approx(0.9 ** (1 / 3800))
 
 
 def test_what_is_off_stays_off():
@@ -132,25 +142,6 @@ def test_an_average_keeps_its_memory_and_its_noise(decay):
     target = variance(decay, 1.0)
     assert kept == pytest.approx(target, rel=0.05)
     assert abs(kept - target) < abs(linear - target)  # 1 - kappa (1 - d), the other way to write the rule
-
-
-@pytest.mark.parametrize("start_count", [None, 1.0], ids=["scaled", "unscaled"])
-def test_codewords_leave_their_start_with_the_same_audio(start_count):
-    """Eight small steps take the codewords of one big step, whose frames they share; with the start unscaled not."""
-    before = base("--step_seconds", "475", "--codebook_size", "1", "--hidden_size", "1", "--num_attention_heads", "1")
-    after, _ = scale_to_batch(before)
-    codewords = []
-    for arguments, num_steps in ((before, 1), (after, 8)):
-        model, config = OnlineCodebooks(1, 1, 1), arguments.model_config()
-        count = config.codebook_start_count if start_count is None else start_count
-        model.counts.data.fill_(count)  # the start is at 0, the frames are at 1
-        for _ in range(num_steps):
-            frames = torch.ones(1, 416 // num_steps, 1)
-            model.accumulate(frames, model.assign(frames))
-            model.commit(config.codebook_decay_at(0))
-        codewords.append(model.codewords.item())
-    assert codewords[0] == pytest.approx(0.979, abs=1e-3)
-    assert (codewords[1] == pytest.approx(codewords[0], rel=1e-4)) is (start_count is None)
 
 
 def adam_walk(arguments, num_steps, noise, generator):

@@ -182,8 +182,12 @@ def test_stream_whose_state_is_damaged_is_read_again(break_state, tmp_path, capl
 def test_stream_that_changed_is_refused(tmp_path):
     windows = list(stream(from_arrays(tmp_path)).windows(0))
     changed = from_arrays(tmp_path).map(lambda row: row | {"id": row["id"] + "x"})
-    with pytest.raises(streaming.StreamChangedError, match=r"other rows than before from row .* of epoch 0 on"):
+    with pytest.raises(
+        streaming.StreamChangedError, match=r"other rows than before from row .* of epoch 0 on"
+    ) as caught:
         list(stream(changed).windows(0, 3, windows[3].state))
+    assert caught.value.__traceback__ is not None  # which is kept, and the threads are gone all the same
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
 
 
 @pytest.mark.parametrize(

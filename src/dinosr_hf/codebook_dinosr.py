@@ -46,7 +46,11 @@ class OnlineCodebooks(nn.Module):
             checkpoint and can be initialised on the meta device.
         counts: (N, V), decayed number of frames of each codeword. A frozen parameter too.
 
-    What `accumulate` gathers is no part of the state: a checkpoint is taken after `commit`.
+    What `accumulate` gathers is no part of the state: a checkpoint is taken after `commit`, with `held`
+    beside it.
+
+    Attributes:
+        held: float32 (N, V, D + 1), sums and counts of this process that wait for a later `commit`; None: nothing.
     """
 
     def __init__(self, num_codebooks: int, codebook_size: int, hidden_size: int) -> None:
@@ -55,6 +59,7 @@ class OnlineCodebooks(nn.Module):
         self.sums = nn.Parameter(torch.zeros(*shape, hidden_size, dtype=torch.float32), requires_grad=False)
         self.counts = nn.Parameter(torch.ones(shape, dtype=torch.float32), requires_grad=False)
         self._pending: torch.Tensor | None = None
+        self.held: torch.Tensor | None = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "OnlineCodebooks":
         def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -73,7 +78,7 @@ class OnlineCodebooks(nn.Module):
         Random codewords with zero mean and unit variance over the `V` codewords of each dimension.
 
         Returns:
-            float32 (N, V, D): codewords, and sums where counts are one.
+            float32 (N, V, D); with counts of one, sums and codewords are the same.
         """
         codewords = torch.randn(self.sums.shape, dtype=torch.float32, device=self.sums.device)
         variance, mean = torch.var_mean(codewords, dim=1, correction=0, keepdim=True)
@@ -123,18 +128,24 @@ class OnlineCodebooks(nn.Module):
         self._pending = None
 
     @torch.no_grad()
-    def commit(self, decay: float) -> None:
+    def commit(self, decay: float, *, is_due: bool = True) -> None:
         """
-        Move the codewords that were hit since the last call, in any process (paper, equations 4 and 5).
+        Move the codewords that were hit since they last moved, in any process (paper, equations 4 and 5).
 
         Codewords that nothing fell on stay as they are, counts too. All processes must call this together: it is the
         one collective of a training step.
 
         Args:
             decay: Share of the old sums and counts that is kept, in [0, 1].
+            is_due: False keeps what was accumulated for a later call; then nothing moves, and nothing is reduced.
         """
-        pending = self._pending
-        self._pending = None
+        pending, self._pending = self._pending, None
+        if self.held is not None:
+            held = self.held.to(self.sums.device)
+            pending = held if pending is None else pending.to(held.device) + held
+        self.held = None if is_due else pending
+        if not is_due:
+            return
         if pending is None:
             pending = self.sums.new_zeros(*self.sums.shape[:2], self.sums.shape[2] + 1)
         pending = all_reduce_sum(pending.to(self.sums.device))

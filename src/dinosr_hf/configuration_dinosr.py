@@ -54,11 +54,11 @@ class DinoSRConfig(PreTrainedConfig):
         num_conv_pos_embeddings: Number of stacked positional convolutions.
         num_codebooks: Number `N` of top layers that have a codebook and a prediction head.
         codebook_size: Number `V` of codewords of a codebook.
-        codebook_start_count: Frames that the random start of a codeword counts for: the fewer, the further the first
-            frames that fall on it take it. It belongs to the size of the batch.
         codebook_decay: Decay of codeword sums and counts (tau of the paper's equations 4 and 5).
         codebook_end_decay: Value that `codebook_decay` is annealed to linearly; None keeps it constant.
         codebook_end_decay_step: Update at which the annealing of `codebook_decay` ends.
+        codebook_update_steps: Updates of the weights from one update of the codebooks to the next, which takes all
+            frames since the last one. The paper's 1 belongs to its large batch.
         ema_decay: Decay of the teacher's average at the first update (lambda of the paper's equation 1).
         ema_end_decay: Decay of the teacher's average once `ema_anneal_steps` updates are done.
         ema_anneal_steps: Updates over which the decay goes linearly from `ema_decay` to `ema_end_decay`.
@@ -132,10 +132,10 @@ class DinoSRConfig(PreTrainedConfig):
     num_conv_pos_embeddings: int = 5
     num_codebooks: int = 8
     codebook_size: int = 256
-    codebook_start_count: float | int = 1.0
     codebook_decay: float | int = 0.9
     codebook_end_decay: float | int | None = None
     codebook_end_decay_step: int = 0
+    codebook_update_steps: int = 1
     ema_decay: float | int = 0.999
     ema_end_decay: float | int = 0.9999
     ema_anneal_steps: int = 30_000
@@ -194,13 +194,12 @@ class DinoSRConfig(PreTrainedConfig):
         self._check_range(positions, 1)
 
     def _check_codebooks_and_teacher(self) -> None:
-        self._check_range(("num_codebooks", "codebook_size"), 1)
+        self._check_range(("num_codebooks", "codebook_size", "codebook_update_steps"), 1)
         if self.num_codebooks > self.num_hidden_layers:
             raise ValueError(
                 f"num_codebooks={self.num_codebooks} is more than num_hidden_layers={self.num_hidden_layers}, but each"
                 " codebook belongs to a layer of its own. Lower num_codebooks or raise num_hidden_layers."
             )
-        self._check_range(("codebook_start_count",), 0, open_low=True)
         self._check_range(("codebook_decay", "ema_decay", "ema_end_decay"), 0, 1)
         if self.codebook_end_decay is not None:
             self._check_range(("codebook_end_decay",), 0, 1)
@@ -287,7 +286,7 @@ class DinoSRConfig(PreTrainedConfig):
         return num_samples.clamp(min=0) if isinstance(num_samples, torch.Tensor) else max(num_samples, 0)
 
     def codebook_decay_at(self, step: int) -> float:
-        """Codebook decay of the forward pass after `step` completed updates (docs/parity.md, T5)."""
+        """Codebook decay after `step` completed updates, of the codebooks' next update (docs/parity.md, T5)."""
         end = self.codebook_decay if self.codebook_end_decay is None else self.codebook_end_decay
         return _anneal(self.codebook_decay, end, self.codebook_end_decay_step, step)
 

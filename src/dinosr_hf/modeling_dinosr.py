@@ -101,8 +101,8 @@ class DinoSRPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DinoSRModel):
             init.uniform_(module.masked_spec_embed)
         elif isinstance(module, OnlineCodebooks):
-            init.copy_(module.sums, module.initial_sums() * self.config.codebook_start_count)
-            init.constant_(module.counts, self.config.codebook_start_count)
+            init.copy_(module.sums, module.initial_sums())
+            init.ones_(module.counts)
         elif isinstance(module, DinoSRForPreTraining):
             for own, live in module.teacher.pairs_with(module.dinosr):
                 init.copy_(own, live)
@@ -381,8 +381,9 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
                 f"step={step}, but update_targets comes after an optimizer step: give the number of completed updates,"
                 " 1 after the first."
             )
-        codebook_decay = self.config.codebook_decay_at(step - 1)
-        self.codebooks.commit(codebook_decay)
+        num_steps = self.config.codebook_update_steps
+        codebook_decay = self.config.codebook_decay_at(max(0, step - num_steps))
+        self.codebooks.commit(codebook_decay, is_due=step % num_steps == 0)
         ema_decay = self.config.ema_decay_at(step)
         if ema_decay < 1:
             self.teacher.follow(self.dinosr.encoder, ema_decay)

@@ -274,6 +274,7 @@ class SpeechStream:
             windows = self._cut(epoch, first_window, _Position(state["row"], None), stop)
             first = next(windows, None)
             if not stop.is_set() and (first is None or first.state["digest"] != state["digest"]):
+                windows.close()  # its threads must not live as long as the error does
                 raise StreamChangedError(
                     f"The stream has other rows than before from row {state['row']:,} of epoch {epoch} on, so that"
                     " the run cannot go on where it was. Have its files, their revision, shuffle_seed, num_open_shards"

@@ -33,8 +33,14 @@ MODEL_FIELDS = (
     *("initializer_range", "layer_norm_eps", "feat_extract_activation"),
     *("conv_dim", "conv_stride", "conv_kernel", "conv_bias"),
     *("num_conv_pos_embeddings", "conv_pos_kernel_size", "num_conv_pos_embedding_groups"),
-    *("num_codebooks", "codebook_size", "codebook_start_count"),
-    *("codebook_decay", "codebook_end_decay", "codebook_end_decay_step"),
+    *(
+        "num_codebooks",
+        "codebook_size",
+        "codebook_decay",
+        "codebook_end_decay",
+        "codebook_end_decay_step",
+        "codebook_update_steps",
+    ),
     *("ema_decay", "ema_end_decay", "ema_anneal_steps", "freeze_teacher_step", "freeze_mode"),
     *("mask_prob", "mask_length", "mask_min_spans"),
 )

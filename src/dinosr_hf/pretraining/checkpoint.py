@@ -366,8 +366,8 @@ def load_training_state(
     With another number of processes random states begin anew, with a warning that says so.
 
     Returns:
-        This process's `process_state`. With another number of processes, running sums (`sums`) of all of them are the
-        main process's.
+        This process's `process_state`. With another number of processes, what all of them had gathered (`sums`, and
+        `held` of the codebooks) is the main process's.
     """
     training = torch.load(checkpoint.path / "training_state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(training["optimizer"])
@@ -387,4 +387,7 @@ def load_training_state(
         now,
     )
     sums = torch.stack([state["sums"] for state in processes]).sum(dim=0)
-    return {"sums": sums if accelerator.is_main_process else torch.zeros_like(sums)}
+    if not accelerator.is_main_process:
+        return {"sums": torch.zeros_like(sums), "held": None}
+    held = [state["held"] for state in processes if state["held"] is not None]
+    return {"sums": sums, "held": torch.stack(held).sum(dim=0) if held else None}

@@ -194,6 +194,7 @@ class Pretraining:
         self.monitor.load_state_dict(checkpoint.manifest["monitor"])
         own = load_training_state(checkpoint, self._optimizer, self.accelerator)
         self._sums.load_state_dict(own["sums"])
+        self.model.codebooks.held = own["held"]
         for group in self._optimizer.param_groups:  # the saved ones are those of the arguments then
             group |= self._adam_options()
 
@@ -450,7 +451,7 @@ class Pretraining:
             self.model,
             self._optimizer,
             self.accelerator,
-            process_state={"sums": self._sums.state_dict()},
+            process_state={"sums": self._sums.state_dict(), "held": self.model.codebooks.held},
             manifest={
                 "progress": dataclasses.asdict(progress),
                 "feed": self.feed.state_dict(),

@@ -100,9 +100,10 @@ class RunPlan:
 
     @property
     def first_move(self) -> float:
-        """How far, from 0 to 1, the first step takes a codeword of average use from its random start to its frames."""
-        taken = (1 - self.config.codebook_decay_at(0)) * self.frames_per_codeword
-        return taken / (self.config.codebook_decay_at(0) * self.config.codebook_start_count + taken)
+        """How far, from 0 to 1, its first update takes a codeword of average use from a random start to its frames."""
+        frames = self.frames_per_codeword * self.config.codebook_update_steps
+        taken = (1 - self.config.codebook_decay_at(0)) * frames
+        return taken / (self.config.codebook_decay_at(0) + taken)  # counts begin at one
 
     @property
     def hours(self) -> float:
@@ -142,7 +143,7 @@ class RunPlan:
             step=step,
             hours=step * self.seconds_per_step / 3600,
             learning_rate=self.arguments.run.learning_rate * self.schedule(step - 1),
-            codebook_decay=self.config.codebook_decay_at(step - 1),
+            codebook_decay=self.config.codebook_decay_at(max(0, step - self.config.codebook_update_steps)),
             ema_decay=self.config.ema_decay_at(step),
         )
 
@@ -195,11 +196,12 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 3600:.3g} h" if seconds < 360_000 else f"{seconds / 3600:,.0f} h"
 
 
-def _memory(plan: RunPlan, decay: float) -> str:
-    """What an average with this decay remembers: 1 / (1 - decay) updates."""
+def _memory(plan: RunPlan, decay: float, num_steps: int = 1) -> str:
+    """What an average with this decay, taken every so many updates, remembers: 1 / (1 - decay) times as many."""
     if decay >= 1:
         return "no end"
-    return f"{1 / (1 - decay):,.0f} updates, {format_seconds(plan.seconds_per_step / (1 - decay))} of audio"
+    updates = num_steps / (1 - decay)
+    return f"{updates:,.0f} updates, {format_seconds(plan.seconds_per_step * updates)} of audio"
 
 
 def _gigabytes(num_bytes: int) -> str:
@@ -250,8 +252,8 @@ def _model_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
     options, config = plan.arguments.run, plan.config
     yield (
         "codebooks",
-        f"{config.num_codebooks} of {config.codebook_size}; they remember"
-        f" {_memory(plan, plan.points[0].codebook_decay)} at first",
+        f"{config.num_codebooks} of {config.codebook_size}, moved every {config.codebook_update_steps} update(s); they"
+        f" remember {_memory(plan, plan.points[0].codebook_decay, config.codebook_update_steps)} at first",
     )
     frozen = config.freeze_teacher_step
     yield (
@@ -308,8 +310,10 @@ def _notes(plan: RunPlan) -> Iterator[str]:
         )
     if plan.first_move < LEAST_FIRST_MOVE:
         yield (
-            f"The first step takes codewords {plan.first_move:.0%} of the way from their random start to the frames,"
-            " the paper's 98 %: few may stay in use. Lower codebook_start_count."
+            f"The codebooks' first update takes codewords {plan.first_move:.0%} of the way from their random start to"
+            " the frames, the paper's 98 %: few may stay in use. Lower codebook_decay, with codebook_end_decay and"
+            " codebook_end_decay_step to raise it afterwards, or raise step_seconds or"
+            " codebook_update_steps."
         )
     ratio = plan.arguments.data.step_seconds / options.reference_step_seconds
     averages = ("codebook_decay", "ema_decay", "ema_end_decay")

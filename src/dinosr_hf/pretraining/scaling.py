@@ -8,13 +8,13 @@ With `kappa`, the audio of a step over that of the reference step (1/8, say), th
   mostly noise, as those of small batches are. Weight decay goes with the learning rate, as AdamW multiplies the two;
   the norm at which gradients are clipped goes with epsilon, as both are compared with gradients.
 - **The memory of every average, in audio.** A decay `d` a step becomes `d ** kappa`: for the teacher this is the EMA
-  scaling rule (Busbridge et al., arXiv 2307.13813). It holds for Adam's two averages and the codebooks for the same
-  reason. Malladi et al. write `1 - kappa (1 - d)` for Adam, which is the same to first order in `1 - d`; the power
+  scaling rule (Busbridge et al., arXiv 2307.13813). It holds for Adam's two averages for the same
+  reason; Malladi et al. write `1 - kappa (1 - d)` for Adam, which is the same to first order in `1 - d`; the power
   also holds where `1 - d` is large, keeps the variance of the average to second order, and stays positive for steps
   more than ten times the reference.
-- **How soon codewords leave their random start.** It counts for one frame, against the 42 that the reference's first
-  step adds; of kappa times as many frames, it must count for kappa. With the decay scaled and not this, a codeword
-  gets to its frames 1 / kappa times as slowly, the few that are there first take all frames, and the rest dies.
+- **The frames that move a codeword.** A small batch has too few of them: the first codewords to leave their random
+  start take all. So the codebooks keep their decay, and are updated every 1 / kappa steps, with the frames of all
+  of these.
 - **The audio at which something happens.** Step numbers, the run's length among them, are divided by kappa.
 
 What counts for the machine rather than for the result, such as `log_steps` and `checkpoint_steps`, stays.
@@ -73,8 +73,9 @@ def _power(value: float, kappa: float) -> float:
     return float(value) ** kappa
 
 
-def _times(value: float, kappa: float) -> float:
-    return value * kappa
+def _kept(value: float, exponent: float) -> float:
+    """A decay to a power; itself where the power is 1 but for rounding."""
+    return value if math.isclose(exponent, 1) else float(value) ** exponent
 
 
 def _root(value: float, kappa: float) -> float:
@@ -96,8 +97,7 @@ RUN_RULES: tuple[Rule, ...] = (
     (("save_steps", "eval_steps"), _steps, "steps / kappa: at the same audio"),
 )
 MODEL_RULES: tuple[Rule, ...] = (
-    (("codebook_start_count",), _times, "times kappa: as little beside the frames of the same audio"),
-    (("codebook_decay", "codebook_end_decay"), _power, "to the power of kappa: the same memory in audio"),
+    (("codebook_update_steps",), _steps, "steps / kappa: moved by the frames of the same audio"),
     (("codebook_end_decay_step",), _steps, "steps / kappa: at the same audio"),
     (("ema_decay", "ema_end_decay"), _power, "to the power of kappa: EMA scaling rule"),
     (("ema_anneal_steps",), _steps, "steps / kappa: at the same audio"),
@@ -145,6 +145,11 @@ def scale_to_batch(arguments: PretrainingArguments) -> tuple[PretrainingArgument
     kappa = arguments.data.step_seconds / arguments.run.reference_step_seconds
     run, changes = _scale(arguments.run, RUN_RULES, kappa)
     model, model_changes = _scale(arguments.model, MODEL_RULES, kappa)
+    # The codebooks' memory in audio is kept by the steps between their updates. Being whole, these cannot keep all.
+    exponent = kappa * model.codebook_update_steps / arguments.model.codebook_update_steps
+    decays = (("codebook_decay", "codebook_end_decay"), _kept, f"to the power of {exponent:.3g}: what rounding leaves")
+    model, decay_changes = _scale(model, (decays,), exponent)
+    model_changes += decay_changes
     run = dataclasses.replace(run, scale_to_batch=False)
     return dataclasses.replace(arguments, model=model, run=run), [*changes, *model_changes]
 
