@@ -7,7 +7,6 @@ import math
 import shutil
 import signal
 import tarfile
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -199,37 +198,52 @@ def manifests(out):
     return [read_checkpoint(path).manifest for path in reversed(find_checkpoints(out))]
 
 
-def place(manifest):
-    return tuple(manifest["feed"][name] for name in ("epoch", "window", "step"))
+def places(out):
+    """Epoch, window and steps done in it, after each step of a run."""
+    return [tuple(manifest["feed"][name] for name in ("epoch", "window", "step")) for manifest in manifests(out)]
 
 
-def lies(here, there):
-    """Where in the data a step is, from its place and that of the next."""
-    if here[0] != there[0]:
-        return "at an epoch's end"
-    if here[1] != there[1]:
-        return "at a window's end"
-    return "in mid-window" if here[0] == 0 else "in the next epoch"
+def before(place):
+    """Which place it is that comes before a step that ends at `place`."""
+    epoch, window, step = place
+    if step == 1:
+        return "at a window's beginning" if window else "at an epoch's beginning"
+    return "in the next epoch" if epoch else "in mid-window"
 
 
-WHERE = ["in mid-window", "at a window's end", "at an epoch's end", "in the next epoch"]
+WHERE = ["in mid-window", "at a window's beginning", "at an epoch's beginning", "in the next epoch"]
 STOPS = [(store, where) for store in READERS for where in WHERE if (store, where) != (in_two_folders, WHERE[1])]
 
 
 @pytest.mark.parametrize(("store", "where"), STOPS)
 def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(tmp_path, undisturbed, monkeypatch, store, where):
     data, changes, whole = undisturbed(store)
-    saved = manifests(whole)
-    places = list(map(place, saved))
-    last = next(number for number, pair in enumerate(pairwise(places)) if lies(*pair) == where)
-    call = saved[last - 1]["progress"]["utterances"] if last else 0  # of the first recording of its last step
+    ends = places(whole)
+    done = next(number for number in range(1, 12) if before(ends[number]) == where)  # steps before the stop
+    epoch, window, step = ends[done]
     options = arguments(tmp_path, data, **LONG, **changes, checkpoint_steps=0)
     with monkeypatch.context() as patch:
-        send_at_load(patch, signal.SIGTERM, call, READERS[store])
-        with pytest.raises(RunInterrupted, match=f"SIGTERM: stopped after step {last + 1}, with"):
+        # At the first recording of the step that comes next.
+        send_at_load(patch, signal.SIGTERM, manifests(whole)[done - 1]["progress"]["utterances"], READERS[store])
+        with pytest.raises(RunInterrupted, match=f"SIGTERM: stopped after step {done}, with"):
             run(options)
-    assert [place(manifest) for manifest in manifests(tmp_path / "out")] == [places[last]]
+    assert places(tmp_path / "out") == [(epoch, window, step - 1)]
     run(options)
+    assert_same_run(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize(("store", "where"), [stop for stop in STOPS if "beginning" in stop[1]])
+def test_a_checkpoint_after_the_last_step_of_a_window_or_epoch_leads_to_the_same_end(
+    tmp_path, undisturbed, store, where
+):
+    data, changes, whole = undisturbed(store)
+    ends = places(whole)
+    done = next(number for number in range(1, 12) if before(ends[number]) == where)
+    assert ends[done - 1][:2] != ends[done][:2]
+    (tmp_path / "out").mkdir()
+    shutil.copytree(whole / f"checkpoint-{done}", tmp_path / "out" / f"checkpoint-{done}")
+    shutil.copy(whole / "metrics.jsonl", tmp_path / "out")
+    run(arguments(tmp_path, data, **LONG, **changes, checkpoint_steps=0))
     assert_same_run(tmp_path / "out", whole)
 
 
