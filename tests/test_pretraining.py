@@ -22,12 +22,14 @@ from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRModel
 from dinosr_hf.data import AudioFileError, FolderSource
 from dinosr_hf.pretraining import (
     ArgumentError,
+    DataArguments,
     TrainingStopped,
     find_checkpoints,
     loop,
     parse_arguments,
     pretrain,
     run,
+    runner,
     tri_stage,
 )
 from pretraining_runs import CONFIGS, ROOT, launch, metrics_of, tiny_arguments, write_config
@@ -380,6 +382,19 @@ def test_scaled_arguments_are_written_and_resumed_without_scaling_again(tmp_path
     with caplog.at_level("INFO", "dinosr_hf"):
         run(tiny_arguments(tmp_path, recordings, **options))
     assert "This run is finished" in caplog.text and "at the checkpoint." not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (["/a/german", "/b/mandarin"], ["german", "mandarin"]),
+        (["/a/german/train", "/a/mandarin/train"], ["german/train", "mandarin/train"]),
+        (["a/x.jsonl", "y"], ["x.jsonl", "y"]),
+        (["same", "same"], ["same", "same"]),
+    ],
+)
+def test_several_data_are_named_by_what_tells_them_apart(data, names):
+    assert runner._names(DataArguments(data=data)) == names
 
 
 def test_several_data_are_mixed(tmp_path, recordings, caplog):

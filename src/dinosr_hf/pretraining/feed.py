@@ -142,6 +142,7 @@ class StepFeed:
 
     def _stream_windows(self, stream: SpeechStream) -> Iterator[SpeechSource]:
         """The windows of an epoch that is begun or gone on with; none if the stream has changed under it."""
+        logger.info("Epoch %d of the stream: reading %.2g hours first.", self._epoch, self._data.window_seconds / 3600)
         try:
             windows = stream.windows(self._epoch, self._window, self._stream_state)
             for window in windows:

@@ -112,11 +112,18 @@ def open_data(data: DataArguments, seed: int) -> SpeechSource | SpeechStream:
 
 def _names(data: DataArguments) -> list[str]:
     """
-    What tells several data apart: their last path components if these do, so that a corpus can be moved, with
+    What tells several data apart: as few of their last path components as do, so that a corpus can be moved, with
     configuration and split where they have one each.
     """
-    short = [Path(name).name or name for name in data.data]
-    names = short if len(set(short)) == len(short) else data.data
+    parts_of = [Path(name).parts or (name,) for name in data.data]
+    names = next(
+        (
+            short
+            for length in range(1, max(map(len, parts_of)) + 1)
+            if len(set(short := ["/".join(parts[-length:]) for parts in parts_of])) == len(short)
+        ),
+        data.data,
+    )
     parts = [values if len(values) > 1 else [] for values in (data.data_config, data.data_split)]
     return [":".join([name, *(values[number] for values in parts if values)]) for number, name in enumerate(names)]
 
