@@ -63,3 +63,14 @@ def dataset_of(kind: str, tmp_path):
         dataset = dataset.cast_column("audio", datasets.Audio())
         assert dataset.features["audio"].decode
     return dataset
+
+
+def small_corpus(root):
+    """A folder of five readable files of several kinds, and one that is no audio."""
+    write(root / "b.wav", 8_000)
+    write(root / "a" / "z.FLAC", 4_000, num_channels=2)
+    write(root / "a" / "deep" / "er" / "x.mp3", 11_025, rate=22_050)
+    write(root / "a" / "m.ogg", 5_000)
+    write(root / "0.flac", 8_000, rate=8_000)
+    (root / "a" / "notes.txt").write_text("no audio")
+    return root

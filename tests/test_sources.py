@@ -9,21 +9,13 @@ import pickle
 import numpy as np
 import pytest
 
-from audio_files import KINDS, PART_ATOL, dataset_of, datasets, flac, manifest, noise, pa, write
+from audio_files import KINDS, PART_ATOL, dataset_of, datasets, flac, manifest, noise, pa, small_corpus, write
 from dinosr_hf.data import AudioFileError, DatasetSource, FolderSource, ManifestSource
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five readable files of several kinds."""
-    root = tmp_path / "corpus"
-    write(root / "b.wav", 8_000)
-    write(root / "a" / "z.FLAC", 4_000, num_channels=2)
-    write(root / "a" / "deep" / "er" / "x.mp3", 11_025, rate=22_050)
-    write(root / "a" / "m.ogg", 5_000)
-    write(root / "0.flac", 8_000, rate=8_000)
-    (root / "a" / "notes.txt").write_text("no audio")
-    return root
+    return small_corpus(tmp_path / "corpus")
 
 
 def test_folder_is_searched_and_sorted(folder):

@@ -108,14 +108,14 @@ def _accumulate_gradients(
         sums.add(output, *_count_samples(batch.inputs))
 
 
+def _adam_options(options: RunArguments) -> dict[str, Any]:
+    betas = (options.adam_beta1, options.adam_beta2)
+    return {"betas": betas, "eps": options.adam_epsilon, "weight_decay": options.weight_decay}
+
+
 def _make_optimizer(model: DinoSRForPreTraining, options: RunArguments) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        weight_decay=options.weight_decay,
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=options.learning_rate, **_adam_options(options))
 
 
 def _memory_gib(device: torch.device) -> float:
@@ -196,12 +196,7 @@ class Pretraining:
         self._sums.load_state_dict(own["sums"])
         self.model.codebooks.held = own["held"]
         for group in self._optimizer.param_groups:  # the saved ones are those of the arguments then
-            group |= self._adam_options()
-
-    def _adam_options(self) -> dict[str, Any]:
-        options = self.options
-        betas = (options.adam_beta1, options.adam_beta2)
-        return {"betas": betas, "eps": options.adam_epsilon, "weight_decay": options.weight_decay}
+            group |= _adam_options(self.options)
 
     def _check_feeds(self) -> None:
         """Processes that see other recordings would train on without a word, each on its own plan."""
@@ -524,13 +519,7 @@ def pretrain(
     Train a model on a source, and leave it in `output_dir` with `metrics.jsonl` beside it.
 
     Args:
-        model: A fresh or pre-trained model of `arguments.model_config()`.
-        source: The recordings, or a stream of them.
-        arguments: What the run is told.
-        accelerator: Devices, precision, processes. Its own gradient accumulation must be off: steps are cut into
-            micro-batches by `micro_seconds`.
-        checkpoint: What to go on from; None: the beginning.
-        held_out: Evaluated every `eval_steps`; None: never.
+        model, source, arguments, accelerator, checkpoint, held_out: As for `Pretraining`.
 
     Returns:
         The trained model, without wrappers.

@@ -34,7 +34,7 @@ from .evaluation import HeldOut, row_labels
 from .feed import StepFeed
 from .loop import Pretraining
 from .plan import describe_plan, plan_figure
-from .scaling import Change, scale_to_batch
+from .scaling import Change, changes_table, scale_to_batch
 from .state import cut_metrics, finished_step
 
 logger = logging.getLogger(__name__)
@@ -299,16 +299,17 @@ def run(arguments: PretrainingArguments) -> DinoSRForPreTraining | None:
         The trained model; None after a dry run.
 
     Raises:
-        ArgumentError: If `output_dir` has a model and nothing to resume from, or a span does not fit the shortest
-            utterance.
+        ArgumentError: If `output_dir` has a model and nothing to resume from, is in use or cannot be written to, if a
+            span does not fit the shortest utterance, or the data cannot be opened.
         CheckpointError: If there are checkpoints but none can be used, or one cannot be written.
         TrainingStopped: If going on would be of no use.
-        RunInterrupted: After SIGTERM or SIGINT; a checkpoint was written.
-        ValueError: As the data.
+        RunInterrupted: After SIGTERM, SIGINT or SIGHUP; a checkpoint was written.
+        ValueError: If no step can be made of the data.
     """
     arguments, changes = scale_to_batch(arguments)
     if changes and not arguments.run.dry_run:
-        logger.info("Scaled to the batch:\n  %s", "\n  ".join(map(str, changes)))
+        kappa = arguments.data.step_seconds / arguments.run.reference_step_seconds
+        logger.info("%s", changes_table(changes, kappa))
     options = arguments.run
     output_dir = Path(options.output_dir)
     _check_mask_fits(arguments)
@@ -342,7 +343,6 @@ def _run(
     model = DinoSRForPreTraining(arguments.model_config())
     _describe(model, source, accelerator)
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "arguments.yaml").write_text(arguments.to_yaml(), encoding="utf-8")
         cut_metrics(output_dir, checkpoint.step if checkpoint else 0)
     if options.trackers:
