@@ -8,7 +8,7 @@ from torch import nn, optim
 from torch.optim.lr_scheduler import LambdaLR
 
 from dinosr_hf.pretraining import ArgumentError, RunArguments
-from dinosr_hf.pretraining.schedules import SCHEDULES, constant, cosine, make_schedule, tri_stage
+from dinosr_hf.schedules import SCHEDULES, constant, cosine, make_schedule, tri_stage
 
 SHARES = {"warmup_share": 0.1, "hold_share": 0.4, "final_lr_scale": 0.01}
 

@@ -1,6 +1,8 @@
 """Pre-training with Accelerate: arguments, schedules, loop, checkpoints, what is measured and what is left behind."""
 
-from .arguments import ArgumentError, DataArguments, PretrainingArguments, RunArguments, parse_arguments
+from ..command_line import ArgumentError
+from ..schedules import constant, cosine, make_schedule, tri_stage
+from .arguments import DataArguments, PretrainingArguments, RunArguments, parse_arguments
 from .checkpoint import Checkpoint, CheckpointError, choose_checkpoint, find_checkpoints, read_checkpoint
 from .evaluation import HeldOut, row_labels
 from .loop import Pretraining, Progress, TrainingStopped, pretrain
@@ -8,7 +10,6 @@ from .monitor import CollapseMonitor
 from .plan import RunPlan, describe_plan, plan_figure
 from .runner import open_data, run, synthetic_corpus
 from .scaling import Change, changes_table, scale_to_batch
-from .schedules import constant, cosine, make_schedule, tri_stage
 from .signals import RunInterrupted
 
 __all__ = [

@@ -7,9 +7,8 @@ The defaults are the paper's (Section 4.1), or a comment says why not.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,14 +16,9 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import HfArgumentParser
 
+from ..command_line import ArgumentError, check_ranges, parse_groups
 from ..configuration_dinosr import DinoSRConfig
-
-
-class ArgumentError(ValueError):
-    """An argument that a run cannot work with; the message says which, and what to change."""
-
 
 # Fields of DinoSRConfig that pre-training reads; what belongs to fine-tuning is set there.
 MODEL_FIELDS = (
@@ -269,31 +263,6 @@ PRECISIONS = (None, "no", "fp16", "bf16")
 GROUPS: Any = (ModelArguments, DataArguments, RunArguments)
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"{name} is no argument. The nearest is {near}."
-
-
-def _read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    if not path.is_file():
-        raise ArgumentError(f"{path} is not a file. Give the path of a YAML file, or only flags.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, Mapping):
-        raise ArgumentError(f"{path} must be lines of `key: value`, but holds a {type(content).__name__}.")
-    for key in content:
-        if key not in known:
-            raise ArgumentError(f"{path}: {_nearest(str(key), known)}")
-    return dict(content)
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> Any:  # argparse would print all flags and exit
-        raise ArgumentError(f"{message}. --help lists all arguments.")
-
-
 def parse_arguments(argv: Sequence[str], default_config: str | Path) -> PretrainingArguments:
     """
     Read the command line of `examples/pretrain.py`.
@@ -308,26 +277,7 @@ def parse_arguments(argv: Sequence[str], default_config: str | Path) -> Pretrain
     Raises:
         ArgumentError: For an unknown key (the message names the nearest), a value of the wrong type or out of range.
     """
-    known = [spec.name for group in GROUPS for spec in dataclasses.fields(group)]
-    flags = list(argv)
-    path = Path(flags.pop(0)) if flags and not flags[0].startswith("-") else Path(default_config)
-    from_file = _read_yaml(path, known)
-    parser = _Parser(GROUPS, allow_abbrev=False)
-    as_flags: list[str] = []
-    for key, value in from_file.items():
-        values = value if isinstance(value, list) else [value]
-        as_flags += [] if value is None or value == [] else [f"--{key}", *map(str, values)]
-    *groups, unknown = parser.parse_args_into_dataclasses(
-        args=[*as_flags, *flags], look_for_args_file=False, return_remaining_strings=True
-    )
-    for text in unknown:
-        name = text.lstrip("-").partition("=")[0]
-        raise ArgumentError(_nearest(name, known) if text.startswith("-") else f"{text} belongs to no argument.")
-    for key, value in from_file.items():
-        if (value is None or value == []) and f"--{key}" not in flags:
-            owner = next(group for group in groups if hasattr(group, key))
-            setattr(owner, key, value)
-    arguments = PretrainingArguments(*groups)
+    arguments = PretrainingArguments(*parse_groups(argv, GROUPS, default_config))
     _check(arguments)
     return arguments
 
@@ -371,9 +321,7 @@ def _check(arguments: PretrainingArguments) -> None:
         (data.window_seconds >= data.step_seconds, "window_seconds", data.window_seconds, "at least step_seconds"),
         (data.eval_seconds >= data.max_seconds, "eval_seconds", data.eval_seconds, "at least max_seconds"),
     ]
-    for holds, name, value, allowed in rules:
-        if not holds:
-            raise ArgumentError(f"{name}={value} is out of range: it must be {allowed}.")
+    check_ranges(rules)
     for name in ("data_split", "data_config", "data_weights"):
         values = getattr(data, name)
         allowed_lengths = {0, len(data.data)} | ({1} if name != "data_weights" else set())

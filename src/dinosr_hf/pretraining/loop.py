@@ -25,15 +25,16 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .._compat import enable_gradient_checkpointing
+from ..command_line import ArgumentError
 from ..data import MicroBatch, SpeechSource, SpeechStream
 from ..modeling_dinosr import DinoSRForPreTraining
-from .arguments import ARCHITECTURE, ArgumentError, PretrainingArguments, RunArguments
+from ..schedules import make_schedule
+from .arguments import ARCHITECTURE, PretrainingArguments, RunArguments
 from .checkpoint import Checkpoint, CheckpointError, load_model_weights, load_training_state, save_checkpoint
 from .evaluation import HeldOut
 from .feed import Step, StepFeed
 from .metrics import MetricSums
 from .monitor import CollapseMonitor
-from .schedules import make_schedule
 from .signals import RunInterrupted, SignalWatch
 from .state import append_metrics, mark_finished, save_model
 

@@ -20,9 +20,9 @@ from ..configuration_dinosr import DinoSRConfig
 from ..data import SAMPLING_RATE, PlanSummary
 from ..masking import sample_span_mask
 from ..modeling_dinosr import DinoSRForPreTraining
+from ..schedules import make_schedule
 from .arguments import PretrainingArguments
 from .scaling import Change, changes_table, format_value
-from .schedules import make_schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from filelock import BaseFileLock, FileLock, Timeout
 
 from ..analysis import read_labels
+from ..command_line import ArgumentError
 from ..data import (
     SAMPLING_RATE,
     DatasetSource,
@@ -28,7 +29,7 @@ from ..data import (
 )
 from ..data.synthetic import SyntheticCorpus
 from ..modeling_dinosr import DinoSRForPreTraining
-from .arguments import ARCHITECTURE, ArgumentError, DataArguments, PretrainingArguments
+from .arguments import ARCHITECTURE, DataArguments, PretrainingArguments
 from .checkpoint import Checkpoint, choose_checkpoint
 from .evaluation import HeldOut, row_labels
 from .feed import StepFeed

@@ -27,7 +27,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .arguments import ArgumentError, PretrainingArguments
+from ..command_line import ArgumentError
+from .arguments import PretrainingArguments
 
 
 class Change(NamedTuple):

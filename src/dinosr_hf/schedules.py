@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from typing import Any
 
-from .arguments import ArgumentError, RunArguments
+from .command_line import ArgumentError
 
 # Where the warm-up begins, as a share of the peak.
 INITIAL_LR_SCALE = 0.01
@@ -86,14 +87,15 @@ SCHEDULES: dict[str, tuple[Callable[..., float], tuple[str, ...]]] = {
 }
 
 
-def make_schedule(options: RunArguments) -> Callable[[int], float]:
+def make_schedule(options: Any) -> Callable[[int], float]:
     """
     The schedule that a run is told to use.
 
     Warns where `hold_share` or `final_lr_scale` was set and the schedule has no use for it.
 
     Args:
-        options: Its `schedule`, `max_steps`, `warmup_share`, `hold_share` and `final_lr_scale` count.
+        options: A dataclass, the arguments of a run; its `schedule`, `max_steps`, `warmup_share`, `hold_share` and
+            `final_lr_scale` count.
 
     Returns:
         A function, which can be pickled, of the updates completed to the factor of the peak rate.
@@ -104,7 +106,7 @@ def make_schedule(options: RunArguments) -> Callable[[int], float]:
     if options.schedule not in SCHEDULES:
         raise ArgumentError(f"schedule={options.schedule} is unknown. Choose one of {', '.join(SCHEDULES)}.")
     function, names = SCHEDULES[options.schedule]
-    defaults = {spec.name: spec.default for spec in fields(RunArguments)}
+    defaults = {spec.name: spec.default for spec in fields(options)}
     for name in ("hold_share", "final_lr_scale"):
         value = getattr(options, name)
         if name not in names and value != defaults[name]:

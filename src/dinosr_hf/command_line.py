@@ -1,0 +1,94 @@
+"""What the scripts share: arguments from a YAML file and flags over it, and errors that name the nearest argument."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class ArgumentError(ValueError):
+    """An argument that a run cannot work with; the message says which, and what to change."""
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"{name} is no argument. The nearest is {near}."
+
+
+def _read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ArgumentError(f"{path} is not a file. Give the path of a YAML file, or only flags.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ArgumentError(f"{path} must be lines of `key: value`, but holds a {type(content).__name__}.")
+    for key in content:
+        if key not in known:
+            raise ArgumentError(f"{path}: {_nearest(str(key), known)}")
+    return dict(content)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:  # argparse would print all flags and exit
+        raise ArgumentError(f"{message}. --help lists all arguments.")
+
+
+def parse_groups(argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None = None) -> list[Any]:
+    """
+    Read a command line into dataclasses: a YAML file first, if there is one, and flags over it.
+
+    Args:
+        argv: First, if given, the path of a YAML file; then flags, `--name value`.
+        groups: Dataclasses; no two have a field of the same name.
+        default_config: The YAML file that counts where none is given; None: none.
+
+    Returns:
+        An object of each group; fields that neither file nor flags have are at their defaults.
+
+    Raises:
+        ArgumentError: For an unknown key (the message names the nearest), or a value of the wrong type.
+    """
+    known = [spec.name for group in groups for spec in dataclasses.fields(group) if spec.init]
+    flags = list(argv)
+    path = default_config
+    if flags and not flags[0].startswith("-"):
+        path = flags.pop(0)
+    from_file = {} if path is None else _read_yaml(Path(path), known)
+    as_flags: list[str] = []
+    for key, value in from_file.items():
+        values = value if isinstance(value, list) else [value]
+        as_flags += [] if value is None or value == [] else [f"--{key}", *map(str, values)]
+    *parsed, unknown = _Parser(groups, allow_abbrev=False).parse_args_into_dataclasses(
+        args=[*as_flags, *flags], look_for_args_file=False, return_remaining_strings=True
+    )
+    for text in unknown:
+        name = text.lstrip("-").partition("=")[0]
+        raise ArgumentError(_nearest(name, known) if text.startswith("-") else f"{text} belongs to no argument.")
+    for key, value in from_file.items():
+        if (value is None or value == []) and f"--{key}" not in flags:
+            owner = next(group for group in parsed if hasattr(group, key))
+            setattr(owner, key, value)
+    return parsed
+
+
+def check_ranges(rules: Sequence[tuple[bool, str, Any, str]]) -> None:
+    """
+    Refuse the first value that is out of range.
+
+    Args:
+        rules: (whether it holds, name of the argument, its value, what is allowed).
+
+    Raises:
+        ArgumentError: Names the argument, its value and what is allowed.
+    """
+    for holds, name, value, allowed in rules:
+        if not holds:
+            raise ArgumentError(f"{name}={value} is out of range: it must be {allowed}.")
