@@ -74,6 +74,8 @@ class DinoSRPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
+    # Otherwise `Trainer` takes our losses, means over a batch, for shares of an accumulated one, and adds them up.
+    accepts_loss_kwargs = False
     _no_split_modules = ["DinoSREncoderLayer"]
     _can_record_outputs = {
         "hidden_states": DinoSREncoderLayer,

@@ -18,6 +18,7 @@ from .batching import (
     summarize_plan,
 )
 from .collator import PretrainingCollator, min_maskable_samples, utterance_generator
+from .labelled import JoinedSource, LabelledSource, open_labelled
 from .manifests import ManifestSource, TableSource
 from .mixture import MixedSource
 from .opening import open_source
@@ -44,6 +45,9 @@ __all__ = [
     "StreamChangedError",
     "MixedSource",
     "open_source",
+    "JoinedSource",
+    "LabelledSource",
+    "open_labelled",
     "FolderScan",
     "ScannedFile",
     "scan_folder",

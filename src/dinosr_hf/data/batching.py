@@ -113,7 +113,7 @@ def plan_epoch(
 
     lengths = np.minimum(full_lengths, max_samples)
     generator = utterance_generator(seed, epoch, str(window) if window else "", "plan")
-    steps = _fill_steps(_sort_in_buckets(eligible, lengths, num_buckets, generator), lengths, step_samples)
+    steps = _fill_steps(sort_in_buckets(eligible, lengths, num_buckets, generator), lengths, step_samples)
     if len(steps) == 1:
         warnings.warn(
             f"All {len(eligible):,} utterances together ({_seconds(lengths[eligible].sum())}) are no more than a step"
@@ -166,7 +166,7 @@ def _members(
     return indices, passes
 
 
-def _sort_in_buckets(
+def sort_in_buckets(
     members: np.ndarray, lengths: np.ndarray, num_buckets: int, generator: np.random.Generator
 ) -> list[int]:
     """Sorted by length, up or down, but in random order within buckets, which have no fixed edges."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .audio import SAMPLING_RATE, AudioFileError, audio_info, load_audio, resampled_length
-from .sources import SpeechSource, _number_repeats, _scan
+from .sources import SpeechSource, _number_repeats, _scan, find_text_column
 
 # How many files are opened to see whether a manifest tells the truth.
 _NUM_CHECKED = 16
@@ -70,6 +70,27 @@ class ManifestSource(SpeechSource):
         lengths = [resampled_length(frames, rate) or empty for _, frames in rows]
         kept = self._keep(zip(_number_repeats(self._paths), lengths, strict=True), name)
         self._paths = [self._paths[position] for position in kept]
+        self._manifest, self._kept, self._num_rows = Path(path), kept, len(rows)
+
+    def labels(self, column: str | None = None) -> list[str | None]:
+        """
+        From the file beside the manifest that has the lines of its utterances; see `SpeechSource.labels`.
+
+        Args:
+            column: Its suffix without the dot; None: `wrd`, which is where fairseq keeps words.
+        """
+        file = self._manifest.with_suffix(f".{column or 'wrd'}")
+        if not file.is_file():
+            raise ValueError(
+                f"{file} is not there: a line of it belongs to each line of {self._manifest.name} but the first."
+            )
+        lines = file.read_text(encoding="utf-8").splitlines()
+        if len(lines) != self._num_rows:
+            raise ValueError(
+                f"{file} has {len(lines):,} lines for the {self._num_rows:,} recordings of {self._manifest.name}. Make"
+                " both again, together."
+            )
+        return [lines[position] for position in self._kept]
 
     @staticmethod
     def _parse(line: str, number: int, name: str) -> tuple[str, int]:
@@ -138,8 +159,9 @@ class TableSource(SpeechSource):
     - `offset` (seconds), with `duration`: the part of the file that is the utterance;
     - `id`: the utterance's id, else the path. One that was there before gets #2, #3, ...
 
-    Other columns are of no matter. So the `metadata.csv` of an audio folder is such a table, and so are the manifests
-    of NeMo. Files are not opened where lengths are given, but for 16 of them, spread evenly, whose headers must agree.
+    Other columns are of no matter here; `labels` reads them. So the `metadata.csv` of an audio folder is such a table,
+    and so are the manifests of NeMo. Files are not opened where lengths are given, but for 16 of them, spread evenly,
+    whose headers must agree.
 
     Durations are often rounded. As many decimals as the most precise one of a table has are taken to be right, and
     half a unit of the last is left out at the end of each file, since it may not be there. With five decimals or more
@@ -164,6 +186,14 @@ class TableSource(SpeechSource):
         lengths = self._lengths(parts, name)
         kept = self._keep(zip(_number_repeats(entry.id for entry in entries), lengths, strict=True), name)
         self._parts = [parts[position] for position in kept]
+        self._table, self._kept = Path(path), kept
+
+    def labels(self, column: str | None = None) -> list[str | None]:
+        """From a column of the table, which is read again; see `SpeechSource.labels`."""
+        rows = [row for _, row in _rows(self._table, str(self._table))]
+        column = find_text_column(list(rows[0]), column, str(self._table))
+        values = [rows[position].get(column) for position in self._kept]
+        return [None if value is None else str(value) for value in values]
 
     def _lengths(self, parts: list[_Part], name: str) -> list[int | AudioFileError]:
         unknown = [position for position, part in enumerate(parts) if part.num_samples is None]

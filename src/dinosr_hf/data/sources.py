@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 
+# Columns that may have what was said; the first one that exists has it.
+TEXT_COLUMNS = ("transcription", "transcript", "text", "sentence", "normalized_text", "raw_text")
+
 Item = TypeVar("Item")
 
 
@@ -60,6 +63,25 @@ class SpeechSource(ABC):
         Raises:
             AudioFileError: If the audio has gone bad or is shorter than was listed.
         """
+
+    def labels(self, column: str | None = None) -> list[str | None]:
+        """
+        What was said, or whatever else is known of each utterance.
+
+        Args:
+            column: Where it stands; None: where transcripts usually do.
+
+        Returns:
+            One text an utterance, in their order; None where there is none.
+
+        Raises:
+            ValueError: If this kind of source has no labels, or there is no such column.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has recordings only. Transcripts come with a folder that has metadata.csv or"
+            " LibriSpeech's .trans.txt files, with a table (.csv, .jsonl), a .tsv manifest with a .wrd file beside it,"
+            " or a dataset."
+        )
 
     def _keep(self, lengths: Iterable[tuple[str, int | AudioFileError]], name: str) -> list[int]:
         """Fill `utterances` and `skipped` from (id, length or error); returns the positions of those kept."""
@@ -99,6 +121,22 @@ def _scan(items: Sequence[Item], length_of: Callable[[Item], int], name: str) ->
     with ThreadPool(min(32, 4 * (os.cpu_count() or 1))) as pool:
         lengths = pool.imap(scan_one, items, chunksize=32)
         return list(tqdm(lengths, f"Reading headers of {name}", len(items), disable=None, delay=2, unit=" files"))
+
+
+def find_text_column(columns: Sequence[str], column: str | None, name: str) -> str:
+    """
+    The column of labels: the one that is asked for, else the first of `TEXT_COLUMNS` that exists.
+
+    Raises:
+        ValueError: If there is none; the message has the columns that exist.
+    """
+    if column is not None and column in columns:
+        return column
+    found = None if column is not None else next((known for known in TEXT_COLUMNS if known in columns), None)
+    if found is None:
+        wanted = f"column {column!r}" if column is not None else f"column of transcripts ({', '.join(TEXT_COLUMNS)})"
+        raise ValueError(f"{name} has no {wanted}. It has {', '.join(columns) or 'none'}: name one of them.")
+    return found
 
 
 def _number_repeats(names: Iterable[str]) -> list[str]:
@@ -157,6 +195,21 @@ class FolderSource(SpeechSource):
         if len(found) > len(names):
             self.skipped["hidden"] = [name for name in found if _is_hidden(name)]
 
+    def labels(self, column: str | None = None) -> list[str | None]:
+        """From the `.trans.txt` files of LibriSpeech and Libri-light, `id text` a line; see `SpeechSource.labels`."""
+        transcripts = {}
+        for file in sorted(self.root.rglob("*.trans.txt")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                utterance_id, _, text = line.strip().partition(" ")
+                transcripts[utterance_id] = text
+        if column is not None or not transcripts:
+            problem = f"column={column!r}: {self.root}" if column is not None else str(self.root)
+            raise ValueError(
+                f"{problem} has no table of transcripts: neither metadata.csv or metadata.jsonl in it, nor"
+                " .trans.txt files below it. Write `file_name,transcription` lines to metadata.csv there."
+            )
+        return [transcripts.get(Path(utterance.id).stem) for utterance in self.utterances]
+
     def load(self, index: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
         """See `SpeechSource.load`."""
         return load_audio(self.root / self.utterances[index].id, start=start, num_samples=num_samples)
@@ -192,6 +245,7 @@ class DatasetSource(SpeechSource):
             )
         # Arrow rows are what is stored: nothing is decoded on the way to them.
         self._rows = dataset.select_columns([audio_column]).with_format("arrow")
+        self._others = dataset.remove_columns([audio_column])
         self._sampling_rate = sampling_rate
         self._kind = _audio_kind(self._rows.features.arrow_schema.field(audio_column).type, audio_column)
         if (self._kind == "samples") != (sampling_rate is not None):
@@ -221,6 +275,17 @@ class DatasetSource(SpeechSource):
             for num_frames, rate in zip(compute.list_value_length(column).to_pylist(), rates, strict=True):
                 lengths.append((resampled_length(num_frames, int(rate)) if num_frames and rate else 0) or missing)
         return lengths
+
+    def labels(self, column: str | None = None) -> list[str | None]:
+        """From a column of text, numbers or class labels, which become their names; see `SpeechSource.labels`."""
+        column = find_text_column(self._others.column_names, column, "The dataset")
+        values = self._others.select_columns([column]).with_format(None)[column]
+        feature = self._others.features[column]
+        if hasattr(feature, "int2str"):  # a ClassLabel, whose missing values are None or -1
+            names = [None if value is None or value < 0 else feature.int2str(value) for value in values]
+        else:
+            names = [None if value is None else str(value) for value in values]
+        return [names[position] for position in self._positions]
 
     def _value(self, row: int) -> Any:
         return self._rows[row].column(0)[0]

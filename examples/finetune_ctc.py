@@ -1,0 +1,42 @@
+"""
+Fine-tune a DinoSR as a speech recogniser.
+
+    accelerate launch examples/finetune_ctc.py                               # the tiny model, on synthetic speech
+    accelerate launch examples/finetune_ctc.py examples/configs/ctc_10h.yaml --model runs/base \
+        --train_data librispeech/train --eval_data librispeech/dev --output_dir runs/recogniser
+
+A YAML file first, if any, then flags over it; without a file, examples/configs/ctc_tiny.yaml is the file. All of
+transformers' TrainingArguments are flags as well; `--help` lists them.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+
+from dinosr_hf.command_line import ArgumentError, parse_groups
+from dinosr_hf.ctc import Recognition, RecognitionArguments
+from dinosr_hf.finetuning import FinetuningArguments, LabelledDataArguments, StartArguments, finetune
+
+CONFIG = Path(__file__).parent / "configs" / "ctc_tiny.yaml"
+GROUPS = (StartArguments, LabelledDataArguments, RecognitionArguments, FinetuningArguments)
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        start, data, recognition, arguments = parse_groups(sys.argv[1:], GROUPS, CONFIG)
+        if PartialState().is_main_process:
+            logging.getLogger("dinosr_hf").setLevel(logging.INFO)
+        record = finetune(Recognition(recognition), start, data, arguments)
+    except ArgumentError as error:
+        sys.exit(f"finetune_ctc.py: {error}")
+    if PartialState().is_main_process:
+        for figure in record["evaluation"]:
+            print(f"{figure['split']}: word error rate {figure['wer']:.2%}, character error rate {figure['cer']:.2%}")
+        print(f"The recogniser is in {arguments.output_dir}: pipeline(model={arguments.output_dir!r}).")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""A whole fine-tuning run: speech, task, model, `Trainer`, and what is left in the folder."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..command_line import ArgumentError
+from ..configuration_dinosr import DinoSRConfig
+from ..data import SAMPLING_RATE, LabelledSource
+from ..folders import save_folder
+from .arguments import FinetuningArguments, LabelledDataArguments, StartArguments, plain
+from .batches import LabelledDataset, hours
+from .splits import Splits, open_splits
+from .start import add_adapters, load_model, without_adapters
+from .task import Task, describe_unusable, num_frames_of
+from .trainer import FreezeCallback, SpeechTrainer
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "run.json"
+
+
+def _resume_point(arguments: FinetuningArguments) -> str | None:
+    """The checkpoint to go on from, which only its own option asks for."""
+    asked = arguments.resume_from_checkpoint
+    last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+    if not asked or str(asked).lower() == "false":
+        if last is not None:
+            raise ArgumentError(
+                f"output_dir={arguments.output_dir} has {Path(last).name}. Go on from it with"
+                " --resume_from_checkpoint true, or give another output_dir."
+            )
+        return None
+    if str(asked).lower() == "true":
+        if last is None:
+            raise ArgumentError(f"resume_from_checkpoint: {arguments.output_dir} has no checkpoint. Leave it out.")
+        return last
+    if not Path(asked, "trainer_state.json").is_file():
+        raise ArgumentError(
+            f"resume_from_checkpoint={asked} is no checkpoint of a fine-tuning run: it has no trainer_state.json. The"
+            " model to start from is `model`."
+        )
+    return str(asked)
+
+
+def _training_set(
+    source: LabelledSource, targets: list[Any], task: Task, config: DinoSRConfig, data: LabelledDataArguments
+) -> LabelledDataset:
+    """What can be trained on; what cannot is counted and reported."""
+    reasons: dict[str, list[str]] = {}
+    positions = []
+    low, high = data.min_seconds * SAMPLING_RATE, data.max_seconds * SAMPLING_RATE
+    num_frames = num_frames_of(config, source.num_samples)
+    for position, (target, frames) in enumerate(zip(targets, num_frames, strict=True)):
+        length = source.num_samples[position]
+        reason = "too short" if length < low else "too long" if length > high else task.unusable(target, frames)
+        if reason is None:
+            positions.append(position)
+        else:
+            reasons.setdefault(reason, []).append(source.ids[position])
+    if reasons:
+        logger.warning(describe_unusable(reasons, len(source)))
+    if not positions:
+        raise ArgumentError(f"{source.name}: no utterance can be trained on. Look at min_seconds and max_seconds.")
+    return LabelledDataset(source, targets, positions)
+
+
+def _evaluation_set(source: LabelledSource | None, task: Task) -> LabelledDataset | None:
+    return None if source is None else LabelledDataset(source, task.targets(source))
+
+
+def _make_trainer(
+    model: Any, arguments: FinetuningArguments, task: Task, train: LabelledDataset, evaluation: LabelledDataset | None
+) -> SpeechTrainer:
+    if evaluation is None and arguments.eval_strategy != "no":
+        raise ArgumentError("There is no speech to evaluate on: give eval_data or eval_split, or --eval_strategy no.")
+    arguments.metric_for_best_model = f"eval_{task.metric}"
+    arguments.greater_is_better = task.greater_is_better
+    encoder = without_wrapper(model).base_model
+    callbacks = []
+    if arguments.freeze_steps:
+        # While the encoder runs without gradient, a distributed wrapper must not wait for it.
+        arguments.ddp_find_unused_parameters = True
+        callbacks.append(FreezeCallback(encoder, arguments.freeze_steps))
+    return SpeechTrainer(
+        model,
+        arguments,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        compute_metrics=task.metrics,
+        callbacks=callbacks,
+    )
+
+
+def without_wrapper(model: Any) -> PreTrainedModel:
+    """The transformers model, also of one that PEFT has wrapped."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+def _judge(trainer: SpeechTrainer, task: Task, dataset: LabelledDataset | None, name: str) -> dict[str, Any] | None:
+    """Figures of a split, with files of predictions and errors in the output folder."""
+    if dataset is None:
+        return None
+    output = trainer.predict(dataset, metric_key_prefix=name)
+    metrics = output.metrics or {}
+    trainer.log_metrics(name, metrics)
+    record = {"dataset": dataset.source.name, "split": name, "num_utterances": len(dataset)}
+    if trainer.is_world_process_zero():
+        figures = task.report(dataset.source, output.predictions, Path(trainer.args.output_dir), name)
+        record |= {**figures, "real_time_factor": metrics[f"{name}_real_time_factor"]}
+    return record
+
+
+def _describe_data(splits: Splits) -> list[dict[str, Any]]:
+    named = {"train": splits.train, "eval": splits.eval, "test": splits.test}
+    return [
+        {"name": source.name, "split": split, "hours": hours(source.num_samples), "utterances": len(source)}
+        for split, source in named.items()
+        if source is not None
+    ]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
+
+
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def finetune(
+    task: Task,
+    start: StartArguments,
+    data: LabelledDataArguments,
+    arguments: FinetuningArguments,
+    *,
+    on_trainer: Callable[[SpeechTrainer], None] | None = None,
+) -> dict[str, Any]:
+    """
+    Fine-tune a head, from opening the data to the last figures.
+
+    The output folder then has the model with its processor, as `pipeline` opens it, predictions and errors of each
+    evaluation, and `run.json`, the record of the run.
+
+    Args:
+        task: What to learn.
+        start: The model to start from.
+        data: The recordings and their labels.
+        arguments: The optimization.
+        on_trainer: Called with the trainer before it starts, to add callbacks to it.
+
+    Returns:
+        What `run.json` has.
+
+    Raises:
+        ArgumentError: If the arguments do not fit the model, the data or the folder.
+        ValueError: If the data cannot be read.
+    """
+    started, folder = _now(), Path(arguments.output_dir)
+    resume = _resume_point(arguments)
+    set_seed(arguments.seed)
+    splits = open_splits(data, arguments.seed)
+    task.prepare(splits.train)
+    model: Any = load_model(task.model_class, start, task.config_changes())
+    train = _training_set(splits.train, task.targets(splits.train), task, model.config, data)
+    evaluation, test = _evaluation_set(splits.eval, task), _evaluation_set(splits.test, task)
+    if start.lora_rank:
+        model = add_adapters(model, start)
+    trainer = _make_trainer(model, arguments, task, train, evaluation)
+    if on_trainer is not None:
+        on_trainer(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+
+    figures = [_judge(trainer, task, evaluation, "eval"), _judge(trainer, task, test, "test")]
+    final = without_adapters(trainer.accelerator.unwrap_model(trainer.model))
+    record = {
+        "task": task.name,
+        "arguments": {**plain(start), **plain(data), **plain(arguments)},
+        "base_model": start.model,
+        "data": _describe_data(splits),
+        "steps": trainer.state.global_step,
+        "evaluation": [figure for figure in figures if figure is not None],
+        "unreadable": dict(train.unreadable),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "started": started,
+        "finished": _now(),
+        "hardware": _hardware(),
+    }
+    if trainer.is_world_process_zero():
+        save_folder(final, folder)
+        task.save(folder)
+        _write_record(folder, record)
+    trainer.accelerator.wait_for_everyone()
+    return record
