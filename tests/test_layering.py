@@ -233,7 +233,7 @@ BAD_SOURCES = {
         "extra",
     ),
     "extra_in_a_class_body": ("analysis/plots.py", "class A:\n    from scipy import fft", "extra"),
-    "accelerate_outside_pretraining": ("ctc/metrics.py", "from accelerate import Accelerator", "extra"),
+    "accelerate_outside_pretraining": ("ctc/scoring.py", "from accelerate import Accelerator", "extra"),
     "tensorboard_by_torch": ("pretraining/loop.py", "from torch.utils.tensorboard import SummaryWriter", "extra"),
     "remote_from_package": ("modeling_dinosr.py", "from . import masking", "from .module import Name"),
     "remote_from_subpackage": ("modeling_dinosr.py", "from .data.audio import x", "from .module import Name"),

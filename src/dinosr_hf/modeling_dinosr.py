@@ -254,10 +254,8 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
     def _sample_mask(
         self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, generator: torch.Generator | None
     ) -> torch.Tensor:
-        if attention_mask is None:
-            num_samples = [input_values.shape[1]] * len(input_values)
-        else:
-            num_samples = attention_mask.long().sum(dim=-1).tolist()
+        samples = torch.ones_like(input_values) if attention_mask is None else attention_mask
+        num_samples = samples.long().sum(dim=-1).tolist()
         mask = sample_span_mask(
             (len(input_values), self.config.num_frames(input_values.shape[1])),
             self.config.mask_prob,

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -233,6 +232,8 @@ class SpeechTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As `Trainer.evaluation_loop`, for utterances of any length, each of them once."""
+        from accelerate.utils import gather_object  # an optional package, without which there is no Trainer
+
         dataset = dataloader.dataset
         assert isinstance(dataset, LabelledDataset)
         if self.model is self.model_wrapped and self.args.device.type != "cpu":
