@@ -1,0 +1,76 @@
+"""
+Is pre-training worth it? The same model, pre-trained and from scratch, fine-tuned on little labelled speech.
+
+    python benchmarks/few_labels.py --output_dir runs/few_labels
+
+For each seed it pre-trains the tiny model on synthetic sentences, then fine-tunes it, and the same model with random
+weights, on about one and ten minutes of transcribed digits through examples/finetune_ctc.py, and prints word error
+rates on held-out voices. The seed decides corpus, voices, weights and order. Runs that are there are not made again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# About 2.3 s of speech each.
+UTTERANCES = {"1 minute": 26, "10 minutes": 260}
+STARTS = {"pre-trained": [], "from scratch": ["--from_scratch", "true", "--freeze_steps", "0"]}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/few_labels", help="folder of all runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pretraining_steps", type=int, default=600)
+    parser.add_argument("--max_steps", type=int, default=400, help="updates of fine-tuning, the same for all")
+    parser.add_argument("--scratch_learning_rates", type=float, nargs="+", default=[1e-3])
+    return parser.parse_args(argv)
+
+
+def command(script: str, *flags: str | Path) -> None:
+    subprocess.run([sys.executable, str(EXAMPLES / script), *map(str, flags)], check=True)
+
+
+def pretrained(folder: Path, seed: int, steps: int) -> Path:
+    out = folder / f"pretrained-{seed}"
+    if not (out / "model.safetensors").exists():
+        command("pretrain.py", "--output_dir", out, "--seed", str(seed), "--max_steps", str(steps))
+    return out
+
+
+def word_error_rate(out: Path, flags: Sequence[str | Path]) -> float:
+    if not (out / "run.json").exists():
+        command("finetune_ctc.py", EXAMPLES / "configs" / "ctc_tiny.yaml", "--output_dir", out, *flags)
+    figures = json.loads((out / "run.json").read_text(encoding="utf-8"))["evaluation"]
+    return next(figure["wer"] for figure in figures if figure["split"] == "test")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
+    folder = Path(options.output_dir)
+    print("| labels | start | " + " | ".join(f"seed {seed}" for seed in options.seeds) + " | mean |")
+    print("|---|---|" + "---|" * (len(options.seeds) + 1))
+    for labels, num_utterances in UTTERANCES.items():
+        for start, extra in STARTS.items():
+            rates = options.scratch_learning_rates if start == "from scratch" else [1e-3]
+            for rate in rates:
+                found = []
+                for seed in options.seeds:
+                    model = pretrained(folder, seed, options.pretraining_steps)
+                    flags = ["--model", model, "--seed", str(seed), "--synthetic_utterances", str(num_utterances)]
+                    flags += ["--max_steps", str(options.max_steps), "--learning_rate", str(rate), *extra]
+                    name = f"{start}-{labels}-{rate}-{seed}".replace(" ", "_")
+                    found.append(word_error_rate(folder / name, flags))
+                cells = " | ".join(f"{wer:.1%}" for wer in found)
+                named = start if start == "pre-trained" else f"{start}, learning rate {rate:g}"
+                print(f"| {labels} | {named} | {cells} | {np.mean(found):.1%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
