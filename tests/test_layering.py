@@ -31,7 +31,7 @@ LAYERS = (
     ("encoder_dinosr",),
     ("objective_dinosr", "heads_dinosr"),
     ("modeling_dinosr",),
-    ("_compat", "folders"),
+    ("_compat", "folders", "records"),
     ("data", "conversion"),
     ("analysis",),
     ("pretraining", "ctc"),

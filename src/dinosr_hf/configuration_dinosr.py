@@ -170,7 +170,7 @@ class DinoSRConfig(PreTrainedConfig):
         self.validate_architecture()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """
         As in every transformers configuration.
 
@@ -179,7 +179,7 @@ class DinoSRConfig(PreTrainedConfig):
                 with a checkpoint is told so much; where dinosr_hf is installed, its tokenizer says it.
         """
         task = kwargs.get("_from_pipeline")  # transformers' own note of what the configuration is read for
-        config = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         own = config[0] if isinstance(config, tuple) else config  # beside it what `return_unused_kwargs` asked for
         if task == "automatic-speech-recognition" and "DinoSRForCTC" not in (own.architectures or ()):
             raise ValueError(

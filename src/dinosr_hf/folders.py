@@ -24,7 +24,7 @@ class FolderTokenizer(Wav2Vec2CTCTokenizer):
         Raises:
             ValueError: If it has none, as after pre-training.
         """
-        place = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
+        place: dict[str, Any] = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
         if not has_file(pretrained_model_name_or_path, "vocab.json", **place):
             raise ValueError(
                 f"{pretrained_model_name_or_path} has no tokenizer: vocab.json is not there. Pre-training leaves none:"
