@@ -162,7 +162,8 @@ def _data_rows(record: RunRecord, provenance: Provenance) -> list[list[str]]:
     rows = []
     for entry in record.data:
         data = provenance.dataset(entry["name"])
-        hours = float(entry["hours"] if entry["hours"] is not None else data.hours)
+        hours = data.hours if entry["hours"] is None else entry["hours"]
+        assert hours is not None  # `read_provenance` saw to it
         written = f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"
         utterances = "not counted" if entry["utterances"] is None else f"{entry['utterances']:,}"
         rows.append([data.label, entry["split"] or "all", written, utterances, data.license])
