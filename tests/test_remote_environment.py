@@ -175,6 +175,19 @@ def test_pretraining_folder_is_no_recogniser_here(models):
         AutoTokenizer.from_pretrained(folder)
 
 
+def test_configuration_tells_what_a_recogniser_is(models):
+    # As remote code is asked; the installed configuration is not told of the pipeline.
+    task = {"_from_pipeline": "automatic-speech-recognition"}
+    read = dinosr_hf.DinoSRConfig.from_pretrained
+    with pytest.raises(
+        ValueError, match=r"is no recogniser but DinoSRForSequenceClassification.*Fine-tune it with CTC"
+    ):
+        read(models / "someone" / "classifier", **task)
+    config, unused = read(models / "someone" / "recogniser", return_unused_kwargs=True, colour="red", **task)
+    assert config.vocab_size == 9 and unused["colour"] == "red"
+    assert read(models / "someone" / "classifier", _from_pipeline="audio-classification").num_labels == 3
+
+
 def test_vocabulary_alone_is_enough_for_a_tokenizer(models, tmp_path):
     recogniser = models / "someone" / "recogniser"
     for name in ("vocab.json", "config.json"):
