@@ -110,6 +110,7 @@ def test_provenance_is_read_and_flags_go_over_it(saved, tmp_path):
         ({"repo_id": "someone/a b"}, "repo_id: .*alphanumeric"),
         ({"languages": ["English"]}, r"languages: \['English'\] must be a list of ISO 639 codes"),
         ({"languages": "en"}, "languages: en must be a list"),
+        ({"languages": [False]}, r'languages: \[False\] must.*of Norwegian, "no" in quotes'),
         ({"license": "CC BY 4.0"}, "license: CC BY 4.0 must be an identifier of the Hub"),
         ({"license": "other"}, "license_name: of a licence that the Hub has no identifier for"),
         ({"license": "other", "license_name": "mine"}, "license_link: of a licence"),
@@ -146,6 +147,15 @@ def test_record_in_the_provenance_file_must_be_enough_too(saved, tmp_path, chang
     record = dataclasses.asdict(RECORD) | changes
     with pytest.raises(ValueError, match=message):
         gather(saved, tmp_path, changed(run=record), name="pretrained")
+
+
+def test_times_of_a_record_in_the_provenance_file_need_no_quotes(saved, tmp_path):
+    path = tmp_path / "provenance.yaml"
+    text = yaml.safe_dump(changed(run=dataclasses.asdict(RECORD)))
+    unquoted = re.sub(r"'(2026-[^']+)'", r"\1", text)
+    assert unquoted != text
+    path.write_text(unquoted)
+    assert read_provenance(saved[0] / "pretrained", path)[1] == RECORD
 
 
 def test_run_without_a_record_is_refused(saved, tmp_path):

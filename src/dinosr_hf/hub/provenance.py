@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,8 @@ def read_provenance(
     known = [field.name for field in dataclasses.fields(Provenance)]
     _refuse_unknown(content, [*known, "run"], str(path))
     run = content.pop("run", None)
+    if isinstance(run, Mapping):  # YAML makes times of what looks so
+        run = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in run.items()}
     content |= {name: value for name, value in given.items() if value is not None}
     _refuse_unknown(given, known, "read_provenance")
     record = read_record(folder) if run is None else record_of(run, f"`run` of {path}")
@@ -176,7 +179,7 @@ def _problems(content: Mapping[str, Any]) -> Iterator[str]:
             yield f"repo_id: {error}"
     languages = content.get("languages") or []
     if not isinstance(languages, list) or not all(re.fullmatch("[a-z]{2,3}", str(code)) for code in languages):
-        yield f"languages: {languages} must be a list of ISO 639 codes, such as [en, de]"
+        yield f'languages: {languages} must be a list of ISO 639 codes, such as [en, de]; of Norwegian, "no" in quotes'
     license_id = content.get("license")
     if license_id and not re.fullmatch(r"[a-z0-9.\-]+", str(license_id)):
         yield f"license: {license_id} must be an identifier of the Hub, such as cc-by-4.0, or other"
