@@ -71,7 +71,7 @@ def write_config(folder, **changes):
 
 
 def tiny_arguments(tmp_path, recordings, **changes):
-    path = write_config(tmp_path, data=str(recordings), output_dir=str(tmp_path / "out"), **changes)
+    path = write_config(tmp_path, **{"data": str(recordings), "output_dir": str(tmp_path / "out"), **changes})
     return parse_arguments([str(path)], CONFIGS / "tiny_cpu.yaml")
 
 

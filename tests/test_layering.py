@@ -31,7 +31,7 @@ LAYERS = (
     ("encoder_dinosr",),
     ("objective_dinosr", "heads_dinosr"),
     ("modeling_dinosr",),
-    ("_compat", "folders", "command_line"),
+    ("_compat", "folders", "records", "command_line"),
     ("schedules",),
     ("data", "conversion"),
     ("analysis",),

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import yaml
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
@@ -110,7 +109,7 @@ def load_script(script):
 
 
 OWN_PARSER = (
-    *("examples/make_manifest.py", "examples/plot_run.py"),
+    *("examples/make_manifest.py", "examples/plot_run.py", "examples/prepare_for_hub.py"),
     *("benchmarks/train_step.py", "benchmarks/batching.py"),
 )
 
@@ -185,6 +184,8 @@ def test_commands_of_the_documents_exist(text):
         "PORT=1 accelerate launch examples/pretrain.py --max_stepz 3",
         "python examples/make_manifest.py my_recordings",
         "python examples/plot_run.py runs/a --x hour",
+        "python examples/prepare_for_hub.py runs/a",
+        "python examples/prepare_for_hub.py runs/a hub/a --public",
         "python benchmarks/train_step.py --size huge",
         "python benchmarks/batching.py my_recordings --epochs 0",
         "python benchmarks/scale_to_batch.py --seedz 0",
@@ -252,14 +253,6 @@ def test_every_logged_number_is_explained(tmp_path, recordings):
     text = (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
     assert "`eval_...`" in text  # where a held-out figure is explained by the name it has without it
     assert [name for name in fields if not re.search(rf"`(eval_)?{name.removeprefix('eval_')}`", text)] == []
-
-
-def test_front_matter_of_the_card_is_valid():
-    _, front_matter, body = (ROOT / "model_cards" / "TEMPLATE.md").read_text(encoding="utf-8").split("---\n", 2)
-    fields = yaml.safe_load(front_matter)
-    assert fields["library_name"] == "transformers" and "dinosr" in fields["tags"]
-    for heading in ("Intended use", "Training data", "Training procedure", "Figures", "Licence"):
-        assert f"\n## {heading}" in body
 
 
 QUICK = ["--size", "tiny", "--batch", "2", "--seconds", "0.5", "--repeats", "1", "--threads", "1"]

@@ -6,7 +6,6 @@ from transformers import (
     AutoFeatureExtractor,
     AutoProcessor,
     AutoTokenizer,
-    Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Processor,
 )
@@ -14,6 +13,7 @@ from transformers import (
 from . import modeling_dinosr
 from .codebook_dinosr import OnlineCodebooks, perplexity
 from .configuration_dinosr import DinoSRConfig
+from .folders import FolderTokenizer
 from .masking import sample_span_mask
 from .modeling_dinosr import (
     AUTO_CLASSES,
@@ -39,7 +39,7 @@ def _register() -> None:
         getattr(transformers, auto_name).register(DinoSRConfig, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_name)
     AutoFeatureExtractor.register(DinoSRConfig, Wav2Vec2FeatureExtractor, exist_ok=True)
-    AutoTokenizer.register(DinoSRConfig, Wav2Vec2CTCTokenizer, exist_ok=True)
+    AutoTokenizer.register(DinoSRConfig, FolderTokenizer, exist_ok=True)
     AutoProcessor.register(DinoSRConfig, Wav2Vec2Processor, exist_ok=True)
 
 

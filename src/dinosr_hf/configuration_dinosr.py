@@ -169,6 +169,26 @@ class DinoSRConfig(PreTrainedConfig):
         # Here and not only as a hook of @strict, whose own error is no ValueError.
         self.validate_architecture()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in every transformers configuration.
+
+        Raises:
+            ValueError: If `pipeline` wants a recogniser, and the checkpoint is of another kind. Only code that came
+                with a checkpoint is told so much; where dinosr_hf is installed, its tokenizer says it.
+        """
+        task = kwargs.get("_from_pipeline")  # transformers' own note of what the configuration is read for
+        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        own = config[0] if isinstance(config, tuple) else config  # beside it what `return_unused_kwargs` asked for
+        if task == "automatic-speech-recognition" and "DinoSRForCTC" not in (own.architectures or ()):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is no recogniser but {', '.join(own.architectures or ['unnamed'])}:"
+                " it has neither trained output weights nor a tokenizer. Fine-tune it with CTC first and give pipeline"
+                " the folder that fine-tuning leaves, or give it a model and a tokenizer that are loaded already."
+            )
+        return config
+
     def validate_architecture(self) -> None:
         """Refuse values that no model can have. Raises `ValueError`."""
         self._check_transformer()

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor
+from transformers import PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
+from transformers.utils.hub import has_file
+
+
+class FolderTokenizer(Wav2Vec2CTCTokenizer):
+    """What `AutoTokenizer` reads a DinoSR folder with that names no tokenizer itself: it says if there is none."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Wav2Vec2CTCTokenizer:
+        """
+        Read the vocabulary of a folder or a Hub repository.
+
+        Raises:
+            ValueError: If it has none, as after pre-training.
+        """
+        place: dict[str, Any] = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
+        if not has_file(pretrained_model_name_or_path, "vocab.json", **place):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no tokenizer: vocab.json is not there. Pre-training leaves none:"
+                " fine-tune the model with CTC first (docs/fine-tuning.md), and give the folder that this leaves. To"
+                " a recogniser that was saved alone, add its tokenizer with `processor.save_pretrained(folder)`."
+            )
+        return Wav2Vec2CTCTokenizer.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
 def feature_extractor() -> Wav2Vec2FeatureExtractor:
@@ -16,19 +41,19 @@ def feature_extractor() -> Wav2Vec2FeatureExtractor:
     )
 
 
-def save_folder(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
+@contextlib.contextmanager
+def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """
-    Write weights, configuration, the model's code and the feature extractor.
+    A folder to write into, whose files appear in `folder` when the block ends, and not at all if it fails.
 
-    They are written aside first, under a name that begins with `.unfinished-`, which is gone afterwards. A new folder
-    then appears as a whole; in one that is there, each file does, and files of other names stay.
+    It stands aside first, under a name that begins with `.unfinished-`, which is gone afterwards. A new folder then
+    appears as a whole; in one that is there, each file does, and files of other names stay.
 
     Args:
-        model: What to save.
-        folder: Where to; made if it does not exist.
+        folder: Where the files go; made if it does not exist.
 
-    Returns:
-        The folder.
+    Yields:
+        The folder aside, empty.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -37,8 +62,7 @@ def save_folder(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
     with tempfile.TemporaryDirectory(dir=place, prefix=".unfinished-", ignore_cleanup_errors=True) as aside:
         whole = Path(aside) / "model"
         whole.mkdir()
-        model.save_pretrained(whole)
-        feature_extractor().save_pretrained(whole)
+        yield whole
         mode = (whole / "config.json").stat().st_mode  # safetensors writes for the owner alone
         for file in whole.iterdir():
             file.chmod(mode)
@@ -47,4 +71,20 @@ def save_folder(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
         else:
             for file in sorted(whole.iterdir()):
                 file.replace(folder / file.name)
-    return folder
+
+
+def save_folder(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
+    """
+    Write weights, configuration, the model's code and the feature extractor, all of it or nothing.
+
+    Args:
+        model: What to save.
+        folder: Where to, as for `whole_folder`.
+
+    Returns:
+        The folder.
+    """
+    with whole_folder(folder) as whole:
+        model.save_pretrained(whole)
+        feature_extractor().save_pretrained(whole)
+    return Path(folder)

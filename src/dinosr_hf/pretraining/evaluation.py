@@ -151,6 +151,11 @@ class HeldOut:
             f"{len(self._labels)} with labels of {len(self._phones)} phones" if labels is not None else "no labels",
         )
 
+    @property
+    def num_utterances(self) -> int:
+        """How many utterances are used."""
+        return sum(map(len, self._batches))
+
     def _choose(self, seed: int, limit: int, longest: int) -> list[Crop]:
         """The utterances to use, from their beginnings."""
         shortest = min_maskable_samples(self._config)

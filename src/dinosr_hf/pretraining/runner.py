@@ -35,6 +35,7 @@ from .evaluation import HeldOut, row_labels
 from .feed import StepFeed
 from .loop import Pretraining
 from .plan import describe_plan, plan_figure
+from .record import begin_record, finish_record
 from .scaling import Change, changes_table, scale_to_batch
 from .state import cut_metrics, finished_step
 
@@ -343,15 +344,21 @@ def _run(
         return None
     model = DinoSRForPreTraining(arguments.model_config())
     _describe(model, source, accelerator)
+    record = None
     if accelerator.is_main_process:
         (output_dir / "arguments.yaml").write_text(arguments.to_yaml(), encoding="utf-8")
         cut_metrics(output_dir, checkpoint.step if checkpoint else 0)
+        processes = accelerator.num_processes
+        record = begin_record(arguments, source, num_processes=processes, is_resumed=checkpoint is not None)
     if options.trackers:
         told = arguments.to_dict()  # trackers take plain values only
         plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in told.items()}
         accelerator.init_trackers("dinosr", config=plain)
     try:
-        return Pretraining(model, source, arguments, accelerator, checkpoint, held_out).run()
+        trained = Pretraining(model, source, arguments, accelerator, checkpoint, held_out).run()
+        if record is not None:
+            finish_record(arguments, record, held_out)
+        return trained
     finally:
         for tracker in accelerator.trackers:  # what they hold back is written; no waiting for others here
             tracker.finish()
