@@ -55,6 +55,9 @@ class LabelledDataArguments:
     synthetic_eval_utterances: int = field(
         default=50, metadata={"help": "Utterances of synthetic validation and of test speech, each."}
     )
+    synthetic_speakers: int = field(
+        default=40, metadata={"help": "Speakers of synthetic training speech; evaluation has 40 others."}
+    )
     synthetic_text: str = field(
         default="sentences",
         metadata={"choices": ["sentences", "digits", "mixed"], "help": "What synthetic speakers say."},
@@ -117,8 +120,19 @@ class StartArguments:
         return {name: getattr(self, name) for name in CONFIG_FIELDS if getattr(self, name) is not None}
 
 
-# What `Trainer` would be told of the size of its batches, which here are in seconds.
-_NOT_FOR_BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_SECONDS = (
+    "batches are in seconds of audio. Set step_seconds (of an optimizer step), micro_seconds (of a forward pass)"
+)
+_SHARES = "the schedule is ours. Set schedule, warmup_share, hold_share, final_lr_scale"
+
+# Of `TrainingArguments`, what has another form here.
+_REPLACED = {
+    "per_device_train_batch_size": _SECONDS,
+    "per_device_eval_batch_size": _SECONDS,
+    "gradient_accumulation_steps": _SECONDS,
+    "lr_scheduler_type": _SHARES,
+    "warmup_steps": _SHARES,
+}
 
 
 @dataclass
@@ -163,12 +177,9 @@ class FinetuningArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         own = {spec.name: spec.default for spec in fields(TrainingArguments)}
-        for name in _NOT_FOR_BATCHES:
+        for name, instead in _REPLACED.items():
             if getattr(self, name) != own[name]:
-                raise ArgumentError(
-                    f"{name}={getattr(self, name)} counts for nothing: batches are in seconds of audio. Set"
-                    " step_seconds (of an optimizer step) and micro_seconds (of a forward pass)."
-                )
+                raise ArgumentError(f"{name}={getattr(self, name)} counts for nothing: {instead}.")
         check_ranges(
             [
                 (self.step_seconds > 0, "step_seconds", self.step_seconds, "more than 0"),
