@@ -82,7 +82,7 @@ class FreezeCallback(TrainerCallback):
 
 
 class _EpochCallback(TrainerCallback):
-    """Tells the sampler its epoch, also where a resumed run wraps it to skip what was done."""
+    """Tells sampler and data set their epoch, also where a resumed run wraps it to skip what was done."""
 
     def __init__(self, trainer: SpeechTrainer) -> None:
         self._trainer = trainer
@@ -90,8 +90,10 @@ class _EpochCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._trainer.sampler is not None:
-            self._trainer.sampler.set_epoch(state.global_step // self._trainer.sampler.num_steps)
+        sampler, dataset = self._trainer.sampler, self._trainer.train_dataset
+        if sampler is not None and isinstance(dataset, LabelledDataset):
+            dataset.epoch = state.global_step // sampler.num_steps
+            sampler.set_epoch(dataset.epoch)
 
 
 class SpeechTrainer(Trainer):
