@@ -181,6 +181,8 @@ def finetune(
         ArgumentError: If the arguments do not fit the model, the data or the folder.
         ValueError: If the data cannot be read.
     """
+    if start.freeze_encoder and arguments.freeze_steps:
+        raise ArgumentError("freeze_steps would count for nothing with freeze_encoder. Leave one of them out.")
     started, folder = _now(), Path(arguments.output_dir)
     resume = _resume_point(arguments)
     set_seed(arguments.seed)
