@@ -283,7 +283,7 @@ class Classification(Task):
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for *_, line in lines)
         classes = score_classes(references, found, self.classes)
         Path(folder, f"classes-{name}.md").write_text(classes.to_markdown(name), encoding="utf-8")
-        return {**_rates(classes), "num_unknown": classes.num_unknown}
+        return _rates(classes)
 
     def save(self, folder: Path) -> None:
         """Nothing: the configuration has the classes, and the feature extractor comes with every model."""
