@@ -36,7 +36,7 @@ LAYERS = (
     ("data", "conversion"),
     ("analysis",),
     ("pretraining", "finetuning"),
-    ("ctc",),
+    ("ctc", "classification"),
     ("hub",),
     ("__init__",),
 )

@@ -98,9 +98,14 @@ class LabelledSource:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def load(self, position: int) -> np.ndarray:
+    def load(self, position: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
         """
-        Samples of the utterance at `position` of those with a label.
+        Samples of the utterance at `position` of those with a label, or a part of them.
+
+        Args:
+            position: Which utterance.
+            start: First sample, at 16 kHz.
+            num_samples: How many; None: to the end.
 
         Returns:
             float32 (S,) at 16 kHz.
@@ -108,7 +113,7 @@ class LabelledSource:
         Raises:
             AudioFileError: As `SpeechSource.load`.
         """
-        return self.source.load(self.indices[position])
+        return self.source.load(self.indices[position], start, num_samples)
 
 
 def _open_one(name: str, split: str | None, audio_column: str, config_name: str | None) -> SpeechSource:

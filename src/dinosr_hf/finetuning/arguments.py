@@ -78,7 +78,12 @@ CONFIG_FIELDS = (
 
 @dataclass
 class StartArguments:
-    """The model to start from, and what is changed of it."""
+    """
+    The model to start from, and what is changed of it.
+
+    Raises:
+        ArgumentError: For values that count for nothing beside `freeze_encoder`.
+    """
 
     model: str = field(
         default="runs/tiny", metadata={"help": "Folder or Hub name of a pre-trained, or already fine-tuned, DinoSR."}
@@ -94,6 +99,10 @@ class StartArguments:
         default=False, metadata={"help": "Take only the sizes of `model`, and random weights: for comparisons."}
     )
     freeze_feature_encoder: bool = field(default=True, metadata={"help": "Never train the convolutions."})
+    freeze_encoder: bool = field(
+        default=False,
+        metadata={"help": "Train the head alone, on what the encoder gives in evaluation mode, as SUPERB does."},
+    )
     hidden_dropout: float | None = field(default=None, metadata={"help": "As in DinoSRConfig; left out: the model's."})
     attention_dropout: float | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
     activation_dropout: float | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
@@ -114,6 +123,17 @@ class StartArguments:
         default_factory=lambda: ["q_proj", "v_proj"],
         metadata={"help": "Layers that get adapters: q_proj, k_proj, v_proj, out_proj, ..."},
     )
+
+    def __post_init__(self) -> None:
+        if not self.freeze_encoder:
+            return
+        of_encoder = [name for name in self.config_changes() if name != "final_dropout"]
+        unread = [*of_encoder, *(["lora_rank"] if self.lora_rank else [])]
+        if unread:
+            raise ArgumentError(
+                f"{', '.join(unread)} would count for nothing with freeze_encoder: the encoder is not trained, has no"
+                " dropout and is not masked. Leave one or the other out."
+            )
 
     def config_changes(self) -> dict[str, Any]:
         """Fields of the configuration that were set."""

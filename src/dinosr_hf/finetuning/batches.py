@@ -38,35 +38,58 @@ class LabelledDataset(Dataset):
         source: Recordings and labels.
         targets: What the model is to give for each utterance of `source`: int64 (L,), or one int.
         positions: Which utterances of `source` are used; None: all.
+        crop_samples: Of longer utterances a random part of this length is read, another one in each epoch; None: all
+            of them.
+        seed: Of the parts, with the epoch and the utterance's id.
 
     Attributes:
+        epoch: What the parts are drawn for.
         unreadable: Ids of recordings that turned out unreadable in this process, with how often.
     """
 
-    def __init__(self, source: LabelledSource, targets: Sequence[Any], positions: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        source: LabelledSource,
+        targets: Sequence[Any],
+        positions: Sequence[int] | None = None,
+        *,
+        crop_samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
         self.source = source
         self.targets = targets
         self.positions = list(range(len(source))) if positions is None else list(positions)
+        self.epoch = 0
         self.unreadable: Counter[str] = Counter()
+        self._crop_samples = crop_samples
+        self._seed = seed
 
     def __len__(self) -> int:
         return len(self.positions)
 
     @property
     def num_samples(self) -> list[int]:
-        """Length of each utterance."""
-        return [self.source.num_samples[position] for position in self.positions]
+        """Length of each utterance, or of the part that is read of it."""
+        lengths = [self.source.num_samples[position] for position in self.positions]
+        return lengths if self._crop_samples is None else [min(length, self._crop_samples) for length in lengths]
 
     @property
     def ids(self) -> list[str]:
         """Name of each utterance."""
         return [self.source.ids[position] for position in self.positions]
 
+    def _load(self, position: int) -> np.ndarray:
+        rest = self.source.num_samples[position] - (self._crop_samples or self.source.num_samples[position])
+        if rest <= 0:
+            return self.source.load(position)
+        generator = utterance_generator(self._seed, self.epoch, self.source.ids[position], "crop")
+        return self.source.load(position, int(generator.integers(rest + 1)), self._crop_samples)
+
     def __getitem__(self, index: int) -> Example | None:
         """The utterance; None, with a word in the log, if its recording has gone bad."""
         position = self.positions[index]
         try:
-            waveform = self.source.load(position)
+            waveform = self._load(position)
         except AudioFileError as error:
             name = self.source.ids[position]
             if not self.unreadable[name]:

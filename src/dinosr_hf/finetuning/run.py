@@ -55,12 +55,20 @@ def _resume_point(arguments: FinetuningArguments) -> str | None:
 
 
 def _training_set(
-    source: LabelledSource, targets: list[Any], task: Task, config: DinoSRConfig, data: LabelledDataArguments
+    source: LabelledSource,
+    targets: list[Any],
+    task: Task,
+    config: DinoSRConfig,
+    data: LabelledDataArguments,
+    seed: int,
 ) -> LabelledDataset:
     """What can be trained on; what cannot is counted and reported."""
     reasons: dict[str, list[str]] = {}
     positions = []
     low, high = data.min_seconds * SAMPLING_RATE, data.max_seconds * SAMPLING_RATE
+    crop_samples = None if task.crop_seconds is None else int(task.crop_seconds * SAMPLING_RATE)
+    if crop_samples is not None:
+        high = float("inf")
     num_frames = num_frames_of(config, source.num_samples)
     for position, (target, frames) in enumerate(zip(targets, num_frames, strict=True)):
         length = source.num_samples[position]
@@ -73,7 +81,7 @@ def _training_set(
         logger.warning(describe_unusable(reasons, len(source)))
     if not positions:
         raise ArgumentError(f"{source.name}: no utterance can be trained on. Look at min_seconds and max_seconds.")
-    return LabelledDataset(source, targets, positions)
+    return LabelledDataset(source, targets, positions, crop_samples=crop_samples, seed=seed)
 
 
 def _evaluation_set(source: LabelledSource | None, task: Task) -> LabelledDataset | None:
@@ -173,13 +181,15 @@ def finetune(
         ArgumentError: If the arguments do not fit the model, the data or the folder.
         ValueError: If the data cannot be read.
     """
+    if start.freeze_encoder and arguments.freeze_steps:
+        raise ArgumentError("freeze_steps would count for nothing with freeze_encoder. Leave one of them out.")
     started, folder = _now(), Path(arguments.output_dir)
     resume = _resume_point(arguments)
     set_seed(arguments.seed)
     splits = open_splits(data, arguments.seed)
     task.prepare(splits.train)
     model: Any = load_model(task.model_class, start, task.config_changes())
-    train = _training_set(splits.train, task.targets(splits.train), task, model.config, data)
+    train = _training_set(splits.train, task.targets(splits.train), task, model.config, data, arguments.seed)
     evaluation, test = _evaluation_set(splits.eval, task), _evaluation_set(splits.test, task)
     if start.lora_rank:
         model = add_adapters(model, start)

@@ -82,7 +82,7 @@ class FreezeCallback(TrainerCallback):
 
 
 class _EpochCallback(TrainerCallback):
-    """Tells the sampler its epoch, also where a resumed run wraps it to skip what was done."""
+    """Tells sampler and data set their epoch, also where a resumed run wraps it to skip what was done."""
 
     def __init__(self, trainer: SpeechTrainer) -> None:
         self._trainer = trainer
@@ -90,8 +90,10 @@ class _EpochCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._trainer.sampler is not None:
-            self._trainer.sampler.set_epoch(state.global_step // self._trainer.sampler.num_steps)
+        sampler, dataset = self._trainer.sampler, self._trainer.train_dataset
+        if sampler is not None and isinstance(dataset, LabelledDataset):
+            dataset.epoch = state.global_step // sampler.num_steps
+            sampler.set_epoch(dataset.epoch)
 
 
 class SpeechTrainer(Trainer):
@@ -240,7 +242,7 @@ class SpeechTrainer(Trainer):
             self.model.to(self.args.device)  # evaluation without training before it
         model = self.accelerator.unwrap_model(self.model).eval()
         found: list[tuple[int, np.ndarray]] = []
-        total_loss, start = 0.0, time.perf_counter()
+        total_loss, num_losses, start = 0.0, 0, time.perf_counter()
         for batch in tqdm(dataloader, description, disable=self.args.disable_tqdm or not self.is_world_process_zero()):
             batch = self._prepare_inputs(batch)
             index = batch.pop("index")
@@ -248,20 +250,24 @@ class SpeechTrainer(Trainer):
                 outputs = model(**batch)
             if index[0] < 0:
                 continue
-            is_sum = sums_losses(self._config, batch["labels"])
-            total_loss += float(outputs.loss) * (1 if is_sum else len(index))
+            labels = batch["labels"]
+            # An utterance of a class that the model does not know has no loss.
+            count = int((labels >= 0).sum()) if labels.dim() == 1 else len(index)
+            if count:
+                total_loss += float(outputs.loss) * (1 if sums_losses(self._config, labels) else count)
+                num_losses += count
             found += zip(
                 index.tolist(), _decisions(self._config, outputs.logits, batch["attention_mask"]), strict=True
             )
         seconds = time.perf_counter() - start
-        parts = gather_object([(found, total_loss, seconds)])
-        by_index = dict(pair for part, _, _ in parts for pair in part)
+        parts = gather_object([(found, total_loss, num_losses, seconds)])
+        by_index = dict(pair for part, *_ in parts for pair in part)
         predictions = _ragged([by_index.get(index) for index in range(len(dataset))])
         targets = _ragged([dataset.targets[position] for position in dataset.positions])
         audio = sum(dataset.num_samples) / SAMPLING_RATE
         metrics = {
-            "loss": sum(loss for _, loss, _ in parts) / max(1, len(by_index)),
-            "real_time_factor": max(spent for _, _, spent in parts) / audio,
+            "loss": sum(loss for _, loss, _, _ in parts) / max(1, sum(count for _, _, count, _ in parts)),
+            "real_time_factor": max(spent for *_, spent in parts) / audio,
             "unreadable": len(dataset) - len(by_index),
         }
         if self.compute_metrics is not None:
