@@ -1,5 +1,6 @@
-"""Speech recognition: transcripts and vocabularies, fine-tuning, error rates."""
+"""Speech recognition: transcripts and vocabularies, fine-tuning, error rates, decoding."""
 
+from .decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions, GreedyDecoder, Hypothesis, TimedWord
 from .recognition import Recognition, RecognitionArguments
 from .scoring import ErrorReport, UtteranceErrors, score, speech_errors_metric, texts_of
 from .text import TextNormalization, build_vocabulary, load_processor, make_processor
@@ -16,4 +17,10 @@ __all__ = [
     "ErrorReport",
     "UtteranceErrors",
     "speech_errors_metric",
+    "CTCDecoder",
+    "GreedyDecoder",
+    "BeamSearchDecoder",
+    "DecodingOptions",
+    "Hypothesis",
+    "TimedWord",
 ]
