@@ -34,7 +34,7 @@ def main() -> None:
         sys.exit(f"finetune_classification.py: {error}")
     if PartialState().is_main_process:
         folder = arguments.output_dir
-        for figure in record["evaluation"]:
+        for figure in record.evaluation:
             print(f"{figure['split']}: accuracy {figure['accuracy']:.2%}, macro F1 {figure['macro_f1']:.2%}")
         print(f"The classifier is in {folder}: pipeline('audio-classification', model={folder!r}).")
 

@@ -275,7 +275,7 @@ def test_a_frozen_encoder_is_in_evaluation_mode_while_the_head_trains(pretrained
 
 def test_tones_are_learnt(probed):
     _, record, _ = probed
-    validation, test = record["evaluation"]
+    validation, test = record.evaluation
     assert record["task"] == "audio-classification"
     assert validation["accuracy"] == validation["macro_f1"] == 1.0
     assert validation["num_utterances"] == 9
@@ -285,7 +285,7 @@ def test_tones_are_learnt(probed):
 
 def test_chance_is_not_taken_for_learning(pretrained, tones, tmp_path):
     record = run(pretrained, tones, tmp_path, start={"freeze_encoder": True}, learning_rate=1e-9, max_steps=2)
-    assert record["evaluation"][0]["accuracy"] < 0.7
+    assert record.evaluation[0]["accuracy"] < 0.7
 
 
 def test_loss_of_an_evaluation_is_that_of_known_classes(pretrained, tones, tmp_path):
@@ -438,7 +438,7 @@ def test_script_trains_and_says_how_well(pretrained, tones, tmp_path, capsys, mo
     monkeypatch.setattr(sys, "argv", ["finetune_classification.py", *flags, "--disable_tqdm", "true"])
     load_script().main()
     printed = capsys.readouterr().out
-    assert re.search(r"^eval: accuracy [\d.]+%, macro F1 [\d.]+%\ntest: accuracy ", printed, re.MULTILINE)
+    assert re.search(r"^validation: accuracy [\d.]+%, macro F1 [\d.]+%\ntest: accuracy ", printed, re.MULTILINE)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["steps"] == 1
     monkeypatch.setattr(sys, "argv", ["finetune_classification.py", "--crop_second", "3"])
     with pytest.raises(SystemExit, match=r"crop_second is no argument\. The nearest is crop_seconds"):

@@ -213,7 +213,7 @@ class Classification(Task):
 
     def __init__(self, arguments: ClassificationArguments) -> None:
         _metrics_package()  # before the training, not after it
-        self._arguments = arguments
+        self.arguments = arguments
         self.crop_seconds = arguments.crop_seconds
         self.classes: list[str] = []
 
@@ -233,7 +233,7 @@ class Classification(Task):
             "num_labels": len(self.classes),
             "id2label": dict(enumerate(self.classes)),
             "label2id": {label: number for number, label in enumerate(self.classes)},
-            "use_weighted_layer_sum": self._arguments.use_weighted_layer_sum,
+            "use_weighted_layer_sum": self.arguments.use_weighted_layer_sum,
         }
 
     def _references(self, source: LabelledSource) -> list[str]:

@@ -8,7 +8,6 @@ says why not. What is not set leaves the checkpoint's configuration as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -50,6 +49,13 @@ class LabelledDataArguments:
         # The reference has no bound but its batch of 200 s, which no device of today needs to be protected from less.
         default=40.0,
         metadata={"help": "Longer utterances are not trained on; evaluation takes all."},
+    )
+    speed_change: float = field(
+        default=0.0,
+        metadata={
+            "help": "Play each training utterance at a speed between 1 - this and 1 + this, another one in each epoch;"
+            " 0 (the paper): as it is."
+        },
     )
     synthetic_utterances: int = field(default=200, metadata={"help": "Utterances of synthetic training speech."})
     synthetic_eval_utterances: int = field(
@@ -219,16 +225,14 @@ class FinetuningArguments(TrainingArguments):
             self.load_best_model_at_end = False
         super().__post_init__()
 
+    def told(self) -> dict[str, Any]:
+        """The values for `run.json`: those of this class, and of `TrainingArguments` those that were changed."""
+        own, values = type(self).__annotations__, self.to_dict()
+        theirs = {spec.name: spec.default for spec in fields(TrainingArguments)}
+        return {name: value for name, value in values.items() if name in own or value != theirs.get(name, value)}
+
     def with_max_steps(self, max_steps: int) -> FinetuningArguments:
         """A copy for a run of so many updates, where epochs decide."""
         changed = copy.copy(self)
         changed.max_steps = max_steps
         return changed
-
-
-def plain(arguments: Any) -> dict[str, Any]:
-    """A dataclass's values that differ from its defaults, as JSON can have them."""
-    values: Mapping[str, Any] = arguments.to_dict() if hasattr(arguments, "to_dict") else vars(arguments)
-    defaults = type(arguments)()
-    known: Mapping[str, Any] = defaults.to_dict() if hasattr(defaults, "to_dict") else vars(defaults)
-    return {name: value for name, value in values.items() if value != known.get(name)}

@@ -35,7 +35,7 @@ def _synthetic(arguments: LabelledDataArguments, split: str, seed: int) -> Label
         text=arguments.synthetic_text,
     )
     source = DatasetSource(corpus.to_dataset())
-    return LabelledSource(source, source.labels(arguments.label_column), name=f"synthetic speech ({split})")
+    return LabelledSource(source, source.labels(arguments.label_column), name="synthetic", split=split)
 
 
 def _has_table(folder: Path) -> bool:

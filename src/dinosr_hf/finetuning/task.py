@@ -20,6 +20,7 @@ class Task(ABC):
     A head and what it learns. `prepare` comes first; then the other methods may be called.
 
     Attributes:
+        arguments: What it was told, a dataclass.
         name: As the Hub names tasks.
         model_class: The head.
         metric: What the best checkpoint is chosen by, of the names that `metrics` gives.
@@ -28,6 +29,7 @@ class Task(ABC):
             label belongs to the whole.
     """
 
+    arguments: Any
     name: str
     model_class: type[DinoSRPreTrainedModel]
     metric: str

@@ -123,6 +123,7 @@ class SpeechTrainer(Trainer):
                 f"This process has {args.n_gpu} GPUs. Start a process for each: `accelerate launch --multi_gpu`."
             )
         self.sampler: StepBatchSampler | None = None
+        self._unreadable: set[int] = set()
         # Before Trainer looks at it: what one process takes in a pass decides how many passes make a step.
         per_pass = args.world_size * args.micro_seconds
         args.gradient_accumulation_steps = max(1, round(args.step_seconds / per_pass + 0.499))
@@ -196,6 +197,8 @@ class SpeechTrainer(Trainer):
     ) -> tuple[list, torch.Tensor]:
         """The micro-batches of a step, and its number of utterances over all processes."""
         batches = list(islice(epoch_iterator, num_batches))
+        for batch in batches:
+            self._unreadable.update(batch.pop("unreadable").tolist())
         count = torch.tensor(sum(int((batch["index"] >= 0).sum()) for batch in batches), device=device)
         return batches, self.accelerator.reduce(count, reduction="sum")
 
@@ -224,6 +227,13 @@ class SpeechTrainer(Trainer):
             loss = total / whole * (1 if num_items_in_batch is None else self.args.world_size)
         return (loss, outputs) if return_outputs else loss
 
+    def unreadable_ids(self) -> list[str]:
+        """Names of the training recordings that could not be read so far, in any process; all processes must ask."""
+        from accelerate.utils import gather_object  # an optional package, without which there is no Trainer
+
+        assert isinstance(self.train_dataset, LabelledDataset)
+        return sorted({self.train_dataset.ids[index] for index in set(gather_object(sorted(self._unreadable)))})
+
     @torch.no_grad()
     def evaluation_loop(
         self,
@@ -245,7 +255,7 @@ class SpeechTrainer(Trainer):
         total_loss, num_losses, start = 0.0, 0, time.perf_counter()
         for batch in tqdm(dataloader, description, disable=self.args.disable_tqdm or not self.is_world_process_zero()):
             batch = self._prepare_inputs(batch)
-            index = batch.pop("index")
+            index, _ = batch.pop("index"), batch.pop("unreadable")
             with self.compute_loss_context_manager():
                 outputs = model(**batch)
             if index[0] < 0:
