@@ -35,7 +35,7 @@ LAYERS = (
     ("data", "conversion"),
     ("analysis",),
     ("pretraining", "ctc"),
-    ("hub",),
+    ("hub", "export"),
     ("__init__",),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

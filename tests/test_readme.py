@@ -21,6 +21,7 @@ from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
 from dinosr_hf.pretraining.state import save_model
 from pretraining_runs import metrics_of, tiny_arguments
+from recogniser import save_recogniser
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "configs" / "tiny_cpu.yaml"
@@ -51,10 +52,11 @@ for line, code in json.load(sys.stdin):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The names that the documents use: a trained model, a recording, an authors' checkpoint."""
+    """The names that the documents use: a trained model, a recogniser, a recording, an authors' checkpoint."""
     path = tmp_path_factory.mktemp("documents")
     config = parse_arguments(["--num_hidden_layers", "2"], TINY).model_config()
     save_model(DinoSRForPreTraining(config), path / "runs" / "tiny")
+    save_recogniser(path / "runs" / "recogniser")
     noise = np.random.default_rng(0).standard_normal(22_050).cumsum() * 1e-3
     soundfile.write(path / "speech.wav", np.clip(noise, -0.9, 0.9), 22_050)
     shutil.copy(ROOT / "tests" / "fixtures" / "dev_tiny" / "checkpoint.pt", path / "dinosr.ckpt")
@@ -110,8 +112,8 @@ def load_script(script):
 
 
 OWN_PARSER = (
-    *("examples/make_manifest.py", "examples/plot_run.py"),
-    *("benchmarks/train_step.py", "benchmarks/batching.py"),
+    *("examples/make_manifest.py", "examples/plot_run.py", "examples/export_onnx.py"),
+    *("benchmarks/train_step.py", "benchmarks/batching.py", "benchmarks/deploy.py"),
 )
 
 
@@ -185,6 +187,7 @@ def test_commands_of_the_documents_exist(text):
         "PORT=1 accelerate launch examples/pretrain.py --max_stepz 3",
         "python examples/make_manifest.py my_recordings",
         "python examples/plot_run.py runs/a --x hour",
+        "python examples/export_onnx.py runs/a",
         "python benchmarks/train_step.py --size huge",
         "python benchmarks/batching.py my_recordings --epochs 0",
         "python benchmarks/scale_to_batch.py --seedz 0",

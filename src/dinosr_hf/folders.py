@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor
@@ -16,19 +18,13 @@ def feature_extractor() -> Wav2Vec2FeatureExtractor:
     )
 
 
-def save_folder(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
+@contextmanager
+def written_aside(folder: str | os.PathLike) -> Iterator[Path]:
     """
-    Write weights, configuration, the model's code and the feature extractor.
+    Give an empty folder to write into, whose files are moved to `folder` once nothing has gone wrong.
 
-    They are written aside first, under a name that begins with `.unfinished-`, which is gone afterwards. A new folder
-    then appears as a whole; in one that is there, each file does, and files of other names stay.
-
-    Args:
-        model: What to save.
-        folder: Where to; made if it does not exist.
-
-    Returns:
-        The folder.
+    Its name begins with `.unfinished-`, and it is gone afterwards. A new folder then appears as a whole; in one that is
+    there, each file does, and files of other names stay.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -37,8 +33,7 @@ def save_folder(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
     with tempfile.TemporaryDirectory(dir=place, prefix=".unfinished-", ignore_cleanup_errors=True) as aside:
         whole = Path(aside) / "model"
         whole.mkdir()
-        model.save_pretrained(whole)
-        feature_extractor().save_pretrained(whole)
+        yield whole
         mode = (whole / "config.json").stat().st_mode  # safetensors writes for the owner alone
         for file in whole.iterdir():
             file.chmod(mode)
@@ -47,4 +42,20 @@ def save_folder(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
         else:
             for file in sorted(whole.iterdir()):
                 file.replace(folder / file.name)
-    return folder
+
+
+def save_folder(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
+    """
+    Write weights, configuration, the model's code and the feature extractor, as `written_aside` does.
+
+    Args:
+        model: What to save.
+        folder: Where to; made if it does not exist.
+
+    Returns:
+        The folder.
+    """
+    with written_aside(folder) as whole:
+        model.save_pretrained(whole)
+        feature_extractor().save_pretrained(whole)
+    return Path(folder)
