@@ -457,11 +457,12 @@ class BeamSearchDecoder(CTCDecoder):
         return model
 
     def _spell(self, word: str) -> list[int] | None:
-        """Labels of a word, each time the longest that fits, as the tokenizer does; None if some part has none."""
+        """Labels of a word, each time the longest one that fits, as the tokenizer does; None if some part has none."""
         text, indices = word.upper() if self.lowercase else word, []
         while text:
             for length in range(min(len(text), self._longest), 0, -1):
-                if (index := self._index_of.get(text[:length])) is not None:
+                index = self._index_of.get(text[:length])
+                if index is not None and index != self.word_delimiter_id:
                     indices.append(index)
                     text = text[length:]
                     break
@@ -496,7 +497,8 @@ class BeamSearchDecoder(CTCDecoder):
         if not spelled:
             raise ValueError(
                 f"None of the {len(failed):,} words of the lexicon can be spelled with the labels:"
-                f" {_examples([*failed])}. The labels are {' '.join(self._index_of)}. The usual cause is upper case against lower case."
+                f" {_examples([*failed])}. The labels are {' '.join(self._index_of)}. The usual cause is upper case"
+                " against lower case."
             )
         if failed:
             logger.warning(
