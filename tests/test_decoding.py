@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from transformers import Wav2Vec2CTCTokenizer
 
+from dinosr_hf.ctc import make_processor
 from dinosr_hf.ctc.decoding import BeamSearchDecoder, DecodingOptions, GreedyDecoder
 from dinosr_hf.ctc.language_models import arpa_words, read_lexicon
 from language_models import ArpaScorer, write_arpa
@@ -199,13 +200,15 @@ def test_lower_case_words_of_upper_case_labels(tmp_path):
 
 def test_a_vocabulary_without_delimiter_has_phonemes_for_words(tmp_path):
     labels = ["<pad>", "h", "ə", "l", "oʊ", "<unk>"]
-    tokenizer = tokenizer_of(tmp_path, labels)
     config = tiny_config(vocab_size=6, pad_token_id=0)
     log_probs = of_path(["h", "ə", "l", "l", "<pad>", "l", "oʊ"], labels)
-    for decoder in (GreedyDecoder, BeamSearchDecoder):
-        (found,) = decoder.from_tokenizer(tokenizer, config).decode(log_probs)
-        assert found.text == "h ə l l oʊ"
-        assert [word.word for word in found.words] == found.text.split()
+    of_phones = make_processor({label: index for index, label in enumerate(labels)}, "phonemes").tokenizer
+    assert of_phones.batch_decode(log_probs.argmax(-1)[None]) == ["h ə l l oʊ"]
+    for tokenizer in (of_phones, tokenizer_of(tmp_path, labels)):
+        for decoder in (GreedyDecoder, BeamSearchDecoder):
+            (found,) = decoder.from_tokenizer(tokenizer, config).decode(log_probs)
+            assert found.text == "h ə l l oʊ"
+            assert [word.word for word in found.words] == found.text.split()
     with pytest.raises(ValueError, match="needs a word delimiter among the labels"):
         BeamSearchDecoder.from_tokenizer(tokenizer, config, words=["hə"])
     with pytest.raises(ValueError, match=r"silence_score=1.* Leave it at 0"):
@@ -475,6 +478,8 @@ def test_binaries_of_kenlm(tmp_path):
         BeamSearchDecoder(LABELS, words=["a", "ba"], options=options, **NAMED)
     with pytest.raises(ValueError, match="lists no words"):
         arpa_words(binary)
+    with pytest.raises(ValueError, match="is a KenLM binary, which lists no words. Give a file"):
+        read_lexicon(binary)
     binary.write_bytes(binary.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"cannot be read as a language model. KenLM says: (?s:.*)size 200"):
         BeamSearchDecoder(LABELS, words=["ab"], options=options, **NAMED)

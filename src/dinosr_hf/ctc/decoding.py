@@ -34,10 +34,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..data.audio import SAMPLING_RATE
-from .language_models import SPECIAL_WORDS, flashlight, load_language_model, read_lexicon
+from .language_models import (
+    SPECIAL_WORDS,
+    check_language_model_file,
+    flashlight,
+    load_language_model,
+    read_lexicon,
+)
+from .text import units_of
 
 if TYPE_CHECKING:
-    from transformers import Wav2Vec2CTCTokenizer
+    from transformers import PreTrainedTokenizer
 
     from ..configuration_dinosr import DinoSRConfig
 
@@ -230,13 +237,14 @@ class CTCDecoder(ABC):
             )
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Wav2Vec2CTCTokenizer, config: DinoSRConfig, **options: Any) -> Self:
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizer, config: DinoSRConfig, **options: Any) -> Self:
         """
         A decoder for a model.
 
         Args:
-            tokenizer: Of the model. Its padding is the blank, its `word_delimiter_token` stands between words if the
-                vocabulary has it, and its other special tokens never come out.
+            tokenizer: Of the model, a `Wav2Vec2CTCTokenizer` or `Wav2Vec2PhonemeCTCTokenizer`. Its padding is the
+                blank, its `word_delimiter_token` stands between words if the vocabulary has it, and its other special
+                tokens never come out.
             config: Of the model: number of labels, time of a frame.
             options: Further arguments of the class.
 
@@ -251,13 +259,13 @@ class CTCDecoder(ABC):
                 " to different models: load both from one folder."
             )
         labels = [str(tokenizer.convert_ids_to_tokens(index)) for index in range(config.vocab_size)]
-        delimiter = tokenizer.word_delimiter_token
+        delimiter = None if units_of(tokenizer) == "phonemes" else tokenizer.word_delimiter_token
         special = {*tokenizer.all_special_tokens} - {delimiter}
         arguments: dict[str, Any] = {
             "blank_id": blank,
             "word_delimiter_id": labels.index(delimiter) if delimiter in labels else None,
             "special_ids": [index for index, label in enumerate(labels) if label in special and index != blank],
-            "lowercase": tokenizer.do_lower_case,
+            "lowercase": getattr(tokenizer, "do_lower_case", False),  # that of phonemes has none
             "frame_seconds": config.inputs_to_logits_ratio / SAMPLING_RATE,
             "first_center": config.receptive_field / 2 / SAMPLING_RATE,
         }
@@ -416,6 +424,8 @@ class BeamSearchDecoder(CTCDecoder):
         self._library = flashlight("decoder")
         self._words: list[str] = []
         self._trie: Any = None
+        if self.options.language_model is not None:
+            check_language_model_file(self.options.language_model)
         if words is not None and self.options.lexicon is not None:
             raise ValueError("There are words and options.lexicon, but one of both decides what comes out. Drop one.")
         if self.options.silence_score and self.word_delimiter_id is None:

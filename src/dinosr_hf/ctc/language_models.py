@@ -36,6 +36,11 @@ def _lines(path: Path) -> Iterator[str]:
             raise ValueError(f"{path} is damaged: {error} Copy it again.") from error
 
 
+def _is_binary(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(64).startswith(b"mmap lm http://kheafield.com/code format version")
+
+
 def _is_arpa(path: Path) -> bool:
     """Whether the first line that is not empty is that of ARPA files."""
     try:
@@ -86,6 +91,10 @@ def read_lexicon(path: str | Path) -> list[tuple[str, list[str] | None]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"The lexicon {path} is not a file. Give a word a line, `word<TAB>labels`, or an ARPA file.")
+    if _is_binary(path):
+        raise ValueError(
+            f"The lexicon {path} is a KenLM binary, which lists no words. Give a file with a word a line."
+        )
     if _is_arpa(path):
         entries: list[tuple[str, list[str] | None]] = [(word, None) for word in arpa_words(path)]
     else:
@@ -96,13 +105,17 @@ def read_lexicon(path: str | Path) -> list[tuple[str, list[str] | None]]:
     return entries
 
 
-def _check_language_model_file(path: Path) -> None:
-    """Nothing but a language model goes to KenLM. Raises `ValueError`."""
+def check_language_model_file(path: str | Path) -> None:
+    """
+    See to it that nothing but a language model goes to KenLM.
+
+    Raises:
+        ValueError: If there is no such file, or it begins neither as an ARPA file nor as a KenLM binary.
+    """
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"The language model {path} is not a file. Give an ARPA file or a KenLM binary.")
-    with open(path, "rb") as file:
-        is_binary = file.read(64).startswith(b"mmap lm http://kheafield.com/code format version")
-    if not is_binary and not _is_arpa(path):
+    if not _is_binary(path) and not _is_arpa(path):
         raise ValueError(
             f"{path} is no language model: it begins neither with \\data\\, as an ARPA file does, nor as a KenLM"
             " binary does. Make one with KenLM's lmplz."
@@ -124,7 +137,7 @@ def load_language_model(path: str, words: Sequence[str]) -> tuple[Any, NDArray[n
     Raises:
         ValueError: If there is no such file, or it is no language model that KenLM can read.
     """
-    _check_language_model_file(Path(path))
+    check_language_model_file(path)
     dictionary = flashlight("dictionary").Dictionary([*words, "<unk>"])
     try:
         model = flashlight("decoder.kenlm").KenLM(str(path), dictionary)

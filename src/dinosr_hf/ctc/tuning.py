@@ -6,16 +6,16 @@ wav2vec 2.0 (arXiv 2006.11477) searches weights in [0, 5] and word scores in [-5
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .decoding import CTCDecoder
+from .scoring import score
 
 LM_WEIGHTS = (0.0, 5.0)
 WORD_SCORES = (-5.0, 5.0)
@@ -80,13 +80,6 @@ def random_pairs(
     return [(weight, score) for weight, score in (lows + drawn * (highs - lows)).round(2).tolist()]
 
 
-def _jiwer() -> Any:
-    try:
-        return importlib.import_module("jiwer")
-    except ImportError as error:
-        raise ImportError('Counting word errors needs jiwer: pip install "dinosr-hf[asr]".') from error
-
-
 def tune(
     make_decoder: Callable[[float, float], CTCDecoder],
     log_probs: Sequence[ArrayLike],
@@ -118,16 +111,11 @@ def tune(
         raise ValueError(f"There are {len(log_probs)} utterances and {len(references)} references. Give one for each.")
     if not pairs:
         raise ValueError("There are no pairs of weights to try. Make some with grid or random_pairs.")
-    expected = [normalize(reference) for reference in references]
-    num_words = sum(len(reference.split()) for reference in expected)
-    if num_words == 0:
-        raise ValueError("The references have no words, so there are no errors to count. Give labelled speech.")
-    process_words, trials = _jiwer().process_words, []
+    expected, trials = [normalize(reference) for reference in references], []
     for lm_weight, word_score in pairs:
         decoder = make_decoder(lm_weight, word_score)
-        found = [normalize(decoder.decode(rows)[0].text) for rows in log_probs]
-        counts = process_words(expected, found)
-        errors = counts.substitutions + counts.deletions + counts.insertions
+        rows = score(expected, [normalize(decoder.decode(frames)[0].text) for frames in log_probs]).utterances
+        errors, num_words = sum(row.word_errors for row in rows), sum(row.num_words for row in rows)
         trials.append(Trial(lm_weight, word_score, errors, num_words))
         if on_trial is not None:
             on_trial(trials[-1])
