@@ -1,8 +1,11 @@
-"""Speech recognition: transcripts and vocabularies, fine-tuning, error rates."""
+"""Speech recognition: transcripts and vocabularies, fine-tuning, error rates, decoding, transcribing."""
 
+from .pipelines import SpeechRecognitionPipeline
 from .recognition import Recognition, RecognitionArguments
 from .scoring import ErrorReport, UtteranceErrors, score, speech_errors_metric, texts_of
+from .subtitles import FORMATS, Caption, captions, output_path
 from .text import TextNormalization, build_vocabulary, load_processor, make_processor
+from .transcription import Transcriber, Transcript
 
 __all__ = [
     "TextNormalization",
@@ -16,4 +19,11 @@ __all__ = [
     "ErrorReport",
     "UtteranceErrors",
     "speech_errors_metric",
+    "SpeechRecognitionPipeline",
+    "Transcriber",
+    "Transcript",
+    "Caption",
+    "captions",
+    "FORMATS",
+    "output_path",
 ]
