@@ -22,6 +22,7 @@ Before the first run, the scaled values are checked, and after the last, that al
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import logging
@@ -40,7 +41,14 @@ from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.analysis.baselines import kmeans_units
 from dinosr_hf.analysis.quality import unit_quality
 from dinosr_hf.analysis.units import LabelledSpeech, target_features
-from dinosr_hf.pretraining import CollapseMonitor, PretrainingArguments, open_held_out, parse_arguments, run
+from dinosr_hf.pretraining import (
+    CollapseMonitor,
+    PretrainingArguments,
+    open_held_out,
+    parse_arguments,
+    run,
+    synthetic_corpus,
+)
 from dinosr_hf.pretraining.scaling import changes_table, scale_to_batch
 
 TINY = Path(__file__).parent.parent / "examples" / "configs" / "tiny_cpu.yaml"
@@ -105,6 +113,23 @@ def arguments_of(kind: str, seed: int, options: argparse.Namespace, flags: Seque
     if flags and not flags[0].startswith("-"):
         return parse_arguments([flags[0], *words, *flags[1:]], TINY)
     return parse_arguments([*TINY_AT_80_SECONDS, *words, *flags], TINY)
+
+
+def with_speech(arguments: PretrainingArguments, folder: Path) -> PretrainingArguments:
+    """The same run with synthetic speech read from files: made once for all runs of a seed, not by each of them."""
+    told = arguments.data
+    counts = {"train": told.synthetic_utterances, "validation": math.ceil(told.eval_seconds / 8)}
+    for split, is_wanted in (("train", told.data == ["synthetic"]), ("validation", told.eval_data == "synthetic")):
+        if is_wanted and not (folder / split).is_dir():
+            corpus = synthetic_corpus(told, num_utterances=counts[split], seed=arguments.run.seed, split=split)
+            corpus.export(folder)
+    data = told
+    if told.data == ["synthetic"]:
+        data = dataclasses.replace(data, data=[str(folder / "train")])
+    if told.eval_data == "synthetic":
+        labels = str(folder / "validation" / "phones.jsonl")
+        data = dataclasses.replace(data, eval_data=str(folder / "validation"), eval_labels=labels)
+    return dataclasses.replace(arguments, data=data)
 
 
 def complaints(arguments: dict[str, PretrainingArguments]) -> list[str]:
@@ -202,7 +227,7 @@ def main(argv: Sequence[str]) -> None:
     results: dict[str, list[dict[str, float]]] = {kind: [] for kind in options.runs}
     for seed in options.seeds:
         for kind in options.runs:
-            arguments, _ = told[kind, seed]
+            arguments = with_speech(told[kind, seed][0], Path(options.output_dir) / f"speech-{seed}")
             if not is_finished(arguments):
                 run(arguments)
             result = result_of(arguments)
