@@ -13,10 +13,16 @@ speech, at values for steps of 80 s. Held-out speech is synthetic too, unless `-
 
 A run that is finished is only read, one that was interrupted goes on.
 
+The codes of two runs have unlike numbers of codewords in use. So the frames of both are also clustered anew, into as
+many clusters as there are codewords, by k-means on half of the held-out utterances, and judged on the other half: the
+best of the teacher's layers, as normalised for the codebooks, and the student's top layer. `collapsed` is the share of
+the runs that end with a warning of the run's own monitor.
+
 Before the first run, the scaled values are checked, and after the last, that all had the same amount of audio.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import logging
@@ -27,10 +33,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
-from dinosr_hf.pretraining import PretrainingArguments, parse_arguments, run
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.analysis.baselines import kmeans_units
+from dinosr_hf.analysis.quality import unit_quality
+from dinosr_hf.analysis.units import LabelledSpeech, target_features
+from dinosr_hf.pretraining import (
+    CollapseMonitor,
+    PretrainingArguments,
+    open_held_out,
+    parse_arguments,
+    run,
+    synthetic_corpus,
+)
 from dinosr_hf.pretraining.scaling import changes_table, scale_to_batch
 
 TINY = Path(__file__).parent.parent / "examples" / "configs" / "tiny_cpu.yaml"
@@ -47,6 +65,9 @@ FIGURES = {
     "eval_active_codewords": "active codewords",
     "eval_pnmi": "PNMI",
     "eval_phone_purity": "phone purity",
+    "kmeans_pnmi_teacher": "k-means PNMI, teacher",
+    "kmeans_pnmi_student": "k-means PNMI, student",
+    "collapsed": "collapsed",
 }
 AUDIO_TOLERANCE = 0.02
 
@@ -94,6 +115,23 @@ def arguments_of(kind: str, seed: int, options: argparse.Namespace, flags: Seque
     return parse_arguments([*TINY_AT_80_SECONDS, *words, *flags], TINY)
 
 
+def with_speech(arguments: PretrainingArguments, folder: Path) -> PretrainingArguments:
+    """The same run with synthetic speech read from files: made once for all runs of a seed, not by each of them."""
+    told = arguments.data
+    counts = {"train": told.synthetic_utterances, "validation": math.ceil(told.eval_seconds / 8)}
+    for split, is_wanted in (("train", told.data == ["synthetic"]), ("validation", told.eval_data == "synthetic")):
+        if is_wanted and not (folder / split).is_dir():
+            corpus = synthetic_corpus(told, num_utterances=counts[split], seed=arguments.run.seed, split=split)
+            corpus.export(folder)
+    data = told
+    if told.data == ["synthetic"]:
+        data = dataclasses.replace(data, data=[str(folder / "train")])
+    if told.eval_data == "synthetic":
+        labels = str(folder / "validation" / "phones.jsonl")
+        data = dataclasses.replace(data, eval_data=str(folder / "validation"), eval_labels=labels)
+    return dataclasses.replace(arguments, data=data)
+
+
 def complaints(arguments: dict[str, PretrainingArguments]) -> list[str]:
     """What is wrong with the study: nothing, it is hoped."""
     found = []
@@ -113,13 +151,53 @@ def complaints(arguments: dict[str, PretrainingArguments]) -> list[str]:
     return found
 
 
-def result_of(arguments: PretrainingArguments) -> dict[str, float] | None:
-    """The run's last line about held-out speech, with its hours of audio; None before its end."""
+def metrics_of(arguments: PretrainingArguments) -> list[dict[str, float]]:
+    """The run's lines of metrics so far."""
     path = Path(arguments.run.output_dir) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def is_finished(arguments: PretrainingArguments) -> bool:
+    """Whether there is a last line about held-out speech."""
+    return any(line["step"] == arguments.run.max_steps and "eval_loss" in line for line in metrics_of(arguments))
+
+
+@torch.no_grad()
+def features_of(model: DinoSRForPreTraining, waveform: np.ndarray) -> list[np.ndarray]:
+    """Frames (T, D) of the teacher's layers that have a codebook, lowest first, and of the student's top layer."""
+    student = model.dinosr(torch.from_numpy(waveform)[None].to(model.device)).last_hidden_state
+    return list(torch.cat([target_features(model, waveform), student]).cpu().numpy())
+
+
+def cluster_figures(model: DinoSRForPreTraining, speech: Sequence[LabelledSpeech]) -> dict[str, float]:
+    """PNMI of k-means on the model's frames: clusters of every second utterance, judged on the others."""
+    model.eval()
+    half, rest = ([features_of(model, waveform) for waveform, _ in speech[start::2]] for start in (0, 1))
+    labels = [label for _, phones in speech[1::2] for label in phones]
+    pnmis = []
+    for layer in range(len(half[0])):
+        units = kmeans_units(np.concatenate([frames[layer] for frames in half]), model.config.codebook_size, seed=0)
+        pnmis.append(unit_quality(labels, units.predict(np.concatenate([frames[layer] for frames in rest]))).pnmi)
+    return {"kmeans_pnmi_teacher": max(pnmis[:-1]), "kmeans_pnmi_student": pnmis[-1]}
+
+
+def result_of(arguments: PretrainingArguments) -> dict[str, float]:
+    """What is found at the end of a run; what takes time is kept in its folder."""
+    lines = metrics_of(arguments)
     last = [line for line in lines if line["step"] == arguments.run.max_steps]
-    judged = next((line for line in last if "eval_loss" in line), None)
-    return None if judged is None else {**judged, **next(line for line in last if "audio_hours" in line)}
+    monitor = CollapseMonitor(arguments.model_config(), arguments.run)
+    for line in lines:
+        monitor.check(line)
+    path = Path(arguments.run.output_dir) / "clusters.json"
+    if not path.is_file():
+        held_out = open_held_out(arguments)
+        assert held_out is not None
+        model = DinoSRForPreTraining.from_pretrained(arguments.run.output_dir)
+        path.write_text(json.dumps(cluster_figures(model, list(held_out.labelled_speech()))))
+    result = {"collapsed": float(monitor.has_collapsed), **json.loads(path.read_text())}
+    for line in last:
+        result |= line
+    return result
 
 
 def show(kind: str, arguments: PretrainingArguments, results: Sequence[dict[str, float]]) -> str:
@@ -149,13 +227,15 @@ def main(argv: Sequence[str]) -> None:
     results: dict[str, list[dict[str, float]]] = {kind: [] for kind in options.runs}
     for seed in options.seeds:
         for kind in options.runs:
-            arguments, _ = told[kind, seed]
-            if result_of(arguments) is None:
+            arguments = with_speech(told[kind, seed][0], Path(options.output_dir) / f"speech-{seed}")
+            if not is_finished(arguments):
                 run(arguments)
             result = result_of(arguments)
-            assert result is not None
             results[kind].append(result)
-            print(f"{kind}, seed {seed}: " + ", ".join(f"{name} {result[key]:.3f}" for key, name in FIGURES.items()))
+            print(
+                f"{kind}, seed {seed}: " + ", ".join(f"{name} {result[key]:.3f}" for key, name in FIGURES.items()),
+                flush=True,
+            )
     hours = [result["audio_hours"] for each in results.values() for result in each]
     if max(hours) > (1 + AUDIO_TOLERANCE) * min(hours):
         sys.exit(f"No comparison: the runs had between {min(hours):.2f} and {max(hours):.2f} hours of audio.")

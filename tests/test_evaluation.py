@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinosr_hf.analysis import Segment, unit_quality
-from dinosr_hf.analysis.units import frame_units
+from dinosr_hf.analysis.units import frame_units, layer_qualities
 from dinosr_hf.data import AudioFileError, SpeechSource, Utterance, normalize_waveform, utterance_generator
 from dinosr_hf.masking import sample_span_mask
 from dinosr_hf.pretraining.evaluation import HeldOut, row_labels
@@ -193,6 +193,22 @@ def test_phone_purity_is_that_of_all_frames_of_the_teacher_s_codes():
     best = max((0, 1), key=lambda number: qualities[number].pnmi)
     assert figures["pnmi"] == figures["pnmis"][best] and figures["phone_purity"] == figures["phone_purities"][best]
     assert figures["best_layer"] == 2 + best
+
+
+def test_labelled_speech_is_what_phone_purity_is_of():
+    model = model_in_training()
+    labels = {name: phones for name, phones in labels_of().items() if name != "a/1.flac"}
+    broken = held_out(model, MemorySource(broken=["b/4.flac"]), labels=labels)
+    speech = list(broken.labelled_speech())
+    # longest first; b/3 has its first 2,000 samples
+    for index, (waveform, phones) in zip((2, 1), speech, strict=True):
+        assert torch.equal(
+            torch.from_numpy(waveform), torch.from_numpy(normalize_waveform(MemorySource().load(index, 0, 2000)))
+        )
+        assert len(phones) == model.config.num_frames(len(waveform))
+    pnmis = broken.evaluate(model)["pnmis"]
+    assert [quality.pnmi for quality in layer_qualities(model.eval(), speech)] == pytest.approx(pnmis)
+    assert [quality.pnmi for quality in layer_qualities(model, speech[:1])] != pytest.approx(pnmis)
 
 
 def test_labels_are_found_by_the_name_of_the_file():

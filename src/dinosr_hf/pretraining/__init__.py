@@ -8,7 +8,7 @@ from .evaluation import HeldOut, row_labels
 from .loop import Pretraining, Progress, TrainingStopped, pretrain
 from .monitor import CollapseMonitor
 from .plan import RunPlan, describe_plan, plan_figure
-from .runner import open_data, run, synthetic_corpus
+from .runner import open_data, open_held_out, run, synthetic_corpus
 from .scaling import Change, changes_table, scale_to_batch
 from .signals import RunInterrupted
 
@@ -35,6 +35,7 @@ __all__ = [
     "find_checkpoints",
     "make_schedule",
     "open_data",
+    "open_held_out",
     "parse_arguments",
     "plan_figure",
     "pretrain",

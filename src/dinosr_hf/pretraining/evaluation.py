@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from ..analysis.alignment import Segment, align_labels
 from ..analysis.quality import UnitQuality, contingency
-from ..analysis.units import frame_units
+from ..analysis.units import LabelledSpeech, frame_units
 from ..configuration_dinosr import DinoSRConfig
 from ..data import (
     SAMPLING_RATE,
@@ -198,6 +198,22 @@ class HeldOut:
                 raise ValueError(f"The labels of the held-out utterance {utterance_id!r}: {error}") from error
             phones[utterance_id] = whole[: config.num_frames(part.num_samples)]
         return phones
+
+    def labelled_speech(self) -> Iterator[LabelledSpeech]:
+        """
+        Read what is judged, to judge it in another way.
+
+        Yields:
+            Each utterance that has labels, as far as it is used, in the same order each time. Those that cannot be
+            read are left out.
+        """
+        for part in (part for batch in self._batches for part in batch):
+            phones = self._labels.get(self._source.utterances[part.index].id)
+            if phones is None:
+                continue
+            inputs, skipped = self._dataset.read([part])
+            if not skipped:
+                yield LabelledSpeech(inputs["input_values"][0].numpy(), phones)
 
     def evaluate(
         self, model: DinoSRForPreTraining, accelerator: Accelerator | None = None

@@ -242,8 +242,19 @@ def _describe(model: DinoSRForPreTraining, source: SpeechSource | SpeechStream, 
     )
 
 
-def _open_held_out(arguments: PretrainingArguments) -> HeldOut | None:
-    """Speech that the run is judged on: of other voices if it is synthetic, with labels if there are any."""
+def open_held_out(arguments: PretrainingArguments) -> HeldOut | None:
+    """
+    Open the speech that a run is judged on: of other voices if it is synthetic, with labels if there are any.
+
+    Args:
+        arguments: Of the run.
+
+    Returns:
+        The speech, None without `eval_data`.
+
+    Raises:
+        ValueError: As the sources and `HeldOut`.
+    """
     data = arguments.data
     if data.eval_data is None:
         return None
@@ -336,7 +347,7 @@ def _run(
     try:
         with accelerator.main_process_first():
             source = open_data(arguments.data, options.seed)
-        held_out = None if options.dry_run else _open_held_out(arguments)
+        held_out = None if options.dry_run else open_held_out(arguments)
     except (ValueError, OSError) as error:
         raise ArgumentError(str(error)) from error
     if options.dry_run:
