@@ -102,9 +102,11 @@ class StartArguments:
         },
     )
     from_scratch: bool = field(
-        default=False, metadata={"help": "Take only the sizes of `model`, and random weights: for comparisons."}
+        default=False, metadata={"help": "Take the configuration of `model`, but random weights: for comparisons."}
     )
-    freeze_feature_encoder: bool = field(default=True, metadata={"help": "Never train the convolutions."})
+    freeze_feature_encoder: bool = field(
+        default=True, metadata={"help": "Never train the convolutions, unless they are random (from_scratch)."}
+    )
     freeze_encoder: bool = field(
         default=False,
         metadata={"help": "Train the head alone, on what the encoder gives in evaluation mode, as SUPERB does."},
@@ -150,14 +152,28 @@ _SECONDS = (
     "batches are in seconds of audio. Set step_seconds (of an optimizer step), micro_seconds (of a forward pass)"
 )
 _SHARES = "the schedule is ours. Set schedule, warmup_share, hold_share, final_lr_scale"
+_TASK = "the task says what the best checkpoint is. Leave it out"
+_OURS = "batches, losses and evaluation are our own, which do without it. Leave it out"
 
-# Of `TrainingArguments`, what has another form here.
+# Of `TrainingArguments`, what has another form here, or none.
 _REPLACED = {
     "per_device_train_batch_size": _SECONDS,
     "per_device_eval_batch_size": _SECONDS,
     "gradient_accumulation_steps": _SECONDS,
     "lr_scheduler_type": _SHARES,
+    "lr_scheduler_kwargs": _SHARES,
     "warmup_steps": _SHARES,
+    "metric_for_best_model": _TASK,
+    "greater_is_better": _TASK,
+    **dict.fromkeys(
+        (
+            *("auto_find_batch_size", "label_smoothing_factor", "train_sampling_strategy", "length_column_name"),
+            *("data_seed", "dataloader_drop_last", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+            *("prediction_loss_only", "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches"),
+            *("bf16_full_eval", "fp16_full_eval", "label_names", "do_train", "do_eval", "do_predict"),
+        ),
+        _OURS,
+    ),
 }
 
 
@@ -204,7 +220,7 @@ class FinetuningArguments(TrainingArguments):
     def __post_init__(self) -> None:
         own = {spec.name: spec.default for spec in fields(TrainingArguments)}
         for name, instead in _REPLACED.items():
-            if getattr(self, name) != own[name]:
+            if name in own and getattr(self, name) != own[name]:
                 raise ArgumentError(f"{name}={getattr(self, name)} counts for nothing: {instead}.")
         check_ranges(
             [

@@ -36,6 +36,8 @@ def _resume_point(arguments: FinetuningArguments) -> str | None:
                 f"output_dir={arguments.output_dir} has {Path(last).name}. Go on from it with"
                 " --resume_from_checkpoint true, or give another output_dir."
             )
+        if Path(arguments.output_dir, "config.json").is_file():
+            raise ArgumentError(f"output_dir={arguments.output_dir} has a model already. Give another output_dir.")
         return None
     if str(asked).lower() == "true":
         if last is None:
@@ -95,8 +97,6 @@ def _make_trainer(
     encoder = without_wrapper(model).base_model
     callbacks = []
     if arguments.freeze_steps:
-        # While the encoder runs without gradient, a distributed wrapper must not wait for it.
-        arguments.ddp_find_unused_parameters = True
         callbacks.append(FreezeCallback(encoder, arguments.freeze_steps))
     return SpeechTrainer(
         model,
