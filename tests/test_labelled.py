@@ -221,7 +221,7 @@ def test_data_without_labels(tmp_path, make, message):
 def test_sources_without_transcripts_say_what_has_them(tmp_path):
     write(tmp_path / "0.wav", 900)
     (tmp_path / "1.trans.txt").write_text("0 zero\n")
-    with pytest.raises(ValueError, match="column='text': .*has no table of transcripts"):
+    with pytest.raises(ValueError, match=r"column='text': .*has no table of transcripts"):
         FolderSource(tmp_path).labels("text")
 
 
@@ -274,7 +274,7 @@ def test_what_is_trained_on_is_not_for_evaluation(tmp_path, train_split):
         write(tmp_path / split / f"{split}.wav", 1_600)
         (tmp_path / split / "x.trans.txt").write_text(f"{split} {split}\n")
     data = [str(tmp_path)]
-    with pytest.raises(ArgumentError, match="eval_split or test_split is validation, but .* is what is trained on"):
+    with pytest.raises(ArgumentError, match=r"eval_split or test_split is validation, but .* is what is trained on"):
         splits_of(train_data=data, train_split=train_split, eval_split="validation")
     assert labels_of(splits_of(train_data=data, train_split="a", eval_split="validation"))[0] == ["a"]
 

@@ -66,7 +66,8 @@ class TextNormalization:
         """The text in Unicode's form NFKC, of one case, without punctuation, single spaces between words."""
         if self.units == "phonemes":
             return " ".join(text.split())
-        text = unicodedata.normalize("NFKC", text).translate(_APOSTROPHES)
+        # In this order: NFKC makes a space and an accent of the last of them.
+        text = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES))
         text = text.lower() if self.case == "lower" else text.upper() if self.case == "upper" else text
         return " ".join("".join(map(self._kept, text)).split())
 

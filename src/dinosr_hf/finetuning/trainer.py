@@ -129,8 +129,8 @@ class SpeechTrainer(Trainer):
         if num_started > 1 and args.world_size == 1:
             # With use_cpu, Accelerate waits for MPI and leaves each process by itself, all writing the same files.
             raise ArgumentError(
-                f"{num_started} processes were started, but do not know of each other. Leave use_cpu out, and hide GPUs"
-                " with CUDA_VISIBLE_DEVICES= (empty)."
+                f"{num_started} processes were started, but do not know of each other. Leave use_cpu out; empty"
+                " CUDA_VISIBLE_DEVICES hides GPUs."
             )
         self.sampler: StepBatchSampler | None = None
         self._unreadable: set[int] = set()
