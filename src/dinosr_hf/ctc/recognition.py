@@ -120,6 +120,7 @@ class Recognition(Task):
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "ctc_loss_reduction": self.arguments.ctc_loss_reduction,
+            "ctc_zero_infinity": True,  # evaluation has utterances that are too short for their labels
         }
 
     def _references(self, source: LabelledSource) -> list[str]:
