@@ -8,9 +8,11 @@ says why not. What is not set leaves the checkpoint's configuration as it is.
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..command_line import ArgumentError, check_ranges
@@ -239,6 +241,9 @@ class FinetuningArguments(TrainingArguments):
         )
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (self.use_cpu or not torch.accelerator.is_available()):
+            # Left alone, Accelerate looks for MPI and, without it, has each process train by itself.
+            self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"
         super().__post_init__()
 
     def told(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import ParallelMode
 
 from ..command_line import ArgumentError
 from ..data import SAMPLING_RATE
@@ -126,11 +127,11 @@ class SpeechTrainer(Trainer):
                 f"This process has {args.n_gpu} GPUs. Start a process for each: `accelerate launch --multi_gpu`."
             )
         num_started = int(os.environ.get("WORLD_SIZE", "1"))
-        if num_started > 1 and args.world_size == 1:
-            # With use_cpu, Accelerate waits for MPI and leaves each process by itself, all writing the same files.
+        if num_started > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
+            # Each would train by itself, and all would write the same files.
             raise ArgumentError(
-                f"{num_started} processes were started, but do not know of each other. Leave use_cpu out; empty"
-                " CUDA_VISIBLE_DEVICES hides GPUs."
+                f"{num_started} processes were started, but do not know of each other. Name the ddp_backend, such as"
+                " gloo for CPUs."
             )
         self.sampler: StepBatchSampler | None = None
         self._unreadable: set[int] = set()
