@@ -276,7 +276,7 @@ def test_a_frozen_encoder_is_in_evaluation_mode_while_the_head_trains(pretrained
 def test_tones_are_learnt(probed):
     _, record, _ = probed
     validation, test = record.evaluation
-    assert record["task"] == "audio-classification"
+    assert record.task == "audio-classification"
     assert validation["accuracy"] == validation["macro_f1"] == 1.0
     assert validation["num_utterances"] == 9
     # The siren is an error, and a false alarm of the class that it was taken for.

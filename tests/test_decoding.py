@@ -242,9 +242,11 @@ def test_word_times(search):
 
     assert times(PATH, lead_seconds=0, tail_seconds=0) == [(0.0525, 0.1125), (0.1925, 0.1925)]
     assert times(PATH, lead_seconds=0.03, tail_seconds=0.02) == [(0.0225, 0.1325), (0.1625, 0.2125)]
-    # They meet half-way, and stay within the 245 ms that the frames see.
-    assert times(PATH, lead_seconds=0.06, tail_seconds=0.06) == [(0.0, 0.1525), (0.1525, 0.245)]
-    assert times([*PATH, *["<pad>"] * 5], lead_seconds=0.06, tail_seconds=0.06)[1] == (0.1525, 0.2525)
+    # The first ends where the next begins, and they stay within the 245 ms that the frames see.
+    assert times(PATH, lead_seconds=0.06, tail_seconds=0.06) == [(0.0, 0.1325), (0.1325, 0.245)]
+    assert times([*PATH, *["<pad>"] * 5], lead_seconds=0.06, tail_seconds=0.06)[1] == (0.1325, 0.2525)
+    # Not before the frame in which the word before is still being read.
+    assert times(PATH, lead_seconds=0.1, tail_seconds=0) == [(0.0, 0.1125), (0.1125, 0.1925)]
     assert times(PATH[2:], lead_seconds=0.01, tail_seconds=0.01)[0] == (0.0025, 0.0825)
 
 

@@ -55,6 +55,17 @@ def test_ctc_logits_do_not_depend_on_padding():
         torch.testing.assert_close(row[: len(alone)], alone, **SAME_ARITHMETIC)
 
 
+def test_ctc_reads_blanks_in_padding():
+    # The best label of a frame would otherwise be another here.
+    model = head(DinoSRForCTC, pad_token_id=5)
+    values, mask = padded(utterances())
+    logits = model(values, mask).logits
+    for row, wave in zip(logits, utterances(), strict=True):
+        assert (row[model.config.num_frames(len(wave)) :].softmax(dim=-1)[:, 5] == 1).all()
+    unmasked = model.lm_head(model.dinosr(values, mask).last_hidden_state)
+    assert (unmasked.argmax(dim=-1) != logits.argmax(dim=-1)).any()
+
+
 def test_ctc_loss_has_a_gradient_everywhere():
     model = head(DinoSRForCTC).train()
     model(*padded(utterances()), labels=LABELS).loss.backward()

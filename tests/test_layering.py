@@ -37,7 +37,7 @@ LAYERS = (
     ("analysis",),
     ("pretraining", "finetuning"),
     ("ctc", "classification"),
-    ("hub",),
+    ("hub", "export"),
     ("__init__",),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

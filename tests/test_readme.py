@@ -16,15 +16,14 @@ import pytest
 import soundfile
 import torch
 
-from dinosr_hf import DinoSRConfig, DinoSRForCTC, DinoSRForPreTraining, DinoSRForSequenceClassification
+from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRForSequenceClassification
 from dinosr_hf.command_line import parse_groups
-from dinosr_hf.ctc import make_processor
 from dinosr_hf.folders import save_folder
 from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
 from dinosr_hf.pretraining.state import save_model
 from language_models import write_arpa
 from pretraining_runs import metrics_of, tiny_arguments
-from tiny import tiny_config
+from recogniser import save_recogniser
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "configs" / "tiny_cpu.yaml"
@@ -61,9 +60,7 @@ def folder(tmp_path_factory):
     save_model(DinoSRForPreTraining(config), path / "runs" / "tiny")
     config = DinoSRConfig(**{**config.to_diff_dict(), "use_weighted_layer_sum": True, "num_labels": 5})
     save_folder(DinoSRForSequenceClassification(config), path / "runs" / "classifier")
-    labels = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"]
-    make_processor({label: number for number, label in enumerate(labels)}).save_pretrained(path / "runs/recogniser")
-    DinoSRForCTC(tiny_config(vocab_size=len(labels))).save_pretrained(path / "runs" / "recogniser")
+    save_recogniser(path / "runs" / "recogniser")
     write_arpa(path / "runs" / "words.arpa", ["the sheep sails", "the ship"])
     noise = np.random.default_rng(0).standard_normal(22_050).cumsum() * 1e-3
     soundfile.write(path / "speech.wav", np.clip(noise, -0.9, 0.9), 22_050)
@@ -122,7 +119,7 @@ def load_script(script):
 FINETUNING = ("examples/finetune_ctc.py", "examples/finetune_classification.py")
 OWN_PARSER = (
     *("examples/make_manifest.py", "examples/plot_run.py", "examples/prepare_for_hub.py"),
-    "examples/tune_decoding.py",
+    *("examples/tune_decoding.py", "examples/export_onnx.py", "benchmarks/deploy.py"),
     *("benchmarks/train_step.py", "benchmarks/batching.py", "benchmarks/few_labels.py"),
 )
 
@@ -201,6 +198,7 @@ def test_commands_of_the_documents_exist(text):
         "python examples/make_manifest.py my_recordings",
         "accelerate launch examples/finetune_classification.py --label speaker_id",
         "python examples/plot_run.py runs/a --x hour",
+        "python examples/export_onnx.py runs/a",
         "python examples/prepare_for_hub.py runs/a",
         "python examples/prepare_for_hub.py runs/a hub/a --public",
         "python examples/tune_decoding.py runs/recogniser my_speech",

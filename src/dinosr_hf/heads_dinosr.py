@@ -10,6 +10,20 @@ from torch import nn
 from .configuration_dinosr import DinoSRConfig
 
 
+def certain_blanks(config: DinoSRConfig, logits: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
+    """
+    Logits (B, T, vocab_size) whose frames of padding, from `num_frames` int64 (B,) on, are certainly the blank.
+
+    So a batch reads as its utterances do one by one, by anything that takes the best label of each frame; the pipeline
+    of transformers and its tokenizers do not leave padding out.
+    """
+    # Finite, and half precision has it too.
+    blank = torch.full((config.vocab_size,), -1e4, dtype=logits.dtype, device=logits.device)
+    blank[config.pad_token_id or 0] = 0.0
+    is_frame = torch.arange(logits.shape[1], device=logits.device) < num_frames[:, None]
+    return torch.where(is_frame[..., None], logits, blank)
+
+
 def ctc_loss(
     config: DinoSRConfig, logits: torch.Tensor, labels: torch.Tensor, num_frames: torch.Tensor
 ) -> torch.Tensor:

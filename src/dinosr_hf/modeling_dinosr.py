@@ -44,6 +44,7 @@ from .encoder_dinosr import (
 from .heads_dinosr import (
     DinoSRMarginLoss,
     DinoSRTimeDelayLayers,
+    certain_blanks,
     ctc_loss,
     mean_and_deviation_over_time,
     mean_over_time,
@@ -453,17 +454,16 @@ class DinoSRForCTC(DinoSRPreTrainedModel):
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `logits` (B, T, vocab_size), and `loss` in nats where labels are given, reduced by `ctc_loss_reduction`.
+            `logits` (B, T, vocab_size), of padding the blank's, and with labels `loss` in nats, reduced as configured.
 
         Raises:
             ValueError: For labels outside of the vocabulary.
         """
         outputs = self.dinosr(input_values, attention_mask, **kwargs)
-        logits = self.lm_head(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            samples = torch.ones_like(input_values) if attention_mask is None else attention_mask
-            loss = ctc_loss(self.config, logits, labels, self.config.num_frames(samples.long().sum(dim=-1)))
+        samples = torch.ones_like(input_values) if attention_mask is None else attention_mask
+        num_frames = self.config.num_frames(samples.long().sum(dim=-1))
+        logits = certain_blanks(self.config, self.lm_head(self.dropout(outputs.last_hidden_state)), num_frames)
+        loss = None if labels is None else ctc_loss(self.config, logits, labels, num_frames)
         return CausalLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -1,9 +1,12 @@
-"""Speech recognition: transcripts and vocabularies, fine-tuning, error rates, decoding."""
+"""Speech recognition: transcripts and vocabularies, fine-tuning, error rates, decoding, transcribing."""
 
 from .decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions, GreedyDecoder, Hypothesis, TimedWord
+from .pipelines import SpeechRecognitionPipeline
 from .recognition import Recognition, RecognitionArguments
 from .scoring import ErrorReport, UtteranceErrors, score, speech_errors_metric, texts_of
+from .subtitles import FORMATS, Caption, captions, output_path
 from .text import TextNormalization, build_vocabulary, load_processor, make_processor
+from .transcription import Transcriber, Transcript
 
 __all__ = [
     "TextNormalization",
@@ -23,4 +26,11 @@ __all__ = [
     "DecodingOptions",
     "Hypothesis",
     "TimedWord",
+    "SpeechRecognitionPipeline",
+    "Transcriber",
+    "Transcript",
+    "Caption",
+    "captions",
+    "FORMATS",
+    "output_path",
 ]

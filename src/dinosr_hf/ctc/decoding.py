@@ -187,9 +187,10 @@ class CTCDecoder(ABC):
     What greedy and beam search have in common: labels, checks, and word times.
 
     The time of frame `i` is the centre of what it sees, `first_center + i * frame_seconds`. CTC models emit a label
-    for a frame or two, somewhere within its sound. So a word begins `lead_seconds` before the centre of the first
-    frame of its first label, and ends `tail_seconds` after the centre of the last frame of its last label; where two
-    words would overlap, they meet half-way between these frames.
+    for a frame or two: the first of a word soon after it begins, the last well before it ends. So a word begins
+    `lead_seconds` before the centre of the first frame of its first label, but not before the last frame of the word
+    before it; and ends `tail_seconds` after the centre of the last frame of its last label, but not after the next
+    word begins. The defaults are from a recogniser of synthetic digits (docs/transcribing.md).
 
     Args:
         labels: The V labels, in the order of the model's outputs.
@@ -216,8 +217,8 @@ class CTCDecoder(ABC):
         lowercase: bool = False,
         frame_seconds: float = 320 / SAMPLING_RATE,
         first_center: float = 200 / SAMPLING_RATE,
-        lead_seconds: float = 0.06,
-        tail_seconds: float = 0.06,
+        lead_seconds: float = 0.03,
+        tail_seconds: float = 0.14,
     ) -> None:
         self.labels = list(labels)
         named = {"blank_id": blank_id, "word_delimiter_id": word_delimiter_id}
@@ -356,18 +357,29 @@ class CTCDecoder(ABC):
         text = "".join(self.labels[index] for index in indices)
         return text.lower() if self.lowercase else text
 
-    def _hypothesis(self, score: float, spans: Sequence[_Span], num_frames: int) -> Hypothesis:
-        first = np.array([span.first for span in spans]) * self.frame_seconds + self.first_center
-        last = np.array([span.last for span in spans]) * self.frame_seconds + self.first_center
-        middle = (last[:-1] + first[1:]) / 2
+    def word_times(self, first: ArrayLike, last: ArrayLike, num_frames: int) -> list[tuple[float, float]]:
+        """
+        When words are spoken, as said at the top of this class.
+
+        Args:
+            first: The frame of each word's first label, in order.
+            last: The last frame of each word's last label.
+            num_frames: Frames of the recording.
+
+        Returns:
+            Start and end of each word, in seconds. None overlap.
+        """
+        begins = np.asarray(first, dtype=np.float64) * self.frame_seconds + self.first_center
+        finishes = np.asarray(last, dtype=np.float64) * self.frame_seconds + self.first_center
         # What the last frame sees ends as far behind its centre as the recording begins before the first centre.
         limit = (num_frames - 1) * self.frame_seconds + 2 * self.first_center
-        starts = np.maximum(first - self.lead_seconds, [0.0, *middle][: len(spans)])
-        ends = np.minimum(last + self.tail_seconds, [*middle, limit][-len(spans) :] if spans else [])
-        words = [
-            TimedWord(span.text, start, end)
-            for span, start, end in zip(spans, starts.tolist(), ends.tolist(), strict=True)
-        ]
+        starts = np.maximum(begins - self.lead_seconds, np.append(0.0, finishes)[: len(begins)])
+        ends = np.minimum(finishes + self.tail_seconds, np.append(starts, limit)[1:])
+        return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+    def _hypothesis(self, score: float, spans: Sequence[_Span], num_frames: int) -> Hypothesis:
+        times = self.word_times([span.first for span in spans], [span.last for span in spans], num_frames)
+        words = [TimedWord(span.text, *time) for span, time in zip(spans, times, strict=True)]
         return Hypothesis(" ".join(span.text for span in spans), float(score), words)
 
 

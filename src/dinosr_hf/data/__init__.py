@@ -21,9 +21,9 @@ from .collator import PretrainingCollator, min_maskable_samples, utterance_gener
 from .labelled import JoinedSource, LabelledSource, open_labelled
 from .manifests import ManifestSource, TableSource
 from .mixture import MixedSource
-from .opening import open_source
+from .opening import open_recordings, open_source
 from .scan import FolderScan, ScannedFile, scan_folder, write_manifest
-from .sources import DatasetSource, FolderSource, SpeechSource, Utterance
+from .sources import DatasetSource, FileSource, FolderSource, SpeechSource, Utterance
 from .streaming import SpeechStream, StreamChangedError, StreamWindow
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "SpeechSource",
     "Utterance",
     "FolderSource",
+    "FileSource",
     "ManifestSource",
     "TableSource",
     "TarSource",
@@ -45,6 +46,7 @@ __all__ = [
     "StreamChangedError",
     "MixedSource",
     "open_source",
+    "open_recordings",
     "JoinedSource",
     "LabelledSource",
     "open_labelled",

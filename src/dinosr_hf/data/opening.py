@@ -7,13 +7,22 @@ from __future__ import annotations
 import glob
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from .archives import TarSource
 from .audio import require
 from .manifests import TABLE_SUFFIXES, ManifestSource, TableSource
-from .sources import DatasetSource, FolderSource, SpeechSource, _find_audio
+from .sources import (
+    AUDIO_SUFFIXES,
+    DatasetSource,
+    FileSource,
+    FolderSource,
+    SpeechSource,
+    _find_audio,
+    _is_hidden,
+)
 from .streaming import SpeechStream
 
 logger = logging.getLogger(__name__)
@@ -202,3 +211,32 @@ def open_source(
         if path.is_file() and path.suffix != ".parquet":
             raise ValueError(f"{name} is nothing to train on. {_ACCEPTED}")
     return DatasetSource(_open_dataset(path, name, split, config_name, {}), audio_column)
+
+
+def open_recordings(names: Sequence[str | Path]) -> SpeechSource:
+    """
+    Open audio files, or folders of them, or one name of anything else that `open_source` opens.
+
+    Args:
+        names: Files and folders, whose recordings are then called by their paths below the lowest folder that has all
+            of them; or one name.
+
+    Raises:
+        ValueError: If a name is not here, nothing is readable, or something else than files and folders is not alone.
+    """
+    paths = [Path(name) for name in names]
+    is_audio = [path.suffix.lower() in AUDIO_SUFFIXES for path in paths]
+    if len(paths) == 1 and not is_audio[0]:
+        return open_source(paths[0])
+    files: list[Path] = []
+    for path, is_file in zip(paths, is_audio, strict=True):
+        if is_file:
+            files.append(path)
+        elif path.is_dir():
+            files += [path / name for name in sorted(_find_audio(path)) if not _is_hidden(name)]
+        else:
+            raise ValueError(
+                f"{path} is neither an audio file ({', '.join(AUDIO_SUFFIXES)}) nor a folder. Name several of those,"
+                " or one manifest, archive or dataset alone."
+            )
+    return FileSource(files)

@@ -233,6 +233,29 @@ class FolderSource(SpeechSource):
         return load_audio(self.root / self.utterances[index].id, start=start, num_samples=num_samples)
 
 
+class FileSource(FolderSource):
+    """
+    Audio files that are named one by one.
+
+    An utterance's id is its path relative to the lowest folder that has all of them.
+
+    Args:
+        paths: The files. One that is named twice counts once.
+
+    Raises:
+        ValueError: If there are none, or none of them is readable audio.
+    """
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        files = list(dict.fromkeys(os.path.abspath(path) for path in paths))
+        if not files:
+            raise ValueError("There are no files. Name at least one.")
+        self.root = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
+        names = [os.path.relpath(file, self.root).replace(os.sep, "/") for file in files]
+        lengths = _scan(names, lambda name: audio_info(self.root / name).num_samples, f"{len(names)} files")
+        self._keep(zip(names, lengths, strict=True), "The files")
+
+
 class DatasetSource(SpeechSource):
     """
     A `datasets.Dataset` with a column of audio.
