@@ -21,7 +21,12 @@ from ..schedules import SCHEDULES
 
 @dataclass
 class LabelledDataArguments:
-    """The recordings and their labels."""
+    """
+    The recordings and their labels.
+
+    Raises:
+        ArgumentError: For a value that is out of range.
+    """
 
     train_data: list[str] = field(
         default_factory=lambda: ["synthetic"],
@@ -75,6 +80,16 @@ class LabelledDataArguments:
     )
     synthetic_noise: bool = field(default=False, metadata={"help": "Whether it has rooms, microphones and noise."})
 
+    def __post_init__(self) -> None:
+        rules = [
+            (self.min_seconds >= 0, "min_seconds", self.min_seconds, "at least 0"),
+            (self.max_seconds > self.min_seconds, "max_seconds", self.max_seconds, "more than min_seconds"),
+            (0 <= self.speed_change < 1, "speed_change", self.speed_change, "at least 0 and less than 1"),
+        ]
+        for name in ("synthetic_utterances", "synthetic_eval_utterances", "synthetic_speakers"):
+            rules.append((getattr(self, name) >= 1, name, getattr(self, name), "at least 1"))
+        check_ranges(rules)
+
 
 # Fields of DinoSRConfig that fine-tuning may change.
 CONFIG_FIELDS = (
@@ -90,7 +105,7 @@ class StartArguments:
     The model to start from, and what is changed of it.
 
     Raises:
-        ArgumentError: For values that count for nothing beside `freeze_encoder`.
+        ArgumentError: For values that are out of range, or count for nothing beside `freeze_encoder`.
     """
 
     model: str = field(
@@ -135,6 +150,16 @@ class StartArguments:
     )
 
     def __post_init__(self) -> None:
+        rules = [(self.lora_rank >= 0, "lora_rank", self.lora_rank, "at least 0")]
+        rules += [(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "more than 0")]
+        for name, value in self.config_changes().items():
+            if name.endswith("_length"):
+                rules.append((value >= 1, name, value, "at least 1"))
+            elif name.endswith("_min_masks"):
+                rules.append((value >= 0, name, value, "at least 0"))
+            else:
+                rules.append((0 <= value <= 1, name, value, "at least 0 and at most 1"))
+        check_ranges(rules)
         if not self.freeze_encoder:
             return
         of_encoder = [name for name in self.config_changes() if name != "final_dropout"]

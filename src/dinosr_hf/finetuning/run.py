@@ -164,16 +164,20 @@ def finetune(
         What `run.json` has.
 
     Raises:
-        ArgumentError: If the arguments do not fit the model, the data or the folder.
-        ValueError: If the data cannot be read.
+        ArgumentError: If the arguments do not fit the model, the data or the folder, or the data cannot be read.
     """
     if start.freeze_encoder and arguments.freeze_steps:
         raise ArgumentError("freeze_steps would count for nothing with freeze_encoder. Leave one of them out.")
     started, folder = time_now(), Path(arguments.output_dir)
     resume = _resume_point(arguments)
     set_seed(arguments.seed)
-    splits = open_splits(data, arguments.seed)
-    task.prepare(splits.train)
+    try:
+        splits = open_splits(data, arguments.seed)
+        task.prepare(splits.train)
+    except ArgumentError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ArgumentError(str(error)) from error
     model: Any = load_model(task.model_class, start, task.config_changes())
     train = _training_set(splits.train, task.targets(splits.train), task, model.config, data, arguments.seed)
     evaluation, test = _evaluation_set(splits.eval, task), _evaluation_set(splits.test, task)
