@@ -1,6 +1,7 @@
 """Steps mean the same however they are cut up, the encoder waits for its update, and runs go on where they stopped."""
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dinosr_hf import DinoSRForCTC
 from dinosr_hf.command_line import ArgumentError
-from dinosr_hf.finetuning import FinetuningArguments
+from dinosr_hf.finetuning import FinetuningArguments, LabelledCollator, SpeechTrainer
+from dinosr_hf.records import read_record
 from finetuning_runs import recognise, run_settings, write_corpus, write_model
 from tiny import deterministic_config, waveforms
 
@@ -36,7 +39,7 @@ class Watch(TrainerCallback):
     """What a run logs, and the weights of a name after each update."""
 
     def __init__(self, name="encoder.layers.0.attention.q_proj.weight"):
-        self.name, self.losses, self.weights, self.rates = name, [], [], []
+        self.name, self.losses, self.weights, self.rates, self.evaluations = name, [], [], [], []
 
     def __call__(self, trainer):
         trainer.add_callback(self)
@@ -46,6 +49,8 @@ class Watch(TrainerCallback):
         self.weights.append({key: value.detach().clone() for key, value in named.items()})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if "eval_loss" in logs:
+            self.evaluations.append(dict(logs))
         if "loss" in logs:
             self.losses.append(float(logs["loss"]))
 
@@ -97,9 +102,12 @@ def test_means_of_means_are_noticed(tmp_path, model, corpus, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path, model, corpus):
-    recognise(model, corpus, tmp_path / "one", micro_seconds=9.0, max_steps=4, freeze_steps=2)
-    settings = run_settings(micro_seconds=0.3, max_steps=4, freeze_steps=2)
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    judged = {"eval_data": [str(corpus)]}
+    settings = {"max_steps": 4, "freeze_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    settings |= {"save_strategy": "steps", "load_best_model_at_end": False}
+    one = recognise(model, corpus, tmp_path / "one", data=judged, micro_seconds=9.0, **settings)
+    options = run_settings(micro_seconds=0.3, **settings)
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -109,7 +117,17 @@ def test_two_processes_are_one(tmp_path, model, corpus):
     empty.write_text("{}")
     script.insert(1, str(empty))
     done = subprocess.run(
-        [*launch, *script, "--min_seconds", "0.01", "--output_dir", str(tmp_path / "two"), *flags],
+        [
+            *launch,
+            *script,
+            "--eval_data",
+            str(corpus),
+            "--min_seconds",
+            "0.01",
+            "--output_dir",
+            tmp_path / "two",
+            *flags,
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
@@ -119,6 +137,15 @@ def test_two_processes_are_one(tmp_path, model, corpus):
     assert done.returncode == 0, done.stderr[-3000:]
     assert_equal_weights(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-5)
     start = weights(model)
+    two = read_record(tmp_path / "two")
+    assert "2 process(es)" in two.hardware
+    names = ("wer", "cer", "num_utterances")
+    assert [{name: figures[name] for name in names} for figures in two.evaluation] == [
+        {name: figures[name] for name in names} for figures in one.evaluation
+    ]
+    said = [(tmp_path / name / "predictions-eval.jsonl").read_text() for name in ("one", "two")]
+    assert said[0] == said[1]
+    assert len(said[0].splitlines()) == 17
     moved = weights(tmp_path / "two")["dinosr.encoder.layers.0.attention.q_proj.weight"]
     assert (moved - start["dinosr.encoder.layers.0.attention.q_proj.weight"]).abs().max() > 1e-4
 
@@ -266,8 +293,119 @@ def test_an_unreadable_recording_is_left_out(tmp_path, model):
         spoil(trainer)
         watch(trainer)
 
-    recognise(model, corpus, tmp_path / "out", micro_seconds=0.05, max_steps=2, on_trainer=both)
+    record = recognise(model, corpus, tmp_path / "out", micro_seconds=0.05, max_steps=2, on_trainer=both)
     assert np.isfinite(watch.losses).all()
+    assert record.data[0]["unreadable"] == 2
+
+
+def trainer_of(model, tmp_path, **changes):
+    """A trainer of the tiny model, with nothing to train on."""
+    loaded = DinoSRForCTC.from_pretrained(model, vocab_size=9)
+    return SpeechTrainer(loaded, FinetuningArguments(output_dir=str(tmp_path), **run_settings(**changes)))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_micro_batch_of_nothing_gives_no_gradient(tmp_path, model, reduction):
+    trainer = trainer_of(model, tmp_path)
+    trainer.model.config.update({"ctc_loss_reduction": reduction, "apply_spec_augment": True, "mask_time_prob": 0.9})
+    trainer.model.train()
+    silence = LabelledCollator(trainer.model.config.receptive_field)([])
+    silence.pop("unreadable")
+    for count in (torch.tensor(0), torch.tensor(5)):
+        loss = trainer.compute_loss(trainer.model, dict(silence), num_items_in_batch=count)
+        loss.backward()
+        assert loss == 0
+    touched = [value.grad for value in trainer.model.parameters() if value.grad is not None]
+    assert touched  # other processes wait for them
+    assert not any(gradient.any() for gradient in touched)
+
+
+def test_losses_do_not_become_infinite(tmp_path, corpus):
+    model = write_model(tmp_path / "model", ctc_zero_infinity=False)
+    short = write_corpus(tmp_path / "short", 3)
+    soundfile.write(short / "01.wav", np.random.default_rng(0).normal(size=100) * 0.1, 16_000)  # a few frames
+    soundfile.write(short / "02.wav", np.random.default_rng(0).normal(size=30) * 0.1, 16_000)  # not even one
+    data = {"eval_data": [str(short)]}
+    figures = []
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "load_best_model_at_end": False}
+    for micro_seconds in (9.0, 0.01):  # together, and each alone
+        logged = Watch()
+        out = tmp_path / str(micro_seconds)
+        recognise(model, corpus, out, data=data, micro_seconds=micro_seconds, on_trainer=logged, **options)
+        figures.append(logged.evaluations[0])
+    assert np.isfinite(figures[0]["eval_loss"])
+    assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=1e-4)
+    assert figures[0]["eval_wer"] == figures[1]["eval_wer"]
+
+
+def test_short_and_long_and_empty_ones_are_left_out_of_training(tmp_path, model, caplog):
+    train = write_corpus(tmp_path / "train", 8)
+    table = (train / "metadata.csv").read_text().splitlines()
+    table[1] = "00.wav,...,en"
+    table[2] = "01.wav," + "hello moon " * 60 + ",en"
+    (train / "metadata.csv").write_text("\n".join(table) + "\n")
+    for name, seconds in (("02", 0.02), ("03", 0.9)):
+        soundfile.write(
+            train / f"{name}.wav", np.random.default_rng(0).normal(size=int(16_000 * seconds)) * 0.1, 16_000
+        )
+    data = {"min_seconds": 0.03, "max_seconds": 0.8}
+    with caplog.at_level("WARNING", "dinosr_hf"):
+        record = recognise(model, train, tmp_path / "out", data=data, max_steps=1)
+    assert record.data[0]["utterances"] == 4
+    assert (
+        "4 of 8 utterances are not trained on: 1 too long (as 03.wav), 1 too short (as 02.wav),"
+        " 1 too short for their transcript (as 01.wav), 1 with an empty transcript (as 00.wav)."
+    ) in caplog.text
+    with pytest.raises(ArgumentError, match=r"no utterance can be trained on. Look at min_seconds and max_seconds"):
+        recognise(model, train, tmp_path / "none", data={"min_seconds": 5.0})
+
+
+def test_padding_changes_no_prediction(tmp_path, model, corpus):
+    said = []
+    for name, micro_seconds in (("together", 60.0), ("alone", 0.01)):
+        recognise(
+            *(model, corpus, tmp_path / name),
+            data={"eval_data": [str(corpus)]},
+            max_steps=1,
+            micro_seconds=micro_seconds,
+            learning_rate=1e-9,
+            eval_strategy="steps",
+            load_best_model_at_end=False,
+        )
+        said.append((tmp_path / name / "predictions-eval.jsonl").read_text())
+    assert said[0] == said[1]
+    assert any(json.loads(line)["prediction"] for line in said[0].splitlines())
+
+
+def test_processes_that_do_not_know_of_each_other_are_noticed(tmp_path, model, monkeypatch):
+    arguments = FinetuningArguments(output_dir=str(tmp_path), **run_settings())
+    assert arguments.world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ArgumentError, match=r"2 processes were started, but do not know of each other. Name the ddp_backend"
+    ):
+        SpeechTrainer(DinoSRForCTC.from_pretrained(model), arguments)
+
+
+@pytest.mark.parametrize("step_seconds", [1.0, 1.001, 7.0])
+def test_a_pass_is_never_more_than_it_may_be(tmp_path, model, step_seconds):
+    trainer = trainer_of(model, tmp_path, step_seconds=step_seconds, micro_seconds=0.5)
+    assert trainer.args.gradient_accumulation_steps == math.ceil(step_seconds / 0.5)
+
+
+@pytest.mark.slow
+def test_compiled_models_unfreeze(tmp_path, model, corpus):
+    watch = Watch()
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    recognise(model, corpus, tmp_path / "out", freeze_steps=2, max_steps=3, on_trainer=watch, **compiled)
+    recognise(model, corpus, tmp_path / "plain", freeze_steps=2, max_steps=3)
+    assert_equal_weights(weights(tmp_path / "out"), weights(tmp_path / "plain"), 1e-6)
+    layer = "encoder.layers.0.attention.q_proj.weight"
+    first, second, third = [
+        next(value for name, value in step.items() if name.endswith(layer)) for step in watch.weights
+    ]
+    assert torch.equal(first, second)
+    assert not torch.equal(second, third)
 
 
 @pytest.mark.parametrize(

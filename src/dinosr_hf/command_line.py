@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,16 @@ class _Parser(HfArgumentParser):
         raise ArgumentError(f"{message}. --help lists all arguments.")
 
 
+def _as_flags(key: str, value: Any) -> list[str]:
+    """A line of the file as words of a command line; none for what such words cannot say."""
+    if value is None or value == []:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    # In one word, since a value may begin with a dash.
+    return [f"--{key}={json.dumps(value) if isinstance(value, Mapping) else value}"]
+
+
 def parse_groups(argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None = None) -> list[Any]:
     """
     Read a command line into dataclasses: a YAML file first, if there is one, and flags over it.
@@ -54,7 +65,8 @@ def parse_groups(argv: Sequence[str], groups: Sequence[Any], default_config: str
         An object of each group; fields that neither file nor flags have are at their defaults.
 
     Raises:
-        ArgumentError: For an unknown key (the message names the nearest), or a value of the wrong type.
+        ArgumentError: For an unknown key (the message names the nearest), a value of the wrong type, and what the
+            dataclasses refuse.
     """
     known = [spec.name for group in groups for spec in dataclasses.fields(group) if spec.init]
     flags = list(argv)
@@ -64,16 +76,21 @@ def parse_groups(argv: Sequence[str], groups: Sequence[Any], default_config: str
     from_file = {} if path is None else _read_yaml(Path(path), known)
     as_flags: list[str] = []
     for key, value in from_file.items():
-        values = value if isinstance(value, list) else [value]
-        as_flags += [] if value is None or value == [] else [f"--{key}", *map(str, values)]
-    *parsed, unknown = _Parser(groups, allow_abbrev=False).parse_args_into_dataclasses(
-        args=[*as_flags, *flags], look_for_args_file=False, return_remaining_strings=True
-    )
+        as_flags += _as_flags(key, value)
+    try:
+        *parsed, unknown = _Parser(groups, allow_abbrev=False).parse_args_into_dataclasses(
+            args=[*as_flags, *flags], look_for_args_file=False, return_remaining_strings=True
+        )
+    except ArgumentError:
+        raise
+    except ValueError as error:  # what the dataclasses object to by themselves, as TrainingArguments does
+        raise ArgumentError(str(error)) from error
     for text in unknown:
         name = text.lstrip("-").partition("=")[0]
         raise ArgumentError(_nearest(name, known) if text.startswith("-") else f"{text} belongs to no argument.")
+    named = {flag.partition("=")[0] for flag in flags}
     for key, value in from_file.items():
-        if (value is None or value == []) and f"--{key}" not in flags:
+        if (value is None or value == []) and f"--{key}" not in named:
             owner = next(group for group in parsed if hasattr(group, key))
             setattr(owner, key, value)
     return parsed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from .text import (
     frames_needed,
     load_processor,
     make_processor,
+    units_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -91,11 +93,23 @@ class Recognition(Task):
                 self.processor, known = load_processor(self.arguments.processor)
             except ValueError as error:
                 raise ArgumentError(f"processor={error}") from error
-            self.normalization = known or self.normalization
+            self.normalization = self._agreed(known)
             return
         vocabulary = build_vocabulary(map(self.normalization, train.labels), self.normalization.units)
         self.processor = make_processor(vocabulary, self.normalization.units)
         logger.info("The vocabulary has %d labels: %s", len(vocabulary), " ".join(vocabulary))
+
+    def _agreed(self, known: TextNormalization | None) -> TextNormalization:
+        """The processor's normalisation, if it has one. Raises `ArgumentError` if the run was told another."""
+        told = self.normalization
+        known = known or dataclasses.replace(told, units=units_of(self._tokenizer))
+        if told not in (known, TextNormalization()):
+            raise ArgumentError(
+                f"processor={self.arguments.processor} has units={known.units}, case={known.case} and"
+                f" keep_punctuation={known.keep}, but this run was told units={told.units}, case={told.case},"
+                f" keep_punctuation={told.keep}. Leave these out."
+            )
+        return known
 
     def config_changes(self) -> dict[str, Any]:
         """Sizes and special labels of the vocabulary, and the loss."""
@@ -106,6 +120,7 @@ class Recognition(Task):
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "ctc_loss_reduction": self.arguments.ctc_loss_reduction,
+            "ctc_zero_infinity": True,  # evaluation has utterances that are too short for their labels
         }
 
     def _references(self, source: LabelledSource) -> list[str]:

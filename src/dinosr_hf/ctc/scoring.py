@@ -69,7 +69,8 @@ class ErrorReport(NamedTuple):
             f" {self.wer:.2%} | {self.cer:.2%} |\n\n| count | reference | prediction |\n|---|---|---|\n"
         )
         for (reference, prediction), count in self.confusions.most_common(num_confusions):
-            text += f"| {count:,} | {reference or '(nothing)'} | {prediction or '(nothing)'} |\n"
+            shown = [word.replace("|", "\\|") or "(nothing)" for word in (reference, prediction)]
+            text += f"| {count:,} | {shown[0]} | {shown[1]} |\n"
         return text
 
 

@@ -66,7 +66,8 @@ class TextNormalization:
         """The text in Unicode's form NFKC, of one case, without punctuation, single spaces between words."""
         if self.units == "phonemes":
             return " ".join(text.split())
-        text = unicodedata.normalize("NFKC", text).translate(_APOSTROPHES)
+        # In this order: NFKC makes a space and an accent of the last of them.
+        text = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES))
         text = text.lower() if self.case == "lower" else text.upper() if self.case == "upper" else text
         return " ".join("".join(map(self._kept, text)).split())
 
@@ -118,12 +119,12 @@ def build_vocabulary(texts: Iterable[str], units: str = "characters") -> dict[st
     Raises:
         ValueError: If there are none, or one of them is a special token.
     """
-    found = {label for text in texts for label in labels_of(text, units)} - {WORD_DELIMITER}
+    delimiter = [] if units == "phonemes" else [WORD_DELIMITER]
+    found = {label for text in texts for label in labels_of(text, units)}.difference(delimiter)
     if not found:
         raise ValueError("No transcript has a label in it after normalisation. Is it the right column?")
     if taken := sorted(found & set(SPECIAL_TOKENS)):
         raise ValueError(f"The transcripts have {', '.join(taken)}, which are special tokens. Rename them.")
-    delimiter = [] if units == "phonemes" else [WORD_DELIMITER]
     return {label: number for number, label in enumerate([*SPECIAL_TOKENS, *delimiter, *sorted(found)])}
 
 

@@ -123,7 +123,7 @@ class LabelledSource:
 def _open_one(name: str, split: str | None, audio_column: str, config_name: str | None) -> SpeechSource:
     folder = Path(name) if split is None else Path(name, split)
     table = next((folder / file for file in METADATA_FILES if (folder / file).is_file()), None)
-    if table is not None:
+    if table is not None and config_name is None:
         return TableSource(table)
     return open_source(name, split=split, audio_column=audio_column, config_name=config_name)
 

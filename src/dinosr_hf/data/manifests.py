@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .audio import SAMPLING_RATE, AudioFileError, audio_info, load_audio, resampled_length
-from .sources import SpeechSource, _number_repeats, _scan, find_text_column
+from .sources import SpeechSource, _number_repeats, _scan, find_text_column, read_lines
 
 # How many files are opened to see whether a manifest tells the truth.
 _NUM_CHECKED = 16
@@ -84,7 +84,7 @@ class ManifestSource(SpeechSource):
             raise ValueError(
                 f"{file} is not there: a line of it belongs to each line of {self._manifest.name} but the first."
             )
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(file)
         if len(lines) != self._num_rows:
             raise ValueError(
                 f"{file} has {len(lines):,} lines for the {self._num_rows:,} recordings of {self._manifest.name}. Make"
@@ -191,9 +191,17 @@ class TableSource(SpeechSource):
     def labels(self, column: str | None = None) -> list[str | None]:
         """From a column of the table, which is read again; see `SpeechSource.labels`."""
         rows = [row for _, row in _rows(self._table, str(self._table))]
-        column = find_text_column(list(rows[0]), column, str(self._table))
+        # Of all rows, since a line of JSON may leave a column out; None is what a line of CSV has too much.
+        names = list(dict.fromkeys(name for row in rows for name in row if name is not None))
+        column = find_text_column(names, column, str(self._table))
         values = [rows[position].get(column) for position in self._kept]
-        return [None if value is None else str(value) for value in values]
+        labels = [None if value is None else str(value) for value in values]
+        # Paths may be any bytes, texts may not.
+        if broken := next(
+            (label for label in labels if label and any("\ud800" <= c <= "\udfff" for c in label)), None
+        ):
+            raise ValueError(f"{self._table}: {broken!r} is not UTF-8. Save the table in that encoding.")
+        return labels
 
     def _lengths(self, parts: list[_Part], name: str) -> list[int | AudioFileError]:
         unknown = [position for position, part in enumerate(parts) if part.num_samples is None]

@@ -123,6 +123,20 @@ def _scan(items: Sequence[Item], length_of: Callable[[Item], int], name: str) ->
         return list(tqdm(lengths, f"Reading headers of {name}", len(items), disable=None, delay=2, unit=" files"))
 
 
+def read_lines(file: Path) -> list[str]:
+    """
+    Lines of a file of transcripts, without their ends.
+
+    Raises:
+        ValueError: If it is not UTF-8.
+    """
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            return [line.rstrip("\n") for line in lines]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}). Save it in that encoding.") from error
+
+
 def find_text_column(columns: Sequence[str], column: str | None, name: str) -> str:
     """
     The column of labels: the one that is asked for, else the first of `TEXT_COLUMNS` that exists.
@@ -197,18 +211,22 @@ class FolderSource(SpeechSource):
 
     def labels(self, column: str | None = None) -> list[str | None]:
         """From the `.trans.txt` files of LibriSpeech and Libri-light, `id text` a line; see `SpeechSource.labels`."""
-        transcripts = {}
+        transcripts: dict[str, str] = {}
         for file in sorted(self.root.rglob("*.trans.txt")):
-            for line in file.read_text(encoding="utf-8").splitlines():
+            folder = file.parent.relative_to(self.root)
+            for line in read_lines(file):
                 utterance_id, _, text = line.strip().partition(" ")
-                transcripts[utterance_id] = text
+                # Those beside a recording come first: names are unique in LibriSpeech, but need not be elsewhere.
+                transcripts[(folder / utterance_id).as_posix()] = text
+                transcripts.setdefault(utterance_id, text)
         if column is not None or not transcripts:
             problem = f"column={column!r}: {self.root}" if column is not None else str(self.root)
             raise ValueError(
                 f"{problem} has no table of transcripts: neither metadata.csv or metadata.jsonl in it, nor"
                 " .trans.txt files below it. Write `file_name,transcription` lines to metadata.csv there."
             )
-        return [transcripts.get(Path(utterance.id).stem) for utterance in self.utterances]
+        paths = [Path(utterance.id).with_suffix("") for utterance in self.utterances]
+        return [transcripts.get(path.as_posix(), transcripts.get(path.name)) for path in paths]
 
     def load(self, index: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
         """See `SpeechSource.load`."""

@@ -8,9 +8,11 @@ says why not. What is not set leaves the checkpoint's configuration as it is.
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..command_line import ArgumentError, check_ranges
@@ -19,7 +21,12 @@ from ..schedules import SCHEDULES
 
 @dataclass
 class LabelledDataArguments:
-    """The recordings and their labels."""
+    """
+    The recordings and their labels.
+
+    Raises:
+        ArgumentError: For a value that is out of range.
+    """
 
     train_data: list[str] = field(
         default_factory=lambda: ["synthetic"],
@@ -73,6 +80,16 @@ class LabelledDataArguments:
     )
     synthetic_noise: bool = field(default=False, metadata={"help": "Whether it has rooms, microphones and noise."})
 
+    def __post_init__(self) -> None:
+        rules = [
+            (self.min_seconds >= 0, "min_seconds", self.min_seconds, "at least 0"),
+            (self.max_seconds > self.min_seconds, "max_seconds", self.max_seconds, "more than min_seconds"),
+            (0 <= self.speed_change < 1, "speed_change", self.speed_change, "at least 0 and less than 1"),
+        ]
+        for name in ("synthetic_utterances", "synthetic_eval_utterances", "synthetic_speakers"):
+            rules.append((getattr(self, name) >= 1, name, getattr(self, name), "at least 1"))
+        check_ranges(rules)
+
 
 # Fields of DinoSRConfig that fine-tuning may change.
 CONFIG_FIELDS = (
@@ -88,7 +105,7 @@ class StartArguments:
     The model to start from, and what is changed of it.
 
     Raises:
-        ArgumentError: For values that count for nothing beside `freeze_encoder`.
+        ArgumentError: For values that are out of range, or count for nothing beside `freeze_encoder`.
     """
 
     model: str = field(
@@ -102,9 +119,11 @@ class StartArguments:
         },
     )
     from_scratch: bool = field(
-        default=False, metadata={"help": "Take only the sizes of `model`, and random weights: for comparisons."}
+        default=False, metadata={"help": "Take the configuration of `model`, but random weights: for comparisons."}
     )
-    freeze_feature_encoder: bool = field(default=True, metadata={"help": "Never train the convolutions."})
+    freeze_feature_encoder: bool = field(
+        default=True, metadata={"help": "Never train the convolutions, unless they are random (from_scratch)."}
+    )
     freeze_encoder: bool = field(
         default=False,
         metadata={"help": "Train the head alone, on what the encoder gives in evaluation mode, as SUPERB does."},
@@ -131,6 +150,16 @@ class StartArguments:
     )
 
     def __post_init__(self) -> None:
+        rules = [(self.lora_rank >= 0, "lora_rank", self.lora_rank, "at least 0")]
+        rules += [(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "more than 0")]
+        for name, value in self.config_changes().items():
+            if name.endswith("_length"):
+                rules.append((value >= 1, name, value, "at least 1"))
+            elif name.endswith("_min_masks"):
+                rules.append((value >= 0, name, value, "at least 0"))
+            else:
+                rules.append((0 <= value <= 1, name, value, "at least 0 and at most 1"))
+        check_ranges(rules)
         if not self.freeze_encoder:
             return
         of_encoder = [name for name in self.config_changes() if name != "final_dropout"]
@@ -150,14 +179,28 @@ _SECONDS = (
     "batches are in seconds of audio. Set step_seconds (of an optimizer step), micro_seconds (of a forward pass)"
 )
 _SHARES = "the schedule is ours. Set schedule, warmup_share, hold_share, final_lr_scale"
+_TASK = "the task says what the best checkpoint is. Leave it out"
+_OURS = "batches, losses and evaluation are our own, which do without it. Leave it out"
 
-# Of `TrainingArguments`, what has another form here.
+# Of `TrainingArguments`, what has another form here, or none.
 _REPLACED = {
     "per_device_train_batch_size": _SECONDS,
     "per_device_eval_batch_size": _SECONDS,
     "gradient_accumulation_steps": _SECONDS,
     "lr_scheduler_type": _SHARES,
+    "lr_scheduler_kwargs": _SHARES,
     "warmup_steps": _SHARES,
+    "metric_for_best_model": _TASK,
+    "greater_is_better": _TASK,
+    **dict.fromkeys(
+        (
+            *("auto_find_batch_size", "label_smoothing_factor", "train_sampling_strategy", "length_column_name"),
+            *("data_seed", "dataloader_drop_last", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+            *("prediction_loss_only", "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches"),
+            *("bf16_full_eval", "fp16_full_eval", "label_names", "do_train", "do_eval", "do_predict"),
+        ),
+        _OURS,
+    ),
 }
 
 
@@ -204,7 +247,7 @@ class FinetuningArguments(TrainingArguments):
     def __post_init__(self) -> None:
         own = {spec.name: spec.default for spec in fields(TrainingArguments)}
         for name, instead in _REPLACED.items():
-            if getattr(self, name) != own[name]:
+            if name in own and getattr(self, name) != own[name]:
                 raise ArgumentError(f"{name}={getattr(self, name)} counts for nothing: {instead}.")
         check_ranges(
             [
@@ -223,6 +266,9 @@ class FinetuningArguments(TrainingArguments):
         )
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (self.use_cpu or not torch.accelerator.is_available()):
+            # Left alone, Accelerate looks for MPI and, without it, has each process train by itself.
+            self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"
         super().__post_init__()
 
     def told(self) -> dict[str, Any]:

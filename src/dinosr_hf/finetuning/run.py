@@ -36,6 +36,8 @@ def _resume_point(arguments: FinetuningArguments) -> str | None:
                 f"output_dir={arguments.output_dir} has {Path(last).name}. Go on from it with"
                 " --resume_from_checkpoint true, or give another output_dir."
             )
+        if Path(arguments.output_dir, "config.json").is_file():
+            raise ArgumentError(f"output_dir={arguments.output_dir} has a model already. Give another output_dir.")
         return None
     if str(asked).lower() == "true":
         if last is None:
@@ -95,8 +97,6 @@ def _make_trainer(
     encoder = without_wrapper(model).base_model
     callbacks = []
     if arguments.freeze_steps:
-        # While the encoder runs without gradient, a distributed wrapper must not wait for it.
-        arguments.ddp_find_unused_parameters = True
         callbacks.append(FreezeCallback(encoder, arguments.freeze_steps))
     return SpeechTrainer(
         model,
@@ -164,16 +164,20 @@ def finetune(
         What `run.json` has.
 
     Raises:
-        ArgumentError: If the arguments do not fit the model, the data or the folder.
-        ValueError: If the data cannot be read.
+        ArgumentError: If the arguments do not fit the model, the data or the folder, or the data cannot be read.
     """
     if start.freeze_encoder and arguments.freeze_steps:
         raise ArgumentError("freeze_steps would count for nothing with freeze_encoder. Leave one of them out.")
     started, folder = time_now(), Path(arguments.output_dir)
     resume = _resume_point(arguments)
     set_seed(arguments.seed)
-    splits = open_splits(data, arguments.seed)
-    task.prepare(splits.train)
+    try:
+        splits = open_splits(data, arguments.seed)
+        task.prepare(splits.train)
+    except ArgumentError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ArgumentError(str(error)) from error
     model: Any = load_model(task.model_class, start, task.config_changes())
     train = _training_set(splits.train, task.targets(splits.train), task, model.config, data, arguments.seed)
     evaluation, test = _evaluation_set(splits.eval, task), _evaluation_set(splits.test, task)

@@ -62,13 +62,14 @@ def open_splits(arguments: LabelledDataArguments, seed: int) -> Splits:
 
     Raises:
         ValueError: As `open_labelled`.
-        ArgumentError: If a split of the evaluation is asked for and is that of training.
+        ArgumentError: If a split of the evaluation is asked for and is that of training, or a part of it.
     """
     train, validation, test = arguments.train_split, arguments.eval_split, arguments.test_split
     if arguments.train_data == SYNTHETIC:
-        named = (train or "train", validation or "validation", test or "test")
-        return Splits(*(_synthetic(arguments, split, seed) for split in named))
-    if train is None and _folders_of_splits(arguments.train_data):
+        train = train or "train"
+        validation = validation or (None if arguments.eval_data else "validation")
+        test = test or (None if arguments.test_data else "test")
+    elif train is None and _folders_of_splits(arguments.train_data):
         train = "train"
         found = [
             name for name in ("validation", "test") if all(_has_table(Path(d, name)) for d in arguments.train_data)
@@ -76,11 +77,17 @@ def open_splits(arguments: LabelledDataArguments, seed: int) -> Splits:
         validation = validation or ("validation" if "validation" in found and not arguments.eval_data else None)
         test = test or ("test" if "test" in found and not arguments.test_data else None)
 
-    def open_one(data: Sequence[str], split: str | None) -> LabelledSource | None:
+    def open_one(data: Sequence[str], split: str | None, default: str) -> LabelledSource | None:
         if not data and split is None:
             return None
-        if not data and split == train:
-            raise ArgumentError(f"eval_split or test_split is {split}, which is what is trained on. Name another.")
+        if not data and train in (split, None):
+            trained_on = "all of train_data" if train is None else train
+            raise ArgumentError(
+                f"eval_split or test_split is {split}, but {trained_on} is what is trained on. Name another, or a"
+                " train_split beside it."
+            )
+        if (data or arguments.train_data) == SYNTHETIC:
+            return _synthetic(arguments, split or default, seed)
         return open_labelled(
             data or arguments.train_data,
             column=arguments.label_column,
@@ -89,6 +96,7 @@ def open_splits(arguments: LabelledDataArguments, seed: int) -> Splits:
             config_name=arguments.data_config,
         )
 
-    trained = open_one(arguments.train_data, train)
+    trained = open_one(arguments.train_data, train, "train")
     assert trained is not None
-    return Splits(trained, open_one(arguments.eval_data, validation), open_one(arguments.test_data, test))
+    judged_by = open_one(arguments.eval_data, validation, "validation")
+    return Splits(trained, judged_by, open_one(arguments.test_data, test, "test"))

@@ -78,8 +78,8 @@ def load_model(
             model = model_class.from_pretrained(
                 arguments.model, dtype=torch.float32, ignore_mismatched_sizes=True, **changes
             )
-    except ValueError as error:
-        raise ArgumentError(str(error)) from error
+    except (OSError, ValueError) as error:  # the first: there are no weights
+        raise ArgumentError(f"model={arguments.model}: {error}") from error
     if arguments.network == "teacher" and not arguments.from_scratch:
         _take_teacher(model, arguments.model, config)
     if arguments.freeze_feature_encoder and not arguments.from_scratch:

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -20,7 +22,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import ParallelMode
 
+from ..command_line import ArgumentError
 from ..data import SAMPLING_RATE
 from ..schedules import make_schedule
 from .arguments import FinetuningArguments
@@ -112,23 +116,37 @@ class SpeechTrainer(Trainer):
             for a classification head, None where it could not be read; and the targets.
 
     Raises:
-        ValueError: If a process has several GPUs.
+        ArgumentError: If a process has several GPUs, or several processes do not know of each other.
     """
 
     args: FinetuningArguments
 
     def __init__(self, model: nn.Module, args: FinetuningArguments, **kwargs: Any) -> None:
         if args.n_gpu > 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"This process has {args.n_gpu} GPUs. Start a process for each: `accelerate launch --multi_gpu`."
+            )
+        num_started = int(os.environ.get("WORLD_SIZE", "1"))
+        if num_started > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
+            # Each would train by itself, and all would write the same files.
+            raise ArgumentError(
+                f"{num_started} processes were started, but do not know of each other. Name the ddp_backend, such as"
+                " gloo for CPUs."
             )
         self.sampler: StepBatchSampler | None = None
         self._unreadable: set[int] = set()
         # Before Trainer looks at it: what one process takes in a pass decides how many passes make a step.
         per_pass = args.world_size * args.micro_seconds
-        args.gradient_accumulation_steps = max(1, round(args.step_seconds / per_pass + 0.499))
+        args.gradient_accumulation_steps = math.ceil(args.step_seconds / per_pass)
+        if args.ddp_find_unused_parameters is None:
+            # The encoder may be without gradient, and the mask embedding unused. Trainer's own choice depends on
+            # activation checkpointing, with which it would wait for them for ever.
+            args.ddp_find_unused_parameters = True
         super().__init__(model=model, args=args, **kwargs)
+        # Both say that our losses are shares of a step, to be added up and not divided once more; transformers before
+        # 5.23 knows the second only.
         self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
         self.add_callback(_EpochCallback(self))
 
     @property
