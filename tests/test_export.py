@@ -1,4 +1,4 @@
-"""An exported network says what torch says, whatever the batch and length; in int8 nearly; and so does a compiled one."""
+"""An exported network says what torch says, whatever batch and length; in int8 nearly; so does a compiled one."""
 
 import json
 import os

@@ -347,8 +347,8 @@ def _check_network(model: PreTrainedModel, head: Head, folder: Path) -> None:
         difference = np.abs(exported.forward(input_values.numpy(), attention_mask.numpy()) - right).max()
         if not difference <= MAX_DIFFERENCE * max(1.0, np.abs(right).max()):
             raise RuntimeError(
-                f"The exported network is wrong: for {len(num_samples)} utterance(s) its output differs from torch's by"
-                f" {difference:.1e}. Nothing was written. Other releases of torch or onnxruntime may do better."
+                f"The exported network is wrong: for {len(num_samples)} utterance(s) its output differs from torch's"
+                f" by {difference:.1e}. Nothing was written. Other releases of torch or onnxruntime may do better."
             )
 
 
@@ -432,8 +432,8 @@ def quantize_onnx(source: str | os.PathLike, folder: str | os.PathLike, *, overw
     """
     Write an exported model with the weights of its linear layers in int8, for CPUs.
 
-    Each column of a weight has a scale of its own. What comes into a linear layer is made 8 bit as well, with one scale
-    for the whole batch: so outputs depend a little on what else is in it. Convolutions stay in float32.
+    Each column of a weight has a scale of its own. What comes into a linear layer is made 8 bit as well, with one
+    scale for the whole batch: so outputs depend a little on what else is in it. Convolutions stay in float32.
 
     Args:
         source: As `export_onnx` wrote it.
@@ -538,8 +538,8 @@ def compare(
     shapes = [outputs_of[0].shape for outputs_of in outputs]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"{first.folder} and {second.folder} have outputs of the shapes {shapes[0]} and {shapes[1]}, so they are not"
-            " the same model. Compare a model with its own export."
+            f"{first.folder} and {second.folder} have outputs of the shapes {shapes[0]} and {shapes[1]}, so they are"
+            " not the same model. Compare a model with its own export."
         )
     transcripts = None
     if texts is not None or first.is_recogniser:
