@@ -125,7 +125,7 @@ def cut_at_pauses(is_pause: np.ndarray, max_frames: int) -> list[tuple[int, int]
 
 
 def pauses(log_probs: np.ndarray, decoder: CTCDecoder) -> np.ndarray:
-    """bool (T,) of emissions (T, V): frames between words, in runs of blanks and delimiters with a delimiter in them."""
+    """bool (T,) of emissions (T, V): frames in runs of blanks and delimiters that have a delimiter in them."""
     best = log_probs.argmax(axis=1)
     is_delimiter = best == decoder.word_delimiter_id
     if decoder.word_delimiter_id is None:  # each label is a word, and words are apart everywhere
