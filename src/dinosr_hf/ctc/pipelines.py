@@ -66,6 +66,11 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
         samples = read_resampled(lambda first, count: samples[first : first + count], len(samples), rate)
         return {"raw": samples, "sampling_rate": SAMPLING_RATE, **inputs}
 
+    def _forward(self, model_inputs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        num_samples = model_inputs["attention_mask"].sum(dim=-1)
+        outputs = super()._forward(model_inputs, *args, **kwargs)
+        return {**outputs, "num_frames": self.model.config.num_frames(num_samples)}
+
     def postprocess(
         self, model_outputs: Any, decoder_kwargs: Any = None, return_timestamps: Any = None, **options: Any
     ) -> dict[str, Any]:
@@ -73,9 +78,9 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
         outputs = list(model_outputs)
         num_frames = 0
         for output in outputs:
-            length = output["tokens"].shape[1]
-            total, left, right = output.get("stride") or (length, 0, 0)
-            num_frames += len(range(length)[left : total - right])
+            own = int(output.pop("num_frames"))  # without those of padding
+            total, left, right = output.get("stride") or (own, 0, 0)
+            num_frames += len(range(own)[left : total - right])
         result = super().postprocess(outputs, decoder_kwargs, return_timestamps, **options)
         if return_timestamps == "word" and result["chunks"]:
             decoder = GreedyDecoder.from_tokenizer(self.tokenizer, self.model.config)
