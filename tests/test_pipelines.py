@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soxr
 import torch
-from transformers import AutoProcessor, AutomaticSpeechRecognitionPipeline, pipeline
+from transformers import AutomaticSpeechRecognitionPipeline, AutoProcessor, pipeline
 
 from audio_files import noise, sf
 from dinosr_hf import DinoSRForCTC
