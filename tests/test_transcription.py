@@ -14,7 +14,14 @@ from audio_files import noise, sf
 from dinosr_hf import DinoSRForCTC
 from dinosr_hf.ctc import Transcriber
 from dinosr_hf.ctc.decoding import DecodingOptions, GreedyDecoder
-from dinosr_hf.ctc.transcription import cut_at_pauses, decode_in_pieces, mean_and_variance, pauses, plan_windows
+from dinosr_hf.ctc.transcription import (
+    cut_at_pauses,
+    decode_in_pieces,
+    mean_and_variance,
+    part_words_at_pauses,
+    pauses,
+    plan_windows,
+)
 from dinosr_hf.data import FileSource, normalize_waveform, open_recordings
 from recognisers import LABELS, save_models
 from tolerances import SAME_ARITHMETIC
@@ -139,6 +146,34 @@ def test_pauses_have_a_delimiter():
     assert pauses(path_emissions([blank, "A", blank, "B"]), phones).tolist() == [True, False, True, False]
 
 
+def test_words_part_at_long_pauses():
+    decoder = GreedyDecoder(LABELS, blank_id=0, word_delimiter_id=4, special_ids=[1, 2, 3])
+    blank = "<pad>"
+    labels = [*[blank] * 5, "A", "B", *[blank] * 2, "A", *[blank] * 3, "C", "|", *[blank] * 4, "D", *[blank] * 9]
+    before = path_emissions(labels)
+
+    def text(pause_frames):
+        changed = part_words_at_pauses(before, decoder, pause_frames)
+        np.testing.assert_allclose(np.exp(changed).sum(axis=1), 1, atol=1e-4)
+        return decoder.decode(changed)[0].text, np.flatnonzero((changed != before).any(axis=1)).tolist()
+
+    assert text(5) == ("ABAC D", [])
+    assert text(4) == ("ABAC D", [16])  # beside a delimiter
+    assert text(3) == ("ABA C D", [11, 16])
+    assert text(2) == ("AB A C D", [7, 11, 16])
+    np.testing.assert_array_equal(before, path_emissions(labels))
+    phones = GreedyDecoder(LABELS, blank_id=0, special_ids=[1, 2, 3])
+    np.testing.assert_array_equal(part_words_at_pauses(before, phones, 2), before)
+
+
+def test_the_transcriber_parts_words_at_pauses(recogniser, recordings):
+    options = {"window_seconds": 1.0, "context_seconds": 0.0}
+    _, calm = emissions_of(recogniser, recordings / "long.wav", **options)
+    _, hasty = emissions_of(recogniser, recordings / "long.wav", pause_seconds=0.0025, **options)
+    assert calm.text.replace(" ", "") == hasty.text.replace(" ", "")
+    assert len(calm.words) < len(hasty.words)
+
+
 def test_pieces_are_read_as_the_whole():
     generator = np.random.default_rng(3)
     labels = [str(label) for label in generator.choice(["<pad>", "<pad>", "|", "A", "B"], 400)]
@@ -232,6 +267,8 @@ def test_what_cannot_be_is_refused(recogniser):
         transcriber(recogniser, context_seconds=-1)
     with pytest.raises(ValueError, match=r"batch_seconds=0.* must be at least .*two frames"):
         transcriber(recogniser, batch_seconds=0)
+    with pytest.raises(ValueError, match=r"pause_seconds=0.* must be at least"):
+        transcriber(recogniser, pause_seconds=0)
     with pytest.raises(ValueError, match=r"dtype='int8' is unknown. Choose one of float32"):
         Transcriber.from_folder(recogniser, dtype="int8")
     with pytest.raises(ValueError, match=r"decoding=x.json is for beam search, and greedy"):
