@@ -33,7 +33,7 @@ def main() -> None:
     except ArgumentError as error:
         sys.exit(f"finetune_ctc.py: {error}")
     if PartialState().is_main_process:
-        for figure in record["evaluation"]:
+        for figure in record.evaluation:
             print(f"{figure['split']}: word error rate {figure['wer']:.2%}, character error rate {figure['cer']:.2%}")
         print(f"The recogniser is in {arguments.output_dir}: pipeline(model={arguments.output_dir!r}).")
 

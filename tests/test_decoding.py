@@ -480,7 +480,7 @@ def test_binaries_of_kenlm(tmp_path):
         BeamSearchDecoder(LABELS, words=["a", "ba"], options=options, **NAMED)
     with pytest.raises(ValueError, match="lists no words"):
         arpa_words(binary)
-    with pytest.raises(ValueError, match="is a KenLM binary, which lists no words. Give a file"):
+    with pytest.raises(ValueError, match=r"is a KenLM binary, which lists no words\. Give a file"):
         read_lexicon(binary)
     binary.write_bytes(binary.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"cannot be read as a language model. KenLM says: (?s:.*)size 200"):

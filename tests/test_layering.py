@@ -36,8 +36,8 @@ LAYERS = (
     ("data", "conversion"),
     ("analysis",),
     ("pretraining", "finetuning"),
-    ("ctc",),
-    ("hub",),
+    ("ctc", "classification"),
+    ("hub", "export"),
     ("__init__",),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -16,10 +16,14 @@ import pytest
 import soundfile
 import torch
 
-from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRForSequenceClassification
+from dinosr_hf.command_line import parse_groups
+from dinosr_hf.folders import save_folder
 from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
 from dinosr_hf.pretraining.state import save_model
+from language_models import write_arpa
 from pretraining_runs import metrics_of, tiny_arguments
+from recogniser import save_recogniser
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "configs" / "tiny_cpu.yaml"
@@ -50,10 +54,14 @@ for line, code in json.load(sys.stdin):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The names that the documents use: a trained model, a recording, an authors' checkpoint."""
+    """What the documents name: trained models, a language model, a recording, an authors' checkpoint."""
     path = tmp_path_factory.mktemp("documents")
     config = parse_arguments(["--num_hidden_layers", "2"], TINY).model_config()
     save_model(DinoSRForPreTraining(config), path / "runs" / "tiny")
+    config = DinoSRConfig(**{**config.to_diff_dict(), "use_weighted_layer_sum": True, "num_labels": 5})
+    save_folder(DinoSRForSequenceClassification(config), path / "runs" / "classifier")
+    save_recogniser(path / "runs" / "recogniser")
+    write_arpa(path / "runs" / "words.arpa", ["the sheep sails", "the ship"])
     noise = np.random.default_rng(0).standard_normal(22_050).cumsum() * 1e-3
     soundfile.write(path / "speech.wav", np.clip(noise, -0.9, 0.9), 22_050)
     shutil.copy(ROOT / "tests" / "fixtures" / "dev_tiny" / "checkpoint.pt", path / "dinosr.ckpt")
@@ -108,9 +116,11 @@ def load_script(script):
     return module
 
 
+FINETUNING = ("examples/finetune_ctc.py", "examples/finetune_classification.py")
 OWN_PARSER = (
     *("examples/make_manifest.py", "examples/plot_run.py", "examples/prepare_for_hub.py"),
-    *("benchmarks/train_step.py", "benchmarks/batching.py"),
+    *("examples/tune_decoding.py", "examples/export_onnx.py", "benchmarks/deploy.py"),
+    *("benchmarks/train_step.py", "benchmarks/batching.py", "benchmarks/few_labels.py"),
 )
 
 
@@ -121,6 +131,9 @@ def check_script(script, flags):
     if script in ("examples/pretrain.py", "examples/demo.py"):
         if flags != ["--help"]:
             parse_arguments(flags, TINY)
+    elif script in FINETUNING:
+        module = load_script(script)
+        parse_groups(flags, module.GROUPS, module.CONFIG)
     elif script in OWN_PARSER:
         load_script(script).parse(flags)
     elif script == "benchmarks/scale_to_batch.py":
@@ -183,9 +196,12 @@ def test_commands_of_the_documents_exist(text):
         "accelerate launch examples/pretrain.py examples/configs/nothing.yaml",
         "PORT=1 accelerate launch examples/pretrain.py --max_stepz 3",
         "python examples/make_manifest.py my_recordings",
+        "accelerate launch examples/finetune_classification.py --label speaker_id",
         "python examples/plot_run.py runs/a --x hour",
+        "python examples/export_onnx.py runs/a",
         "python examples/prepare_for_hub.py runs/a",
         "python examples/prepare_for_hub.py runs/a hub/a --public",
+        "python examples/tune_decoding.py runs/recogniser my_speech",
         "python benchmarks/train_step.py --size huge",
         "python benchmarks/batching.py my_recordings --epochs 0",
         "python benchmarks/scale_to_batch.py --seedz 0",

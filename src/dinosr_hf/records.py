@@ -37,7 +37,7 @@ TASKS = ("pretraining", "automatic-speech-recognition", "audio-classification")
 
 # What an entry of `evaluation` may have. Rates and accuracy are shares, from 0 to 1.
 METRICS = (
-    *("wer", "cer", "accuracy"),
+    *("wer", "cer", "accuracy", "macro_f1", "real_time_factor"),
     *("loss", "target_perplexity", "prediction_perplexity", "active_codewords", "pnmi", "phone_purity"),
 )
 

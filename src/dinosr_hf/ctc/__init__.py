@@ -1,5 +1,6 @@
 """Speech recognition: transcripts and vocabularies, fine-tuning, error rates, decoding, transcribing."""
 
+from .decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions, GreedyDecoder, Hypothesis, TimedWord
 from .pipelines import SpeechRecognitionPipeline
 from .recognition import Recognition, RecognitionArguments
 from .scoring import ErrorReport, UtteranceErrors, score, speech_errors_metric, texts_of
@@ -19,6 +20,12 @@ __all__ = [
     "ErrorReport",
     "UtteranceErrors",
     "speech_errors_metric",
+    "CTCDecoder",
+    "GreedyDecoder",
+    "BeamSearchDecoder",
+    "DecodingOptions",
+    "Hypothesis",
+    "TimedWord",
     "SpeechRecognitionPipeline",
     "Transcriber",
     "Transcript",

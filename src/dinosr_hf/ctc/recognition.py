@@ -74,7 +74,7 @@ class Recognition(Task):
     greater_is_better = False
 
     def __init__(self, arguments: RecognitionArguments) -> None:
-        self._arguments = arguments
+        self.arguments = arguments
         self._metric = speech_errors_metric()
         self.processor: Wav2Vec2Processor | None = None
         self.normalization = TextNormalization(arguments.units, arguments.case, arguments.keep_punctuation)
@@ -86,9 +86,9 @@ class Recognition(Task):
 
     def prepare(self, train: LabelledSource) -> None:
         """The vocabulary: an existing processor's, with its normalisation, or that of the training transcripts."""
-        if self._arguments.processor is not None:
+        if self.arguments.processor is not None:
             try:
-                self.processor, known = load_processor(self._arguments.processor)
+                self.processor, known = load_processor(self.arguments.processor)
             except ValueError as error:
                 raise ArgumentError(f"processor={error}") from error
             self.normalization = known or self.normalization
@@ -105,7 +105,7 @@ class Recognition(Task):
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
-            "ctc_loss_reduction": self._arguments.ctc_loss_reduction,
+            "ctc_loss_reduction": self.arguments.ctc_loss_reduction,
         }
 
     def _references(self, source: LabelledSource) -> list[str]:

@@ -63,6 +63,7 @@ class LabelledSource:
         source: Where the audio comes from.
         labels: One text an utterance; None or empty: none.
         name: What messages call it.
+        split: What of it this is, if it has several splits.
 
     Attributes:
         source: As given.
@@ -76,10 +77,13 @@ class LabelledSource:
         ValueError: If no utterance has a label.
     """
 
-    def __init__(self, source: SpeechSource, labels: Sequence[str | None], *, name: str = "The data") -> None:
+    def __init__(
+        self, source: SpeechSource, labels: Sequence[str | None], *, name: str = "The data", split: str | None = None
+    ) -> None:
         assert len(labels) == len(source), (len(labels), len(source))
         self.source = source
         self.name = name
+        self.split = split
         self.indices = [index for index, label in enumerate(labels) if label is not None and label.strip()]
         self.labels = [str(labels[index]) for index in self.indices]
         self.ids = [source.utterances[index].id for index in self.indices]
@@ -98,9 +102,14 @@ class LabelledSource:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def load(self, position: int) -> np.ndarray:
+    def load(self, position: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
         """
-        Samples of the utterance at `position` of those with a label.
+        Samples of the utterance at `position` of those with a label, or a part of them.
+
+        Args:
+            position: Which utterance.
+            start: First sample, at 16 kHz.
+            num_samples: How many; None: to the end.
 
         Returns:
             float32 (S,) at 16 kHz.
@@ -108,7 +117,7 @@ class LabelledSource:
         Raises:
             AudioFileError: As `SpeechSource.load`.
         """
-        return self.source.load(self.indices[position])
+        return self.source.load(self.indices[position], start, num_samples)
 
 
 def _open_one(name: str, split: str | None, audio_column: str, config_name: str | None) -> SpeechSource:
@@ -150,5 +159,4 @@ def open_labelled(
         raise ValueError("There is no data. Give at least one folder, table, manifest or dataset.")
     sources = [_open_one(str(name), split, audio_column, config_name) for name in several]
     source = sources[0] if len(sources) == 1 else JoinedSource(sources)
-    shown = ", ".join(map(str, several)) + ("" if split is None else f" ({split})")
-    return LabelledSource(source, source.labels(column), name=shown)
+    return LabelledSource(source, source.labels(column), name=", ".join(map(str, several)), split=split)

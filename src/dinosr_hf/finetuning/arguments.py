@@ -8,7 +8,6 @@ says why not. What is not set leaves the checkpoint's configuration as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -51,9 +50,19 @@ class LabelledDataArguments:
         default=40.0,
         metadata={"help": "Longer utterances are not trained on; evaluation takes all."},
     )
+    speed_change: float = field(
+        default=0.0,
+        metadata={
+            "help": "Play each training utterance at a speed between 1 - this and 1 + this, another one in each epoch;"
+            " 0 (the paper): as it is."
+        },
+    )
     synthetic_utterances: int = field(default=200, metadata={"help": "Utterances of synthetic training speech."})
     synthetic_eval_utterances: int = field(
         default=50, metadata={"help": "Utterances of synthetic validation and of test speech, each."}
+    )
+    synthetic_speakers: int = field(
+        default=40, metadata={"help": "Speakers of synthetic training speech; evaluation has 40 others."}
     )
     synthetic_text: str = field(
         default="sentences",
@@ -75,7 +84,12 @@ CONFIG_FIELDS = (
 
 @dataclass
 class StartArguments:
-    """The model to start from, and what is changed of it."""
+    """
+    The model to start from, and what is changed of it.
+
+    Raises:
+        ArgumentError: For values that count for nothing beside `freeze_encoder`.
+    """
 
     model: str = field(
         default="runs/tiny", metadata={"help": "Folder or Hub name of a pre-trained, or already fine-tuned, DinoSR."}
@@ -91,6 +105,10 @@ class StartArguments:
         default=False, metadata={"help": "Take only the sizes of `model`, and random weights: for comparisons."}
     )
     freeze_feature_encoder: bool = field(default=True, metadata={"help": "Never train the convolutions."})
+    freeze_encoder: bool = field(
+        default=False,
+        metadata={"help": "Train the head alone, on what the encoder gives in evaluation mode, as SUPERB does."},
+    )
     hidden_dropout: float | None = field(default=None, metadata={"help": "As in DinoSRConfig; left out: the model's."})
     attention_dropout: float | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
     activation_dropout: float | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
@@ -112,13 +130,35 @@ class StartArguments:
         metadata={"help": "Layers that get adapters: q_proj, k_proj, v_proj, out_proj, ..."},
     )
 
+    def __post_init__(self) -> None:
+        if not self.freeze_encoder:
+            return
+        of_encoder = [name for name in self.config_changes() if name != "final_dropout"]
+        unread = [*of_encoder, *(["lora_rank"] if self.lora_rank else [])]
+        if unread:
+            raise ArgumentError(
+                f"{', '.join(unread)} would count for nothing with freeze_encoder: the encoder is not trained, has no"
+                " dropout and is not masked. Leave one or the other out."
+            )
+
     def config_changes(self) -> dict[str, Any]:
         """Fields of the configuration that were set."""
         return {name: getattr(self, name) for name in CONFIG_FIELDS if getattr(self, name) is not None}
 
 
-# What `Trainer` would be told of the size of its batches, which here are in seconds.
-_NOT_FOR_BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_SECONDS = (
+    "batches are in seconds of audio. Set step_seconds (of an optimizer step), micro_seconds (of a forward pass)"
+)
+_SHARES = "the schedule is ours. Set schedule, warmup_share, hold_share, final_lr_scale"
+
+# Of `TrainingArguments`, what has another form here.
+_REPLACED = {
+    "per_device_train_batch_size": _SECONDS,
+    "per_device_eval_batch_size": _SECONDS,
+    "gradient_accumulation_steps": _SECONDS,
+    "lr_scheduler_type": _SHARES,
+    "warmup_steps": _SHARES,
+}
 
 
 @dataclass
@@ -163,12 +203,9 @@ class FinetuningArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         own = {spec.name: spec.default for spec in fields(TrainingArguments)}
-        for name in _NOT_FOR_BATCHES:
+        for name, instead in _REPLACED.items():
             if getattr(self, name) != own[name]:
-                raise ArgumentError(
-                    f"{name}={getattr(self, name)} counts for nothing: batches are in seconds of audio. Set"
-                    " step_seconds (of an optimizer step) and micro_seconds (of a forward pass)."
-                )
+                raise ArgumentError(f"{name}={getattr(self, name)} counts for nothing: {instead}.")
         check_ranges(
             [
                 (self.step_seconds > 0, "step_seconds", self.step_seconds, "more than 0"),
@@ -188,16 +225,14 @@ class FinetuningArguments(TrainingArguments):
             self.load_best_model_at_end = False
         super().__post_init__()
 
+    def told(self) -> dict[str, Any]:
+        """The values for `run.json`: those of this class, and of `TrainingArguments` those that were changed."""
+        own, values = type(self).__annotations__, self.to_dict()
+        theirs = {spec.name: spec.default for spec in fields(TrainingArguments)}
+        return {name: value for name, value in values.items() if name in own or value != theirs.get(name, value)}
+
     def with_max_steps(self, max_steps: int) -> FinetuningArguments:
         """A copy for a run of so many updates, where epochs decide."""
         changed = copy.copy(self)
         changed.max_steps = max_steps
         return changed
-
-
-def plain(arguments: Any) -> dict[str, Any]:
-    """A dataclass's values that differ from its defaults, as JSON can have them."""
-    values: Mapping[str, Any] = arguments.to_dict() if hasattr(arguments, "to_dict") else vars(arguments)
-    defaults = type(arguments)()
-    known: Mapping[str, Any] = defaults.to_dict() if hasattr(defaults, "to_dict") else vars(defaults)
-    return {name: value for name, value in values.items() if value != known.get(name)}

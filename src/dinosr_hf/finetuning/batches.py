@@ -7,7 +7,6 @@ Utterances with labels as batches: a fixed amount of audio an optimizer step, wh
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data import SAMPLING_RATE, AudioFileError, LabelledSource, normalize_waveform
+from ..data.audio import require
 from ..data.batching import sort_in_buckets
 from ..data.collator import utterance_generator
 
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class Example(NamedTuple):
-    """An utterance: its place in the data set, float32 (S,) normalised, and what `encode` made of its label."""
+    """An utterance: its place in the data set, float32 (S,) normalised (None: cannot be read), and its target."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which has no use here
-    waveform: np.ndarray
+    waveform: np.ndarray | None
     label: Any
 
 
@@ -38,41 +38,72 @@ class LabelledDataset(Dataset):
         source: Recordings and labels.
         targets: What the model is to give for each utterance of `source`: int64 (L,), or one int.
         positions: Which utterances of `source` are used; None: all.
+        crop_samples: Of longer utterances a random part of this length is read, another one in each epoch; None: all
+            of them.
+        speed_change: Each utterance is played at a speed drawn from 1 - this to 1 + this in each epoch, which changes
+            its pitch as well (Ko et al., Interspeech 2015, "Audio augmentation for speech recognition").
+        seed: Of parts and speeds, with the epoch and the utterance's id.
 
     Attributes:
-        unreadable: Ids of recordings that turned out unreadable in this process, with how often.
+        epoch: What parts and speeds are drawn for.
     """
 
-    def __init__(self, source: LabelledSource, targets: Sequence[Any], positions: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        source: LabelledSource,
+        targets: Sequence[Any],
+        positions: Sequence[int] | None = None,
+        *,
+        crop_samples: int | None = None,
+        speed_change: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         self.source = source
         self.targets = targets
         self.positions = list(range(len(source))) if positions is None else list(positions)
-        self.unreadable: Counter[str] = Counter()
+        self.epoch = 0
+        self._crop_samples = crop_samples
+        self._speed_change = speed_change
+        self._seed = seed
 
     def __len__(self) -> int:
         return len(self.positions)
 
     @property
     def num_samples(self) -> list[int]:
-        """Length of each utterance."""
-        return [self.source.num_samples[position] for position in self.positions]
+        """Length of each utterance, or of the part that is read of it."""
+        lengths = [self.source.num_samples[position] for position in self.positions]
+        return lengths if self._crop_samples is None else [min(length, self._crop_samples) for length in lengths]
 
     @property
     def ids(self) -> list[str]:
         """Name of each utterance."""
         return [self.source.ids[position] for position in self.positions]
 
-    def __getitem__(self, index: int) -> Example | None:
-        """The utterance; None, with a word in the log, if its recording has gone bad."""
+    def _generator(self, position: int, purpose: str) -> np.random.Generator:
+        return utterance_generator(self._seed, self.epoch, self.source.ids[position], purpose)
+
+    def _load(self, position: int) -> np.ndarray:
+        rest = self.source.num_samples[position] - (self._crop_samples or self.source.num_samples[position])
+        if rest <= 0:
+            return self.source.load(position)
+        start = int(self._generator(position, "crop").integers(rest + 1))
+        return self.source.load(position, start, self._crop_samples)
+
+    def _at_another_speed(self, waveform: np.ndarray, position: int) -> np.ndarray:
+        if not self._speed_change:
+            return waveform
+        speed = 1 + self._speed_change * self._generator(position, "speed").uniform(-1, 1)
+        return require("soxr").resample(waveform, SAMPLING_RATE * speed, SAMPLING_RATE, quality="HQ")
+
+    def __getitem__(self, index: int) -> Example:
+        """The utterance; without a waveform, and with a word in the log, if its recording has gone bad."""
         position = self.positions[index]
         try:
-            waveform = self.source.load(position)
+            waveform = self._at_another_speed(self._load(position), position)
         except AudioFileError as error:
-            name = self.source.ids[position]
-            if not self.unreadable[name]:
-                logger.warning("%s is left out: %s", name, error)
-            self.unreadable[name] += 1
-            return None
+            logger.warning("%s is left out: %s", self.source.ids[position], error)
+            return Example(index, None, self.targets[position])
         return Example(index, normalize_waveform(waveform), self.targets[position])
 
 
@@ -87,7 +118,7 @@ class LabelledCollator:
     def __init__(self, min_samples: int) -> None:
         self.min_samples = min_samples
 
-    def __call__(self, examples: Sequence[Example | None]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """
         Collate what could be read.
 
@@ -97,17 +128,19 @@ class LabelledCollator:
         Returns:
             `input_values` float32 (B, S), zero where padded; `attention_mask` int64 (B, S); `labels` int64 (B, L),
             -100 where padded, or (B,); `index` int64 (B,), the places in the data set, -1 for a silent row that
-            stands in where nothing could be read.
+            stands in where nothing could be read; `unreadable` int64 (U,), the places of what could not.
         """
-        read = [example for example in examples if example is not None]
+        read = [example for example in examples if example.waveform is not None]
+        unreadable = [example.index for example in examples if example.waveform is None]
         if not read:
             silence = np.zeros(self.min_samples, dtype=np.float32)
             read = [Example(-1, silence, np.full(1, -100, dtype=np.int64))]
-        lengths = torch.tensor([len(example.waveform) for example in read])
+        waveforms = [torch.from_numpy(example.waveform) for example in read]
+        lengths = torch.tensor([len(waveform) for waveform in waveforms])
         num_samples = max(self.min_samples, int(lengths.max()))
         input_values = torch.zeros(len(read), num_samples)
-        for row, example in enumerate(read):
-            input_values[row, : len(example.waveform)] = torch.from_numpy(example.waveform)
+        for row, waveform in enumerate(waveforms):
+            input_values[row, : len(waveform)] = waveform
         targets = [torch.as_tensor(example.label, dtype=torch.int64) for example in read]
         if targets[0].dim() == 0:
             labels = torch.stack(targets)
@@ -118,6 +151,7 @@ class LabelledCollator:
             "attention_mask": (torch.arange(num_samples) < lengths[:, None]).long(),
             "labels": labels,
             "index": torch.tensor([example.index for example in read]),
+            "unreadable": torch.tensor(unreadable, dtype=torch.int64),
         }
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import json
+import dataclasses
 import logging
-import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -19,16 +15,15 @@ from ..command_line import ArgumentError
 from ..configuration_dinosr import DinoSRConfig
 from ..data import SAMPLING_RATE, LabelledSource
 from ..folders import save_folder
-from .arguments import FinetuningArguments, LabelledDataArguments, StartArguments, plain
+from ..records import RunRecord, describe_hardware, library_versions, time_now, write_record
+from .arguments import FinetuningArguments, LabelledDataArguments, StartArguments
 from .batches import LabelledDataset, hours
-from .splits import Splits, open_splits
+from .splits import open_splits
 from .start import add_adapters, load_model, without_adapters
 from .task import Task, describe_unusable, num_frames_of
 from .trainer import FreezeCallback, SpeechTrainer
 
 logger = logging.getLogger(__name__)
-
-RECORD_FILE = "run.json"
 
 
 def _resume_point(arguments: FinetuningArguments) -> str | None:
@@ -55,12 +50,20 @@ def _resume_point(arguments: FinetuningArguments) -> str | None:
 
 
 def _training_set(
-    source: LabelledSource, targets: list[Any], task: Task, config: DinoSRConfig, data: LabelledDataArguments
+    source: LabelledSource,
+    targets: list[Any],
+    task: Task,
+    config: DinoSRConfig,
+    data: LabelledDataArguments,
+    seed: int,
 ) -> LabelledDataset:
     """What can be trained on; what cannot is counted and reported."""
     reasons: dict[str, list[str]] = {}
     positions = []
     low, high = data.min_seconds * SAMPLING_RATE, data.max_seconds * SAMPLING_RATE
+    crop_samples = None if task.crop_seconds is None else int(task.crop_seconds * SAMPLING_RATE)
+    if crop_samples is not None:
+        high = float("inf")
     num_frames = num_frames_of(config, source.num_samples)
     for position, (target, frames) in enumerate(zip(targets, num_frames, strict=True)):
         length = source.num_samples[position]
@@ -73,7 +76,9 @@ def _training_set(
         logger.warning(describe_unusable(reasons, len(source)))
     if not positions:
         raise ArgumentError(f"{source.name}: no utterance can be trained on. Look at min_seconds and max_seconds.")
-    return LabelledDataset(source, targets, positions)
+    return LabelledDataset(
+        source, targets, positions, crop_samples=crop_samples, speed_change=data.speed_change, seed=seed
+    )
 
 
 def _evaluation_set(source: LabelledSource | None, task: Task) -> LabelledDataset | None:
@@ -115,34 +120,23 @@ def _judge(trainer: SpeechTrainer, task: Task, dataset: LabelledDataset | None, 
     output = trainer.predict(dataset, metric_key_prefix=name)
     metrics = output.metrics or {}
     trainer.log_metrics(name, metrics)
-    record = {"dataset": dataset.source.name, "split": name, "num_utterances": len(dataset)}
+    source = dataset.source
+    record: dict[str, Any] = {"dataset": source.name, "split": source.split or name, "num_utterances": len(dataset)}
     if trainer.is_world_process_zero():
-        figures = task.report(dataset.source, output.predictions, Path(trainer.args.output_dir), name)
+        figures = task.report(source, output.predictions, Path(trainer.args.output_dir), name)
         record |= {**figures, "real_time_factor": metrics[f"{name}_real_time_factor"]}
     return record
 
 
-def _describe_data(splits: Splits) -> list[dict[str, Any]]:
-    named = {"train": splits.train, "eval": splits.eval, "test": splits.test}
-    return [
-        {"name": source.name, "split": split, "hours": hours(source.num_samples), "utterances": len(source)}
-        for split, source in named.items()
-        if source is not None
-    ]
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
-
-
-def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _describe_data(train: LabelledDataset, unreadable: int) -> dict[str, Any]:
+    source = train.source
+    return {
+        "name": source.name,
+        "split": source.split,
+        "hours": hours(train.num_samples),
+        "utterances": len(train),
+        "unreadable": unreadable,
+    }
 
 
 def finetune(
@@ -152,7 +146,7 @@ def finetune(
     arguments: FinetuningArguments,
     *,
     on_trainer: Callable[[SpeechTrainer], None] | None = None,
-) -> dict[str, Any]:
+) -> RunRecord:
     """
     Fine-tune a head, from opening the data to the last figures.
 
@@ -173,13 +167,15 @@ def finetune(
         ArgumentError: If the arguments do not fit the model, the data or the folder.
         ValueError: If the data cannot be read.
     """
-    started, folder = _now(), Path(arguments.output_dir)
+    if start.freeze_encoder and arguments.freeze_steps:
+        raise ArgumentError("freeze_steps would count for nothing with freeze_encoder. Leave one of them out.")
+    started, folder = time_now(), Path(arguments.output_dir)
     resume = _resume_point(arguments)
     set_seed(arguments.seed)
     splits = open_splits(data, arguments.seed)
     task.prepare(splits.train)
     model: Any = load_model(task.model_class, start, task.config_changes())
-    train = _training_set(splits.train, task.targets(splits.train), task, model.config, data)
+    train = _training_set(splits.train, task.targets(splits.train), task, model.config, data, arguments.seed)
     evaluation, test = _evaluation_set(splits.eval, task), _evaluation_set(splits.test, task)
     if start.lora_rank:
         model = add_adapters(model, start)
@@ -190,22 +186,22 @@ def finetune(
 
     figures = [_judge(trainer, task, evaluation, "eval"), _judge(trainer, task, test, "test")]
     final = without_adapters(trainer.accelerator.unwrap_model(trainer.model))
-    record = {
-        "task": task.name,
-        "arguments": {**plain(start), **plain(data), **plain(arguments)},
-        "base_model": start.model,
-        "data": _describe_data(splits),
-        "steps": trainer.state.global_step,
-        "evaluation": [figure for figure in figures if figure is not None],
-        "unreadable": dict(train.unreadable),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "started": started,
-        "finished": _now(),
-        "hardware": _hardware(),
-    }
+    told = (dataclasses.asdict(start), dataclasses.asdict(data), dataclasses.asdict(task.arguments), arguments.told())
+    record = RunRecord(
+        task=task.name,
+        arguments={name: value for group in told for name, value in group.items()},
+        base_model=None if start.from_scratch else start.model,
+        data=[_describe_data(train, len(trainer.unreadable_ids()))],
+        steps=trainer.state.global_step,
+        evaluation=[figure for figure in figures if figure is not None],
+        versions=library_versions(),
+        started=started,
+        finished=time_now(),
+        hardware=describe_hardware(arguments.world_size),
+    )
     if trainer.is_world_process_zero():
         save_folder(final, folder)
         task.save(folder)
-        _write_record(folder, record)
+        write_record(folder, record)
     trainer.accelerator.wait_for_everyone()
     return record

@@ -29,12 +29,13 @@ def _synthetic(arguments: LabelledDataArguments, split: str, seed: int) -> Label
         arguments.synthetic_utterances if is_train else arguments.synthetic_eval_utterances,
         seed=seed,
         languages=arguments.synthetic_languages,
+        num_speakers=arguments.synthetic_speakers if is_train else 40,
         split=split,
         noise=arguments.synthetic_noise,
         text=arguments.synthetic_text,
     )
     source = DatasetSource(corpus.to_dataset())
-    return LabelledSource(source, source.labels(arguments.label_column), name=f"synthetic speech ({split})")
+    return LabelledSource(source, source.labels(arguments.label_column), name="synthetic", split=split)
 
 
 def _has_table(folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..command_line import ArgumentError
@@ -39,6 +40,16 @@ def _take_teacher(model: DinoSRPreTrainedModel, name: str, config: DinoSRConfig)
         own.copy_(averaged)
 
 
+def _into_evaluation_mode(encoder: nn.Module, args: Any) -> None:
+    encoder.eval()
+
+
+def freeze_encoder(model: DinoSRPreTrainedModel) -> None:
+    """Keep the encoder of a model as it is, and in evaluation mode also while `Trainer` trains the head."""
+    model.freeze_base_model()
+    model.base_model.register_forward_pre_hook(_into_evaluation_mode)
+
+
 def load_model(
     model_class: type[DinoSRPreTrainedModel], arguments: StartArguments, changes: dict[str, Any]
 ) -> DinoSRPreTrainedModel:
@@ -51,7 +62,7 @@ def load_model(
         changes: Further fields of the configuration: those of the labels.
 
     Returns:
-        The model, in float32, all of it trainable but the convolutions if these are to be frozen.
+        The model, in float32, all of it trainable but what is to be frozen.
 
     Raises:
         ArgumentError: If the checkpoint cannot be opened, is no DinoSR, has no teacher where that is asked for, or
@@ -73,6 +84,8 @@ def load_model(
         _take_teacher(model, arguments.model, config)
     if arguments.freeze_feature_encoder and not arguments.from_scratch:
         model.freeze_feature_encoder()
+    if arguments.freeze_encoder:
+        freeze_encoder(model)
     return model
 
 
@@ -81,13 +94,18 @@ def add_adapters(model: DinoSRPreTrainedModel, arguments: StartArguments) -> Any
     PEFT's low-rank adapters (arXiv 2106.09685) around a model; its head goes on learning as a whole.
 
     Raises:
-        ArgumentError: If the model has no layers of these names.
+        ArgumentError: If the model has no layers of these names, or a learnt sum of its layers.
         ImportError: Without peft.
     """
     try:
         import peft
     except ImportError as error:
         raise ImportError("lora_rank needs peft: pip install peft") from error
+    if list(model.parameters(recurse=False)):
+        raise ArgumentError(
+            "lora_rank does not go with use_weighted_layer_sum: PEFT trains and keeps whole layers of a head, and the"
+            " weights of that sum are none. Set one of them to 0 or false."
+        )
     names = [name for name, _ in model.named_modules()]
     for target in arguments.lora_targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):

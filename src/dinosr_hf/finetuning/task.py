@@ -20,16 +20,21 @@ class Task(ABC):
     A head and what it learns. `prepare` comes first; then the other methods may be called.
 
     Attributes:
+        arguments: What it was told, a dataclass.
         name: As the Hub names tasks.
         model_class: The head.
         metric: What the best checkpoint is chosen by, of the names that `metrics` gives.
         greater_is_better: Whether it should rise.
+        crop_seconds: Training takes a random part of this length of longer utterances; None: all of them, where a
+            label belongs to the whole.
     """
 
+    arguments: Any
     name: str
     model_class: type[DinoSRPreTrainedModel]
     metric: str
     greater_is_better: bool
+    crop_seconds: float | None = None
 
     @abstractmethod
     def prepare(self, train: LabelledSource) -> None:

@@ -82,7 +82,7 @@ class FreezeCallback(TrainerCallback):
 
 
 class _EpochCallback(TrainerCallback):
-    """Tells the sampler its epoch, also where a resumed run wraps it to skip what was done."""
+    """Tells sampler and data set their epoch, also where a resumed run wraps it to skip what was done."""
 
     def __init__(self, trainer: SpeechTrainer) -> None:
         self._trainer = trainer
@@ -90,8 +90,10 @@ class _EpochCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._trainer.sampler is not None:
-            self._trainer.sampler.set_epoch(state.global_step // self._trainer.sampler.num_steps)
+        sampler, dataset = self._trainer.sampler, self._trainer.train_dataset
+        if sampler is not None and isinstance(dataset, LabelledDataset):
+            dataset.epoch = state.global_step // sampler.num_steps
+            sampler.set_epoch(dataset.epoch)
 
 
 class SpeechTrainer(Trainer):
@@ -121,6 +123,7 @@ class SpeechTrainer(Trainer):
                 f"This process has {args.n_gpu} GPUs. Start a process for each: `accelerate launch --multi_gpu`."
             )
         self.sampler: StepBatchSampler | None = None
+        self._unreadable: set[int] = set()
         # Before Trainer looks at it: what one process takes in a pass decides how many passes make a step.
         per_pass = args.world_size * args.micro_seconds
         args.gradient_accumulation_steps = max(1, round(args.step_seconds / per_pass + 0.499))
@@ -194,6 +197,8 @@ class SpeechTrainer(Trainer):
     ) -> tuple[list, torch.Tensor]:
         """The micro-batches of a step, and its number of utterances over all processes."""
         batches = list(islice(epoch_iterator, num_batches))
+        for batch in batches:
+            self._unreadable.update(batch.pop("unreadable").tolist())
         count = torch.tensor(sum(int((batch["index"] >= 0).sum()) for batch in batches), device=device)
         return batches, self.accelerator.reduce(count, reduction="sum")
 
@@ -222,6 +227,13 @@ class SpeechTrainer(Trainer):
             loss = total / whole * (1 if num_items_in_batch is None else self.args.world_size)
         return (loss, outputs) if return_outputs else loss
 
+    def unreadable_ids(self) -> list[str]:
+        """Names of the training recordings that could not be read so far, in any process; all processes must ask."""
+        from accelerate.utils import gather_object  # an optional package, without which there is no Trainer
+
+        assert isinstance(self.train_dataset, LabelledDataset)
+        return sorted({self.train_dataset.ids[index] for index in set(gather_object(sorted(self._unreadable)))})
+
     @torch.no_grad()
     def evaluation_loop(
         self,
@@ -240,28 +252,32 @@ class SpeechTrainer(Trainer):
             self.model.to(self.args.device)  # evaluation without training before it
         model = self.accelerator.unwrap_model(self.model).eval()
         found: list[tuple[int, np.ndarray]] = []
-        total_loss, start = 0.0, time.perf_counter()
+        total_loss, num_losses, start = 0.0, 0, time.perf_counter()
         for batch in tqdm(dataloader, description, disable=self.args.disable_tqdm or not self.is_world_process_zero()):
             batch = self._prepare_inputs(batch)
-            index = batch.pop("index")
+            index, _ = batch.pop("index"), batch.pop("unreadable")
             with self.compute_loss_context_manager():
                 outputs = model(**batch)
             if index[0] < 0:
                 continue
-            is_sum = sums_losses(self._config, batch["labels"])
-            total_loss += float(outputs.loss) * (1 if is_sum else len(index))
+            labels = batch["labels"]
+            # An utterance of a class that the model does not know has no loss.
+            count = int((labels >= 0).sum()) if labels.dim() == 1 else len(index)
+            if count:
+                total_loss += float(outputs.loss) * (1 if sums_losses(self._config, labels) else count)
+                num_losses += count
             found += zip(
                 index.tolist(), _decisions(self._config, outputs.logits, batch["attention_mask"]), strict=True
             )
         seconds = time.perf_counter() - start
-        parts = gather_object([(found, total_loss, seconds)])
-        by_index = dict(pair for part, _, _ in parts for pair in part)
+        parts = gather_object([(found, total_loss, num_losses, seconds)])
+        by_index = dict(pair for part, *_ in parts for pair in part)
         predictions = _ragged([by_index.get(index) for index in range(len(dataset))])
         targets = _ragged([dataset.targets[position] for position in dataset.positions])
         audio = sum(dataset.num_samples) / SAMPLING_RATE
         metrics = {
-            "loss": sum(loss for _, loss, _ in parts) / max(1, len(by_index)),
-            "real_time_factor": max(spent for _, _, spent in parts) / audio,
+            "loss": sum(loss for _, loss, _, _ in parts) / max(1, sum(count for _, _, count, _ in parts)),
+            "real_time_factor": max(spent for *_, spent in parts) / audio,
             "unreadable": len(dataset) - len(by_index),
         }
         if self.compute_metrics is not None:

@@ -21,6 +21,8 @@ MEASURES = {
     "wer": ("word error rate, %", 100),
     "cer": ("character error rate, %", 100),
     "accuracy": ("accuracy, %", 100),
+    "macro_f1": ("F1, mean over classes, %", 100),
+    "real_time_factor": ("seconds of processing a second of audio", 1),
     "loss": ("loss, nats a masked frame", 1),
     "target_perplexity": ("target perplexity, mean over codebooks", 1),
     "prediction_perplexity": ("prediction perplexity, mean over codebooks", 1),

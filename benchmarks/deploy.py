@@ -1,0 +1,115 @@
+"""
+How fast and how large is a recogniser in PyTorch, in onnxruntime, and there with int8 weights?
+
+    python benchmarks/deploy.py --size base --seconds 10 --repeats 5 --threads 1
+
+Weights are random, speech is noise: times and sizes are those of a trained model, and the differences of outputs show
+the arithmetic's error, but no word error rate. The forms are timed in turn; before, the float32 network must give
+torch's output, or nothing is timed.
+"""
+
+import argparse
+import datetime
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+import transformers
+
+from dinosr_hf import DinoSRConfig, DinoSRForCTC
+from dinosr_hf.export import FolderModel, TorchModel, compare, export_onnx, load_onnx, quantize_onnx
+from dinosr_hf.folders import feature_extractor
+from dinosr_hf.pretraining import parse_arguments
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+SAMPLING_RATE = 16_000
+# Measured with base: 6e-6.
+TOLERANCE = 1e-4
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time a recogniser in PyTorch and in onnxruntime.")
+    parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="the demo's model or the paper's")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of the utterance, at least 0.1")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each form")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    options = parser.parse_args(argv)
+    if options.seconds < 0.1 or options.repeats < 1 or options.threads < 1:
+        parser.error("--seconds must be at least 0.1, --repeats and --threads 1.")
+    return options
+
+
+def save_model(size: str, folder: Path) -> None:
+    """A recogniser of random weights with a vocabulary of 32 signs."""
+    config = DinoSRConfig()
+    if size == "tiny":
+        config = parse_arguments([], CONFIGS / "tiny_cpu.yaml").model_config()
+    torch.manual_seed(0)
+    model = DinoSRForCTC(config)
+    model.save_pretrained(folder)
+    signs = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "|",
+        *(chr(ord("A") + number) for number in range(config.vocab_size - 5)),
+    ]
+    (folder / "signs.json").write_text(str({sign: number for number, sign in enumerate(signs)}).replace("'", '"'))
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(folder / "signs.json"))
+    transformers.Wav2Vec2Processor(feature_extractor(), tokenizer).save_pretrained(folder)
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
+    waveform = np.random.default_rng(0).standard_normal(int(options.seconds * SAMPLING_RATE)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        save_model(options.size, folder / "torch")
+        export_onnx(folder / "torch", folder / "onnx")
+        quantize_onnx(folder / "onnx", folder / "int8")
+        models: dict[str, FolderModel] = {
+            "torch": TorchModel(folder / "torch"),
+            "onnx": load_onnx(folder / "onnx", num_threads=options.threads),
+            "onnx int8": load_onnx(folder / "int8", num_threads=options.threads),
+        }
+        found = {name: compare(models["torch"], model, [waveform]) for name, model in models.items()}
+    if not found["onnx"].max_difference <= TOLERANCE:
+        sys.exit(
+            f"Not timed, because it is wrong: the network differs from torch by {found['onnx'].max_difference:.1e}"
+        )
+
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(options.repeats):
+        for name, model in models.items():
+            since = time.perf_counter()
+            model.run([waveform])
+            times[name].append(time.perf_counter() - since)
+
+    print(
+        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {options.threads} thread(s), Python"
+        f" {platform.python_version()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
+    )
+    print(f"{options.size}: one utterance of {options.seconds:g} s, {options.repeats} runs of each in turn\n")
+    print("| form | size (MiB) | median (s) | min | max | times as fast | largest difference | other best labels |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, seconds in times.items():
+        middle, comparison = statistics.median(seconds), found[name]
+        print(
+            f"| {name} | {comparison.num_bytes[1] / 2**20:.1f} | {middle:.3f} | {min(seconds):.3f} |"
+            f" {max(seconds):.3f} | {statistics.median(times['torch']) / middle:.2f} |"
+            f" {comparison.max_difference:.1e} | {comparison.changed_decisions:.1%} |"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,57 @@
+"""
+Write a fine-tuned model as an ONNX network, in float32 and in int8, and see what it says beside PyTorch.
+
+    python examples/export_onnx.py runs/recogniser runs/onnx --int8 runs/onnx-int8 --verify speech.wav
+
+The folders that it writes have all that onnxruntime needs; docs/deploying.md has the code that runs them.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from transformers.utils import logging
+
+from dinosr_hf.data import load_audio
+from dinosr_hf.export import FolderModel, TorchModel, compare, export_onnx, load_onnx, quantize_onnx
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Export a model to ONNX.")
+    parser.add_argument("model", help="folder of a fine-tuned model and its processor")
+    parser.add_argument("onnx", help="folder to write")
+    parser.add_argument("--int8", metavar="FOLDER", help="write the network with int8 weights too, there")
+    parser.add_argument("--verify", metavar="AUDIO", nargs="+", default=[], help="files to run all of them on")
+    parser.add_argument("--overwrite", action="store_true", help="replace networks that are there")
+    return parser.parse_args(argv)
+
+
+def verify(models: dict[str, FolderModel], files: Sequence[str]) -> None:
+    """Print the transcripts beside each other, and what differs from the first model."""
+    waveforms = [load_audio(file) for file in files]
+    if models["torch"].is_recogniser:
+        transcripts = [model.transcribe(waveforms) for model in models.values()]
+        for file, *said in zip(files, *transcripts, strict=True):
+            print(file, *(f"  {name:5}  {text}" for name, text in zip(models, said, strict=True)), sep="\n")
+    for name, model in models.items():
+        if name != "torch":
+            print(f"\ntorch and {name}:\n{compare(models['torch'], model, waveforms)}")
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(argv)
+    logging.disable_progress_bar()
+    try:
+        print("Written:", export_onnx(options.model, options.onnx, overwrite=options.overwrite))
+        models: dict[str, FolderModel] = {"torch": TorchModel(options.model), "onnx": load_onnx(options.onnx)}
+        if options.int8:
+            print("Written:", quantize_onnx(options.onnx, options.int8, overwrite=options.overwrite))
+            models["int8"] = load_onnx(options.int8)
+        if options.verify:
+            verify(models, options.verify)
+    except (ImportError, ValueError) as error:
+        sys.exit(f"export_onnx.py: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

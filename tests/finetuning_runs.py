@@ -1,0 +1,68 @@
+"""Small labelled corpora, a small pre-trained folder, and fine-tuning runs on them."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.ctc import Recognition, RecognitionArguments
+from dinosr_hf.finetuning import FinetuningArguments, LabelledDataArguments, StartArguments, finetune
+from dinosr_hf.folders import save_folder
+from tiny import NO_DROPOUT, randomize, tiny_config
+
+WORDS = ("oh", "no", "hello", "moon", "noon")
+
+
+def write_corpus(folder: Path, num_utterances: int, seed: int = 0, rate: int = 16_000) -> Path:
+    """Coloured noise of different lengths, each with a few words, as an audio folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["file_name", "transcription", "language"])
+        for number in range(num_utterances):
+            words = generator.choice(WORDS, size=int(generator.integers(1, 4)))
+            noise = generator.standard_normal(int(rate * generator.uniform(0.12, 0.3))).cumsum() * 0.01
+            soundfile.write(folder / f"{number:02d}.wav", np.clip(noise, -0.9, 0.9), rate)
+            table.writerow([f"{number:02d}.wav", " ".join(words), ("en", "de")[number % 2]])
+    return folder
+
+
+def write_model(folder: Path, **changes) -> Path:
+    """A pre-training folder whose teacher is not its student; nothing random in training."""
+    settings = {**NO_DROPOUT, "mask_time_prob": 0.0, **changes}
+    model = randomize(DinoSRForPreTraining(tiny_config(**settings)))
+    save_folder(model, folder)
+    return folder
+
+
+def run_settings(**changes):
+    """Arguments of a short run on a CPU."""
+    defaults = {
+        "step_seconds": 1.0,
+        "micro_seconds": 1.0,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "warmup_share": 0.0,
+        "hold_share": 1.0,
+        "adam_epsilon": 1e-3,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return {**defaults, **changes}
+
+
+def recognise(model: Path, train: Path, out: Path, *, data=None, start=None, recognition=None, on_trainer=None, **run):
+    """Fine-tune with CTC; returns the record of the run."""
+    return finetune(
+        Recognition(RecognitionArguments(**(recognition or {}))),
+        StartArguments(model=str(model), **(start or {})),
+        LabelledDataArguments(train_data=[str(train)], **{"min_seconds": 0.01, **(data or {})}),
+        FinetuningArguments(output_dir=str(out), **run_settings(**run)),
+        on_trainer=on_trainer,
+    )

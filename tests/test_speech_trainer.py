@@ -1,0 +1,288 @@
+"""Steps mean the same however they are cut up, the encoder waits for its update, and runs go on where they stopped."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dinosr_hf import DinoSRForCTC
+from dinosr_hf.command_line import ArgumentError
+from dinosr_hf.finetuning import FinetuningArguments
+from finetuning_runs import recognise, run_settings, write_corpus, write_model
+from tiny import deterministic_config, waveforms
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"), 17)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+class Watch(TrainerCallback):
+    """What a run logs, and the weights of a name after each update."""
+
+    def __init__(self, name="encoder.layers.0.attention.q_proj.weight"):
+        self.name, self.losses, self.weights, self.rates = name, [], [], []
+
+    def __call__(self, trainer):
+        trainer.add_callback(self)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        named = dict(model.named_parameters())
+        self.weights.append({key: value.detach().clone() for key, value in named.items()})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal_weights(first, second, tolerance):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], atol=tolerance, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_accumulated_micro_batches_are_one_batch(tmp_path, model, corpus, reduction):
+    whole, cut = Watch(), Watch()
+    options = {"recognition": {"ctc_loss_reduction": reduction}}
+    recognise(model, corpus, tmp_path / "whole", micro_seconds=9.0, on_trainer=whole, **options)
+    recognise(model, corpus, tmp_path / "cut", micro_seconds=0.2, on_trainer=cut, **options)
+    assert len(whole.losses) == 3
+    assert cut.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert_equal_weights(weights(tmp_path / "cut"), weights(tmp_path / "whole"), 1e-5)
+
+
+def test_means_of_means_are_noticed(tmp_path, model, corpus, monkeypatch):
+    # The control of the test above: utterances are unevenly spread over micro-batches.
+    from dinosr_hf.finetuning import SpeechTrainer
+
+    whole, cut = Watch(), Watch()
+    recognise(model, corpus, tmp_path / "whole", micro_seconds=9.0, on_trainer=whole)
+
+    def mean_of_means(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        count = int((inputs.pop("index") >= 0).sum())
+        return model(**inputs).loss / max(1, count) / self.args.gradient_accumulation_steps
+
+    monkeypatch.setattr(SpeechTrainer, "compute_loss", mean_of_means)
+    recognise(model, corpus, tmp_path / "cut", micro_seconds=0.2, on_trainer=cut)
+    difference = max(
+        float((first - second).abs().max())
+        for first, second in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "cut").values(), strict=True)
+    )
+    assert difference > 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path, model, corpus):
+    recognise(model, corpus, tmp_path / "one", micro_seconds=9.0, max_steps=4, freeze_steps=2)
+    settings = run_settings(micro_seconds=0.3, max_steps=4, freeze_steps=2)
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    script = [str(ROOT / "examples" / "finetune_ctc.py"), "--model", str(model), "--train_data", str(corpus)]
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("{}")
+    script.insert(1, str(empty))
+    done = subprocess.run(
+        [*launch, *script, "--min_seconds", "0.01", "--output_dir", str(tmp_path / "two"), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal_weights(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-5)
+    start = weights(model)
+    moved = weights(tmp_path / "two")["dinosr.encoder.layers.0.attention.q_proj.weight"]
+    assert (moved - start["dinosr.encoder.layers.0.attention.q_proj.weight"]).abs().max() > 1e-4
+
+
+def test_plain_trainer_averages_accumulated_batches(tmp_path):
+    torch.manual_seed(0)
+    model = DinoSRForCTC(deterministic_config(ctc_loss_reduction="mean"))
+    rows = [{"input_values": wave, "labels": torch.tensor([3, 4])} for wave in waveforms(4, 400)]
+
+    def gradients(batch_size, accumulated):
+        found = {}
+
+        class Keep(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+                found.update(
+                    {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+                )
+
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulated,
+            max_steps=1,
+            learning_rate=0.0,
+            max_grad_norm=0.0,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model, arguments, train_dataset=rows, callbacks=[Keep()]).train()
+        return found
+
+    whole, cut = gradients(4, 1), gradients(2, 2)
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_encoder_waits_and_the_convolutions_stay(tmp_path, model, corpus):
+    watch = Watch()
+    recognise(model, corpus, tmp_path / "out", freeze_steps=2, max_steps=3, on_trainer=watch)
+    first, second, third = watch.weights
+    layer, conv = (
+        "dinosr.encoder.layers.0.attention.q_proj.weight",
+        "dinosr.feature_extractor.conv_layers.0.conv.weight",
+    )
+    start = weights(model)
+    torch.testing.assert_close(second[layer], start[layer], atol=0, rtol=0)
+    assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
+    assert not torch.equal(third[layer], start[layer])
+    torch.testing.assert_close(third[conv], start[conv], atol=0, rtol=0)
+
+
+def test_the_head_can_have_a_rate_of_its_own(tmp_path, model, corpus):
+    watch = Watch()
+    recognise(model, corpus, tmp_path / "out", learning_rate=1e-12, head_learning_rate=0.1, on_trainer=watch)
+    layer = "dinosr.encoder.layers.0.attention.q_proj.weight"
+    assert (watch.weights[-1][layer] - weights(model)[layer]).abs().max() < 1e-9
+    assert (watch.weights[-1]["lm_head.weight"] - watch.weights[0]["lm_head.weight"]).abs().max() > 1e-3
+
+
+def test_rates_are_those_of_the_schedule(tmp_path, model, corpus):
+    watch = Watch()
+    settings = {"warmup_share": 0.2, "hold_share": 0.4, "final_lr_scale": 0.05, "max_steps": 10}
+    recognise(model, corpus, tmp_path / "out", on_trainer=watch, **settings)
+    from dinosr_hf.schedules import tri_stage
+
+    assert watch.rates == pytest.approx([1e-3 * tri_stage(step, **settings) for step in range(10)])
+
+
+@pytest.mark.parametrize("stop", [2, 4], ids=["within_an_epoch", "in_the_next_epoch"])
+def test_a_resumed_run_is_the_undisturbed_one(tmp_path, model, corpus, stop):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == stop
+
+    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "freeze_steps": 3}
+    start = {"start": {"hidden_dropout": 0.2, "mask_time_prob": 0.3, "mask_time_length": 3}}
+    recognise(model, corpus, tmp_path / "whole", **options, **start)
+    out = tmp_path / "cut"
+    recognise(model, corpus, out, on_trainer=lambda trainer: trainer.add_callback(Stop()), **options, **start)
+    with pytest.raises(ArgumentError, match=r"has checkpoint-\d\. Go on from it with --resume_from_checkpoint true"):
+        recognise(model, corpus, out, **options, **start)
+    recognise(model, corpus, out, resume_from_checkpoint="true", **options, **start)
+    assert_equal_weights(weights(out), weights(tmp_path / "whole"), 0.0)
+
+
+def test_a_base_model_is_no_checkpoint_to_resume_from(tmp_path, model, corpus):
+    with pytest.raises(ArgumentError, match="is no checkpoint of a fine-tuning run: it has no trainer_state"):
+        recognise(model, corpus, tmp_path / "out", resume_from_checkpoint=str(model))
+
+
+@pytest.mark.slow
+def test_adapters_train_and_are_merged(tmp_path, model, corpus):
+    watch = Watch()
+    recognise(
+        model,
+        corpus,
+        tmp_path / "out",
+        on_trainer=watch,
+        start={"lora_rank": 2, "lora_targets": ["q_proj", "output_dense"]},
+        learning_rate=1e-2,
+        bf16=True,
+        gradient_checkpointing=True,
+    )
+    final, start = weights(tmp_path / "out"), weights(model)
+    layer = "dinosr.encoder.layers.0.attention.{}.weight"
+    assert torch.equal(final[layer.format("k_proj")], start[layer.format("k_proj")])
+    assert not torch.equal(final[layer.format("q_proj")], start[layer.format("q_proj")])
+    assert not any("lora" in name for name in final)
+    DinoSRForCTC.from_pretrained(tmp_path / "out")
+
+
+def test_the_teacher_can_be_what_is_fine_tuned(tmp_path, model, corpus):
+    layer = "dinosr.encoder.layers.0.attention.q_proj.weight"
+    start = weights(model)
+    teacher = start["teacher.layers.0.attention.q_proj.weight"]
+    assert not torch.equal(teacher, start[layer])
+    for network, wanted in (("student", start[layer]), ("teacher", teacher)):
+        recognise(model, corpus, tmp_path / network, start={"network": network}, freeze_steps=3)
+        assert torch.equal(weights(tmp_path / network)[layer], wanted)
+    with pytest.raises(ArgumentError, match="network=teacher needs a pre-training checkpoint"):
+        recognise(tmp_path / "student", corpus, tmp_path / "again", start={"network": "teacher"})
+
+
+def test_what_no_flag_names_stays_as_the_checkpoint_has_it(tmp_path, corpus):
+    model = write_model(tmp_path / "model", mask_feature_prob=0.125, mask_feature_length=5)
+    recognise(model, corpus, tmp_path / "kept")
+    recognise(model, corpus, tmp_path / "changed", start={"mask_feature_prob": 0.25})
+    kept, changed = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("kept", "changed"))
+    assert (kept["mask_feature_prob"], changed["mask_feature_prob"]) == (0.125, 0.25)
+    assert kept["hidden_dropout"] == 0.0
+
+
+def test_an_unreadable_recording_is_left_out(tmp_path, model):
+    corpus = write_corpus(tmp_path / "corpus", 6)
+
+    def spoil(trainer):
+        for name in ("00.wav", "03.wav"):
+            (corpus / name).write_bytes(b"nothing")
+
+    watch = Watch()
+
+    def both(trainer):
+        spoil(trainer)
+        watch(trainer)
+
+    recognise(model, corpus, tmp_path / "out", micro_seconds=0.05, max_steps=2, on_trainer=both)
+    assert np.isfinite(watch.losses).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size=4 counts for nothing.*step_seconds"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4 counts for nothing"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type=.*counts for nothing.*schedule"),
+        ({"warmup_steps": 4}, "warmup_steps=4 counts for nothing.*warmup_share"),
+        ({"step_seconds": 0}, "step_seconds=0 is out of range"),
+        ({"hold_share": 0.7, "warmup_share": 0.5}, "hold_share=0.7 is out of range"),
+        ({"schedule": "linear"}, "schedule=linear is out of range: it must be one of tri_stage"),
+    ],
+    ids=["batch", "accumulation", "scheduler", "warmup", "step", "hold", "schedule"],
+)
+def test_arguments_that_cannot_be(changes, message):
+    with pytest.raises(ArgumentError, match=message):
+        FinetuningArguments(**changes)
