@@ -40,6 +40,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--context_seconds", type=float, default=5.0, help="on each side of a part of a longer recording (%(default)s)"
     )
+    parser.add_argument(
+        "--pause_seconds", type=float, default=0.3, help="a word ends where no letter comes for so long (%(default)s)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the model (%(default)s)")
     return parser.parse_args(argv)
@@ -104,6 +107,7 @@ def run(options: argparse.Namespace) -> int:
         window_seconds=options.window_seconds,
         context_seconds=options.context_seconds,
         batch_seconds=options.batch_seconds,
+        pause_seconds=options.pause_seconds,
     )
     printed: dict[str, Transcript] = {}
     for transcript in with_progress(transcriber, source):

@@ -119,7 +119,7 @@ def load_script(script):
 FINETUNING = ("examples/finetune_ctc.py", "examples/finetune_classification.py")
 OWN_PARSER = (
     *("examples/make_manifest.py", "examples/plot_run.py", "examples/prepare_for_hub.py"),
-    *("examples/tune_decoding.py", "examples/export_onnx.py", "benchmarks/deploy.py"),
+    *("examples/tune_decoding.py", "examples/transcribe.py", "examples/export_onnx.py", "benchmarks/deploy.py"),
     *("benchmarks/train_step.py", "benchmarks/batching.py", "benchmarks/few_labels.py"),
 )
 
@@ -198,6 +198,7 @@ def test_commands_of_the_documents_exist(text):
         "python examples/make_manifest.py my_recordings",
         "accelerate launch examples/finetune_classification.py --label speaker_id",
         "python examples/plot_run.py runs/a --x hour",
+        "python examples/transcribe.py runs/recogniser a.wav --format ass",
         "python examples/export_onnx.py runs/a",
         "python examples/prepare_for_hub.py runs/a",
         "python examples/prepare_for_hub.py runs/a hub/a --public",

@@ -198,7 +198,7 @@ class FolderModel(ABC):
         Raises:
             ValueError: If the model is no recogniser.
         """
-        if not self.is_recogniser:
+        if not self.is_recogniser or isinstance(self.processor, Wav2Vec2FeatureExtractor):
             raise ValueError(
                 f"{self.folder} is a {_architecture(self.config)}, which writes no transcripts; `run` has its output."
             )
@@ -413,12 +413,12 @@ def export_onnx(
     """
     folder = Path(folder)
     _check_target(folder, overwrite)
-    model, head, processor = _source(model, processor)
+    source, head, processor = _source(model, processor)
     for module in ("onnx", "onnxscript", "onnxruntime"):
         _require(module)
-    own = copy.deepcopy(model).float().cpu().eval()
+    own = copy.deepcopy(source).float().cpu().eval()
     own.set_attn_implementation("eager")
-    own.config.architectures = [type(model).__name__]
+    own.config.architectures = [type(source).__name__]
     vars(own.config).pop("auto_map", None)  # the code it names does not come along
     with whole_folder(folder) as aside:
         own.config.to_json_file(aside / "config.json")

@@ -218,7 +218,7 @@ class CTCDecoder(ABC):
         frame_seconds: float = 320 / SAMPLING_RATE,
         first_center: float = 200 / SAMPLING_RATE,
         lead_seconds: float = 0.03,
-        tail_seconds: float = 0.14,
+        tail_seconds: float = 0.16,
     ) -> None:
         self.labels = list(labels)
         named = {"blank_id": blank_id, "word_delimiter_id": word_delimiter_id}

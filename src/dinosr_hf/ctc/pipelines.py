@@ -9,14 +9,14 @@ in which a word's labels are emitted for the time in which it is spoken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers import AutomaticSpeechRecognitionPipeline
 
+from ..configuration_dinosr import DinoSRConfig
 from ..data import SAMPLING_RATE, load_audio
 from ..data.audio import read_resampled
 from .decoding import GreedyDecoder
@@ -47,15 +47,14 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
     ffmpeg.
     """
 
-    def preprocess(
-        self, inputs: Any, chunk_length_s: float = 0, stride_length_s: Any = None
-    ) -> Iterator[dict[str, Any]]:
+    # transformers' classes disagree about these signatures themselves.
+    def preprocess(self, inputs: Any, **parameters: Any) -> Any:  # type: ignore[override]
         """As in the class above, of what its docstring names."""
         if isinstance(inputs, (bytes, Path)) or (isinstance(inputs, str) and "://" not in inputs):
             inputs = load_audio(inputs)
         elif isinstance(inputs, dict) and "sampling_rate" in inputs and ("raw" in inputs or "array" in inputs):
             inputs = self._at_our_rate(dict(inputs))
-        yield from super().preprocess(inputs, chunk_length_s=chunk_length_s, stride_length_s=stride_length_s)
+        yield from super().preprocess(inputs, **parameters)
 
     def _at_our_rate(self, inputs: dict[str, Any]) -> dict[str, Any]:
         samples = _mono(inputs.pop("raw") if "raw" in inputs else inputs.pop("array"))
@@ -66,19 +65,25 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
         samples = read_resampled(lambda first, count: samples[first : first + count], len(samples), rate)
         return {"raw": samples, "sampling_rate": SAMPLING_RATE, **inputs}
 
+    def _forward(self, input_tensors: Any, **parameters: Any) -> Any:  # type: ignore[override]
+        num_samples = input_tensors["attention_mask"].sum(dim=-1)
+        outputs = super()._forward(input_tensors, **parameters)
+        return {**outputs, "num_frames": self.model.config.num_frames(num_samples)}
+
     def postprocess(
-        self, model_outputs: Any, decoder_kwargs: Any = None, return_timestamps: Any = None, **options: Any
-    ) -> dict[str, Any]:
+        self, model_outputs: Any, decoder_kwargs: Any = None, return_timestamps: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in the class above, with other times of words."""
         outputs = list(model_outputs)
         num_frames = 0
         for output in outputs:
-            length = output["tokens"].shape[1]
-            total, left, right = output.get("stride") or (length, 0, 0)
-            num_frames += len(range(length)[left : total - right])
-        result = super().postprocess(outputs, decoder_kwargs, return_timestamps, **options)
+            own = int(output.pop("num_frames"))  # without those of padding
+            total, left, right = output.get("stride") or (own, 0, 0)
+            num_frames += len(range(own)[left : total - right])
+        result = super().postprocess(outputs, decoder_kwargs, return_timestamps, *args, **kwargs)
         if return_timestamps == "word" and result["chunks"]:
-            decoder = GreedyDecoder.from_tokenizer(self.tokenizer, self.model.config)
+            tokenizer, config = cast(Any, self.tokenizer), cast(DinoSRConfig, self.model.config)
+            decoder = GreedyDecoder.from_tokenizer(tokenizer, config)
             spans = np.array([chunk["timestamp"] for chunk in result["chunks"]]) / decoder.frame_seconds
             first, end = spans.round().astype(int).T
             times = decoder.word_times(first, end - 1, num_frames)

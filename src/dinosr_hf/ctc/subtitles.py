@@ -78,8 +78,8 @@ def captions(
 
 
 def _pause(words: Sequence[TimedWord], index: int) -> float:
-    """Seconds between a word and the one before it."""
-    return words[index].start - words[index - 1].end
+    """Seconds between a word and the one before it, to the millisecond: rounding does not choose between two."""
+    return round(words[index].start - words[index - 1].end, 3)
 
 
 def _timestamp(seconds: float, separator: str) -> str:
@@ -134,7 +134,7 @@ def output_path(folder: str | Path, recording: str, suffix: str) -> Path:
         ValueError: If the id leads out of the folder.
     """
     path = Path(folder, recording)
-    if Path(recording).is_absolute() or ".." in Path(recording).parts or not path.name:
+    if Path(recording).is_absolute() or ".." in Path(recording).parts or not Path(recording).name:
         raise ValueError(f"The recording {recording!r} leads out of {folder}. Give recordings other ids.")
     stem = path.stem if path.suffix.lower() in AUDIO_SUFFIXES else path.name
     return path.with_name(f"{stem}.{suffix}")

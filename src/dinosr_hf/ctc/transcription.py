@@ -8,6 +8,9 @@ through the model with context on both sides; of what comes out, the part's own 
 emissions (T, V) of the whole. So words have no seams. Windows begin on the grid of frames, and all of a recording are
 normalised by mean and variance of the whole, for which it is read twice. The transformer sees a window only, so that
 emissions near its edges are not those of the whole in one pass: that is what the context is for.
+
+A recogniser that has learnt from single sentences says nothing between two of them, not even that a word has ended. So
+where no label is best for long, a delimiter is put in, as if the recording had been cut there by hand.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ from .decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions, GreedyDeco
 from .text import load_processor
 
 logger = logging.getLogger(__name__)
+
+# A log probability that no path takes while there is another, and that is a number.
+_IMPOSSIBLE = -1e4
 
 DECODING_FILE = "decoding.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -124,8 +130,32 @@ def cut_at_pauses(is_pause: np.ndarray, max_frames: int) -> list[tuple[int, int]
     return [*pieces, (start, len(is_pause))]
 
 
+def part_words_at_pauses(log_probs: np.ndarray, decoder: CTCDecoder, pause_frames: int) -> np.ndarray:
+    """
+    Put a delimiter into the middle of each long run of blanks between two labels.
+
+    Args:
+        log_probs: Emissions float32 (T, V).
+        decoder: Of the model; without a delimiter nothing is done.
+        pause_frames: Of a run, from which on it is long.
+
+    Returns:
+        Emissions (T, V), a copy: in such a frame the delimiter is certain.
+    """
+    changed = log_probs.copy()
+    delimiter = decoder.word_delimiter_id
+    if delimiter is None:
+        return changed
+    spoken = np.flatnonzero(log_probs.argmax(axis=1) != decoder.blank_id)
+    for left, right in pairwise(spoken.tolist()):
+        if right - left > pause_frames:
+            changed[(left + right) // 2] = _IMPOSSIBLE
+            changed[(left + right) // 2, delimiter] = 0.0
+    return changed
+
+
 def pauses(log_probs: np.ndarray, decoder: CTCDecoder) -> np.ndarray:
-    """bool (T,) of emissions (T, V): frames between words, in runs of blanks and delimiters with a delimiter in them."""
+    """bool (T,) of emissions (T, V): frames in runs of blanks and delimiters that have a delimiter in them."""
     best = log_probs.argmax(axis=1)
     is_delimiter = best == decoder.word_delimiter_id
     if decoder.word_delimiter_id is None:  # each label is a word, and words are apart everywhere
@@ -187,6 +217,7 @@ class Transcriber:
         context_seconds: Audio on each side of a part of a recording that is longer than a window.
         batch_seconds: Audio of a batch, padding included; a longer window is a batch of its own.
         search_seconds: Beam search reads longer recordings piece by piece, see `decode_in_pieces`.
+        pause_seconds: Without a label for so long, a word has ended, see `part_words_at_pauses`.
 
     Attributes:
         unreadable: Id -> message of recordings that could not be read, filled by `transcribe`.
@@ -205,6 +236,7 @@ class Transcriber:
         context_seconds: float = 5.0,
         batch_seconds: float = 120.0,
         search_seconds: float = 60.0,
+        pause_seconds: float = 0.3,
     ) -> None:
         self.model = model.eval()
         self.decoder = decoder or GreedyDecoder.from_tokenizer(processor.tokenizer, model.config)
@@ -215,13 +247,15 @@ class Transcriber:
         self._context_frames = round(context_seconds * SAMPLING_RATE / hop)
         self._batch_samples = batch_seconds * SAMPLING_RATE
         self._search_frames = int(search_seconds * SAMPLING_RATE / hop)
+        self._pause_frames = round(pause_seconds * SAMPLING_RATE / hop)
         self.unreadable: dict[str, str] = {}
         if context_seconds < 0 or self._window_frames <= 2 * self._context_frames:
             raise ValueError(
                 f"context_seconds={context_seconds} on both sides leaves nothing of window_seconds={window_seconds}."
                 " Make the window more than twice as long as the context, which must not be negative."
             )
-        for name, seconds in (("batch_seconds", batch_seconds), ("search_seconds", search_seconds)):
+        sizes = {"batch_seconds": batch_seconds, "search_seconds": search_seconds, "pause_seconds": pause_seconds}
+        for name, seconds in sizes.items():
             if seconds * SAMPLING_RATE < 2 * hop:
                 raise ValueError(f"{name}={seconds} must be at least {2 * hop / SAMPLING_RATE}, two frames.")
 
@@ -381,8 +415,9 @@ class Transcriber:
         seconds = recording.num_samples / SAMPLING_RATE
         if recording.emissions is None:  # too short for a frame
             return Transcript(name, "", [], seconds, 0.0)
+        emissions = part_words_at_pauses(recording.emissions, self.decoder, self._pause_frames)
         if isinstance(self.decoder, GreedyDecoder):
-            found = self.decoder.decode(recording.emissions)[0]
+            found = self.decoder.decode(emissions)[0]
         else:
-            found = decode_in_pieces(self.decoder, recording.emissions, self._search_frames)
+            found = decode_in_pieces(self.decoder, emissions, self._search_frames)
         return Transcript(name, found.text, found.words, seconds, found.score)
