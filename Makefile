@@ -25,8 +25,9 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(VENV)/bin/python -m pip install -qq -e '.[dev]' -c $(CONSTRAINTS)
 	@touch $@
 
-demo: $(INSTALLED) ## a DinoSR learns the units of synthetic speech, and a table and a picture of them
+demo: $(INSTALLED) ## a DinoSR learns the units of synthetic speech, then to recognise it: tables, a picture, a transcript
 	@$(VENV)/bin/python examples/demo.py
+	@$(VENV)/bin/python examples/demo_recognition.py
 
 test: $(INSTALLED) ## the tests, then transformers' own
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)

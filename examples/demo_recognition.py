@@ -17,13 +17,12 @@ import numpy as np
 from transformers import pipeline
 from transformers.utils import logging
 
-import dinosr_hf  # noqa: F401  # tells transformers what a DinoSR is
+from dinosr_hf.ctc import SpeechRecognitionPipeline
 from dinosr_hf.data.synthetic import SyntheticCorpus
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "configs" / "ctc_tiny.yaml"
 MARKER = ".dinosr-demo"  # only a folder that has it is emptied
-RATE = 16_000
 
 
 def fine_tune(model: str, out: Path, flags: list[str]) -> None:
@@ -38,7 +37,7 @@ def fine_tune(model: str, out: Path, flags: list[str]) -> None:
 
 
 def word_times(recognise, corpus: SyntheticCorpus) -> tuple[float, int]:
-    """Mean error of the pipeline's starts and ends of words, in seconds, where it got all words, and their number."""
+    """Mean error of starts and ends of words, in seconds, in utterances where all words are right; how many words."""
     errors: list[float] = []
     for row in corpus:
         found = recognise(row["audio"]["array"], return_timestamps="word")
@@ -65,7 +64,7 @@ def main() -> None:
     for figure in record["evaluation"]:
         print(f"| {figure['split']} | {figure['num_utterances']} | {figure['wer']:.1%} | {figure['cer']:.1%} |")
 
-    recognise = pipeline("automatic-speech-recognition", model=str(out))
+    recognise = pipeline("automatic-speech-recognition", model=str(out), pipeline_class=SpeechRecognitionPipeline)
     corpus = SyntheticCorpus(20, seed=options.seed, split="test", noise=False, text="digits")
     row = corpus[0]
     found = recognise(row["audio"]["array"], return_timestamps="word")

@@ -1,11 +1,16 @@
 """The demo runs from the command to the picture; whether it learns is docs/experiments.md's matter, not a test's."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.folders import save_folder
+from dinosr_hf.pretraining import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
@@ -45,3 +50,29 @@ def test_the_demo_leaves_a_folder_of_something_else_alone(tmp_path):
     done = run_demo(tmp_path)
     assert done.returncode != 0 and "has a model already" in done.stderr
     assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_the_demo_goes_on_to_a_recogniser(tmp_path):
+    config = parse_arguments(["--num_hidden_layers", "2"], ROOT / "examples" / "configs" / "tiny_cpu.yaml")
+    save_folder(DinoSRForPreTraining(config.model_config()), tmp_path / "demo")
+    sizes = {
+        "max_steps": 2,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "synthetic_utterances": 6,
+        "synthetic_eval_utterances": 3,
+    }
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, str(ROOT / "examples" / "demo_recognition.py"), "--model", str(tmp_path / "demo")]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "demo" / "recogniser"), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^\| test \| 3 \| [\d.]+% \| [\d.]+% \|$", done.stdout, re.MULTILINE)
+    assert re.search(r"^Said:  (zero|one|two|three|four|five|six|seven|eight|nine)", done.stdout, re.MULTILINE)
+    assert (tmp_path / "demo" / "recogniser" / "run.json").exists()
