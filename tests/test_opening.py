@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from audio_files import dataset_of, datasets, manifest, noise, small_corpus, write
-from dinosr_hf.data import FolderSource, ManifestSource, SpeechStream, TableSource, TarSource, open_source
+from dinosr_hf.data import (
+    FolderSource,
+    ManifestSource,
+    SpeechStream,
+    TableSource,
+    TarSource,
+    open_recordings,
+    open_source,
+)
 
 
 @pytest.fixture
@@ -224,3 +232,29 @@ def test_stream_of_what_is_no_dataset(folder, tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=r"streaming is for datasets .* and .*train\.jsonl is none"):
         open_source(tmp_path / "train.jsonl", streaming=True)
+
+
+def test_recordings_that_are_named(tmp_path):
+    write(tmp_path / "x" / "a.wav", 1_600)
+    write(tmp_path / "x" / "deep" / "b.flac", 1_200, rate=8_000)
+    write(tmp_path / "x" / "deep" / ".hidden.wav", 1_600)
+    write(tmp_path / "y" / "c.WAV", 800)
+    (tmp_path / "y" / "bad.wav").write_text("no audio")
+    source = open_recordings([tmp_path / "y" / "c.WAV", tmp_path / "x", tmp_path / "x" / "a.wav"])
+    assert source.utterances == [("y/c.WAV", 800), ("x/a.wav", 1_600), ("x/deep/b.flac", 2_400)]
+    assert len(source.load(2, 100, 50)) == 50
+    (single,) = open_recordings([tmp_path / "x" / "deep" / "b.flac"]).utterances
+    assert single.id == "b.flac"
+    assert type(open_recordings([tmp_path / "x"])) is FolderSource
+    assert type(open_recordings([manifest(tmp_path, ("x/a.wav", 1_600))])) is ManifestSource
+    assert open_recordings([tmp_path / "y"]).skipped == {"unreadable": ["bad.wav"]}
+
+
+def test_recordings_that_cannot_be_named(tmp_path):
+    write(tmp_path / "a.wav", 1_600)
+    with pytest.raises(ValueError, match=r"a.tsv is neither an audio file .* nor a folder"):
+        open_recordings([tmp_path / "a.wav", tmp_path / "a.tsv"])
+    with pytest.raises(ValueError, match=r"1 of 1 recordings left out \(1 missing\).*none.wav is not a file"):
+        open_recordings([tmp_path / "none.wav"])
+    with pytest.raises(ValueError, match="There are no files"):
+        open_recordings([])
