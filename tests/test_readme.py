@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("documents")
     config = parse_arguments(["--num_hidden_layers", "2"], TINY).model_config()
     save_model(DinoSRForPreTraining(config), path / "runs" / "tiny")
-    save_recogniser(path / "runs" / "recogniser")
+    save_recogniser(path / "runs" / "recogniser", num_hidden_layers=1, num_codebooks=1)
     noise = np.random.default_rng(0).standard_normal(22_050).cumsum() * 1e-3
     soundfile.write(path / "speech.wav", np.clip(noise, -0.9, 0.9), 22_050)
     shutil.copy(ROOT / "tests" / "fixtures" / "dev_tiny" / "checkpoint.pt", path / "dinosr.ckpt")

@@ -83,7 +83,8 @@ def _read_config(folder: Path) -> DinoSRConfig:
     model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     if model_type != DinoSRConfig.model_type:
         raise ValueError(
-            f"{folder} has a model of the type {model_type!r}, but must have a {DinoSRConfig.model_type}."
+            f"{folder} has a model of the type {model_type!r}, but must have a {DinoSRConfig.model_type}. Give"
+            " the folder of another model."
         )
     return DinoSRConfig.from_json_file(file)
 
@@ -202,6 +203,7 @@ class FolderModel(ABC):
             raise ValueError(
                 f"{self.folder} is a {_architecture(self.config)}, which writes no transcripts; `run` has its output."
             )
+        assert isinstance(self.processor, Wav2Vec2Processor)
         return [self.processor.decode(output.argmax(axis=-1)) for output in outputs]
 
     def transcribe(self, waveforms: Sequence[np.ndarray], *, batch_size: int = 1) -> list[str]:
@@ -347,8 +349,8 @@ def _check_network(model: PreTrainedModel, head: Head, folder: Path) -> None:
         difference = np.abs(exported.forward(input_values.numpy(), attention_mask.numpy()) - right).max()
         if not difference <= MAX_DIFFERENCE * max(1.0, np.abs(right).max()):
             raise RuntimeError(
-                f"The exported network is wrong: for {len(num_samples)} utterance(s) its output differs from torch's by"
-                f" {difference:.1e}. Nothing was written. Other releases of torch or onnxruntime may do better."
+                f"The exported network is wrong: for {len(num_samples)} utterance(s) its output differs from torch's"
+                f" by {difference:.1e}. Nothing was written. Other releases of torch or onnxruntime may do better."
             )
 
 
@@ -413,12 +415,12 @@ def export_onnx(
     """
     folder = Path(folder)
     _check_target(folder, overwrite)
-    model, head, processor = _source(model, processor)
+    network, head, processor = _source(model, processor)
     for module in ("onnx", "onnxscript", "onnxruntime"):
         _require(module)
-    own = copy.deepcopy(model).float().cpu().eval()
+    own = copy.deepcopy(network).float().cpu().eval()
     own.set_attn_implementation("eager")
-    own.config.architectures = [type(model).__name__]
+    own.config.architectures = [type(network).__name__]
     vars(own.config).pop("auto_map", None)  # the code it names does not come along
     with written_aside(folder) as aside:
         own.config.to_json_file(aside / "config.json")
@@ -432,8 +434,8 @@ def quantize_onnx(source: str | os.PathLike, folder: str | os.PathLike, *, overw
     """
     Write an exported model with the weights of its linear layers in int8, for CPUs.
 
-    Each column of a weight has a scale of its own. What comes into a linear layer is made 8 bit as well, with one scale
-    for the whole batch: so outputs depend a little on what else is in it. Convolutions stay in float32.
+    Each column of a weight has a scale of its own. What comes into a linear layer is made 8 bit as well, with one
+    scale for the whole batch: so outputs depend a little on what else is in it. Convolutions stay in float32.
 
     Args:
         source: As `export_onnx` wrote it.
@@ -538,8 +540,8 @@ def compare(
     shapes = [outputs_of[0].shape for outputs_of in outputs]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"{first.folder} and {second.folder} have outputs of the shapes {shapes[0]} and {shapes[1]}, so they are not"
-            " the same model. Compare a model with its own export."
+            f"{first.folder} and {second.folder} have outputs of the shapes {shapes[0]} and {shapes[1]}, so they are"
+            " not the same model. Compare a model with its own export."
         )
     transcripts = None
     if texts is not None or first.is_recogniser:

@@ -23,8 +23,8 @@ def written_aside(folder: str | os.PathLike) -> Iterator[Path]:
     """
     Give an empty folder to write into, whose files are moved to `folder` once nothing has gone wrong.
 
-    Its name begins with `.unfinished-`, and it is gone afterwards. A new folder then appears as a whole; in one that is
-    there, each file does, and files of other names stay.
+    Its name begins with `.unfinished-`, and it is gone afterwards. A new folder then appears as a whole; in one that
+    is there, each file does, and files of other names stay.
     """
     folder = Path(folder)
     is_new = not folder.exists()
