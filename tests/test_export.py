@@ -1,4 +1,4 @@
-"""An exported network says what torch says, whatever batch and length; in int8 nearly; so does a compiled one."""
+"""An exported network says what torch says, whatever the batch and length; in int8 nearly; a compiled one too."""
 
 import json
 import os
@@ -26,6 +26,8 @@ from tiny import deterministic_config, padded, randomize, tiny_config, waveforms
 from tolerances import ACTIVATIONS, SAME_ARITHMETIC
 
 ROOT = Path(__file__).parent.parent
+# Exporting takes time by the layer.
+CHANGES = {"num_hidden_layers": 1, "num_codebooks": 1, "num_conv_pos_embeddings": 2}
 TEXTS = ["a cab", "dad fed", "be a bad cafe", "fade"]
 PITCHES = dict(zip("abcdef ", (700, 1100, 1700, 2600, 4000, 6100, 300), strict=True))  # Hz
 FRAMES = 6  # of a letter and of the silence after it; 20 samples each
@@ -63,7 +65,7 @@ def folders(tmp_path_factory):
     path = tmp_path_factory.mktemp("export")
     letters_processor(path / "torch")
     torch.manual_seed(0)
-    config = deterministic_config(vocab_size=len(VOCABULARY), num_hidden_layers=2, num_codebooks=1)
+    config = deterministic_config(vocab_size=len(VOCABULARY), **CHANGES)
     taught(DinoSRForCTC(config)).save_pretrained(path / "torch")
     assert export_onnx(path / "torch", path / "onnx") == path / "onnx"
     assert quantize_onnx(path / "onnx", path / "int8") == path / "int8"
@@ -125,7 +127,7 @@ def test_int8_is_smaller_and_its_loss_is_stated(folders, speech):
 
 
 def test_comparison_is_what_one_counts_by_hand(folders, tmp_path, speech):
-    save_recogniser(tmp_path / "other", num_hidden_layers=2, num_codebooks=1)
+    save_recogniser(tmp_path / "other", **CHANGES)
     right, other = TorchModel(folders / "torch"), TorchModel(tmp_path / "other")
     found = compare(right, other, [*speech, speech[0]], [*TEXTS, "a cat"])
     differences, changed, frames = [], 0, 0
@@ -184,7 +186,7 @@ def test_the_document_runs_a_network_without_torch(folders, tmp_path):
 
 
 def test_what_is_not_torchs_output_is_not_kept(folders, tmp_path, monkeypatch):
-    save_recogniser(tmp_path / "other", num_hidden_layers=2, num_codebooks=1)
+    save_recogniser(tmp_path / "other", **CHANGES)
     network = folders / "onnx" / "model.onnx"
     monkeypatch.setattr(export, "_export_network", lambda model, head, file: shutil.copy(network, file))
     with pytest.raises(RuntimeError, match=r"exported network is wrong: .* Nothing was written"):
@@ -204,9 +206,6 @@ def test_the_model_given_stays_as_it_is(folders, tmp_path, monkeypatch):
     assert model.training and model.config.to_dict() == config
     assert model.config._attn_implementation == "sdpa"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-CHANGES = {"num_hidden_layers": 1, "num_codebooks": 1, "num_conv_pos_embeddings": 1}
 
 
 def test_every_model_but_the_pretraining_one_is_exported():
@@ -346,6 +345,26 @@ def test_a_compiled_recogniser_says_the_same():
             torch.testing.assert_close(compiled(*inputs).logits, right, **SAME_ARITHMETIC)
             assert (compiled(inputs[0].flip(0), inputs[1]).logits - right).abs().max() > 1e-2
     assert graphs["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_a_table_and_times_nothing_wrong(tmp_path, capsys, monkeypatch):
+    benchmark = load_script("benchmarks/deploy.py")
+
+    def export_and_keep(model, folder):
+        shutil.copytree(export_onnx(model, folder), tmp_path / "kept")
+
+    monkeypatch.setattr(benchmark, "export_onnx", export_and_keep)
+    quick = ["--seconds", "0.5", "--repeats", "1"]
+    benchmark.main(quick)
+    printed = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in printed
+    assert re.search(r"^\| onnx int8 \|( [\d.]+ \|){5} [\d.e-]+ \| [\d.]+% \|$", printed, re.MULTILINE)
+    monkeypatch.setattr(benchmark, "export_onnx", lambda model, folder: shutil.copytree(tmp_path / "kept", folder))
+    monkeypatch.setattr(benchmark, "TOLERANCE", -1.0)
+    with pytest.raises(SystemExit, match=r"Not timed, because it is wrong: .* differs from torch's by"):
+        benchmark.main(quick)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow

@@ -83,7 +83,8 @@ def _read_config(folder: Path) -> DinoSRConfig:
     model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     if model_type != DinoSRConfig.model_type:
         raise ValueError(
-            f"{folder} has a model of the type {model_type!r}, but must have a {DinoSRConfig.model_type}."
+            f"{folder} has a model of the type {model_type!r}, but must have a {DinoSRConfig.model_type}. Give"
+            " the folder of another model."
         )
     return DinoSRConfig.from_json_file(file)
 
@@ -198,10 +199,11 @@ class FolderModel(ABC):
         Raises:
             ValueError: If the model is no recogniser.
         """
-        if not self.is_recogniser or isinstance(self.processor, Wav2Vec2FeatureExtractor):
+        if not self.is_recogniser:
             raise ValueError(
                 f"{self.folder} is a {_architecture(self.config)}, which writes no transcripts; `run` has its output."
             )
+        assert isinstance(self.processor, Wav2Vec2Processor)
         return [self.processor.decode(output.argmax(axis=-1)) for output in outputs]
 
     def transcribe(self, waveforms: Sequence[np.ndarray], *, batch_size: int = 1) -> list[str]:
