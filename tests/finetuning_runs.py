@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.ctc import Recognition, RecognitionArguments
@@ -33,6 +34,7 @@ def write_corpus(folder: Path, num_utterances: int, seed: int = 0, rate: int = 1
 def write_model(folder: Path, **changes) -> Path:
     """A pre-training folder whose teacher is not its student; nothing random in training."""
     settings = {**NO_DROPOUT, "mask_time_prob": 0.0, **changes}
+    torch.manual_seed(0)  # the same weights in whatever order tests run
     model = randomize(DinoSRForPreTraining(tiny_config(**settings)))
     save_folder(model, folder)
     return folder
@@ -47,7 +49,7 @@ def run_settings(**changes):
         "learning_rate": 1e-3,
         "warmup_share": 0.0,
         "hold_share": 1.0,
-        "adam_epsilon": 1e-3,
+        "adam_epsilon": 1e-2,  # gradients near zero, which rounding decides, move weights little
         "eval_strategy": "no",
         "save_strategy": "no",
         "logging_steps": 1,

@@ -88,7 +88,7 @@ def test_python_of_the_documents_runs(folder, name):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
