@@ -72,7 +72,8 @@ def main() -> None:
     for chunk in found["chunks"]:
         print(f"  {chunk['timestamp'][0]:5.2f} to {chunk['timestamp'][1]:5.2f} s  {chunk['text']}")
     error, count = word_times(recognise, corpus)
-    print(f"\nWords begin and end {error * 1000:.0f} ms from where they should, on average over {count} words.")
+    if count:
+        print(f"\nWords begin and end {error * 1000:.0f} ms from where they should, on average over {count} words.")
     print(f"The recogniser is in {out}.")
 
 
