@@ -27,6 +27,7 @@ AUTO_CLASSES = {
 CODE = {
     "configuration_dinosr.py",
     "codebook_dinosr.py",
+    "convolution_dinosr.py",
     "encoder_dinosr.py",
     "heads_dinosr.py",
     "masking.py",

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_dinosr import DinoSRConfig
+from .convolution_dinosr import fold, frames_to_fold, strided_conv, unfold
 
 
 def check_input(config: DinoSRConfig, input_values: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
@@ -52,11 +53,9 @@ class DinoSRConvLayer(GradientCheckpointingLayer):
         self.layer_norm = nn.LayerNorm(config.conv_dim[layer_id])
         self.activation = ACT2FN[config.feat_extract_activation]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, C, T) to (B, C, T), T shorter."""
-        hidden_states = self.conv(hidden_states)
-        hidden_states = self.layer_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        return self.activation(hidden_states)
+    def forward(self, signal: torch.Tensor) -> torch.Tensor:
+        """A folded batch, (M * stride, C) to (M, C); or one that is not, (B, T, C) to (B, T, C), T shorter."""
+        return self.activation(self.layer_norm(strided_conv(self.conv, signal)))
 
 
 class DinoSRFeatureEncoder(nn.Module):
@@ -64,18 +63,24 @@ class DinoSRFeatureEncoder(nn.Module):
 
     def __init__(self, config: DinoSRConfig) -> None:
         super().__init__()
+        self.config = config
         self.conv_layers = nn.ModuleList(DinoSRConvLayer(config, i) for i in range(len(config.conv_dim)))
         self.gradient_checkpointing = False
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         """(B, S) to (B, C, T)."""
-        hidden_states = input_values[:, None]
+        hop = self.config.inputs_to_logits_ratio
+        num_frames = self.config.num_frames(input_values.shape[1])
+        exporting = torch.compiler.is_exporting()  # other runtimes are fast at convolutions as they are
+        folded = frames_to_fold(num_frames, self.config.receptive_field, hop) * hop
+        signal = input_values[..., None] if exporting else fold(input_values, folded)
         if self.gradient_checkpointing and self.training and next(self.parameters()).requires_grad:
             # Reentrant checkpointing passes gradients only to layers whose input requires them.
-            hidden_states = hidden_states.detach().requires_grad_()
+            signal = signal.detach().requires_grad_()
         for conv_layer in self.conv_layers:
-            hidden_states = conv_layer(hidden_states)
-        return hidden_states
+            signal = conv_layer(signal)
+        features = signal if exporting else unfold(signal, input_values.shape[0], num_frames)
+        return features.transpose(1, 2)
 
 
 class DinoSRLinear(nn.Linear):

@@ -1,0 +1,99 @@
+"""
+How long do the convolutions take, forward and backward: as matrix products of a folded batch, and in the usual form?
+
+    python benchmarks/convolution.py --size base --batch 4 --seconds 5 --repeats 5 --threads 2
+
+Runs on a GPU if there is one, in float32. Outputs and gradients of the two must be the same, or nothing is timed.
+"""
+
+import argparse
+import datetime
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from train_step import SAMPLING_RATE, make_model
+
+from dinosr_hf.encoder_dinosr import DinoSRFeatureEncoder
+
+# Relative to the largest value: float32 sums of some thousand products in another order.
+TOLERANCE = 2e-5
+
+
+def folded(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> torch.Tensor:
+    """What the model does."""
+    return encoder(waveforms)
+
+
+def usual(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> torch.Tensor:
+    """`torch.nn.Conv1d` on (B, C, T), with a transpose before and after each layer norm."""
+    signal = waveforms[..., None]
+    for layer in encoder.conv_layers:
+        signal = layer(signal)
+    return signal.transpose(1, 2)
+
+
+FORMS = {"folded": folded, "usual": usual}
+Form = Callable[[DinoSRFeatureEncoder, torch.Tensor], torch.Tensor]
+
+
+def forward_backward(form: Form, encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of all parameters."""
+    encoder.zero_grad()
+    output = form(encoder, waveforms)
+    output.square().sum().backward()
+    return [output.detach(), *(parameter.grad for parameter in encoder.parameters() if parameter.grad is not None)]
+
+
+def largest_difference(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> float:
+    """Between the forms, relative to the largest value of each tensor."""
+    pairs = zip(*(forward_backward(form, encoder, waveforms) for form in FORMS.values()), strict=True)
+    return max(((mine - theirs).abs().max() / theirs.abs().max()).item() for mine, theirs in pairs)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description="Time the convolutional feature encoder.")
+    parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="the demo's model or the paper's")
+    parser.add_argument("--batch", type=int, default=4, help="utterances")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs of each form")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = make_model(options.size, "sdpa", device).dinosr.feature_extractor
+    waveforms = torch.randn(options.batch, int(options.seconds * SAMPLING_RATE), device=device)
+    difference = largest_difference(encoder, waveforms)
+    if not difference <= TOLERANCE:
+        sys.exit(f"Not timed, because it is wrong: the forms differ by {difference:.1e} of the largest value.")
+
+    times: dict[str, list[float]] = {name: [] for name in FORMS}
+    for _ in range(options.repeats):
+        for name, form in FORMS.items():
+            since = time.perf_counter()
+            forward_backward(form, encoder, waveforms)
+            if waveforms.is_cuda:
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - since)
+
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    print(
+        f"{datetime.date.today()}, {hardware}, {options.threads} thread(s), float32, Python"
+        f" {platform.python_version()}, torch {torch.__version__}"
+    )
+    print(
+        f"{options.size}: {options.batch} x {options.seconds:g} s, {options.repeats} runs of each form in turn;"
+        f" outputs and gradients differ by at most {difference:.1e}\n"
+    )
+    print("| form | median (s) | min | max |\n|---|---|---|---|")
+    for name, seconds in times.items():
+        print(f"| {name} | {statistics.median(seconds):.3f} | {min(seconds):.3f} | {max(seconds):.3f} |")
+    ratio = statistics.median(times["usual"]) / statistics.median(times["folded"])
+    print(f"\nusual / folded: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
