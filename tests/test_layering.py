@@ -33,11 +33,11 @@ LAYERS = (
     ("modeling_dinosr",),
     ("_compat", "folders", "records", "command_line"),
     ("schedules",),
-    ("data", "conversion"),
+    ("data",),
     ("analysis",),
     ("pretraining", "finetuning"),
     ("ctc", "classification"),
-    ("hub", "export"),
+    ("hub", "export", "conversion"),
     ("__init__",),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from dinosr_hf import DinoSRForPreTraining, DinoSRModel, sample_span_mask
 from dinosr_hf.conversion import convert
-from dinosr_hf.conversion.fairseq import ENCODER_KEYS, STUDENT_KEYS, _rename
+from dinosr_hf.conversion.fairseq import ENCODER_KEYS, STUDENT_KEYS
+from dinosr_hf.conversion.layout import rename
 from tolerances import ACTIVATIONS, CODEBOOK_COUNTS, CODEBOOK_SUMS, GRADIENTS, KEY_BIASES, LOSSES, WEIGHTS
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -60,7 +61,7 @@ def record(modules):
 def by_our_names(tensors, prefix):
     """Fixture tensors under a prefix, by the names of our state dict; codebooks stay apart."""
     keys = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return {_rename(key, STUDENT_KEYS, prefix): tensor for key, tensor in keys.items()}
+    return {rename(key, STUDENT_KEYS, prefix): tensor for key, tensor in keys.items()}
 
 
 def tolerance_of(name):
@@ -181,7 +182,7 @@ def assert_teacher_matches(model, trajectory, name):
     assert keys
     teacher = model.teacher.state_dict()
     for key, tensor in keys.items():
-        ours = _rename(key, ENCODER_KEYS, prefix)
+        ours = rename(key, ENCODER_KEYS, prefix)
         torch.testing.assert_close(teacher[ours], tensor, **tolerance_of(ours), msg=lambda m, n=ours: f"{n}: {m}")
 
 

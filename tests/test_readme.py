@@ -120,6 +120,7 @@ FINETUNING = ("examples/finetune_ctc.py", "examples/finetune_classification.py")
 OWN_PARSER = (
     *("examples/make_manifest.py", "examples/plot_run.py", "examples/prepare_for_hub.py"),
     *("examples/tune_decoding.py", "examples/transcribe.py", "examples/export_onnx.py", "benchmarks/deploy.py"),
+    *("examples/convert_checkpoint.py", "benchmarks/convert_memory.py"),
     *("benchmarks/train_step.py", "benchmarks/batching.py", "benchmarks/few_labels.py"),
 )
 

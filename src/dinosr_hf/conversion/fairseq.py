@@ -1,4 +1,4 @@
-"""The layout of the authors' checkpoints: settings of their configuration and names of their weights."""
+"""The layout of the authors' checkpoints, both ways: settings of their configuration and names of their weights."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from ..configuration_dinosr import DinoSRConfig
 from ..modeling_dinosr import DinoSRForPreTraining
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be converted; the message says what about it."""
-
+from .layout import Layout, Weight, rename
+from .opening import CheckpointError
 
 # Our field for each of theirs that means the same.
 SAME_MEANING = {
@@ -115,21 +110,22 @@ def parse_conv_layers(text: str) -> list[tuple[int, int, int]]:
     return layers
 
 
-def config_from_fairseq(checkpoint: Mapping[str, Any]) -> DinoSRConfig:
+def model_settings(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """
-    Derive the whole configuration from the `cfg` of an authors' checkpoint.
+    The settings of the model in a fairseq checkpoint, with its name as `_name`; None if there are none.
 
-    Raises:
-        CheckpointError: If there is none, it is another model's, or it has a setting that the model has not.
+    They stand under `cfg.model`, or among all others in the old flat `args`. There, fairseq's own `ema_decay` and the
+    model's have the same name: the file has one of them.
     """
-    cfg = checkpoint.get("cfg")
-    settings = cfg.get("model") if isinstance(cfg, Mapping) else None
-    if not isinstance(settings, Mapping) or settings.get("_name") != "dinosr":
-        raise CheckpointError(
-            "The checkpoint has no configuration of a DinoSR model as a plain dictionary under cfg.model."
-            f" It has these entries: {', '.join(sorted(map(str, checkpoint)))[:300] or 'none'}."
-        )
-    missing = [name for name in (*SAME_MEANING, "conv_feature_layers", "conv_pos") if name not in settings]
+    cfg, args = checkpoint.get("cfg"), checkpoint.get("args")
+    if isinstance(cfg, Mapping):
+        settings = cfg.get("model")
+        return settings if isinstance(settings, Mapping) else None
+    return {**args, "_name": args.get("arch")} if isinstance(args, Mapping) else None
+
+
+def _check_settings(settings: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    missing = [name for name in (*names, "conv_feature_layers", "conv_pos") if name not in settings]
     if missing:
         raise CheckpointError(f"The checkpoint's configuration lacks {', '.join(missing)}.")
     for name, wanted in MUST_BE.items():
@@ -137,14 +133,31 @@ def config_from_fairseq(checkpoint: Mapping[str, Any]) -> DinoSRConfig:
             raise CheckpointError(
                 f"The checkpoint was made with {name}={settings[name]!r}, which this model has not: it has {wanted!r}."
             )
+    for name in (*names, "conv_pos"):
+        if not isinstance(settings[name], str if name == "activation_fn" else int | float):
+            raise CheckpointError(f"The checkpoint was made with {name}={settings[name]!r}, which is no number.")
     if settings["pos_conv_depth"] < 2:
         raise CheckpointError(
             f"The checkpoint was made with pos_conv_depth={settings['pos_conv_depth']}, a single convolution with"
             " weight norm, which this model has not: it has stacked convolutions, at least 2."
         )
+
+
+def config_from_settings(settings: Mapping[str, Any], names: Mapping[str, str] = SAME_MEANING) -> DinoSRConfig:
+    """
+    Derive a configuration from the settings of the authors' model.
+
+    Args:
+        settings: As `model_settings` gives them.
+        names: Our field for each of theirs that must be there.
+
+    Raises:
+        CheckpointError: If one is missing, or is something that the model has not.
+    """
+    _check_settings(settings, names)
     conv_layers = parse_conv_layers(str(settings["conv_feature_layers"]))
-    values = {ours: settings[theirs] for theirs, ours in SAME_MEANING.items()}
-    if values["codebook_end_decay"] == values["codebook_decay"]:
+    values = {ours: settings[theirs] for theirs, ours in names.items()}
+    if values.get("codebook_end_decay", 0) == values.get("codebook_decay"):
         values.update(codebook_end_decay=None, codebook_end_decay_step=0)
     freeze_step = settings.get("freeze_teacher_step", -1)
     return DinoSRConfig(
@@ -156,6 +169,22 @@ def config_from_fairseq(checkpoint: Mapping[str, Any]) -> DinoSRConfig:
         freeze_mode="frozen" if settings.get("freeze_pre_enc_modules", True) else "copied",
         **values,
     )
+
+
+def config_from_fairseq(checkpoint: Mapping[str, Any]) -> DinoSRConfig:
+    """
+    Derive the whole configuration from an authors' checkpoint.
+
+    Raises:
+        CheckpointError: If there is none, it is another model's, or it has a setting that the model has not.
+    """
+    settings = model_settings(checkpoint)
+    if settings is None or settings.get("_name") != "dinosr":
+        raise CheckpointError(
+            "The checkpoint has no configuration of a DinoSR model under cfg.model or args."
+            f" It has these entries: {', '.join(sorted(map(str, checkpoint)))[:300] or 'none'}."
+        )
+    return config_from_settings(settings)
 
 
 # Their names, as patterns, and ours. `encoder.` appears in the student's names and not in the teacher's.
@@ -191,65 +220,93 @@ NESTED_KEYS: dict[str, dict[str, str]] = {
 }
 
 
-def _rename(key: str, table: Mapping[str, str], where: str) -> str:
-    for pattern, name in table.items():
-        if match := re.fullmatch(pattern, key):
-            return match.expand(name)
-    raise CheckpointError(f"The checkpoint has a weight that this model has not: {where}{key}.")
+# Entries of the file beside the weights, and why they are left.
+LEFT = {
+    "args": "settings; those of the model are in config.json",
+    "cfg": "settings; those of the model are in config.json",
+    "criterion": "the loss, which has no weights",
+    "optimizer_history": "of the training run",
+    "task_state": "of the training run",
+    "extra_state": "of the training run",
+    "last_optimizer_state": "the optimizer's moments, of the training run",
+    "best_loss": "of the training run",
+}
 
 
-def _renamed(state: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Our name, their name and the tensor of every weight."""
+def weights_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entry `model`. Raises `CheckpointError` if there is none."""
+    state = checkpoint.get("model")
+    if not isinstance(state, Mapping):
+        raise CheckpointError("The checkpoint has no weights under model.")
+    return state
+
+
+def left_of(checkpoint: Mapping[str, Any]) -> dict[str, str]:
+    """What stands beside the weights, and why it is left. Raises `CheckpointError` for what is not known."""
+    if unknown := [str(name) for name in checkpoint if name != "model" and name not in LEFT]:
+        raise CheckpointError(f"The checkpoint has entries that are not known: {', '.join(unknown)[:300]}.")
+    return {name: LEFT[name] for name in checkpoint if name != "model" and checkpoint[name] is not None}
+
+
+def renamed(state: Mapping[str, Any]) -> Iterator[Weight]:
+    """Every weight by our name."""
     for key, value in state.items():
         if key in NESTED_KEYS:
             if not isinstance(value, Mapping):
                 raise CheckpointError(f"The checkpoint's {key} must be a dictionary, but is {type(value).__name__}.")
             for inner, tensor in value.items():
-                yield _rename(inner, NESTED_KEYS[key], f"{key}."), f"{key}.{inner}", tensor
+                yield Weight(rename(inner, NESTED_KEYS[key], f"{key}."), f"{key}.{inner}", tensor)
         else:
-            yield _rename(key, STUDENT_KEYS, ""), key, value
+            yield Weight(rename(key, STUDENT_KEYS, ""), key, value)
 
 
-def state_dict_from_fairseq(checkpoint: Mapping[str, Any], model: DinoSRForPreTraining) -> dict[str, torch.Tensor]:
+def read_fairseq(checkpoint: Mapping[str, Any]) -> Layout:
     """
-    Rename the weights of an authors' checkpoint.
-
-    Args:
-        checkpoint: The file's content.
-        model: A model of the checkpoint's configuration: it says which names and shapes are wanted.
-
-    Returns:
-        A state dict of `model`, complete. In `freeze_mode="copied"`, a checkpoint from before the freeze has no copies
-        of convolutions and projection yet; they equal the student's.
+    An authors' pre-training checkpoint: student, teacher (of the last forward pass, D3), codebooks and heads.
 
     Raises:
-        CheckpointError: For a missing, unknown or misshapen weight, with its name and shapes.
+        CheckpointError: As `config_from_fairseq`, and if it has no weights.
     """
-    state = checkpoint.get("model")
-    if not isinstance(state, Mapping):
-        raise CheckpointError("The checkpoint has no weights under model.")
-    # One table of all codebooks is several tensors in the file: these take them in.
-    wanted = {name: torch.empty_like(tensor) for name, tensor in model.state_dict().items()}
-    missing = {f"codebooks.{kind}.{i}" for kind in ("sums", "counts") for i in range(model.config.num_codebooks)}
-    missing |= {name for name in wanted if not name.startswith("codebooks.")}
-    for name, source, tensor in _renamed(state):
-        target = _codebook_row(wanted, name) if name.startswith("codebooks.") else wanted.get(name)
-        if target is None:
-            raise CheckpointError(f"The checkpoint has a weight that a model of its configuration has not: {source}.")
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != target.shape:
-            seen = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{source} has the shape {seen}, but must have {tuple(target.shape)}.")
-        target.copy_(tensor)
-        missing.discard(name)
-    for name in sorted(missing):
-        if re.match(r"teacher\.feature_(extractor|projection)\.", name):
-            wanted[name].copy_(wanted[name.replace("teacher.", "dinosr.", 1)])
-            missing.discard(name)
-    if missing:
-        raise CheckpointError(f"The checkpoint lacks the weights for {', '.join(sorted(missing)[:8])}.")
-    return wanted
+    config = config_from_fairseq(checkpoint)
+    left = left_of(checkpoint)
+    return Layout("fairseq, DinoSR", config, list(renamed(weights_of(checkpoint))), left, licence="none is named")
 
 
-def _codebook_row(wanted: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
-    table, _, index = name.rpartition(".")
-    return wanted[table][int(index)] if int(index) < len(wanted[table]) else None
+def _inverse(table: Mapping[str, str]) -> dict[str, str]:
+    """A table of patterns the other way round."""
+    turned = {}
+    for theirs, ours in table.items():
+        groups = iter(re.findall(r"\([^()]*\)", theirs))
+        pattern = re.sub(r"\\\\(\d)", lambda _, groups=groups: next(groups), re.escape(ours))
+        numbers = iter(range(1, 10))
+        name = re.sub(r"\([^()]*\)", lambda _, numbers=numbers: f"\\{next(numbers)}", theirs).replace("\\.", ".")
+        turned[pattern] = name
+    return turned
+
+
+def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
+    """
+    The authors' layout of a model: what `read_fairseq` reads, and gives back bit for bit.
+
+    Returns:
+        `cfg.model`, the settings, and `model`, the weights; `torch.save` writes it. There is no state of a training
+        run in it.
+    """
+    config = model.config
+    layers = zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
+    settings = {"_name": "dinosr", **{theirs: getattr(config, ours) for theirs, ours in SAME_MEANING.items()}, **MUST_BE}
+    if config.codebook_end_decay is None:
+        settings["codebook_end_decay"] = config.codebook_decay
+    settings["conv_feature_layers"] = str(list(layers))
+    settings["conv_pos"] = config.conv_pos_kernel_size * config.num_conv_pos_embeddings
+    settings["freeze_teacher_step"] = -1 if config.freeze_teacher_step is None else config.freeze_teacher_step
+    settings["freeze_pre_enc_modules"] = config.freeze_mode != "copied"
+    tables = {None: _inverse(STUDENT_KEYS), **{name: _inverse(table) for name, table in NESTED_KEYS.items()}}
+    state: dict[str, Any] = {}
+    for name, tensor in model.state_dict().items():
+        parts = {f"{name}.{i}": row.clone() for i, row in enumerate(tensor)} if "codebooks." in name else {name: tensor}
+        for ours, value in parts.items():
+            place, pattern = next((p, k) for p, table in tables.items() for k in table if re.fullmatch(k, ours))
+            target = state if place is None else state.setdefault(place, {})
+            target[re.sub(pattern, tables[place][pattern], ours)] = value
+    return {"args": None, "cfg": {"_name": None, "model": settings}, "model": state}
