@@ -83,7 +83,9 @@ def read_layout(
     given["objective"] = None if objective == "dinosr" else objective
     for name, value in given.items():
         if value is not None and name not in used:
-            raise ValueError(f"{name}={str(value)!r} is not for a checkpoint of this layout ({layout.name}). Leave it out.")
+            raise ValueError(
+                f"{name}={str(value)!r} is not for a checkpoint of this layout ({layout.name}). Leave it out."
+            )
     return layout
 
 

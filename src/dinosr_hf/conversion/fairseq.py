@@ -157,6 +157,7 @@ def config_from_settings(settings: Mapping[str, Any], names: Mapping[str, str] =
     _check_settings(settings, names)
     conv_layers = parse_conv_layers(str(settings["conv_feature_layers"]))
     values = {ours: settings[theirs] for theirs, ours in names.items()}
+    values.setdefault("num_codebooks", min(DinoSRConfig().num_codebooks, values["num_hidden_layers"]))
     if values.get("codebook_end_decay", 0) == values.get("codebook_decay"):
         values.update(codebook_end_decay=None, codebook_end_decay_step=0)
     freeze_step = settings.get("freeze_teacher_step", -1)
@@ -294,7 +295,11 @@ def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
     """
     config = model.config
     layers = zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
-    settings = {"_name": "dinosr", **{theirs: getattr(config, ours) for theirs, ours in SAME_MEANING.items()}, **MUST_BE}
+    settings = {
+        "_name": "dinosr",
+        **{theirs: getattr(config, ours) for theirs, ours in SAME_MEANING.items()},
+        **MUST_BE,
+    }
     if config.codebook_end_decay is None:
         settings["codebook_end_decay"] = config.codebook_decay
     settings["conv_feature_layers"] = str(list(layers))
@@ -304,7 +309,9 @@ def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
     tables = {None: _inverse(STUDENT_KEYS), **{name: _inverse(table) for name, table in NESTED_KEYS.items()}}
     state: dict[str, Any] = {}
     for name, tensor in model.state_dict().items():
-        parts = {f"{name}.{i}": row.clone() for i, row in enumerate(tensor)} if "codebooks." in name else {name: tensor}
+        parts = (
+            {f"{name}.{i}": row.clone() for i, row in enumerate(tensor)} if "codebooks." in name else {name: tensor}
+        )
         for ours, value in parts.items():
             place, pattern = next((p, k) for p, table in tables.items() for k in table if re.fullmatch(k, ours))
             target = state if place is None else state.setdefault(place, {})

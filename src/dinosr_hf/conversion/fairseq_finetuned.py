@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..configuration_dinosr import DinoSRConfig
 from ..ctc.text import SPECIAL_TOKENS
 from .fairseq import SAME_MEANING, config_from_settings, left_of, model_settings, renamed, weights_of
 from .layout import Layout, Weight
@@ -37,9 +38,7 @@ FINETUNING = {
     "mask_channel_length": "mask_feature_length",
 }
 OF_AN_ENCODER = {
-    theirs: ours
-    for theirs, ours in SAME_MEANING.items()
-    if not re.match(r"codebook|ema_|average_top_k", theirs)
+    theirs: ours for theirs, ours in SAME_MEANING.items() if not re.match(r"codebook|ema_|average_top_k", theirs)
 }
 DATA2VEC = ("data2vec_audio",)
 
@@ -88,24 +87,19 @@ def read_data2vec(checkpoint: Mapping[str, Any]) -> Layout:
     ).encoder_alone()
 
 
-def _encoder_config(settings: Mapping[str, Any]) -> Any:
-    layers = settings.get("encoder_layers")
+# Settings of DinoSR's targets: data2vec has others, and an encoder none.
+NOT_OF_AN_ENCODER = (
+    *("discrete", "instance_norm_target_layer", "layer_norm_target_layer", "batch_norm_target_layer"),
+    *("group_norm_target_layer", "instance_norm_targets", "layer_norm_targets", "ema_transformer_only"),
+    "ema_layers_only",
+)
+
+
+def _encoder_config(settings: Mapping[str, Any]) -> DinoSRConfig:
     if settings.get("_name") == "dinosr":
         return config_from_settings(settings)
-    config = config_from_settings({**settings, **_not_of_data2vec()}, OF_AN_ENCODER)
-    if isinstance(layers, int) and config.num_codebooks > layers:
-        config.num_codebooks = layers
-    return config
-
-
-def _not_of_data2vec() -> dict[str, Any]:
-    """Settings of DinoSR's targets, which data2vec has others for, and an encoder none."""
-    return {"discrete": True, "instance_norm_target_layer": True, "instance_norm_targets": False} | {
-        "layer_norm_targets": False,
-        "layer_norm_target_layer": False,
-        "batch_norm_target_layer": False,
-        "group_norm_target_layer": False,
-    }
+    own = {name: value for name, value in settings.items() if name not in NOT_OF_AN_ENCODER}
+    return config_from_settings(own, OF_AN_ENCODER)
 
 
 def read_finetuned(checkpoint: Mapping[str, Any], dictionary: str | os.PathLike | None) -> Layout:

@@ -83,7 +83,9 @@ def _checked(weight: Weight, wanted: Mapping[str, torch.Tensor]) -> torch.Tensor
     name, row = _split_codebook(weight.ours)
     target = wanted.get(name)
     if target is None or (row is not None and row >= len(target)):
-        raise CheckpointError(f"The checkpoint has a weight that a model of its configuration has not: {weight.theirs}.")
+        raise CheckpointError(
+            f"The checkpoint has a weight that a model of its configuration has not: {weight.theirs}."
+        )
     shape = tuple(target.shape if row is None else target.shape[1:])
     tensor = weight.tensor
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:

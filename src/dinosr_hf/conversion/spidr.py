@@ -101,12 +101,14 @@ def _config_from_settings(settings: Mapping[str, Any], encoder_only: bool) -> Di
     if missing:
         raise CheckpointError(f"The configuration lacks {', '.join(missing)}.")
     channels, kernels, strides = zip(*settings["extractor_conv_layer_config"], strict=True)
+    values = {ours: settings[theirs] for theirs, ours in names.items()}
+    values.setdefault("num_codebooks", min(DinoSRConfig().num_codebooks, values["num_hidden_layers"]))
     return DinoSRConfig(
         conv_dim=list(channels),
         conv_kernel=list(kernels),
         conv_stride=list(strides),
         conv_pos_kernel_size=max(3, settings["encoder_pos_conv_kernel"] // settings["encoder_pos_conv_depth"]),
-        **{ours: settings[theirs] for theirs, ours in names.items()},
+        **values,
     )
 
 

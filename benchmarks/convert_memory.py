@@ -1,0 +1,88 @@
+"""
+How much memory does converting a checkpoint need, beside the size of its file?
+
+    python benchmarks/convert_memory.py --size base
+
+A checkpoint of random weights in the authors' layout is written first, with the optimizer's state if asked for. Each
+conversion then runs in a process of its own, whose peak is read at its end; one that does nothing but import the same
+code is measured beside it (Linux only: the peak is what /proc says). The converted weights are compared with the file's before anything is printed.
+"""
+
+import argparse
+import datetime
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
+from dinosr_hf.conversion.fairseq import to_fairseq
+from dinosr_hf.pretraining import parse_arguments
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+CHILD = """
+import re, sys
+from dinosr_hf.conversion import convert
+if len(sys.argv) > 1:
+    convert(sys.argv[1], sys.argv[2])
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure the memory of a conversion.")
+    parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="the demo's model or the paper's")
+    parser.add_argument("--optimizer", action="store_true", help="with the optimizer's two moments in the file")
+    return parser.parse_args(argv)
+
+
+def write_checkpoint(size: str, optimizer: bool, file: Path) -> dict[str, torch.Tensor]:
+    """Random weights in the authors' layout; returns them by our names."""
+    config = DinoSRConfig()
+    if size == "tiny":
+        config = parse_arguments([], CONFIGS / "tiny_cpu.yaml").model_config()
+    torch.manual_seed(0)
+    model = DinoSRForPreTraining(config)
+    checkpoint = to_fairseq(model)
+    if optimizer:
+        moments = [{"exp_avg": p.detach(), "exp_avg_sq": p.detach().square()} for p in model.dinosr.parameters()]
+        checkpoint["last_optimizer_state"] = {"state": dict(enumerate(moments))}
+    torch.save(checkpoint, file)
+    return model.state_dict()
+
+
+def peak_bytes(*arguments: str) -> int:
+    """Peak resident memory of a process, mapped pages of files included."""
+    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) * 1024
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(argv)
+    with tempfile.TemporaryDirectory() as place:
+        file, out = Path(place, "checkpoint.pt"), Path(place, "out")
+        weights = write_checkpoint(options.size, options.optimizer, file)
+        before = peak_bytes()
+        start = time.perf_counter()
+        peak = peak_bytes(str(file), str(out))
+        seconds = time.perf_counter() - start
+        converted = DinoSRForPreTraining.from_pretrained(out).state_dict()
+        if not all(torch.equal(tensor, converted[name]) for name, tensor in weights.items()):
+            sys.exit("The converted weights are not the file's: nothing is reported.")
+        size = file.stat().st_size
+    print(
+        f"{datetime.date.today()}, {platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    print(f"file                              {size / 1e6:8.0f} MB" + (", with moments" if options.optimizer else ""))
+    print(f"peak of a process that imports    {before / 1e6:8.0f} MB")
+    print(f"peak of a process that converts   {peak / 1e6:8.0f} MB, {peak / size:.2f} times the file, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
