@@ -4,8 +4,9 @@ How much memory does converting a checkpoint need, beside the size of its file?
     python benchmarks/convert_memory.py --size base
 
 A checkpoint of random weights in the authors' layout is written first, with the optimizer's state if asked for. Each
-conversion then runs in a process of its own, whose peak is read at its end; one that does nothing but import the same
-code is measured beside it (Linux only: the peak is what /proc says). The converted weights are compared with the file's before anything is printed.
+conversion then runs in a process of its own, whose peak is read at its end (from /proc: Linux only); one that does
+nothing but import the same code is measured beside it. The converted weights are compared with the file's before
+anything is printed.
 """
 
 import argparse
@@ -76,9 +77,8 @@ def main(argv: Sequence[str]) -> None:
         if not all(torch.equal(tensor, converted[name]) for name, tensor in weights.items()):
             sys.exit("The converted weights are not the file's: nothing is reported.")
         size = file.stat().st_size
-    print(
-        f"{datetime.date.today()}, {platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{datetime.date.today()}, {platform.machine()}, {versions}")
     print(f"file                              {size / 1e6:8.0f} MB" + (", with moments" if options.optimizer else ""))
     print(f"peak of a process that imports    {before / 1e6:8.0f} MB")
     print(f"peak of a process that converts   {peak / 1e6:8.0f} MB, {peak / size:.2f} times the file, {seconds:.0f} s")

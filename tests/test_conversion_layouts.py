@@ -95,7 +95,7 @@ def test_weights_of_integers_are_refused(checkpoint, tmp_path):
 @pytest.mark.parametrize(("name", "value"), [("encoder_layers", 10**9), ("pos_conv_depth", 10**9)])
 def test_claims_of_a_huge_model_are_refused(checkpoint, tmp_path, name, value):
     checkpoint["cfg"]["model"][name] = value
-    with pytest.raises(CheckpointError, match="but there are 115 weights"):
+    with pytest.raises(CheckpointError, match=r"but there are \d+ weights"):
         convert(save(checkpoint, tmp_path), tmp_path / "out")
 
 
@@ -235,7 +235,7 @@ def test_wrong_dictionaries_are_refused(recogniser, tmp_path, text, message):
     (tmp_path / "dict.txt").write_text(text)
     with pytest.raises(CheckpointError, match=message):
         convert(save(recogniser, tmp_path), tmp_path / "out", dictionary=tmp_path / "dict.txt")
-    with pytest.raises(CheckpointError, match="is not a file. Give the dictionary"):
+    with pytest.raises(CheckpointError, match=r"is not a file\. Give the dictionary"):
         convert(save(recogniser, tmp_path), tmp_path / "out", dictionary=tmp_path / "none.txt")
 
 

@@ -124,7 +124,7 @@ def test_an_object_that_reduces_to_a_call_is_refused(tmp_path, monkeypatch, is_z
 def test_compressed_archives_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", b"N" * 50_000_000)
-    with pytest.raises(CheckpointError, match="not one that torch.save writes"):
+    with pytest.raises(CheckpointError, match=r"not one that torch\.save writes"):
         open_checkpoint(tmp_path / "bomb.pt")
 
 

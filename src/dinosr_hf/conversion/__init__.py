@@ -183,8 +183,8 @@ def convert_to_fairseq(folder: str | os.PathLike, file: str | os.PathLike) -> Pa
     settings = _read_settings(folder / "config.json") or {}
     if settings.get("architectures") != ["DinoSRForPreTraining"]:
         raise ValueError(
-            f"{folder} is a {', '.join(settings.get('architectures') or ['model of no name'])}, but the authors' layout"
-            " is that of a DinoSRForPreTraining: student, teacher, codebooks and heads."
+            f"{folder} is a {', '.join(settings.get('architectures') or ['model of no name'])}, but the authors'"
+            " layout is that of a DinoSRForPreTraining: student, teacher, codebooks and heads."
         )
     aside = file.with_name(f".unfinished-{file.name}")
     try:

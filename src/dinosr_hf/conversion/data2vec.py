@@ -28,8 +28,8 @@ def read_data2vec_folder(folder: Path) -> Layout:
     The encoder of a transformers folder whose model_type is data2vec-audio; a head on it is left.
 
     Raises:
-        CheckpointError: If it is another model's folder, or lacks its configuration or weights. wav2vec 2.0, HuBERT and
-            WavLM have one positional convolution with weight norm, and do not fit.
+        CheckpointError: If it is another model's folder, or lacks its configuration or weights. wav2vec 2.0, HuBERT
+            and WavLM have one positional convolution with weight norm, and do not fit.
     """
     file = folder / "config.json"
     try:

@@ -277,11 +277,11 @@ def _inverse(table: Mapping[str, str]) -> dict[str, str]:
     """A table of patterns the other way round."""
     turned = {}
     for theirs, ours in table.items():
-        groups = iter(re.findall(r"\([^()]*\)", theirs))
-        pattern = re.sub(r"\\\\(\d)", lambda _, groups=groups: next(groups), re.escape(ours))
-        numbers = iter(range(1, 10))
-        name = re.sub(r"\([^()]*\)", lambda _, numbers=numbers: f"\\{next(numbers)}", theirs).replace("\\.", ".")
-        turned[pattern] = name
+        pattern, name = re.escape(ours), theirs
+        for number, group in enumerate(re.findall(r"\([^()]*\)", theirs), start=1):
+            pattern = pattern.replace(rf"\\{number}", group)
+            name = name.replace(group, rf"\{number}", 1)
+        turned[pattern] = name.replace(r"\.", ".")
     return turned
 
 
@@ -306,7 +306,7 @@ def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
     settings["conv_pos"] = config.conv_pos_kernel_size * config.num_conv_pos_embeddings
     settings["freeze_teacher_step"] = -1 if config.freeze_teacher_step is None else config.freeze_teacher_step
     settings["freeze_pre_enc_modules"] = config.freeze_mode != "copied"
-    tables = {None: _inverse(STUDENT_KEYS), **{name: _inverse(table) for name, table in NESTED_KEYS.items()}}
+    tables = {"": _inverse(STUDENT_KEYS), **{name: _inverse(table) for name, table in NESTED_KEYS.items()}}
     state: dict[str, Any] = {}
     for name, tensor in model.state_dict().items():
         parts = (
@@ -314,6 +314,6 @@ def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
         )
         for ours, value in parts.items():
             place, pattern = next((p, k) for p, table in tables.items() for k in table if re.fullmatch(k, ours))
-            target = state if place is None else state.setdefault(place, {})
+            target = state if place == "" else state.setdefault(place, {})
             target[re.sub(pattern, tables[place][pattern], ours)] = value
     return {"args": None, "cfg": {"_name": None, "model": settings}, "model": state}

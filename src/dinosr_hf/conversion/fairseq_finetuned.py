@@ -141,8 +141,8 @@ def read_finetuned(checkpoint: Mapping[str, Any], dictionary: str | os.PathLike 
     num_labels = next((len(w.tensor) for w in head if isinstance(w.tensor, torch.Tensor) and w.tensor.dim()), 0)
     if vocabulary is not None and len(vocabulary) != num_labels:
         raise CheckpointError(
-            f"The dictionary has {len(vocabulary)} labels with the 4 special ones, but the recogniser has {num_labels}."
-            " Give the dictionary that it was fine-tuned with."
+            f"The dictionary has {len(vocabulary)} labels with the 4 special ones, but the recogniser has"
+            f" {num_labels}. Give the dictionary that it was fine-tuned with."
         )
     values = {**config.to_dict(), "vocab_size": num_labels or config.vocab_size}
     values |= {ours: settings[theirs] for theirs, ours in FINETUNING.items() if settings.get(theirs) is not None}

@@ -108,7 +108,8 @@ def build(model_class: type[Model], config: DinoSRConfig, weights: Sequence[Weig
     """
     if max(config.num_hidden_layers, config.num_conv_pos_embeddings, config.num_codebooks) > len(weights):
         raise CheckpointError(
-            f"The checkpoint's configuration has {config.num_hidden_layers} layers, but there are {len(weights)} weights."
+            f"The checkpoint's configuration has {config.num_hidden_layers} layers and"
+            f" {config.num_conv_pos_embeddings} positional convolutions, but there are {len(weights)} weights."
         )
     with torch.device("meta"):
         model = model_class(config)

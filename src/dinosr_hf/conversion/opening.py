@@ -1,9 +1,9 @@
 """
 Open a checkpoint without running anything of it.
 
-A checkpoint is a pickle, a program for a small machine, beside the bytes of its tensors. `read_pickle` is such a machine
-that can call nothing: names of classes and functions stay names, those of a fixed list become plain data, every other
-one is refused. Nothing is imported, and no memory is taken for what a file claims to have, but does not.
+A checkpoint is a pickle, a program for a small machine, beside the bytes of its tensors. `read_pickle` is such a
+machine that can call nothing: names of classes and functions stay names, those of a fixed list become plain data,
+every other one is refused. Nothing is imported, and no memory is taken for what a file claims, but does not have.
 """
 
 from __future__ import annotations

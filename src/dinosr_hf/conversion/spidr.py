@@ -147,11 +147,11 @@ def _config_from_shapes(
         f"attention heads: {heads}, " + ("as given" if num_attention_heads else "the published width of 64 each"),
         "dropouts, decays, masks and freeze step: this package's defaults, which are the paper's",
     ]
-    objective = {}
+    num_layers = _count(state, r"student\.layers\.(\d+)\.attention\.qkv\.weight")
+    objective: dict[str, Any] = {"num_codebooks": min(defaults.num_codebooks, num_layers)}
     if not encoder_only:
         size, _ = _shape(state, "codebooks.0.codebook")
         objective = {"codebook_size": size, "num_codebooks": _count(state, r"codebooks\.(\d+)\.codebook")}
-    num_layers = _count(state, r"student\.layers\.(\d+)\.attention\.qkv\.weight")
     config = DinoSRConfig(
         conv_dim=[shape[0] for shape in convs],
         conv_kernel=[shape[2] for shape in convs],
@@ -164,7 +164,7 @@ def _config_from_shapes(
         num_conv_pos_embeddings=_count(state, r"student\.pos_conv_embed\.convs\.(\d+)\.weight"),
         conv_pos_kernel_size=pos_kernel,
         num_conv_pos_embedding_groups=hidden // max(1, per_group),
-        **(objective or {"num_codebooks": min(defaults.num_codebooks, num_layers)}),
+        **objective,
     )
     return config, notes
 

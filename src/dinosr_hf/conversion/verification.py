@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,13 +12,13 @@ from ..data import load_audio
 from ..folders import feature_extractor
 from ..modeling_dinosr import DinoSRForPreTraining
 
-# Target perplexity and active codewords of layers 5 to 12 on LibriSpeech dev-clean after 400,000 updates, from the logs
-# that the SpidR paper (arXiv 2512.20308) published of its reproduction of DinoSR.
+# Target perplexity and active codewords of layers 5 to 12 on LibriSpeech dev-clean after 400,000 updates, from the
+# logs that the SpidR paper (arXiv 2512.20308) published of its reproduction of DinoSR.
 PUBLISHED_PERPLEXITIES = (186, 170, 156, 140, 144, 178, 144, 155)
 PUBLISHED_ACTIVE = (215, 200, 213, 215, 209, 223, 195, 215)
 
 
-def unit_statistics(model: DinoSRForPreTraining, file: str | os.PathLike) -> list[tuple[int, float, int]]:
+def unit_statistics(model: DinoSRForPreTraining, file: str | Path) -> list[tuple[int, float, int]]:
     """
     How a recording spreads over the codewords of each layer.
 
@@ -41,7 +41,7 @@ def unit_statistics(model: DinoSRForPreTraining, file: str | os.PathLike) -> lis
     return rows
 
 
-def statistics_table(model: DinoSRForPreTraining, file: str | os.PathLike) -> str:
+def statistics_table(model: DinoSRForPreTraining, file: str | Path) -> str:
     """`unit_statistics` as lines to print; beside the published figures where the model has the published size."""
     config = model.config
     published = (config.num_hidden_layers, config.num_codebooks, config.codebook_size) == (12, 8, 256)
