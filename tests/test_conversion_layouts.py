@@ -100,6 +100,9 @@ def test_claims_of_a_huge_model_are_refused(checkpoint, tmp_path, name, value):
 
 
 def test_settings_that_are_no_numbers_are_named(checkpoint, tmp_path):
+    checkpoint["cfg"]["model"]["encoder_layers"] = 4.5
+    with pytest.raises(CheckpointError, match=r"configuration cannot be used: (?s:.)*num_hidden_layers"):
+        convert(save(checkpoint, tmp_path), tmp_path / "out")
     checkpoint["cfg"]["model"]["encoder_layers"] = None
     with pytest.raises(CheckpointError, match="encoder_layers=None, which is no number"):
         convert(save(checkpoint, tmp_path), tmp_path / "out")

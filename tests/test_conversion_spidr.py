@@ -143,6 +143,9 @@ def test_a_checkpoint_of_the_spidr_objective_gives_its_encoder(checkpoint, setti
     [
         pytest.param({"encoder_layer_norm_first": True}, "encoder_layer_norm_first=True, which this", id="pre-norm"),
         pytest.param({"extractor_mode": "group_norm"}, "extractor_mode='group_norm'", id="group-norm"),
+        pytest.param({"extractor_conv_layer_config": [[1, 2]]}, "must be a list of .channels, kernel", id="convs"),
+        pytest.param({"encoder_num_layers": "x"}, "encoder_num_layers=x, which is no count", id="no-count"),
+        pytest.param({"codebook_size": "x"}, "configuration cannot be used: (?s:.)*codebook_size", id="type"),
         pytest.param({"new": 1}, "has new=1, which is not known", id="unknown"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from ..configuration_dinosr import DinoSRConfig
-from .layout import Layout, Weight
+from .layout import Layout, Weight, make_config
 from .opening import CheckpointError, open_checkpoint
 
 MODEL_TYPE = "data2vec-audio"
@@ -54,7 +54,7 @@ def read_data2vec_folder(folder: Path) -> Layout:
     left = {} if is_bare else {key: "a head" for key in state if not key.startswith(PREFIX)}
     weights = [Weight(key.removeprefix(PREFIX), key, tensor) for key, tensor in state.items() if key not in left]
     return Layout(
-        *("transformers, data2vec", DinoSRConfig(**values), weights, left),
+        *("transformers, data2vec", make_config(**values), weights, left),
         architecture="model",
         licence="see the folder's card",
     )

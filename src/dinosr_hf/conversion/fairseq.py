@@ -9,7 +9,7 @@ from typing import Any
 
 from ..configuration_dinosr import DinoSRConfig
 from ..modeling_dinosr import DinoSRForPreTraining
-from .layout import Layout, Weight, rename
+from .layout import Layout, Weight, make_config, rename
 from .opening import CheckpointError
 
 # Our field for each of theirs that means the same.
@@ -161,7 +161,7 @@ def config_from_settings(settings: Mapping[str, Any], names: Mapping[str, str] =
     if values.get("codebook_end_decay", 0) == values.get("codebook_decay"):
         values.update(codebook_end_decay=None, codebook_end_decay_step=0)
     freeze_step = settings.get("freeze_teacher_step", -1)
-    return DinoSRConfig(
+    return make_config(
         conv_dim=[channels for channels, _, _ in conv_layers],
         conv_kernel=[kernel for _, kernel, _ in conv_layers],
         conv_stride=[stride for _, _, stride in conv_layers],

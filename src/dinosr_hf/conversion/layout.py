@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from ..configuration_dinosr import DinoSRConfig
@@ -63,6 +64,14 @@ class Layout:
         return Layout(
             self.name, self.config, own, {**self.left, **left}, self.notes, architecture="model", licence=self.licence
         )
+
+
+def make_config(**values: Any) -> DinoSRConfig:
+    """A configuration; `CheckpointError` for values of another type, `ValueError` for those that no model can have."""
+    try:
+        return DinoSRConfig(**values)
+    except (StrictDataclassError, TypeError) as error:
+        raise CheckpointError(f"The checkpoint's configuration cannot be used: {error}") from error
 
 
 def rename(key: str, table: Mapping[str, str], where: str) -> str:

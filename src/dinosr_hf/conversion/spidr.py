@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..configuration_dinosr import DinoSRConfig
-from .layout import Layout, Weight, rename
+from .layout import Layout, Weight, make_config, rename
 from .opening import CheckpointError
 
 ENCODER_KEYS = {
@@ -100,13 +100,21 @@ def _config_from_settings(settings: Mapping[str, Any], encoder_only: bool) -> Di
     missing = [name for name in (*names, *ELSEWHERE[:2]) if name not in settings]
     if missing:
         raise CheckpointError(f"The configuration lacks {', '.join(missing)}.")
-    channels, kernels, strides = zip(*settings["extractor_conv_layer_config"], strict=True)
+    layers = settings["extractor_conv_layer_config"]
+    if not isinstance(layers, list) or not all(isinstance(layer, list) and len(layer) == 3 for layer in layers):
+        raise CheckpointError(
+            f"extractor_conv_layer_config={str(layers)[:80]} must be a list of [channels, kernel, stride] a layer."
+        )
+    channels, kernels, strides = ([layer[i] for layer in layers] for i in range(3))
+    for name in ("encoder_pos_conv_kernel", "encoder_pos_conv_depth", "encoder_num_layers"):
+        if not isinstance(settings[name], int) or settings[name] < 1:
+            raise CheckpointError(f"The configuration has {name}={str(settings[name])[:80]}, which is no count.")
     values = {ours: settings[theirs] for theirs, ours in names.items()}
     values.setdefault("num_codebooks", min(DinoSRConfig().num_codebooks, values["num_hidden_layers"]))
-    return DinoSRConfig(
-        conv_dim=list(channels),
-        conv_kernel=list(kernels),
-        conv_stride=list(strides),
+    return make_config(
+        conv_dim=channels,
+        conv_kernel=kernels,
+        conv_stride=strides,
         conv_pos_kernel_size=max(3, settings["encoder_pos_conv_kernel"] // settings["encoder_pos_conv_depth"]),
         **values,
     )
@@ -152,7 +160,7 @@ def _config_from_shapes(
     if not encoder_only:
         size, _ = _shape(state, "codebooks.0.codebook")
         objective = {"codebook_size": size, "num_codebooks": _count(state, r"codebooks\.(\d+)\.codebook")}
-    config = DinoSRConfig(
+    config = make_config(
         conv_dim=[shape[0] for shape in convs],
         conv_kernel=[shape[2] for shape in convs],
         conv_stride=list(defaults.conv_stride),
