@@ -99,6 +99,19 @@ def test_claims_of_a_huge_model_are_refused(checkpoint, tmp_path, name, value):
         convert(save(checkpoint, tmp_path), tmp_path / "out")
 
 
+@pytest.mark.parametrize("key", [3, "_codebook" + "9" * 5000], ids=["number", "long"])
+def test_names_that_are_no_names_are_refused(checkpoint, tmp_path, key):
+    checkpoint["model"][key] = torch.zeros(2)
+    with pytest.raises(CheckpointError, match="a weight whose name is no name"):
+        convert(save(checkpoint, tmp_path), tmp_path / "out")
+
+
+def test_a_freeze_that_is_neither_true_nor_false_is_refused(checkpoint, tmp_path):
+    checkpoint["cfg"]["model"]["freeze_pre_enc_modules"] = "x"
+    with pytest.raises(CheckpointError, match="freeze_pre_enc_modules='x', no true or false"):
+        convert(save(checkpoint, tmp_path), tmp_path / "out")
+
+
 def test_settings_that_are_no_numbers_are_named(checkpoint, tmp_path):
     checkpoint["cfg"]["model"]["encoder_layers"] = 4.5
     with pytest.raises(CheckpointError, match=r"configuration cannot be used: (?s:.)*num_hidden_layers"):

@@ -113,6 +113,12 @@ def test_strides_that_shapes_cannot_tell_are_asked_for(checkpoint):
         read_spidr(checkpoint, None, num_attention_heads=4)
 
 
+def test_shapes_of_other_dimensions_are_refused(checkpoint):
+    checkpoint["model"]["student.pos_conv_embed.convs.0.weight"] = torch.zeros(3)
+    with pytest.raises(CheckpointError, match=r"convs\.0\.weight has the shape \(3,\), but must have 3 dimensions"):
+        read_spidr(checkpoint, None, num_attention_heads=4)
+
+
 def test_biases_of_the_fused_matrix_are_split(checkpoint, settings, tmp_path):
     for side in ("student", "teacher"):
         for layer in range(4):

@@ -160,14 +160,21 @@ def config_from_settings(settings: Mapping[str, Any], names: Mapping[str, str] =
     values.setdefault("num_codebooks", min(DinoSRConfig().num_codebooks, values["num_hidden_layers"]))
     if values.get("codebook_end_decay", 0) == values.get("codebook_decay"):
         values.update(codebook_end_decay=None, codebook_end_decay_step=0)
-    freeze_step = settings.get("freeze_teacher_step", -1)
+    freeze_step, stops_front_end = (
+        settings.get("freeze_teacher_step", -1),
+        settings.get("freeze_pre_enc_modules", True),
+    )
+    if not isinstance(stops_front_end, bool):
+        raise CheckpointError(
+            f"The checkpoint was made with freeze_pre_enc_modules={stops_front_end!r}, no true or false."
+        )
     return make_config(
         conv_dim=[channels for channels, _, _ in conv_layers],
         conv_kernel=[kernel for _, kernel, _ in conv_layers],
         conv_stride=[stride for _, _, stride in conv_layers],
         conv_pos_kernel_size=max(3, settings["conv_pos"] // settings["pos_conv_depth"]),
         freeze_teacher_step=None if freeze_step == -1 else freeze_step,
-        freeze_mode="frozen" if settings.get("freeze_pre_enc_modules", True) else "copied",
+        freeze_mode="frozen" if stops_front_end else "copied",
         **values,
     )
 

@@ -127,6 +127,8 @@ def read_finetuned(checkpoint: Mapping[str, Any], dictionary: str | os.PathLike 
     state = weights_of(checkpoint)
     left, encoder, head = left_of(checkpoint), {}, []
     for key, tensor in state.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"The checkpoint has a weight whose name is no name: {key}.")
         inner = key.removeprefix(ENCODER_PREFIX)
         if key in HEAD_KEYS:
             head.append(Weight(HEAD_KEYS[key], key, tensor))

@@ -76,6 +76,8 @@ def make_config(**values: Any) -> DinoSRConfig:
 
 def rename(key: str, table: Mapping[str, str], where: str) -> str:
     """Our name for a weight; `CheckpointError` if the table of patterns has none."""
+    if not isinstance(key, str) or len(key) > 200:
+        raise CheckpointError(f"The checkpoint has a weight whose name is no name: {where}{str(key)[:80]}.")
     for pattern, name in table.items():
         if match := re.fullmatch(pattern, key):
             return match.expand(name)

@@ -124,10 +124,12 @@ def _count(state: Mapping[str, Any], pattern: str) -> int:
     return len({match[1] for key in state if (match := re.fullmatch(pattern, str(key)))})
 
 
-def _shape(state: Mapping[str, Any], key: str) -> tuple[int, ...]:
+def _shape(state: Mapping[str, Any], key: str, num_dims: int) -> tuple[int, ...]:
     tensor = state.get(key)
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"The checkpoint lacks {key}, whose shape the configuration is derived from.")
+    if tensor.dim() != num_dims:
+        raise CheckpointError(f"{key} has the shape {tuple(tensor.shape)}, but must have {num_dims} dimensions.")
     return tuple(tensor.shape)
 
 
@@ -136,8 +138,8 @@ def _config_from_shapes(
 ) -> tuple[DinoSRConfig, list[str]]:
     """Sizes are in the shapes; strides and heads are not."""
     num_convs = _count(state, r"feature_extractor\.conv_layers\.(\d+)\.conv\.weight")
-    convs = [_shape(state, f"feature_extractor.conv_layers.{i}.conv.weight") for i in range(num_convs)]
-    hidden, per_group, pos_kernel = _shape(state, "student.pos_conv_embed.convs.0.weight")
+    convs = [_shape(state, f"feature_extractor.conv_layers.{i}.conv.weight", 3) for i in range(num_convs)]
+    hidden, per_group, pos_kernel = _shape(state, "student.pos_conv_embed.convs.0.weight", 3)
     if tuple(kernel for *_, kernel in convs) != PUBLISHED_KERNELS:
         raise CheckpointError(
             f"The convolutions have kernels {[kernel for *_, kernel in convs]}, not the published"
@@ -158,7 +160,7 @@ def _config_from_shapes(
     num_layers = _count(state, r"student\.layers\.(\d+)\.attention\.qkv\.weight")
     objective: dict[str, Any] = {"num_codebooks": min(defaults.num_codebooks, num_layers)}
     if not encoder_only:
-        size, _ = _shape(state, "codebooks.0.codebook")
+        size, _ = _shape(state, "codebooks.0.codebook", 2)
         objective = {"codebook_size": size, "num_codebooks": _count(state, r"codebooks\.(\d+)\.codebook")}
     config = make_config(
         conv_dim=[shape[0] for shape in convs],
@@ -166,7 +168,7 @@ def _config_from_shapes(
         conv_stride=list(defaults.conv_stride),
         conv_bias="feature_extractor.conv_layers.0.conv.bias" in state,
         hidden_size=hidden,
-        intermediate_size=_shape(state, "student.layers.0.feed_forward.intermediate_dense.weight")[0],
+        intermediate_size=_shape(state, "student.layers.0.feed_forward.intermediate_dense.weight", 2)[0],
         num_hidden_layers=num_layers,
         num_attention_heads=heads,
         num_conv_pos_embeddings=_count(state, r"student\.pos_conv_embed\.convs\.(\d+)\.weight"),
@@ -181,7 +183,7 @@ def _weights(state: Mapping[str, Any]) -> Iterator[Weight]:
     for key, tensor in state.items():
         if key in LEFT:
             continue
-        match = re.fullmatch(QKV, key)
+        match = re.fullmatch(QKV, str(key))
         if match is None:
             yield Weight(rename(key, KEYS, ""), key, tensor)
             continue
