@@ -86,6 +86,18 @@ def test_weights_in_half_precision_become_float32(checkpoint, tmp_path):
     assert model.dinosr.masked_spec_embed.dtype == torch.float32
 
 
+def test_weights_that_share_memory_in_the_file_are_apart(checkpoint, tmp_path):
+    weights = checkpoint["model"]
+    weights["encoder.layers.0.fc2.bias"] = weights["encoder.layers.1.fc2.bias"]
+    turned = weights["encoder.layers.0.fc1.weight"]
+    weights["encoder.layers.0.fc1.weight"] = turned.T.contiguous().T
+    convert(save(checkpoint, tmp_path), tmp_path / "out")
+    layers = DinoSRForPreTraining.from_pretrained(tmp_path / "out").dinosr.encoder.layers
+    biases = [layers[i].feed_forward.output_dense.bias for i in range(2)]
+    assert torch.equal(*biases) and biases[0].data_ptr() != biases[1].data_ptr()
+    assert torch.equal(layers[0].feed_forward.intermediate_dense.weight, turned)
+
+
 def test_weights_of_integers_are_refused(checkpoint, tmp_path):
     checkpoint["model"]["mask_emb"] = checkpoint["model"]["mask_emb"].long()
     with pytest.raises(CheckpointError, match=r"mask_emb has numbers of type torch.int64"):

@@ -127,12 +127,16 @@ def build(model_class: type[Model], config: DinoSRConfig, weights: Sequence[Weig
     wanted = model.state_dict()
     state: dict[str, torch.Tensor] = {}
     rows: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
     for weight in weights:
         tensor = _checked(weight, wanted)
         place = rows if weight.ours.startswith("codebooks.") else state
         if weight.ours in place:
             raise CheckpointError(f"The checkpoint has {weight.theirs} twice, by two names.")
-        place[weight.ours] = tensor
+        storage = tensor.untyped_storage().data_ptr()
+        # Weights that share memory in the file are apart here, or they could not be saved.
+        place[weight.ours] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     for name in wanted:
         if name not in state and re.match(r"teacher\.feature_(extractor|projection)\.", name):
             student = name.replace("teacher.", "dinosr.", 1)
