@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoProcessor, Data2VecAudioConfig, Data2VecAudioForCTC, Wav2Vec2Config, Wav2Vec2Model
 
 from conftest import FIXTURES
-from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
-from dinosr_hf.conversion import CheckpointError, convert, convert_to_fairseq, unit_statistics
+from dinosr_hf import DinoSRConfig, DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
+from dinosr_hf.conversion import CheckpointError, convert, convert_to_fairseq, statistics_table, unit_statistics
 from dinosr_hf.conversion.fairseq import config_from_fairseq
 from tolerances import SAME_ARITHMETIC
 
@@ -369,3 +369,14 @@ def test_settings_of_the_script_are_json_dictionaries(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError, match="must hold a dictionary, but holds a list"):
         convert(FIXTURES / "spidr_tiny" / "checkpoint.pt", tmp_path / "out", config=tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("num_codebooks", [8, 7], ids=["published-size", "another-size"])
+def test_published_figures_stand_beside_a_model_of_their_size_only(make_audio, num_codebooks):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 8, "conv_dim": [8] * 7}
+    model = DinoSRForPreTraining(DinoSRConfig(**sizes, num_codebooks=num_codebooks)).eval()
+    lines = statistics_table(model, make_audio).splitlines()
+    assert len(lines) == 1 + num_codebooks
+    assert ("published" in lines[0]) == (num_codebooks == 8)
+    assert lines[1].split()[0] == str(13 - num_codebooks)
+    assert lines[-1].split()[3:] == (["155", "215"] if num_codebooks == 8 else [])
