@@ -53,7 +53,7 @@ def check_source(source: str) -> None:
 class DinoSRUnitEncoder:
     """The part of `DinoSRForPreTraining` that looks at unmasked speech; it learns nothing."""
 
-    config: DinoSRConfig
+    config: Any
     training: bool
     dinosr: Any
     heads: nn.ModuleList
