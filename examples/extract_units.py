@@ -14,6 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -126,7 +127,8 @@ def main(argv: Sequence[str]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     transformers_logging.disable_progress_bar()
     options = parse(argv)
-    state = PartialState(cpu=options.device == "cpu")
+    # A process that is done waits for all others, however long that takes.
+    state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=30))
     try:
         num_left_out = run(options, state)
     except (ValueError, ImportError) as error:
