@@ -121,6 +121,7 @@ OWN_PARSER = (
     *("examples/make_manifest.py", "examples/plot_run.py", "examples/prepare_for_hub.py"),
     *("examples/tune_decoding.py", "examples/transcribe.py", "examples/export_onnx.py", "benchmarks/deploy.py"),
     *("benchmarks/train_step.py", "benchmarks/batching.py", "benchmarks/few_labels.py"),
+    *("examples/extract_units.py", "examples/fit_kmeans.py", "benchmarks/unit_agreement.py"),
 )
 
 
@@ -200,6 +201,10 @@ def test_commands_of_the_documents_exist(text):
         "python examples/plot_run.py runs/a --x hour",
         "python examples/transcribe.py runs/recogniser a.wav --format ass",
         "python examples/export_onnx.py runs/a",
+        "python examples/extract_units.py runs/a my_speech --layers 5",
+        "accelerate launch examples/extract_units.py runs/a my_speech --output_dir units --layer five",
+        "python examples/fit_kmeans.py runs/a my_speech",
+        "python benchmarks/unit_agreement.py runs/a --sources pupil",
         "python examples/prepare_for_hub.py runs/a",
         "python examples/prepare_for_hub.py runs/a hub/a --public",
         "python examples/tune_decoding.py runs/recogniser my_speech",
