@@ -1,5 +1,7 @@
 """Recordings to units and features: windows, joined normalisation, k-means, files, bad recordings."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -140,6 +142,12 @@ def test_kmeans_of_what_it_is_not_for(model, recordings, tmp_path):
         fit_kmeans(UnitExtractor(model, layers=[2]), recordings, 5_000)
     with pytest.raises(ValueError, match="is no k-means of ours"):
         LayerKMeans.load(tmp_path / "missing.safetensors")
+
+
+def test_kmeans_without_scikit_learn(model, recordings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with pytest.raises(ImportError, match=r"sklearn.cluster is needed here: pip install .dinosr-hf\[analysis\]"):
+        fit_kmeans(UnitExtractor(model, layers=[2]), recordings)
 
 
 @pytest.mark.parametrize("form", ["npy", "safetensors"])

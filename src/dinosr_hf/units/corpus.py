@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from ..data import SAMPLING_RATE, SpeechSource
-from ..data.audio import require
+from ._extra import import_extra
 from .extraction import Progress, UnitExtractor, Units
 from .kmeans import LayerKMeans
 
@@ -91,13 +91,13 @@ def _read_shard(path: Path) -> Iterator[dict[str, Any]]:
         with open(path, encoding="utf-8") as lines:
             yield from map(json.loads, lines)
     else:
-        yield from require("pyarrow.parquet").read_table(path).to_pylist()
+        yield from import_extra("pyarrow.parquet", "train").read_table(path).to_pylist()
 
 
 def _ids_of(path: Path) -> list[str]:
     if path.suffix == ".jsonl":
         return [row["id"] for row in _read_shard(path)]
-    return require("pyarrow.parquet").read_table(path, columns=["id"])["id"].to_pylist()
+    return import_extra("pyarrow.parquet", "train").read_table(path, columns=["id"])["id"].to_pylist()
 
 
 def shards_of(folder: str | Path) -> list[Path]:
@@ -116,7 +116,7 @@ def load_units(folder: str | Path) -> Any:
     shards = [str(path) for path in shards_of(folder)]
     if not shards:
         raise ValueError(f"{folder} has no units. Give a folder that examples/extract_units.py has written.")
-    dataset = require("datasets").Dataset
+    dataset = import_extra("datasets", "train").Dataset
     return dataset.from_json(shards) if shards[0].endswith(".jsonl") else dataset.from_parquet(shards)
 
 
@@ -265,10 +265,10 @@ class UnitCorpus:
             with open(aside, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         else:
-            pyarrow = require("pyarrow")
+            pyarrow = import_extra("pyarrow", "train")
             kinds = {name: pyarrow.string() if name == "id" else pyarrow.list_(pyarrow.int32()) for name in rows[0]}
             table = pyarrow.Table.from_pylist(rows, pyarrow.schema(kinds.items()))
-            require("pyarrow.parquet").write_table(table, aside)
+            import_extra("pyarrow.parquet", "train").write_table(table, aside)
         rename_whole(aside, path)
         return len(rows)
 

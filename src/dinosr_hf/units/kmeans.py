@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..data import SpeechSource
+from ._extra import import_extra
 
 if TYPE_CHECKING:
     from .extraction import Progress, UnitExtractor
@@ -114,8 +115,7 @@ def fit_kmeans(
     """
     if len(extractor.layers) != 1:
         raise ValueError(f"k-means is of one layer, but layers are {extractor.layers}. Name one.")
-    from sklearn.cluster import MiniBatchKMeans
-
+    cluster = import_extra("sklearn.cluster", "analysis")
     config = extractor.model.config
     total = sum(int(config.num_frames(utterance.num_samples)) for utterance in recordings.utterances)
     share = min(1.0, max_frames / max(1, total))
@@ -129,5 +129,6 @@ def fit_kmeans(
             f"num_clusters={num_clusters}, but there are {len(frames):,} frames to learn from. Lower num_clusters,"
             " raise max_frames or give more recordings."
         )
-    fitted = MiniBatchKMeans(num_clusters, batch_size=10_000, n_init=3, random_state=seed).fit(frames)
-    return LayerKMeans(fitted.cluster_centers_.astype(np.float32), extractor.layers[0], extractor.source)
+    clusters = cluster.MiniBatchKMeans(num_clusters, batch_size=10_000, n_init=3, random_state=seed)
+    centroids = clusters.fit(frames).cluster_centers_
+    return LayerKMeans(centroids.astype(np.float32), extractor.layers[0], extractor.source)
