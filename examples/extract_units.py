@@ -34,7 +34,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file or folder; or one manifest or dataset")
     parser.add_argument("--output_dir", required=True, help="a folder of units, or of features")
     parser.add_argument("--split", help="of the data, where it has several")
-    parser.add_argument("--layers", type=int, nargs="+", default=[5], help="the lowest is 1 (the paper's best: 5)")
+    parser.add_argument("--layers", type=int, nargs="+", default=[5], help="the lowest is 1 (%(default)s)")
     parser.add_argument("--source", default="student", choices=["student", "teacher"], help="(%(default)s)")
     parser.add_argument("--kmeans", help="file of examples/fit_kmeans.py, whose clusters, layer and source are taken")
     parser.add_argument("--deduplicate", action="store_true", help="runs of a unit as one, with durations in frames")
@@ -81,6 +81,10 @@ def seconds_of(source: SpeechSource, indices: Sequence[int]) -> float:
 
 def run(options: argparse.Namespace, state: PartialState) -> int:
     """Extract; returns how many recordings could not be read."""
+    if options.split and len(options.inputs) > 1:
+        raise ValueError(f"--split is of one input, but there are {len(options.inputs)}. Give them one by one.")
+    if options.features and (options.kmeans or options.deduplicate):
+        raise ValueError("--features writes no units. Leave out --kmeans and --deduplicate, or --features.")
     source = open_source(options.inputs[0], split=options.split) if options.split else open_recordings(options.inputs)
     kmeans = LayerKMeans.load(options.kmeans) if options.kmeans else None
     if kmeans is not None:

@@ -211,6 +211,14 @@ def test_two_processes_write_what_one_writes(script, command, model_folder, fold
     assert done.stdout.count("23 recordings") == 1
 
 
+def test_a_split_of_a_folder(script, command, folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "data" / name).symlink_to(folder, target_is_directory=True)
+    script.main([command[0], str(tmp_path / "data"), *command[2:], "--split", "test"])
+    assert len(rows_of(tmp_path / "units")) == NUM_RECORDINGS
+
+
 def test_another_number_of_processes_goes_on(model_folder, folder, tmp_path):
     recordings = open_recordings([folder])
     extractor = UnitExtractor(DinoSRForPreTraining.from_pretrained(model_folder), layers=[2])
@@ -253,7 +261,7 @@ def test_the_script_writes_features(script, command, tmp_path):
 
 def test_the_scripts_cluster(script, command, model_folder, folder, tmp_path, capsys):
     file = str(tmp_path / "kmeans.safetensors")
-    fit = load_script(ROOT / "examples" / "fit_kmeans.py")
+    fit = load_script("examples/fit_kmeans.py")
     words = [str(model_folder), str(folder), "--output", file, "--num_clusters", "11", "--device", "cpu"]
     fit.main([*words, "--layer", "1", "--source", "teacher"])
     assert capsys.readouterr().out.strip() == file
@@ -290,5 +298,9 @@ def test_what_cannot_be_is_refused(script, command, tmp_path):
         UnitCorpus(tmp_path, {}, process=2, num_processes=2)
     with pytest.raises(ValueError, match="has no units"):
         load_units(tmp_path)
+    with pytest.raises(SystemExit, match="--split is of one input, but there are 2"):
+        script.main([command[0], command[1], *command[1:], "--split", "train"])
+    with pytest.raises(SystemExit, match=r"--features writes no units. Leave out --kmeans and --deduplicate"):
+        script.main([*command, "--features", "npy", "--deduplicate"])
     with pytest.raises(SystemExit, match=r"extract_units.py: layer=1 has no codebook"):
         script.main([*command, "--layers", "1"])

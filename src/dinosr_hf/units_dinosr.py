@@ -118,6 +118,8 @@ class DinoSRUnitEncoder:
         """
         Continuous features of chosen layers; no layer above the highest of them is computed.
 
+        An utterance's features do not depend on the padding of its batch, but with `reference_padding` they do.
+
         Args:
             input_values: (B, S), as for `DinoSRModel`.
             attention_mask: (B, S) or None.
@@ -162,8 +164,8 @@ class DinoSRUnitEncoder:
         Args:
             input_values: (B, S), as for `DinoSRModel`.
             attention_mask: (B, S) or None.
-            layer: Transformer layer whose codebook is asked for, the lowest is 1; the paper's best for phones is 5 of
-                the base model's 12 (Section 4.4). Only the top `num_codebooks` layers have one.
+            layer: Transformer layer whose codebook is asked for, the lowest is 1; the paper analyses that of layer 5
+                of the base model's 12. Only the top `num_codebooks` layers have one.
             source: "student": the most probable codeword by that layer's prediction head on top of the student, from
                 unmasked speech: each frame is decided by itself, and the whole student is computed whatever the
                 layer. "teacher": the nearest codeword of that layer's codebook to the teacher's output, normalised
