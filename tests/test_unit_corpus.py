@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from audio_files import noise, sf
 from dinosr_hf import DinoSRForPreTraining
@@ -99,7 +101,7 @@ def test_the_script_writes_units(script, command, model_folder, folder, tmp_path
     summary = json.loads((out / "summary.json").read_text())
     assert summary["num_recordings"] == NUM_RECORDINGS and summary["num_units"] == 7 and summary["left_out"] == {}
     assert summary["files"] == [shard.name for shard in shards_of(out)] and len(summary["files"]) > 5
-    assert "23 recordings" in capsys.readouterr().out
+    assert re.search(r"23 recordings, 0.00 hours, .* s of audio at [\d,]+ hours an hour", capsys.readouterr().out)
     before = {path: path.stat().st_mtime_ns for path in shards_of(out)}
     script.main(command)  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in shards_of(out)} == before
@@ -286,6 +288,10 @@ def test_other_settings_want_another_folder(script, command):
 def test_two_runs_at_once_are_refused(tmp_path):
     with UnitCorpus(tmp_path, {}), pytest.raises(ValueError, match="is being written by another run"):
         UnitCorpus(tmp_path, {}).open()
+    orphan = FileLock(tmp_path / ".lock-001").acquire()  # its launcher was killed, and it was not
+    with pytest.raises(ValueError, match=r"another run \(.lock-001\). Wait for it, or stop all"):
+        UnitCorpus(tmp_path, {}).open()
+    orphan.lock.release()
     UnitCorpus(tmp_path, {}).open()
 
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 
 from ..data import SAMPLING_RATE, SpeechSource
@@ -162,7 +162,7 @@ class UnitCorpus:
         self._form, self._deduplicate = form, deduplicate
         self._shard_samples = shard_seconds * SAMPLING_RATE
         self._process, self._num_processes = process, num_processes
-        self._lock = FileLock(self.folder / ".lock")
+        self._lock = FileLock(self.folder / f".lock-{process:03}")
 
     def open(self) -> Self:
         """
@@ -172,10 +172,10 @@ class UnitCorpus:
             ValueError: If another run is writing into the folder, or its units are of other settings.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"{self.folder} is being written by another run. Wait for it, or stop it.") from error
+        self._acquire(self._lock)
+        for other in self.folder.glob(".lock-*"):
+            if other != Path(self._lock.lock_file):
+                self._acquire(FileLock(other)).release()  # a process that outlived the rest of its run
         file = self.folder / "settings.json"
         if file.is_file():
             before = json.loads(file.read_text(encoding="utf-8"))
@@ -190,6 +190,17 @@ class UnitCorpus:
             leftover.unlink()
         replace_whole(file, (json.dumps(self._settings, indent=2) + "\n").encode())
         return self
+
+    def _acquire(self, lock: BaseFileLock) -> BaseFileLock:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            self._lock.release()
+            raise ValueError(
+                f"{self.folder} is being written by another run ({Path(lock.lock_file).name}). Wait for it, or stop"
+                " all of its processes."
+            ) from error
+        return lock
 
     def __enter__(self) -> Self:
         return self.open()
@@ -226,7 +237,12 @@ class UnitCorpus:
 
         Returns:
             Recordings written.
+
+        Raises:
+            ValueError: If another run's process of the same number is writing; and as `UnitExtractor.units`.
         """
+        if not self._lock.is_locked:
+            self._acquire(self._lock)
         indices = self.todo(recordings)
         lengths = dict(recordings.utterances[index] for index in indices)
         rows: list[dict[str, Any]] = []
