@@ -54,14 +54,18 @@ def largest_difference(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -
     return max(((mine - theirs).abs().max() / theirs.abs().max()).item() for mine, theirs in pairs)
 
 
-def main(argv: Sequence[str]) -> None:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the convolutional feature encoder.")
     parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="the demo's model or the paper's")
     parser.add_argument("--batch", type=int, default=4, help="utterances")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each")
     parser.add_argument("--repeats", type=int, default=10, help="timed runs of each form")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(argv)
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = make_model(options.size, "sdpa", device).dinosr.feature_extractor

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from dinosr_hf.ctc import FORMATS, Transcriber, Transcript, output_path
-from dinosr_hf.ctc.transcription import DTYPES
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
+from dinosr_hf.recordings import DTYPES
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

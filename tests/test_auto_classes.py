@@ -33,6 +33,7 @@ CODE = {
     "masking.py",
     "modeling_dinosr.py",
     "objective_dinosr.py",
+    "units_dinosr.py",
 }
 NUM_SAMPLES = 611
 

@@ -30,18 +30,19 @@ LAYERS = (
     ("codebook_dinosr", "masking", "convolution_dinosr"),
     ("encoder_dinosr",),
     ("objective_dinosr", "heads_dinosr"),
+    ("units_dinosr",),
     ("modeling_dinosr",),
     ("_compat", "folders", "records", "command_line"),
     ("schedules",),
     ("data",),
-    ("analysis",),
+    ("analysis", "recordings"),
     ("pretraining", "finetuning"),
-    ("ctc", "classification"),
+    ("ctc", "classification", "units"),
     ("hub", "export", "conversion"),
     ("__init__",),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
-REMOTE_CODE = {room for rooms in LAYERS[:5] for room in rooms}
+REMOTE_CODE = {room for rooms in LAYERS[:6] for room in rooms}
 # `data` takes frame lengths from the configuration, and nothing from the model.
 NOT_FOR_DATA = REMOTE_CODE - {"configuration_dinosr", "masking"}
 

@@ -1,6 +1,5 @@
 """What the documents say works: their Python runs, their commands and flags exist, their links lead somewhere."""
 
-import importlib.util
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from dinosr_hf.pretraining.state import save_model
 from language_models import write_arpa
 from pretraining_runs import metrics_of, tiny_arguments
 from recogniser import save_recogniser
+from scripts import load_script
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "configs" / "tiny_cpu.yaml"
@@ -109,19 +109,14 @@ def commands(text):
                 yield words
 
 
-def load_script(script):
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 FINETUNING = ("examples/finetune_ctc.py", "examples/finetune_classification.py")
 OWN_PARSER = (
     *("examples/make_manifest.py", "examples/plot_run.py", "examples/prepare_for_hub.py"),
     *("examples/tune_decoding.py", "examples/transcribe.py", "examples/export_onnx.py", "benchmarks/deploy.py"),
     *("examples/convert_checkpoint.py", "benchmarks/convert_memory.py"),
     *("benchmarks/train_step.py", "benchmarks/batching.py", "benchmarks/few_labels.py"),
+    *("examples/extract_units.py", "examples/fit_kmeans.py", "benchmarks/unit_agreement.py"),
+    "benchmarks/convolution.py",
 )
 
 
@@ -201,6 +196,10 @@ def test_commands_of_the_documents_exist(text):
         "python examples/plot_run.py runs/a --x hour",
         "python examples/transcribe.py runs/recogniser a.wav --format ass",
         "python examples/export_onnx.py runs/a",
+        "python examples/extract_units.py runs/a my_speech --layers 5",
+        "accelerate launch examples/extract_units.py runs/a my_speech --output_dir units --layer five",
+        "python examples/fit_kmeans.py runs/a my_speech",
+        "python benchmarks/unit_agreement.py runs/a --sources pupil",
         "python examples/prepare_for_hub.py runs/a",
         "python examples/prepare_for_hub.py runs/a hub/a --public",
         "python examples/tune_decoding.py runs/recogniser my_speech",

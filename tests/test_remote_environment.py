@@ -37,6 +37,8 @@ ASK = """
             with torch.no_grad():
                 return getattr(model(torch.from_numpy(speech)[None]), attribute).flatten()[:50].tolist()
 
+        pretrained = AutoModelForPreTraining.from_pretrained(models + "pretrained", **loading).eval()
+        units, _ = pretrained.encode_units(torch.from_numpy(speech)[None], layers=[2, 3], source="teacher")
         recogniser = pipeline("automatic-speech-recognition", model=models + "recogniser", **loading)
         classifier = pipeline("audio-classification", model=models + "classifier", **loading)
         processor = AutoProcessor.from_pretrained(models + "recogniser", **loading)
@@ -45,6 +47,7 @@ ASK = """
             "features": tensors(AutoModel, "pretrained", "last_hidden_state"),
             "features of a recogniser": tensors(AutoModel, "recogniser", "last_hidden_state"),
             "pre-training": tensors(AutoModelForPreTraining, "pretrained", "last_hidden_state"),
+            "units": units.flatten().tolist(),
             "labels": tensors(AutoModelForCTC, "recogniser", "logits"),
             "classes": tensors(AutoModelForAudioClassification, "classifier", "logits"),
             "processor": type(processor).__name__,

@@ -17,12 +17,11 @@ from dinosr_hf.ctc.decoding import DecodingOptions, GreedyDecoder
 from dinosr_hf.ctc.transcription import (
     cut_at_pauses,
     decode_in_pieces,
-    mean_and_variance,
     part_words_at_pauses,
     pauses,
-    plan_windows,
 )
 from dinosr_hf.data import FileSource, normalize_waveform, open_recordings
+from dinosr_hf.recordings import mean_and_variance, plan_windows
 from recognisers import LABELS, save_models
 from tolerances import SAME_ARITHMETIC
 

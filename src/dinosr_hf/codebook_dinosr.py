@@ -4,7 +4,7 @@ The online codebooks of DinoSR: one table of codewords a teacher layer, learnt b
 `N` codebooks, `V` codewords of a codebook, `D` hidden size, `M` masked frames.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -90,18 +90,19 @@ class OnlineCodebooks(nn.Module):
         return self.sums / self.counts[..., None]
 
     @torch.no_grad()
-    def assign(self, targets: torch.Tensor) -> torch.Tensor:
+    def assign(self, targets: torch.Tensor, codebooks: Sequence[int] | None = None) -> torch.Tensor:
         """
         Find the nearest codeword, in Euclidean distance, of each frame in each codebook (paper, equation 3).
 
         Args:
             targets: float32 (N, M, D).
+            codebooks: Numbers of `N` codebooks to look into, from 0 on; None: all, in their order.
 
         Returns:
             int64 (N, M), in [0, V).
         """
         with torch.autocast(targets.device.type, enabled=False):
-            codewords = self.codewords
+            codewords = self.codewords if codebooks is None else self.codewords[list(codebooks)]
             # |t - c|^2 = |t|^2 - 2 (t c - |c|^2 / 2), and |t|^2 is the same for all codewords
             half_norms = codewords.square().sum(dim=-1)[:, None, :] / 2  # (N, 1, V)
             return torch.baddbmm(half_norms, targets.float(), codewords.mT, beta=-1).argmax(dim=-1)

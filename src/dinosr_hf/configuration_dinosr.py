@@ -288,6 +288,11 @@ class DinoSRConfig(PreTrainedConfig):
             field, hop = field + (kernel - 1) * hop, hop * stride
         return field
 
+    @property
+    def codebook_layers(self) -> range:
+        """Transformer layers that have a codebook, numbered from 1: the top `num_codebooks` (5 to 12 for base)."""
+        return range(self.num_hidden_layers - self.num_codebooks + 1, self.num_hidden_layers + 1)
+
     def num_frames(self, num_samples: Length) -> Length:
         """
         Frames that the convolutional feature encoder makes of a waveform, rounded down layer by layer.

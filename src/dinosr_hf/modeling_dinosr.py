@@ -50,7 +50,8 @@ from .heads_dinosr import (
     mean_over_time,
 )
 from .masking import numpy_generator, sample_span_mask, sample_spec_augment
-from .objective_dinosr import DinoSRForPreTrainingOutput, energy_sums, masked_prediction_losses, normalize_over_time
+from .objective_dinosr import DinoSRForPreTrainingOutput, energy_sums, masked_prediction_losses
+from .units_dinosr import DinoSRUnitEncoder
 
 # Which of transformers' automatic classes finds which model; a saved folder's `auto_map` is made of it.
 AUTO_CLASSES = {
@@ -217,11 +218,12 @@ class DinoSRModel(DinoSRPreTrainedModel):
         return Wav2Vec2BaseModelOutput(last_hidden_state=hidden_states, extract_features=features)
 
 
-class DinoSRForPreTraining(DinoSRPreTrainedModel):
+class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
     """
     DinoSR's self-distillation: a student predicts, for masked frames, the codewords of the teacher's top layers.
 
     A training step is one or more `forward` with `backward`, the optimizer's step, and one `update_targets`.
+    `encode_units` and `layer_features` look at unmasked speech.
 
     Args:
         config: A `DinoSRConfig`.
@@ -266,41 +268,6 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
             generator=numpy_generator(generator),
         )
         return torch.from_numpy(mask).to(input_values.device)
-
-    def compute_targets(
-        self,
-        input_values: torch.Tensor,
-        extract_features: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """
-        The teacher's view of the unmasked utterances: what is clustered (paper, Section 3.1).
-
-        Args:
-            input_values: (B, S), as given to the student.
-            extract_features: (B, T, C), the student's output of that name.
-            attention_mask: (B, S) or None.
-            **kwargs: For the attention implementation.
-
-        Returns:
-            float32 (N, B, T, D): feed-forward output of each of the top N layers, normalised over time.
-        """
-        frame_mask = self._frame_mask(attention_mask, extract_features.shape[1])
-        return self._targets_and_energies(input_values, extract_features, frame_mask, kwargs)[0]
-
-    @torch.no_grad()
-    def _targets_and_energies(
-        self, input_values: torch.Tensor, extracted: torch.Tensor, frame_mask: torch.Tensor | None, kwargs: Mapping
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        features = self.teacher.own_features(input_values)
-        if features is None:
-            # Without the projection's dropout, which is the student's alone.
-            features = self.dinosr.feature_projection.projection(extracted.detach())
-        layers = self.teacher(features, frame_mask, **kwargs)
-        # Our frames count by themselves; the authors' statistics have the padding in them.
-        targets = normalize_over_time(layers, None if self.config.reference_padding else frame_mask)
-        return targets, energy_sums(layers, frame_mask)
 
     @can_return_tuple
     def forward(

@@ -66,10 +66,9 @@ def frame_units(
     Returns:
         int64 (N, T).
     """
-    if source == "teacher":
-        return model.codebooks.assign(target_features(model, waveform))
-    hidden = model.dinosr(torch.from_numpy(waveform)[None].to(model.device)).last_hidden_state[0]
-    return torch.stack([head(hidden).argmax(dim=-1) for head in model.heads])
+    input_values = torch.from_numpy(waveform)[None].to(model.device)
+    codes, _ = model.encode_units(input_values, layers=model.config.codebook_layers, source=source)
+    return codes[:, 0]
 
 
 def layer_tables(

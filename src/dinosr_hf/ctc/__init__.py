@@ -1,10 +1,11 @@
 """Speech recognition: transcripts and vocabularies, fine-tuning, error rates, decoding, transcribing."""
 
+from ..recordings import output_path
 from .decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions, GreedyDecoder, Hypothesis, TimedWord
 from .pipelines import SpeechRecognitionPipeline
 from .recognition import Recognition, RecognitionArguments
 from .scoring import ErrorReport, UtteranceErrors, score, speech_errors_metric, texts_of
-from .subtitles import FORMATS, Caption, captions, output_path
+from .subtitles import FORMATS, Caption, captions
 from .text import TextNormalization, build_vocabulary, load_processor, make_processor
 from .transcription import Transcriber, Transcript
 

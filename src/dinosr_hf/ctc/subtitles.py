@@ -6,10 +6,8 @@ import html
 import json
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from ..data.sources import AUDIO_SUFFIXES
 from .decoding import TimedWord
 from .transcription import Transcript
 
@@ -119,22 +117,3 @@ def to_vtt(transcript: Transcript) -> str:
 
 FORMATS: dict[str, Callable[[Transcript], str]] = {"txt": to_text, "json": to_json, "srt": to_srt, "vtt": to_vtt}
 """Suffix -> function that makes a file's content of a transcript."""
-
-
-def output_path(folder: str | Path, recording: str, suffix: str) -> Path:
-    """
-    The file for a recording's transcript, in a folder and the recording's own folders below it.
-
-    Args:
-        folder: Where transcripts go.
-        recording: Id of the recording.
-        suffix: One of `FORMATS`.
-
-    Raises:
-        ValueError: If the id leads out of the folder.
-    """
-    path = Path(folder, recording)
-    if Path(recording).is_absolute() or ".." in Path(recording).parts or not Path(recording).name:
-        raise ValueError(f"The recording {recording!r} leads out of {folder}. Give recordings other ids.")
-    stem = path.stem if path.suffix.lower() in AUDIO_SUFFIXES else path.name
-    return path.with_name(f"{stem}.{suffix}")

@@ -1,0 +1,21 @@
+"""Acoustic units: of a corpus, of hours-long recordings, of a live signal; by k-means; features of layers as files."""
+
+from .corpus import UnitCorpus, deduplicate, load_units
+from .extraction import UnitExtractor, Units, load_model
+from .features import FEATURE_FORMATS, FeatureFiles
+from .kmeans import LayerKMeans, fit_kmeans
+from .streaming import UnitStreamer
+
+__all__ = [
+    "load_model",
+    "UnitExtractor",
+    "Units",
+    "UnitCorpus",
+    "deduplicate",
+    "load_units",
+    "FeatureFiles",
+    "FEATURE_FORMATS",
+    "LayerKMeans",
+    "fit_kmeans",
+    "UnitStreamer",
+]
