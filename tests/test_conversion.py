@@ -100,6 +100,7 @@ def test_a_call_in_the_configuration_is_never_run(checkpoint, tmp_path):
         ("extractor_mode", "default", "extractor_mode='default', which this model has not: it has 'layer_norm'"),
         ("layer_type", "conformer", "layer_type='conformer'"),
         ("discrete", False, "discrete=False"),
+        ("crop_seq_to_multiple", 2, "crop_seq_to_multiple=2"),
         ("instance_norm_target_layer", False, "instance_norm_target_layer=False"),
         ("pos_conv_depth", 1, "pos_conv_depth=1, a single convolution"),
         ("conv_feature_layers", "x", "conv_feature_layers='x' is no list"),

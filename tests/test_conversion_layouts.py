@@ -15,7 +15,7 @@ from transformers import AutoProcessor, Data2VecAudioConfig, Data2VecAudioForCTC
 from conftest import FIXTURES
 from dinosr_hf import DinoSRConfig, DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from dinosr_hf.conversion import CheckpointError, convert, convert_to_fairseq, statistics_table, unit_statistics
-from dinosr_hf.conversion.fairseq import config_from_fairseq
+from dinosr_hf.conversion.fairseq import config_from_fairseq, settings_notes
 from tolerances import SAME_ARITHMETIC
 
 CASE = FIXTURES / "dev_tiny"
@@ -64,6 +64,26 @@ def test_a_namespace_converts_to_the_same_model(checkpoint, folder, tmp_path):
     checkpoint.update(args=argparse.Namespace(**settings), cfg=None)
     model = convert(save(checkpoint, tmp_path), tmp_path / "out")
     assert equal_states(model, DinoSRForPreTraining.from_pretrained(folder))
+
+
+def test_settings_of_the_file_all_have_their_place(checkpoint):
+    assert settings_notes(checkpoint) == []
+
+
+def test_settings_of_training_that_are_left_are_named(checkpoint, tmp_path, caplog):
+    checkpoint["cfg"]["model"].update(mask_other=0.5, a_new_setting=1)
+    convert(save(checkpoint, tmp_path), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in ("mask_other: 0.5 in the file, a setting of training", "a_new_setting: a setting that is not known"):
+        assert said in caplog.text and said in card
+
+
+def test_a_decay_that_may_be_fairseqs_own_is_named(checkpoint, caplog, tmp_path):
+    settings = {**checkpoint["cfg"]["model"], "arch": "dinosr", "ema_decay": 0.9999, "num_workers": 1}
+    checkpoint.update(args=argparse.Namespace(**settings), cfg=None)
+    convert(save(checkpoint, tmp_path), tmp_path / "out")
+    assert "num_workers" not in caplog.text
+    assert "ema_decay: 0.9999, which in a flat list of settings may be fairseq's own" in caplog.text
 
 
 def test_the_state_of_the_optimizer_is_left_and_named(checkpoint, folder, tmp_path, caplog):

@@ -102,7 +102,7 @@ def _as(layout: Layout, as_: str | None) -> Layout:
 
 def _say(layout: Layout) -> None:
     for note in layout.notes:
-        logger.warning("The file does not say it: %s.", note)
+        logger.warning("To check: %s.", note)
     if layout.left:
         logger.warning("Left out: %s.", "; ".join(f"{name} ({why})" for name, why in layout.left.items()))
 

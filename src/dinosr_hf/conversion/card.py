@@ -27,7 +27,9 @@ A [DinoSR](https://arxiv.org/abs/2305.10005) model, converted with dinosr-hf fro
 
 {{ license_text }}
 {% if notes %}
-## What the file did not say
+## To check
+
+What the file does not say, or says of what this model does not have:
 
 {% for note in notes -%}
 - {{ note }}

@@ -55,7 +55,36 @@ MUST_BE = {
     "ema_layers_only": True,
     "attn_type": "",
     "pos_enc_type": "abs",
+    "crop_seq_to_multiple": 1,
 }
+
+# Settings of training that this package does not have, and the value at which they do nothing. Outputs do not depend
+# on them.
+OF_TRAINING = {
+    "dropout_features": 0.0,
+    "feature_grad_mult": 1.0,
+    "mask_selection": "static",
+    "mask_other": 0.0,
+    "mask_dropout": 0.0,
+    "no_mask_overlap": False,
+    "mask_channel_prob": 0.0,
+    "loss_beta": 0.0,
+    "loss_scale": None,
+}
+
+# Settings that say how and not what is computed, that matter only beside others, or that are of other models: the
+# authors' configuration has them all.
+WITHOUT_EFFECT = (
+    *("_name", "final_dim", "logit_temp", "quantize_targets", "quantize_input", "same_quantizer", "target_glu"),
+    *("quantizer_depth", "quantizer_factor", "latent_vars", "latent_groups", "latent_dim", "latent_temp"),
+    *("mask_min_space", "require_same_masks", "mask_channel_length", "mask_channel_before", "mask_channel_selection"),
+    *("mask_channel_other", "no_mask_channel_overlap", "mask_channel_min_space", "num_negatives"),
+    *("negatives_from_everywhere", "cross_sample_negatives", "codebook_negatives", "max_positions"),
+    *("checkpoint_activations", "required_seq_len_multiple", "depthwise_conv_kernel_size", "fp16"),
+    *("normal_init_codebook", "max_update", "min_target_var", "min_pred_var"),
+)
+# Read by `config_from_settings` itself.
+READ = ("conv_feature_layers", "conv_pos", "freeze_teacher_step", "freeze_pre_enc_modules")
 
 
 def parse_conv_layers(text: str) -> list[tuple[int, int, int]]:
@@ -114,14 +143,33 @@ def model_settings(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """
     The settings of the model in a fairseq checkpoint, with its name as `_name`; None if there are none.
 
-    They stand under `cfg.model`, or among all others in the old flat `args`. There, fairseq's own `ema_decay` and the
-    model's have the same name: the file has one of them.
+    They stand under `cfg.model`, or among all others in the old flat `args`.
     """
     cfg, args = checkpoint.get("cfg"), checkpoint.get("args")
     if isinstance(cfg, Mapping):
         settings = cfg.get("model")
         return settings if isinstance(settings, Mapping) else None
     return {**args, "_name": args.get("arch")} if isinstance(args, Mapping) else None
+
+
+def settings_notes(checkpoint: Mapping[str, Any]) -> list[str]:
+    """What is said of the settings of a fairseq checkpoint that our configuration does not take over."""
+    settings = model_settings(checkpoint) or {}
+    notes = [
+        f"{name}: {settings[name]!r} in the file, a setting of training that this package does not have"
+        for name, usual in OF_TRAINING.items()
+        if settings.get(name, usual) != usual
+    ]
+    if isinstance(checkpoint.get("cfg"), Mapping):
+        known = {*SAME_MEANING, *MUST_BE, *OF_TRAINING, *WITHOUT_EFFECT, *READ}
+        unknown = sorted(str(name)[:80] for name in settings if name not in known)
+        notes += [f"{name}: a setting that is not known, left" for name in unknown[:20]]
+    elif "ema_decay" in settings:
+        notes.append(
+            f"ema_decay: {settings['ema_decay']!r}, which in a flat list of settings may be fairseq's own and not the"
+            " model's; matters only if pre-training goes on"
+        )
+    return notes
 
 
 def _check_settings(settings: Mapping[str, Any], names: Mapping[str, str]) -> None:
@@ -277,7 +325,8 @@ def read_fairseq(checkpoint: Mapping[str, Any]) -> Layout:
     """
     config = config_from_fairseq(checkpoint)
     left = left_of(checkpoint)
-    return Layout("fairseq, DinoSR", config, list(renamed(weights_of(checkpoint))), left, licence="none is named")
+    weights = list(renamed(weights_of(checkpoint)))
+    return Layout("fairseq, DinoSR", config, weights, left, settings_notes(checkpoint), licence="none is named")
 
 
 def _inverse(table: Mapping[str, str]) -> dict[str, str]:

@@ -42,7 +42,8 @@ class Layout:
         config: The model's configuration.
         weights: All weights that a `DinoSRForPreTraining`, or the architecture below, takes.
         left: Name -> why, of all other entries of the file.
-        notes: What the file did not say and was taken from an option or a published default.
+        notes: What the file did not say and was taken from an option or a published default, and what
+            settings were left.
         architecture: "pretraining", "model" (an encoder alone) or "ctc".
         licence: What is known of the licence of such files.
         vocabulary: Label -> number, of a recogniser.
