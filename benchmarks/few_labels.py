@@ -28,7 +28,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="runs/few_labels", help="folder of all runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pretraining_steps", type=int, default=600)
-    parser.add_argument("--max_steps", type=int, default=600, help="updates of fine-tuning, the same for all")
+    parser.add_argument("--max_steps", type=int, default=1_200, help="updates of fine-tuning, the same for all")
     parser.add_argument("--scratch_learning_rates", type=float, nargs="+", default=[1e-3])
     return parser.parse_args(argv)
 

@@ -124,6 +124,15 @@ def test_the_folder_opens_and_says_what_the_run_said(finished, corpus):
         assert texts_of([frames.numpy()], processor.tokenizer) == [said[name]]
 
 
+def test_the_delay_of_the_labels_is_measured_and_kept(model, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("dinosr_hf.ctc.recognition.emission_delay", lambda utterances: len(list(utterances)) / 100)
+    recognise(model, corpus / "train", tmp_path / "out", data={"eval_data": str(corpus / "validation")}, max_steps=1)
+    rows = (tmp_path / "out" / "predictions-eval.jsonl").read_text("utf-8").splitlines()
+    assert len(rows) > 0
+    config = AutoModelForCTC.from_pretrained(tmp_path / "out").config
+    assert config.emission_delay == len(rows) / 100
+
+
 # -- what it starts from
 
 

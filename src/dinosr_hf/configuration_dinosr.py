@@ -81,6 +81,8 @@ class DinoSRConfig(PreTrainedConfig):
         mask_feature_min_masks: Fine-tuning mask over channels: least number of spans.
         ctc_loss_reduction: `"mean"` (over utterances, each divided by its number of labels) or `"sum"`.
         ctc_zero_infinity: Whether utterances too short for their labels count as zero rather than infinite loss.
+        emission_delay: Seconds by which CTC labels come after what they stand for; times of words are earlier by it.
+            Fine-tuning measures it. Negative where labels come early.
         use_weighted_layer_sum: Whether the classification heads read a learnt average of all layers (SUPERB).
         classifier_proj_size: Width of the projection in front of utterance pooling.
         tdnn_dim: Output channels of each time-delay layer of `DinoSRForXVector`.
@@ -154,6 +156,7 @@ class DinoSRConfig(PreTrainedConfig):
     mask_feature_min_masks: int = 0
     ctc_loss_reduction: str = "mean"
     ctc_zero_infinity: bool = True
+    emission_delay: float | int = 0.0
     use_weighted_layer_sum: bool = False
     classifier_proj_size: int = 256
     tdnn_dim: list[int] | tuple[int, ...] = (512, 512, 512, 512, 1500)
@@ -244,6 +247,7 @@ class DinoSRConfig(PreTrainedConfig):
 
     def _check_heads(self) -> None:
         self._check_one_of("ctc_loss_reduction", CTC_LOSS_REDUCTIONS)
+        self._check_range(("emission_delay",), -1, 1)
         self._check_lists(("tdnn_dim", "tdnn_kernel", "tdnn_dilation"))
         self._check_range(("classifier_proj_size", "xvector_output_dim"), 1)
 

@@ -186,11 +186,11 @@ class CTCDecoder(ABC):
     """
     What greedy and beam search have in common: labels, checks, and word times.
 
-    The time of frame `i` is the centre of what it sees, `first_center + i * frame_seconds`. CTC models emit a label
-    for a frame or two: the first of a word soon after it begins, the last well before it ends. So a word begins
-    `lead_seconds` before the centre of the first frame of its first label, but not before the last frame of the word
-    before it; and ends `tail_seconds` after the centre of the last frame of its last label, but not after the next
-    word begins. The defaults are from a recogniser of synthetic digits (docs/transcribing.md).
+    The time of frame `i` is the centre of what it sees, `first_center + i * frame_seconds`, less `delay_seconds`. CTC
+    models emit a label for a frame or two: the first of a word soon after it begins, the last well before it ends. So
+    a word begins `lead_seconds` before the time of the first frame of its first label, but not before that of the last
+    frame of the word before it; and ends `tail_seconds` after that of the last frame of its last label, but not after
+    the next word begins. The defaults are from a recogniser of synthetic digits (docs/transcribing.md).
 
     Args:
         labels: The V labels, in the order of the model's outputs.
@@ -202,6 +202,7 @@ class CTCDecoder(ABC):
         first_center: Centre of the first frame, in seconds.
         lead_seconds: See above.
         tail_seconds: See above.
+        delay_seconds: By which this model's labels come after their sound (`config.emission_delay`).
 
     Raises:
         ValueError: If an id is none of the labels, or labels that may come out are equal.
@@ -219,6 +220,7 @@ class CTCDecoder(ABC):
         first_center: float = 200 / SAMPLING_RATE,
         lead_seconds: float = 0.03,
         tail_seconds: float = 0.16,
+        delay_seconds: float = 0.0,
     ) -> None:
         self.labels = list(labels)
         named = {"blank_id": blank_id, "word_delimiter_id": word_delimiter_id}
@@ -228,7 +230,7 @@ class CTCDecoder(ABC):
         self.blank_id, self.word_delimiter_id, self.lowercase = blank_id, word_delimiter_id, lowercase
         self.special_ids = sorted(set(special_ids) - {blank_id, word_delimiter_id})
         self.frame_seconds, self.first_center = frame_seconds, first_center
-        self.lead_seconds, self.tail_seconds = lead_seconds, tail_seconds
+        self.lead_seconds, self.tail_seconds, self.delay_seconds = lead_seconds, tail_seconds, delay_seconds
         unread = {*self.special_ids, blank_id}
         self._readable = {index: label for index, label in enumerate(self.labels) if index not in unread}
         twice = [label for label, count in Counter(self._readable.values()).items() if count > 1]
@@ -269,6 +271,7 @@ class CTCDecoder(ABC):
             "lowercase": getattr(tokenizer, "do_lower_case", False),  # that of phonemes has none
             "frame_seconds": config.inputs_to_logits_ratio / SAMPLING_RATE,
             "first_center": config.receptive_field / 2 / SAMPLING_RATE,
+            "delay_seconds": config.emission_delay,
         }
         return cls(labels, **{**arguments, **options})
 
@@ -353,6 +356,11 @@ class CTCDecoder(ABC):
                 words[-1].append(run)
         return [_Span(self._read(label for label, _, _ in word), word[0][1], word[-1][2]) for word in words if word]
 
+    def path_times(self, path: NDArray[np.integer]) -> list[tuple[float, float]]:
+        """Start and end, in seconds, of each word that is read of the best labels of frames, int (T,)."""
+        spans = self._word_spans(path)
+        return self.word_times([span.first for span in spans], [span.last for span in spans], len(path))
+
     def _read(self, indices: Iterator[int]) -> str:
         text = "".join(self.labels[index] for index in indices)
         return text.lower() if self.lowercase else text
@@ -369,10 +377,11 @@ class CTCDecoder(ABC):
         Returns:
             Start and end of each word, in seconds. None overlap.
         """
-        begins = np.asarray(first, dtype=np.float64) * self.frame_seconds + self.first_center
-        finishes = np.asarray(last, dtype=np.float64) * self.frame_seconds + self.first_center
         # What the last frame sees ends as far behind its centre as the recording begins before the first centre.
         limit = (num_frames - 1) * self.frame_seconds + 2 * self.first_center
+        earliest = self.first_center - self.delay_seconds
+        begins = (np.asarray(first, dtype=np.float64) * self.frame_seconds + earliest).clip(0.0, limit)
+        finishes = (np.asarray(last, dtype=np.float64) * self.frame_seconds + earliest).clip(0.0, limit)
         starts = np.maximum(begins - self.lead_seconds, np.append(0.0, finishes)[: len(begins)])
         ends = np.minimum(finishes + self.tail_seconds, np.append(starts, limit)[1:])
         return list(zip(starts.tolist(), ends.tolist(), strict=True))

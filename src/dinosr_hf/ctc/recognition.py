@@ -13,9 +13,11 @@ import numpy as np
 from transformers import EvalPrediction, Wav2Vec2Processor
 
 from ..command_line import ArgumentError
+from ..configuration_dinosr import DinoSRConfig
 from ..data import LabelledSource
 from ..finetuning import Task
 from ..modeling_dinosr import DinoSRForCTC
+from .decoding import GreedyDecoder
 from .scoring import score, speech_errors_metric, texts_of
 from .text import (
     CASES,
@@ -28,6 +30,7 @@ from .text import (
     make_processor,
     units_of,
 )
+from .timing import emission_delay
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +123,7 @@ class Recognition(Task):
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "ctc_loss_reduction": self.arguments.ctc_loss_reduction,
+            "emission_delay": 0.0,  # of another head, if this one starts from a recogniser
             "ctc_zero_infinity": True,  # evaluation has utterances that are too short for their labels
         }
 
@@ -154,6 +158,15 @@ class Recognition(Task):
         errors = score(self._references(source), texts_of(predictions, self._tokenizer), source.ids)
         errors.save(folder, name)
         return {"wer": errors.wer, "cer": errors.cer}
+
+    def calibrate(self, config: DinoSRConfig, source: LabelledSource, predictions: Any) -> None:
+        """Set `config.emission_delay` to that of the first 200 utterances; see `timing.emission_delay`."""
+        decoder = GreedyDecoder.from_tokenizer(self._tokenizer, config, delay_seconds=0.0)
+        paths = [(position, path) for position, path in enumerate(predictions) if path is not None][:200]
+        delay = emission_delay((source.load(position), decoder.path_times(path)) for position, path in paths)
+        if delay is not None:
+            config.emission_delay = delay
+            logger.info("Labels come %.2f s after their sound; times of words allow for it (emission_delay).", delay)
 
     def save(self, folder: Path) -> None:
         """Processor and normalisation."""

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -124,6 +124,8 @@ def _judge(trainer: SpeechTrainer, task: Task, dataset: LabelledDataset | None, 
     record: dict[str, Any] = {"dataset": source.name, "split": source.split or name, "num_utterances": len(dataset)}
     if trainer.is_world_process_zero():
         figures = task.report(source, output.predictions, Path(trainer.args.output_dir), name)
+        if name == "eval":
+            task.calibrate(cast(DinoSRConfig, without_wrapper(trainer.model).config), source, output.predictions)
         record |= {**figures, "real_time_factor": metrics[f"{name}_real_time_factor"]}
     return record
 

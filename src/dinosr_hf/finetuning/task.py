@@ -60,6 +60,9 @@ class Task(ABC):
     def report(self, source: LabelledSource, predictions: Any, folder: Path, name: str) -> Mapping[str, float]:
         """Write predictions, one an utterance, and their errors to the folder; returns the figures."""
 
+    def calibrate(self, config: DinoSRConfig, source: LabelledSource, predictions: Any) -> None:  # noqa: B027
+        """Set what of the configuration is measured on evaluation data once training is over; nothing by default."""
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write what belongs beside the weights: processor, normalisation."""
