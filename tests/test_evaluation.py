@@ -264,7 +264,7 @@ def test_nothing_could_be_read():
         ({"a": 50}, None, r"None of 1 held-out utterances can be masked: each needs 80 samples \(0.01 s\)"),
         (LENGTHS, {"z": ["A"]}, r"None of 4 .* has labels. They are named like '.*flac', the labels like 'z'"),
         (LENGTHS, {}, "the labels like 'nothing'"),
-        ({"a/1.wav": 900, "b/1.wav": 900}, {"1": ["A"] * 5}, "labels of '1' fit two utterances, './1.wav' and"),
+        ({"a/1.wav": 900, "b/1.wav": 900}, {"1": ["A"] * 5}, "labels of '1' fit two recordings, './1.wav' and"),
         ({"a": 1600}, {"a": ["A"]}, "labels of the held-out utterance 'a': 1 labels of 0.00125 s cover 0.001 s"),
     ],
     ids=["too-short", "no-match", "no-labels", "ambiguous", "labels-of-something-else"],

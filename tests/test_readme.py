@@ -115,7 +115,8 @@ OWN_PARSER = (
     *("examples/tune_decoding.py", "examples/transcribe.py", "examples/export_onnx.py", "benchmarks/deploy.py"),
     *("examples/convert_checkpoint.py", "benchmarks/convert_memory.py"),
     *("benchmarks/train_step.py", "benchmarks/batching.py", "benchmarks/few_labels.py"),
-    *("examples/extract_units.py", "examples/fit_kmeans.py", "benchmarks/unit_agreement.py"),
+    *("examples/extract_units.py", "examples/fit_kmeans.py", "examples/evaluate_units.py"),
+    "benchmarks/unit_agreement.py",
     "benchmarks/convolution.py",
 )
 
@@ -200,6 +201,7 @@ def test_commands_of_the_documents_exist(text):
         "accelerate launch examples/extract_units.py runs/a my_speech --output_dir units --layer five",
         "python examples/fit_kmeans.py runs/a my_speech",
         "python benchmarks/unit_agreement.py runs/a --sources pupil",
+        "python examples/evaluate_units.py runs/a --data my_speech --labels phones.ctm",
         "python examples/prepare_for_hub.py runs/a",
         "python examples/prepare_for_hub.py runs/a hub/a --public",
         "python examples/tune_decoding.py runs/recogniser my_speech",

@@ -35,6 +35,10 @@ class Segment(NamedTuple):
     end: float
 
 
+Labels = Sequence[str] | Sequence[Segment]
+"""Of one recording: a phone a step, or segments."""
+
+
 def frame_centers(
     num_frames: int, *, stride: int = STRIDE, field: int = FIELD, sampling_rate: int = SAMPLING_RATE
 ) -> NDArray[np.float64]:
@@ -249,3 +253,42 @@ def read_labels(path: str | Path) -> dict[str, list[str] | list[Segment]]:
                 raise ValueError(f"{path}, line {number}, names {name!r} again, but each recording has one line.")
             rows[name] = phones
     return rows
+
+
+def _stem(recording: str) -> str:
+    """`84/84-121123.flac` and `shard/84-121123.flac` to `84-121123`: what files of labels call a recording."""
+    name = recording.rpartition("/")[2]
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot and suffix.isalnum() and not suffix.isdigit() else name
+
+
+def match_labels(ids: Sequence[str], labels: Mapping[str, Labels]) -> dict[str, str]:
+    """
+    Find the labels of recordings: under a recording's id, or else the name of its file without suffix.
+
+    Args:
+        ids: Of the recordings.
+        labels: As `read_alignments` gives them.
+
+    Returns:
+        For each recording that has labels their name.
+
+    Raises:
+        ValueError: If none has any, or two recordings have the same.
+    """
+    names = {recording: recording if recording in labels else _stem(recording) for recording in ids}
+    names = {recording: name for recording, name in names.items() if name in labels}
+    if not names:
+        raise ValueError(
+            f"None of {len(ids):,} recordings has labels. They are named like {ids[0]!r}, the labels like"
+            f" {next(iter(labels), 'nothing')!r}: both must have the same id, or the name of the file without suffix."
+        )
+    owners: dict[str, str] = {}
+    for recording, name in names.items():
+        if name in owners:
+            raise ValueError(
+                f"The labels of {name!r} fit two recordings, {owners[name]!r} and {recording!r}. Name the labels by"
+                " the recordings' ids."
+            )
+        owners[name] = recording
+    return names

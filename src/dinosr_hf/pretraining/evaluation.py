@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..analysis.alignment import Segment, align_labels
+from ..analysis.alignment import Labels, Segment, align_labels, match_labels
 from ..analysis.quality import UnitQuality, contingency
 from ..analysis.units import LabelledSpeech, frame_units
 from ..configuration_dinosr import DinoSRConfig
@@ -34,7 +34,6 @@ from .metrics import MetricSums
 
 logger = logging.getLogger(__name__)
 
-Labels = Sequence[str] | Sequence[Segment]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -53,33 +52,6 @@ def row_labels(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Segment]]:
         str(row["id"]): [Segment(phone["label"], phone["start"], phone["end"]) for phone in row["phones"]]
         for row in rows
     }
-
-
-def _stem(utterance_id: str) -> str:
-    """`84/84-121123.flac` and `shard/84-121123.flac` to `84-121123`: what files of labels call a recording."""
-    name = utterance_id.rpartition("/")[2]
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot and suffix.isalnum() and not suffix.isdigit() else name
-
-
-def _match_labels(ids: Sequence[str], labels: Mapping[str, Labels]) -> dict[str, str]:
-    """For each utterance that has labels, their name: its id, or else the name of its file without suffix."""
-    names = {utterance_id: utterance_id if utterance_id in labels else _stem(utterance_id) for utterance_id in ids}
-    names = {utterance_id: name for utterance_id, name in names.items() if name in labels}
-    if not names:
-        raise ValueError(
-            f"None of {len(ids):,} held-out utterances has labels. They are named like {ids[0]!r}, the labels like"
-            f" {next(iter(labels), 'nothing')!r}: both must have the same id, or the name of the file without suffix."
-        )
-    owners: dict[str, str] = {}
-    for utterance_id, name in names.items():
-        if name in owners:
-            raise ValueError(
-                f"The labels of {name!r} fit two utterances, {owners[name]!r} and {utterance_id!r}. Name the labels by"
-                " the utterances' ids."
-            )
-        owners[name] = utterance_id
-    return names
 
 
 @contextmanager
@@ -180,7 +152,7 @@ class HeldOut:
     ) -> dict[str, list[str]]:
         """The phone of each frame, (T,), of each utterance that has labels."""
         utterances, config = self._source.utterances, self._config
-        names = _match_labels([utterances[part.index].id for part in parts], labels)
+        names = match_labels([utterances[part.index].id for part in parts], labels)
         phones: dict[str, list[str]] = {}
         for part in parts:
             utterance_id, num_samples = utterances[part.index]

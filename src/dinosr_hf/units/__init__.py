@@ -4,6 +4,7 @@ from .corpus import UnitCorpus, deduplicate, load_units
 from .extraction import UnitExtractor, Units, load_model
 from .features import FEATURE_FORMATS, FeatureFiles
 from .kmeans import LayerKMeans, fit_kmeans
+from .peers import PeerExtractor, load_peer
 from .streaming import UnitStreamer
 
 __all__ = [
@@ -18,4 +19,6 @@ __all__ = [
     "LayerKMeans",
     "fit_kmeans",
     "UnitStreamer",
+    "PeerExtractor",
+    "load_peer",
 ]

@@ -120,7 +120,7 @@ class UnitExtractor:
         batch_seconds: float = 120.0,
     ) -> None:
         check_source(source)
-        self.model = model.eval()
+        self.model, self.config = model.eval(), model.config
         self.layers = check_layers(model.config, layers, with_codebooks=False)
         self.source = source
         self._runner = RecordingRunner(
@@ -138,7 +138,7 @@ class UnitExtractor:
     @property
     def frame_seconds(self) -> float:
         """Seconds from one unit to the next: 0.02 for the base model."""
-        return self.model.config.inputs_to_logits_ratio / 16_000
+        return self.config.inputs_to_logits_ratio / 16_000
 
     def units(
         self,
@@ -164,9 +164,9 @@ class UnitExtractor:
             ValueError: If a layer has no codebook, or k-means is of another layer or source.
         """
         if kmeans is not None:
-            kmeans.check(self.layers, self.source, self.model.config.hidden_size)
+            kmeans.check(self.layers, self.source, self.config.hidden_size)
         else:
-            check_layers(self.model.config, self.layers, with_codebooks=True)
+            check_layers(self.config, self.layers, with_codebooks=True)
         is_whole = self.source == "student"  # else the units wait for the mean of the whole recording
         compute = self._features if not is_whole else self._codes if kmeans is None else self._clusters(kmeans)
         for index, rows in self._runner.run(recordings, compute, indices=indices, on_progress=on_progress):
@@ -191,14 +191,14 @@ class UnitExtractor:
         """
         for index, rows in self._runner.run(recordings, self._features, indices=indices, on_progress=on_progress):
             if rows is None:
-                rows = np.empty((0, len(self.layers), self.model.config.hidden_size), np.float32)
+                rows = np.empty((0, len(self.layers), self.config.hidden_size), np.float32)
             elif self.source == "teacher":
                 rows = normalize_rows(rows)
             yield recordings.utterances[index].id, rows
 
     def _batch(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         values, mask = pad_batch(waves)
-        num_frames = self.model.config.num_frames(mask.sum(dim=1)).tolist()
+        num_frames = self.config.num_frames(mask.sum(dim=1)).tolist()
         return values.to(self.model.device, self.model.dtype), mask.to(self.model.device), num_frames
 
     def _codes(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -116,7 +116,7 @@ def fit_kmeans(
     if len(extractor.layers) != 1:
         raise ValueError(f"k-means is of one layer, but layers are {extractor.layers}. Name one.")
     cluster = import_extra("sklearn.cluster", "analysis")
-    config = extractor.model.config
+    config = extractor.config
     total = sum(int(config.num_frames(utterance.num_samples)) for utterance in recordings.utterances)
     share = min(1.0, max_frames / max(1, total))
     generator = np.random.default_rng(seed)
