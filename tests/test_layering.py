@@ -55,6 +55,7 @@ EXTRAS = [
     "espeakng_loader",
     "evaluate",
     "flashlight",
+    "jinja2",
     "jiwer",
     "matplotlib",
     "onnx",
