@@ -117,6 +117,7 @@ OWN_PARSER = (
     *("benchmarks/train_step.py", "benchmarks/batching.py", "benchmarks/few_labels.py"),
     *("examples/extract_units.py", "examples/fit_kmeans.py", "benchmarks/unit_agreement.py"),
     "benchmarks/convolution.py",
+    "examples/inspect_units.py",
 )
 
 
@@ -200,6 +201,7 @@ def test_commands_of_the_documents_exist(text):
         "accelerate launch examples/extract_units.py runs/a my_speech --output_dir units --layer five",
         "python examples/fit_kmeans.py runs/a my_speech",
         "python benchmarks/unit_agreement.py runs/a --sources pupil",
+        "python examples/inspect_units.py runs/a my_speech --output page.html --source pupil",
         "python examples/prepare_for_hub.py runs/a",
         "python examples/prepare_for_hub.py runs/a hub/a --public",
         "python examples/tune_decoding.py runs/recogniser my_speech",

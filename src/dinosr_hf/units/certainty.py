@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data import SpeechSource
+from ..data import SAMPLING_RATE, SpeechSource
 from ..modeling_dinosr import DinoSRForPreTraining
 from ..units_dinosr import check_layers
 from .extraction import Progress, UnitExtractor
@@ -78,13 +78,16 @@ def scored_units(
         ValueError: If the layer has no codebook, or there is no such source.
     """
     check_layers(model.config, [layer], with_codebooks=True)
-    # The heads stand on the student's last layer; in its reference mode padding would reach into the features.
+    # The heads stand on the student's last layer.
     features_of = model.config.num_hidden_layers if source == "student" else layer
+    if model.config.reference_padding:
+        # Padding would reach into the features: two frames are less than two recordings.
+        batch_seconds = 2 * model.config.inputs_to_logits_ratio / SAMPLING_RATE
     extractor = UnitExtractor(
         model,
         layers=[features_of],
         source=source,
-        batch_seconds=1e-3 if model.config.reference_padding else batch_seconds,
+        batch_seconds=batch_seconds,
     )
     for name, rows in extractor.features(recordings, on_progress=on_progress):
         pieces = [
