@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from dinosr_hf.analysis import Segment
 from dinosr_hf.analysis.plots import (
@@ -24,6 +25,18 @@ METRICS = ("PNMI", "phone purity", "probe accuracy (linear, phones), %", "CCA wi
 
 def texts(figure) -> list[str]:
     return [text.get_text() for text in shown_texts(figure)]
+
+
+@pytest.mark.parametrize(("places", "message"), [([0.5, 0.5], "overlap"), ([0.5, -0.2], "is cut"), ([0.2, 0.8], None)])
+def test_the_checker_objects(places, message):
+    figure = Figure()
+    for place in places:
+        figure.text(0.5, place, "text")
+    if message is None:
+        assert_nothing_overlaps(figure)
+    else:
+        with pytest.raises(AssertionError, match=message):
+            assert_nothing_overlaps(figure)
 
 
 def some_curves(num_checkpoints, num_layers, name="checkpoint"):
@@ -79,8 +92,7 @@ def test_usage_is_ranked():
     np.testing.assert_allclose(alike, [[1 / 3] * 2, [1 / 4] * 2])
 
 
-@pytest.mark.parametrize("width", [3.5, 7.2])
-@pytest.mark.parametrize("size", [1, 2, 256])
+@pytest.mark.parametrize(("size", "width"), [(1, 3.5), (2, 7.2), (256, 3.5)])
 def test_usage_keeps_clear(size, width):
     counts = np.random.default_rng(0).dirichlet(np.full(size, 0.3), size=3) * 1e5
     figure = code_usage_figure(dict(zip(("layer 5", LONG, "z"), counts, strict=True)), title="a title", width=width)
@@ -104,8 +116,7 @@ def test_confusion_by_majority():
 PHONES = ["AA", "W", "M", "T", "CH", "S", "SIL", "42"]
 
 
-@pytest.mark.parametrize("width", [3.5, 5.0])
-@pytest.mark.parametrize("num_phones", [1, 8])
+@pytest.mark.parametrize(("num_phones", "width"), [(1, 3.5), (8, 3.5), (8, 5.0)])
 def test_confusion_keeps_clear(num_phones, width):
     table = np.random.default_rng(0).integers(1, 999, size=(num_phones, 256))
     figure = class_confusion_figure(table, PHONES[:num_phones], title="a title", width=width)
@@ -158,8 +169,7 @@ def test_strip_has_phones_and_words():
     assert phones.texts[1].get_rotation() == 90 and not phones.texts[1].get_parse_math()
 
 
-@pytest.mark.parametrize("seconds", [0.02, 0.5, 2.0])
-@pytest.mark.parametrize("width", [3.5, 7.2])
+@pytest.mark.parametrize(("seconds", "width"), [(0.02, 3.5), (0.5, 7.2), (2.0, 3.5)])
 def test_strip_keeps_clear(seconds, width):
     units = {name: np.random.default_rng(0).integers(0, 256, 99) for name in ("layer 5", "layer 12", "k-means")}
     phones = [Segment(f"ʃ{n}", n / 20, (n + 1) / 20) for n in range(40)]
@@ -181,12 +191,7 @@ def test_spectrogram_finds_a_tone():
 
 @pytest.mark.parametrize("suffix", ["png", "pdf"])
 def test_they_are_saved_without_pyplot(tmp_path, suffix):
-    figures = [
-        layer_curves_figure(some_curves(2, 3)),
-        code_usage_figure({"a": [1, 2]}),
-        class_confusion_figure(np.eye(2), ["a", "t"]),
-        unit_strip_figure(AUDIO, {"a": np.arange(99)}),
-    ]
+    figures = [code_usage_figure({"a": [1, 2]}), unit_strip_figure(AUDIO, {"a": np.arange(99)})]
     for number, figure in enumerate(figures):
         figure.savefig(tmp_path / f"{number}.{suffix}")
         assert (tmp_path / f"{number}.{suffix}").stat().st_size > 1_000

@@ -1,7 +1,7 @@
 """What the codes of a DinoSR mean: metrics against phones, alignments, baselines and pictures.
 
-`quality` and `alignment` need numpy alone and are here at once; `baselines` and `plots` are imported by name
-(`from dinosr_hf.analysis.plots import phone_codeword_figure`) and need `pip install "dinosr-hf[analysis]"`.
+`quality` and `alignment` need numpy alone and are here at once; `baselines`, `plots` and `inspection` are imported by
+name (`from dinosr_hf.analysis.plots import phone_codeword_figure`) and need `pip install "dinosr-hf[analysis]"`.
 """
 
 from .alignment import Segment, align_labels, frame_centers, frame_labels, read_labels, step_labels
