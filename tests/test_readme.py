@@ -118,6 +118,7 @@ OWN_PARSER = (
     *("examples/extract_units.py", "examples/fit_kmeans.py", "examples/evaluate_units.py"),
     "benchmarks/unit_agreement.py",
     "benchmarks/convolution.py",
+    "examples/inspect_units.py",
 )
 
 
@@ -202,6 +203,7 @@ def test_commands_of_the_documents_exist(text):
         "python examples/fit_kmeans.py runs/a my_speech",
         "python benchmarks/unit_agreement.py runs/a --sources pupil",
         "python examples/evaluate_units.py runs/a --data my_speech --labels phones.ctm",
+        "python examples/inspect_units.py runs/a my_speech --output page.html --source pupil",
         "python examples/prepare_for_hub.py runs/a",
         "python examples/prepare_for_hub.py runs/a hub/a --public",
         "python examples/tune_decoding.py runs/recogniser my_speech",

@@ -1,10 +1,22 @@
 """What the codes of a DinoSR mean: metrics against phones, alignments, baselines and pictures.
 
-`quality` and `alignment` need numpy alone and are here at once; `baselines` and `plots` are imported by name
-(`from dinosr_hf.analysis.plots import phone_codeword_figure`) and need `pip install "dinosr-hf[analysis]"`.
+`quality`, `segmentation`, `evaluation` and alignments need numpy alone and are here at once; `baselines`, `plots` and
+`inspection` are imported by name (`from dinosr_hf.analysis.plots import phone_codeword_figure`) and need
+`pip install "dinosr-hf[analysis]"`.
 """
 
-from .alignment import Segment, align_labels, frame_centers, frame_labels, read_labels, step_labels
+from .alignment import (
+    Labels,
+    Segment,
+    align_labels,
+    frame_centers,
+    frame_labels,
+    match_labels,
+    read_labels,
+    step_labels,
+)
+from .alignment_files import read_alignments
+from .evaluation import JudgedUnits, Reference, UnitCounts, bootstrap_intervals, count_units, units_csv, units_table
 from .quality import (
     UnitQuality,
     cluster_purity,
@@ -16,21 +28,45 @@ from .quality import (
     phone_purity,
     unit_quality,
 )
+from .segmentation import (
+    SegmentCounts,
+    bitrate,
+    label_boundaries,
+    match_boundaries,
+    run_counts,
+    unit_boundaries,
+)
 
 __all__ = [
+    "JudgedUnits",
+    "Labels",
+    "Reference",
     "Segment",
+    "SegmentCounts",
+    "UnitCounts",
     "UnitQuality",
     "align_labels",
+    "bitrate",
+    "bootstrap_intervals",
     "cluster_purity",
     "code_perplexity",
     "contingency",
+    "count_units",
     "frame_centers",
     "frame_labels",
     "joint_distribution",
+    "label_boundaries",
+    "match_boundaries",
+    "match_labels",
     "num_active_codes",
     "phone_normalized_mutual_information",
     "phone_purity",
+    "read_alignments",
     "read_labels",
+    "run_counts",
     "step_labels",
+    "unit_boundaries",
     "unit_quality",
+    "units_csv",
+    "units_table",
 ]

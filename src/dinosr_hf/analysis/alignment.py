@@ -255,11 +255,21 @@ def read_labels(path: str | Path) -> dict[str, list[str] | list[Segment]]:
     return rows
 
 
-def _stem(recording: str) -> str:
-    """`84/84-121123.flac` and `shard/84-121123.flac` to `84-121123`: what files of labels call a recording."""
-    name = recording.rpartition("/")[2]
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot and suffix.isalnum() and not suffix.isdigit() else name
+def label_name(recording: str, labels: Mapping[str, Labels]) -> str | None:
+    """
+    What labels call a recording.
+
+    Args:
+        recording: Its id, `84/84-121123.flac`.
+        labels: By name.
+
+    Returns:
+        The id, or the name of its file without folders and suffix (`84-121123`); None if there are no labels of it.
+    """
+    file = recording.rpartition("/")[2]
+    stem, dot, suffix = file.rpartition(".")
+    name = stem if dot and suffix.isalnum() and not suffix.isdigit() else file
+    return next((known for known in (recording, file, name) if known in labels), None)
 
 
 def match_labels(ids: Sequence[str], labels: Mapping[str, Labels]) -> dict[str, str]:
@@ -276,8 +286,8 @@ def match_labels(ids: Sequence[str], labels: Mapping[str, Labels]) -> dict[str, 
     Raises:
         ValueError: If none has any, or two recordings have the same.
     """
-    names = {recording: recording if recording in labels else _stem(recording) for recording in ids}
-    names = {recording: name for recording, name in names.items() if name in labels}
+    found = ((recording, label_name(recording, labels)) for recording in ids)
+    names = {recording: name for recording, name in found if name is not None}
     if not names:
         raise ValueError(
             f"None of {len(ids):,} recordings has labels. They are named like {ids[0]!r}, the labels like"

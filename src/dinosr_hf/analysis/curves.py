@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import yaml
 
 from ._extra import import_extra
+from ._figures import check_width, line_colors, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -322,15 +323,12 @@ def run_figure(
         raise ValueError("There is no run to draw. Give at least one.")
     if x not in ("step", "hours"):
         raise ValueError(f"x={x!r} is unknown. Choose step or hours.")
-    if not width > 0:
-        raise ValueError(f"width={width} is out of range: it must be more than 0 inches.")
+    check_width(width)
     panels = [panel for panel in _PANELS if any(_has(curve, runs) for curve in panel.curves)]
     num_columns = min(3, len(panels))
     num_rows = math.ceil(len(panels) / num_columns)
-    figure: Any = import_extra("matplotlib.figure").Figure(
-        figsize=(width, width * (0.25 * num_rows + 0.06)), layout="constrained"
-    )
-    colors = _colors(len(runs))
+    figure = new_figure(width, width * (0.25 * num_rows + 0.06))
+    colors = line_colors(len(runs))
     grid = figure.subplots(num_rows, num_columns, squeeze=False).flat
     for axes, panel in itertools.zip_longest(grid, panels):
         if panel is None:
@@ -357,12 +355,6 @@ def run_figure(
 
 def _has(curve: _Curve, runs: Sequence[RunCurves]) -> bool:
     return any(line.get(curve.field) is not None for run in runs for line in run.lines)
-
-
-def _colors(count: int) -> list[Any]:
-    """From dark to light evenly, also in grey; the lightest are left out, which do not show on white."""
-    colormap = import_extra("matplotlib").colormaps["plasma"]
-    return [colormap(0.78 * number / max(count - 1, 1)) for number in range(count)]
 
 
 def _add_legend(figure: Any, runs: Sequence[RunCurves], colors: Sequence[Any], title: str | None) -> None:

@@ -143,7 +143,9 @@ class DataArguments:
     eval_split: str | None = field(default=None, metadata={"help": "Split of the held-out speech."})
     eval_labels: str | None = field(
         default=None,
-        metadata={"help": "Phone labels of the held-out speech (.jsonl, .jsonl.gz); synthetic speech has its own."},
+        metadata={
+            "help": "Phone labels of the held-out speech (.jsonl, .ctm, a folder of TextGrids); synthetic has its own."
+        },
     )
     eval_seconds: float = field(default=1800.0, metadata={"help": "Held-out audio used, at most."})
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from filelock import BaseFileLock, FileLock, Timeout
 
-from ..analysis import read_labels
+from ..analysis import read_alignments
 from ..command_line import ArgumentError
 from ..data import (
     SAMPLING_RATE,
@@ -270,7 +270,7 @@ def open_held_out(arguments: PretrainingArguments) -> HeldOut | None:
         source = open_source(data.eval_data, split=data.eval_split, audio_column=data.audio_column)
     assert isinstance(source, SpeechSource)
     if data.eval_labels is not None:
-        labels = read_labels(data.eval_labels)
+        labels = read_alignments(data.eval_labels)
     return HeldOut(
         source,
         arguments.model_config(),

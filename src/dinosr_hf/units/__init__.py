@@ -1,5 +1,6 @@
 """Acoustic units: of a corpus, of hours-long recordings, of a live signal; by k-means; features of layers as files."""
 
+from .certainty import ScoredUnits, scored_units
 from .corpus import UnitCorpus, deduplicate, load_units
 from .extraction import UnitExtractor, Units, load_model
 from .features import FEATURE_FORMATS, FeatureFiles
@@ -11,6 +12,8 @@ __all__ = [
     "load_model",
     "UnitExtractor",
     "Units",
+    "ScoredUnits",
+    "scored_units",
     "UnitCorpus",
     "deduplicate",
     "load_units",

@@ -1,0 +1,116 @@
+"""
+Write a page to look at and listen to the units of a checkpoint: one HTML file, with pictures and sounds in it.
+
+    python examples/inspect_units.py runs/base my_speech --output page.html
+    python examples/inspect_units.py runs/base my_speech --labels phones.jsonl --output page.html --layer 9
+
+DATA is a folder, a manifest, an archive or a dataset; --labels are its phones (docs/units.md).
+The page has tables and pictures, and for each codeword its phones, its neighbours and its most typical moments.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from dinosr_hf.analysis import read_alignments
+from dinosr_hf.analysis.inspection import AUDIO_FORMATS, CodewordInspector, render_page
+from dinosr_hf.data import SAMPLING_RATE, open_recordings, open_source
+from dinosr_hf.recordings import DTYPES
+from dinosr_hf.units import load_model, scored_units
+
+# What the score of a unit is.
+SCORES = {"student": "probability", "teacher": "distance"}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="folder that pre-training leaves, or its name on the Hub")
+    parser.add_argument("data", metavar="DATA", help="folder or file of recordings, manifest, archive or dataset")
+    parser.add_argument("--output", required=True, help="the page, .html")
+    parser.add_argument("--split", help="of the data, where it has several")
+    parser.add_argument("--labels", help="phones, as evaluate_units.py takes them; left out: a page without phones")
+    parser.add_argument("--step_seconds", type=float, default=0.01, help="of labels that are one a step (%(default)s)")
+    parser.add_argument("--layer", type=int, default=5, help="the lowest is 1 (%(default)s)")
+    parser.add_argument("--source", default="teacher", choices=list(SCORES), help="(%(default)s)")
+    parser.add_argument("--num_moments", type=int, default=5, help="to listen to, of a codeword (%(default)s)")
+    parser.add_argument(
+        "--context_seconds", type=float, default=0.3, help="heard before and behind a moment (%(default)s)"
+    )
+    parser.add_argument("--audio", default="flac", choices=list(AUDIO_FORMATS), help="of the sounds (%(default)s)")
+    parser.add_argument("--max_megabytes", type=float, default=20.0, help="of all sounds (%(default)s)")
+    parser.add_argument("--title", help="of the page")
+    parser.add_argument("--batch_seconds", type=float, default=120.0, help="audio of a batch (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the model (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> None:
+    recordings = open_source(options.data, split=options.split) if options.split else open_recordings([options.data])
+    labels = read_alignments(options.labels) if options.labels else None
+    model = load_model(options.model, device=options.device, dtype=options.dtype)
+    frames = {"stride": model.config.inputs_to_logits_ratio, "field": model.config.receptive_field}
+    inspector = CodewordInspector(
+        model.config.codebook_size,
+        labels=labels,
+        step_seconds=options.step_seconds,
+        num_moments=options.num_moments,
+        **frames,
+    )
+    seconds = sum(utterance.num_samples for utterance in recordings.utterances) / SAMPLING_RATE
+    with tqdm(total=seconds, unit=" s of audio", disable=None) as bar:
+        for units in scored_units(
+            model,
+            recordings,
+            layer=options.layer,
+            source=options.source,
+            batch_seconds=options.batch_seconds,
+            on_progress=bar.update,
+        ):
+            inspector.add(*units)
+    facts = {
+        "model": options.model,
+        "data": " ".join(filter(None, [options.data, options.split])),
+        "labels": options.labels or "none",
+        "hours": f"{seconds / 3600:.2f}",
+        "frames a second": f"{SAMPLING_RATE / frames['stride']:g}",
+    }
+    page = render_page(
+        inspector.result(),
+        recordings,
+        title=options.title or f"Units of {Path(options.model).name}, layer {options.layer}",
+        name=f"layer {options.layer}, {options.source}",
+        facts=facts,
+        score_name=SCORES[options.source],
+        audio=options.audio,
+        context_seconds=options.context_seconds,
+        max_megabytes=options.max_megabytes,
+        **frames,
+    )
+    output = Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Names of files may hold bytes that are no text.
+    output.write_text(page.html, encoding="utf-8", errors="replace")
+    print(f"The page is {output}: {output.stat().st_size / 1e6:.1f} MB with {page.num_clips:,} moments to listen to.")
+    if page.num_left_out:
+        print(f"{page.num_left_out:,} more had no room; --max_megabytes or --audio ogg makes some.")
+
+
+def main(argv: Sequence[str]) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    options = parse(argv)
+    try:
+        run(options)
+    except (ValueError, ImportError) as error:
+        sys.exit(f"inspect_units.py: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

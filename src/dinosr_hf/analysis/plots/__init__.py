@@ -1,0 +1,27 @@
+"""
+Pictures a paper can print. Each function returns a `matplotlib.figure.Figure` and touches no global state.
+
+The figures are made without pyplot, so they need no display, close themselves, and are saved with
+`figure.savefig("name.png", dpi=300)` or `"name.pdf"`. Colours go from light to dark evenly, also in grey and for the
+colour-blind; curves differ by dashes and markers too.
+"""
+
+from ..curves import read_run, run_figure
+from .lines import LayerCurves, code_usage_figure, layer_curves_figure
+from .phones import PHONE_CLASSES, phone_class
+from .strips import unit_strip_figure
+from .tables import class_confusion, class_confusion_figure, phone_codeword_figure
+
+__all__ = [
+    "PHONE_CLASSES",
+    "LayerCurves",
+    "class_confusion",
+    "class_confusion_figure",
+    "code_usage_figure",
+    "layer_curves_figure",
+    "phone_class",
+    "phone_codeword_figure",
+    "read_run",
+    "run_figure",
+    "unit_strip_figure",
+]
