@@ -30,7 +30,7 @@ demo: $(INSTALLED) ## a DinoSR learns the units of synthetic speech, then to rec
 	@$(VENV)/bin/python examples/demo_recognition.py
 
 test: $(INSTALLED) ## the tests, then transformers' own
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
 	@$(MAKE) --no-print-directory test-hf
 
 test-hf: $(INSTALLED) ## transformers' own common tests on our classes

@@ -220,10 +220,11 @@ def test_gradient_checkpointing_and_clipping(tmp_path, recordings):
 
 
 def test_a_compiled_model_is_the_same_run(tmp_path, recordings):
-    plain, _ = trained(tmp_path, recordings, "plain", max_steps=3)
+    small = {"max_steps": 2, "num_hidden_layers": 1, "num_codebooks": 1}  # each layer takes seconds to trace
+    plain, _ = trained(tmp_path, recordings, "plain", **small)
     # Traced and differentiated as for inductor, whose C++ takes minutes.
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-    traced, _ = trained(tmp_path, recordings, "traced", max_steps=3, **compiled)
+    traced, _ = trained(tmp_path, recordings, "traced", **small, **compiled)
     assert largest_difference(plain, traced) < 1e-5
     with pytest.raises(ArgumentError, match=r"torch_compile_backend=nothing is none of .*inductor"):
         tiny_arguments(tmp_path, recordings, torch_compile=True, torch_compile_backend="nothing")
