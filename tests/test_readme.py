@@ -208,6 +208,7 @@ def test_commands_of_the_documents_exist(text):
         "python examples/prepare_for_hub.py runs/a hub/a --public",
         "python examples/tune_decoding.py runs/recogniser my_speech",
         "python benchmarks/train_step.py --size huge",
+        "python benchmarks/train_step.py --size tiny --peers spidr",
         "python benchmarks/batching.py my_recordings --epochs 0",
         "python benchmarks/scale_to_batch.py --seedz 0",
         "rm -rf runs",
@@ -283,7 +284,9 @@ def test_benchmark_prints_a_table(capsys):
     load_script("benchmarks/train_step.py").main(QUICK)
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__}" in printed
-    assert re.search(r"^\| sdpa \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", printed, re.MULTILINE)
+    for name in ("ours", "eager"):
+        assert re.search(rf"^\| {name} (\| [\d.]+ ){{6}}\| \d+% \| [\d.]+ \|$", printed, re.MULTILINE)
+    assert re.search(r"^ours spends: .*matrix products \d+%", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

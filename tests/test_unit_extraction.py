@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 from audio_files import noise, sf
-from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 from dinosr_hf.data import normalize_waveform, open_recordings
 from dinosr_hf.folders import save_folder
 from dinosr_hf.units import FeatureFiles, LayerKMeans, UnitExtractor, fit_kmeans, load_model
@@ -59,6 +59,17 @@ def in_one_pass(model, path, layers, source):
     return model.encode_units(torch.from_numpy(normalize_waveform(samples))[None], layers=layers, source=source)[0][
         :, 0
     ].numpy()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_authors_padding_does_not_reach_other_recordings(model, folder, recordings, source):
+    config = DinoSRConfig(**{**model.config.to_diff_dict(), "reference_padding": True})
+    padded = DinoSRForPreTraining(config).eval()
+    padded.load_state_dict(model.state_dict())
+    for units in UnitExtractor(padded, layers=[3, 2], source=source).units(recordings):
+        if units.codes.shape[1]:
+            wanted = in_one_pass(padded, folder / units.id, [3, 2], source)
+            assert np.array_equal(units.codes, wanted), units.id
 
 
 @pytest.mark.parametrize("source", SOURCES)

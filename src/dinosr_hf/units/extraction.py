@@ -103,7 +103,8 @@ class UnitExtractor:
         source: "student" or "teacher", see `DinoSRForPreTraining.encode_units`.
         window_seconds: Audio that the model sees at once, at most, context included.
         context_seconds: Audio on each side of a part of a recording that is longer than a window.
-        batch_seconds: Audio of a batch, padding included; a longer window is a batch of its own.
+        batch_seconds: Audio of a batch, padding included; a longer window is a batch of its own. With
+            `reference_padding` every one is.
 
     Raises:
         ValueError: If the model has no such layer, there is no such source, or a number of seconds cannot be.
@@ -127,7 +128,8 @@ class UnitExtractor:
             model.config,
             window_seconds=window_seconds,
             context_seconds=context_seconds,
-            batch_seconds=batch_seconds,
+            # With the authors' padding, what comes out depends on the batch: then each recording is one by itself.
+            batch_seconds=2 * self.frame_seconds if model.config.reference_padding else batch_seconds,
         )
 
     @property
