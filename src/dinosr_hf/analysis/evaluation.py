@@ -70,6 +70,7 @@ class UnitCounts:
             "boundary_precision": self.segments.precision,
             "boundary_recall": self.segments.recall,
             "boundary_f1": self.segments.f1,
+            "over_segmentation": self.segments.over_segmentation,
             "r_value": self.segments.r_value,
         }
 
@@ -109,11 +110,12 @@ def count_units(
     )
     table, _ = contingency(frames, array, num_codes=num_codes, phones=phones)
     found = unit_boundaries(array, stride=stride, field=field, sampling_rate=sampling_rate)
-    true = label_boundaries(labels, step_seconds=step_seconds)
+    seconds = len(array) * stride / sampling_rate
+    true = label_boundaries(labels, step_seconds=step_seconds, seconds=seconds)
     return UnitCounts(
         table,
         run_counts(array, num_codes),
-        len(array) * stride / sampling_rate,
+        seconds,
         match_boundaries(found, true, tolerance=tolerance),
     )
 
@@ -376,6 +378,7 @@ HEADINGS = {
     "boundary_precision": "boundary precision",
     "boundary_recall": "boundary recall",
     "boundary_f1": "boundary F1",
+    "over_segmentation": "over-segmentation",
     "r_value": "R-value",
 }
 
