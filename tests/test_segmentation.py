@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from dinosr_hf.analysis import Segment
+from dinosr_hf.analysis import Segment, label_segments
 from dinosr_hf.analysis.segmentation import (
     SegmentCounts,
     bitrate,
@@ -33,9 +33,28 @@ def test_boundaries_of_steps():
 
 def test_boundaries_of_segments():
     segments = [Segment("b", 0.2, 0.3), Segment("a", 0.1, 0.2), Segment("b", 0.3, 0.5), Segment("c", 0.6, 0.9)]
-    # Between two b is none; the gap before c has two ends; the first start and the last end are none.
-    assert label_boundaries(segments) == pytest.approx([0.2, 0.5, 0.6])
-    assert label_boundaries([Segment("a", 0.1, 0.1)]).tolist() == []
+    # Between two b is none; the gaps before a and c are silence; the end of the labels is none, unless there is more.
+    assert label_boundaries(segments) == pytest.approx([0.1, 0.2, 0.5, 0.6])
+    assert label_boundaries(segments, seconds=0.905) == pytest.approx([0.1, 0.2, 0.5, 0.6])
+    assert label_boundaries(segments, seconds=1.0) == pytest.approx([0.1, 0.2, 0.5, 0.6, 0.9])
+    assert label_boundaries([Segment("a", 0.1, 0.1)], seconds=1.0).tolist() == []
+
+
+def test_boundaries_of_segments_are_those_of_steps():
+    segments = [Segment("a", 0.1, 0.2), Segment("a", 0.2, 0.3), Segment("b", 0.3, 0.4), Segment("c", 0.5, 0.6)]
+    steps = ["SIL"] * 10 + ["a"] * 20 + ["b"] * 10 + ["SIL"] * 10 + ["c"] * 10 + ["SIL"] * 40
+    assert label_boundaries(steps) == pytest.approx(label_boundaries(segments, seconds=1.0))
+    assert label_segments(segments, seconds=1.0)[:2] == [Segment("SIL", 0.0, 0.1), Segment("a", 0.1, 0.3)]
+    filled = label_segments(segments, seconds=1.0)
+    assert label_segments(filled) == filled
+
+
+def test_gaps_and_overlaps_of_rounding_are_one_boundary():
+    segments = [Segment("a", 0.004, 0.1), Segment("b", 0.106, 0.2), Segment("c", 0.194, 0.4), Segment("SIL", 0.4, 0.5)]
+    assert label_boundaries(segments) == pytest.approx([0.103, 0.197, 0.4])
+    wider = [Segment("a", 0.0, 0.1), Segment("b", 0.111, 0.2)]
+    assert label_boundaries(wider) == pytest.approx([0.1, 0.111])
+    assert label_segments([]) == [] and label_segments([], seconds=0.5) == [Segment("SIL", 0.0, 0.5)]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ FIELD = 400
 SAMPLING_RATE = 16_000
 SILENCE = "SIL"
 
+# Seconds that may lie between two segments that follow each other, as their times are rounded.
+_LONGEST_ROUNDING = 0.01
+
 
 class Segment(NamedTuple):
     """A label and the time it is spoken at, in seconds."""
@@ -167,6 +170,46 @@ def step_labels(
         )
     positions = np.minimum(np.floor(centers / step + 1e-9).astype(np.int64), len(labels) - 1)
     return [labels[position] for position in positions.tolist()]
+
+
+def label_segments(
+    labels: Labels, *, step_seconds: float = 0.01, seconds: float | None = None, silence: str = SILENCE
+) -> list[Segment]:
+    """
+    Labels of a recording as segments that follow each other without gaps.
+
+    Gaps are silence, but those of 10 ms and less, which rounding leaves, are closed in their middle; so are overlaps.
+    A label that is followed by itself is one segment, so that steps and segments give the same.
+
+    Args:
+        labels: One label a step, or segments in any order, as `read_labels` gives them.
+        step_seconds: Length of a step; segments have times of their own.
+        seconds: Length of the recording, up to which silence goes on; None: to the last label.
+        silence: Label of gaps, also before the first segment.
+
+    Returns:
+        Segments from 0 on, in order.
+    """
+    steps = [label for label in labels if isinstance(label, str)]
+    spoken = [_to_segment(label) for label in labels if not isinstance(label, str)]
+    spoken += [Segment(label, step * step_seconds, (step + 1) * step_seconds) for step, label in enumerate(steps)]
+    spoken = sorted((segment for segment in spoken if segment.end > segment.start), key=lambda segment: segment.start)
+    last = max((segment.end for segment in spoken), default=0.0)
+    if seconds is not None and seconds - last > _LONGEST_ROUNDING + 1e-9:
+        spoken.append(Segment(silence, last, seconds))
+    found: list[Segment] = []
+    label, start, end = silence, 0.0, 0.0
+    for segment in spoken:
+        if segment.start - end > _LONGEST_ROUNDING + 1e-9:
+            pieces = [(silence, end), (segment.label, segment.start)]
+        else:
+            pieces = [(segment.label, (segment.start + end) / 2 if end else 0.0)]
+        for following, moment in pieces:
+            if following != label:
+                found += [Segment(label, start, moment)] if moment > start else []
+                label, start = following, moment
+        end = max(end, segment.end)
+    return [*found, Segment(label, start, end)] if end > start else found
 
 
 def align_labels(

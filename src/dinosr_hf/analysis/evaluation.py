@@ -70,6 +70,7 @@ class UnitCounts:
             "boundary_precision": self.segments.precision,
             "boundary_recall": self.segments.recall,
             "boundary_f1": self.segments.f1,
+            "over_segmentation": self.segments.over_segmentation,
             "r_value": self.segments.r_value,
         }
 
@@ -109,11 +110,12 @@ def count_units(
     )
     table, _ = contingency(frames, array, num_codes=num_codes, phones=phones)
     found = unit_boundaries(array, stride=stride, field=field, sampling_rate=sampling_rate)
-    true = label_boundaries(labels, step_seconds=step_seconds)
+    seconds = len(array) * stride / sampling_rate
+    true = label_boundaries(labels, step_seconds=step_seconds, seconds=seconds)
     return UnitCounts(
         table,
         run_counts(array, num_codes),
-        len(array) * stride / sampling_rate,
+        seconds,
         match_boundaries(found, true, tolerance=tolerance),
     )
 
@@ -199,6 +201,7 @@ class Reference:
     Attributes:
         phones: All of them, sorted: the rows of tables.
         ids: Of recordings that are judged.
+        step_seconds: As given.
 
     Raises:
         ValueError: If no recording has labels, or there is not one speaker a recording.
@@ -218,12 +221,57 @@ class Reference:
             raise ValueError(f"There are {len(speakers)} speakers for {len(ids)} recordings, but each needs one.")
         self._labels = {recording: labels[name] for recording, name in names.items()}
         self._speakers = dict(zip(ids, speakers or [None] * len(ids), strict=True))
-        self._step_seconds, self._tolerance = step_seconds, tolerance
+        self.step_seconds, self._tolerance = step_seconds, tolerance
         self.ids = [recording for recording in ids if recording in names]
         self.phones = sorted(
             {label if isinstance(label, str) else label.label for phones in self._labels.values() for label in phones}
             | {SILENCE}
         )
+
+    def labels_of(self, recording: str) -> Labels:
+        """The phones of a recording that is judged, as they were given."""
+        return self._labels[recording]
+
+    def speaker_of(self, recording: str) -> str:
+        """Who speaks; a recording whose speaker is not known is a speaker of its own."""
+        return self._speakers[recording] or recording
+
+    def frames_of(
+        self,
+        recording: str,
+        num_frames: int,
+        *,
+        stride: int = STRIDE,
+        field: int = FIELD,
+        sampling_rate: int = SAMPLING_RATE,
+    ) -> list[str]:
+        """
+        The phone of each frame of a recording that is judged.
+
+        Args:
+            recording: Its id.
+            num_frames: T.
+            stride: Samples from one frame to the next.
+            field: Samples that a frame sees.
+            sampling_rate: Samples a second.
+
+        Returns:
+            T labels.
+
+        Raises:
+            ValueError: If labels and frames do not cover the same time.
+        """
+        try:
+            return align_labels(
+                self._labels[recording],
+                num_frames,
+                step_seconds=self.step_seconds,
+                stride=stride,
+                field=field,
+                sampling_rate=sampling_rate,
+            )
+        except ValueError as error:
+            raise ValueError(f"{recording}: {error}") from error
 
     def judge(
         self,
@@ -255,13 +303,13 @@ class Reference:
             if recording not in self._labels or codes.shape[1] == 0:
                 continue
             layers = layers or [{} for _ in codes]
-            speaker = self._speakers[recording] or recording
+            speaker = self.speaker_of(recording)
             for counts, row in zip(layers, codes, strict=True):
                 try:
                     own = count_units(
                         *(row, self._labels[recording], self.phones),
                         num_codes=num_codes,
-                        step_seconds=self._step_seconds,
+                        step_seconds=self.step_seconds,
                         tolerance=self._tolerance,
                         stride=stride,
                         field=field,
@@ -330,6 +378,7 @@ HEADINGS = {
     "boundary_precision": "boundary precision",
     "boundary_recall": "boundary recall",
     "boundary_f1": "boundary F1",
+    "over_segmentation": "over-segmentation",
     "r_value": "R-value",
 }
 

@@ -10,14 +10,12 @@ none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .alignment import FIELD, SAMPLING_RATE, STRIDE, Segment, frame_centers
+from .alignment import FIELD, SAMPLING_RATE, STRIDE, Labels, frame_centers, label_segments
 
 # Times that are equal but for rounding are within a tolerance of 0.
 _ROUNDING = 1e-9
@@ -49,29 +47,25 @@ def unit_boundaries(
     return (centers[changes - 1] + centers[changes]) / 2
 
 
-def label_boundaries(labels: Sequence[str] | Sequence[Segment], *, step_seconds: float = 0.01) -> NDArray[np.float64]:
+def label_boundaries(
+    labels: Labels, *, step_seconds: float = 0.01, seconds: float | None = None
+) -> NDArray[np.float64]:
     """
-    Moments at which the phone changes.
+    Moments at which the phone changes, the same of steps and of segments.
 
     Args:
-        labels: One label a step, or segments, as `read_labels` gives them. A gap between two segments has a boundary
-            at each end; silence is a label like others.
+        labels: One label a step, or segments, as `read_labels` gives them; see `label_segments`. Silence is a label
+            like others, and so are gaps: they have a boundary at each end.
         step_seconds: Length of a step; segments have times of their own.
+        seconds: Length of the recording, in which boundaries are. Without it, silence after the last segment is not
+            known of.
 
     Returns:
         float64, in seconds, ascending.
     """
-    steps = [label for label in labels if isinstance(label, str)]
-    if steps:
-        changes = np.flatnonzero(np.array(steps[1:]) != np.array(steps[:-1])) + 1
-        return (changes * step_seconds).astype(np.float64)
-    segments = sorted((s for s in labels if not isinstance(s, str) and s.end > s.start), key=lambda s: s.start)
-    if not segments:
-        return np.zeros(0)
-    moments = {segments[0].start, segments[-1].end}
-    moments |= {segment.start for segment in segments} | {segment.end for segment in segments}
-    same = {a.end for a, b in pairwise(segments) if a.end == b.start and a.label == b.label}
-    return np.array(sorted(moments - same - {segments[0].start, segments[-1].end}), dtype=np.float64)
+    segments = label_segments(labels, step_seconds=step_seconds, seconds=seconds)
+    moments = np.array([segment.start for segment in segments[1:]], dtype=np.float64)
+    return moments if seconds is None else moments[moments < seconds]
 
 
 @dataclass(frozen=True)
