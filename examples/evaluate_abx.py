@@ -23,7 +23,6 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from dinosr_hf import DinoSRConfig
 from dinosr_hf.analysis.abx import (
     SPEAKERS,
     abx_error,
@@ -36,7 +35,7 @@ from dinosr_hf.analysis.abx import (
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.data import SpeechSource
 from dinosr_hf.recordings import DTYPES
-from dinosr_hf.units import FeatureFiles, UnitExtractor, load_model, load_peer
+from dinosr_hf.units import FeatureFiles, UnitExtractor, has_codebooks, load_model, load_peer
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -70,7 +69,7 @@ def write_representations(
     """Of one model: source, layer, distance, and the folder of files to be compared by it."""
     where = {"device": options.device, "dtype": options.dtype}
     config = AutoConfig.from_pretrained(name)
-    is_ours = config.model_type == DinoSRConfig.model_type and "DinoSRForPreTraining" in (config.architectures or ())
+    is_ours = has_codebooks(config)
     model = load_model(name, **where) if is_ours else None
     for kind in options.sources if is_ours else ["student"]:
         if model is None:

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from dinosr_hf import DinoSRConfig
 from dinosr_hf.analysis.layers import (
     METRICS,
     JudgedLayer,
@@ -36,7 +35,7 @@ from dinosr_hf.analysis.layers import (
 from dinosr_hf.analysis.plots import LayerCurves, layer_curves_figure
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.recordings import DTYPES
-from dinosr_hf.units import UnitExtractor, load_model, load_peer
+from dinosr_hf.units import UnitExtractor, has_codebooks, load_model, load_peer
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -73,7 +72,7 @@ def extractors(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Un
     where = {"device": options.device, "dtype": options.dtype}
     config = AutoConfig.from_pretrained(name)
     layers = options.layers or list(range(1, config.num_hidden_layers + 1))
-    if config.model_type == DinoSRConfig.model_type and "DinoSRForPreTraining" in (config.architectures or ()):
+    if has_codebooks(config):
         model = load_model(name, **where)
         for source in options.sources:
             yield source, UnitExtractor(model, layers=layers, source=source)

@@ -22,12 +22,11 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from dinosr_hf import DinoSRConfig
 from dinosr_hf.analysis.evaluation import JudgedUnits, units_csv, units_table
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
 from dinosr_hf.recordings import DTYPES
-from dinosr_hf.units import UnitExtractor, Units, fit_kmeans, load_model, load_peer
+from dinosr_hf.units import UnitExtractor, Units, fit_kmeans, has_codebooks, load_model, load_peer
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -61,7 +60,7 @@ def contestants(
     """Kind of units, where they come from, the units, and how many different ones there can be, of one model."""
     where = {"device": options.device, "dtype": options.dtype}
     config = AutoConfig.from_pretrained(name)
-    if config.model_type == DinoSRConfig.model_type and "DinoSRForPreTraining" in (config.architectures or ()):
+    if has_codebooks(config):
         model = load_model(name, **where)
         for kind in options.sources:
             layers = options.layers or list(model.config.codebook_layers)

@@ -2,13 +2,14 @@
 
 from .certainty import ScoredUnits, scored_units
 from .corpus import UnitCorpus, deduplicate, load_units
-from .extraction import UnitExtractor, Units, load_model
+from .extraction import UnitExtractor, Units, has_codebooks, load_model
 from .features import FEATURE_FORMATS, FeatureFiles
 from .kmeans import LayerKMeans, fit_kmeans
 from .peers import PeerExtractor, load_peer
 from .streaming import UnitStreamer
 
 __all__ = [
+    "has_codebooks",
     "load_model",
     "UnitExtractor",
     "Units",

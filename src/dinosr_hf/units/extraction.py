@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..configuration_dinosr import DinoSRConfig
 from ..data import SpeechSource
@@ -41,6 +41,11 @@ class Units(NamedTuple):
     codes: NDArray[np.int64]
 
 
+def has_codebooks(config: PreTrainedConfig) -> bool:
+    """Whether it is the configuration of a pre-training checkpoint, which has teacher and codebooks."""
+    return config.model_type == DinoSRConfig.model_type and "DinoSRForPreTraining" in (config.architectures or ())
+
+
 def load_model(
     name: str | Path, *, device: str | torch.device = "cpu", dtype: str = "float32"
 ) -> DinoSRForPreTraining:
@@ -61,8 +66,8 @@ def load_model(
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} cannot be opened ({error}). Give the folder that pre-training leaves.") from error
-    kinds = config.architectures or ["nothing known"]
-    if config.model_type != DinoSRConfig.model_type or "DinoSRForPreTraining" not in kinds:
+    if not has_codebooks(config):
+        kinds = config.architectures or ["nothing known"]
         raise ValueError(
             f"{name} has {', '.join(kinds)}, but units come from a DinoSRForPreTraining, which has teacher and"
             " codebooks. Give the folder that pre-training leaves."
