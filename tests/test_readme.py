@@ -119,6 +119,7 @@ OWN_PARSER = (
     *("examples/evaluate_layers.py", "examples/evaluate_abx.py"),
     "benchmarks/unit_agreement.py",
     "benchmarks/convolution.py",
+    "benchmarks/codebook.py",
     "examples/inspect_units.py",
 )
 
@@ -212,6 +213,7 @@ def test_commands_of_the_documents_exist(text):
         "python examples/tune_decoding.py runs/recogniser my_speech",
         "python benchmarks/train_step.py --size huge",
         "python benchmarks/train_step.py --size tiny --peers spidr",
+        "python benchmarks/codebook.py --sizes many",
         "python benchmarks/batching.py my_recordings --epochs 0",
         "python benchmarks/scale_to_batch.py --seedz 0",
         "rm -rf runs",

@@ -1,0 +1,109 @@
+"""
+How long do the codebooks take a step: nearest codewords and their update by index, and with one-hot matrices?
+
+    python benchmarks/codebook.py --frames 2000 --sizes 256 2048 --repeats 9 --threads 2
+
+Base model's codebooks (8 of 768 dimensions) on random frames, on a GPU if there is one, in float32. Codes and
+codewords of the two must be the same, or nothing is timed.
+"""
+
+import argparse
+import datetime
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from dinosr_hf.codebook_dinosr import OnlineCodebooks
+
+NUM_CODEBOOKS, HIDDEN_SIZE, DECAY = 8, 768, 0.9
+# Of the largest value: sums of some thousand frames in another order.
+TOLERANCE = 2e-5
+
+
+def by_index(codebooks: OnlineCodebooks, targets: torch.Tensor) -> torch.Tensor:
+    """What the model does."""
+    codes = codebooks.assign(targets)
+    codebooks.accumulate(targets, codes)
+    codebooks.commit(DECAY)
+    return codes
+
+
+@torch.no_grad()
+def one_hot(codebooks: OnlineCodebooks, targets: torch.Tensor) -> torch.Tensor:
+    """Distances from `cdist`, sums as the product of a one-hot matrix (N, V, M) with the frames."""
+    codes = torch.cdist(targets, codebooks.codewords).argmin(dim=-1)
+    chosen = torch.nn.functional.one_hot(codes, codebooks.sums.shape[1]).to(targets.dtype).mT
+    counts = chosen.sum(dim=-1)
+    weight = torch.where(counts > 0, 1 - DECAY, 0.0)
+    codebooks.sums.lerp_(chosen @ targets, weight[..., None])
+    codebooks.counts.lerp_(counts, weight)
+    return codes
+
+
+FORMS = {"by index": by_index, "one-hot": one_hot}
+
+
+def make_codebooks(size: int, device: torch.device) -> OnlineCodebooks:
+    """The same ones every time."""
+    torch.manual_seed(0)
+    codebooks = OnlineCodebooks(NUM_CODEBOOKS, size, HIDDEN_SIZE).to(device)
+    codebooks.sums.copy_(codebooks.initial_sums())
+    return codebooks
+
+
+def largest_difference(size: int, targets: torch.Tensor) -> float:
+    """Between the codewords of both forms after a step, relative to the largest; infinite if codes differ."""
+    first, second = (make_codebooks(size, targets.device) for _ in FORMS)
+    if not torch.equal(by_index(first, targets), one_hot(second, targets)):
+        return float("inf")
+    return ((first.codewords - second.codewords).abs().max() / second.codewords.abs().max()).item()
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time the codebooks of a base model.")
+    parser.add_argument("--frames", type=int, default=2_000, help="masked frames of a step")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1_024, 2_048], help="codewords of each")
+    parser.add_argument("--repeats", type=int, default=9, help="timed steps of each form")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    targets = torch.randn(NUM_CODEBOOKS, options.frames, HIDDEN_SIZE, device=device)
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    print(
+        f"{datetime.date.today()}, {hardware}, {options.threads} thread(s), float32, Python"
+        f" {platform.python_version()}, torch {torch.__version__}\n{NUM_CODEBOOKS} codebooks of {HIDDEN_SIZE}"
+        f" dimensions, {options.frames:,} frames; {options.repeats} steps of each form in turn\n"
+    )
+    print(
+        "| codewords | by index, median (s) | one-hot, median (s) | one-hot / by index | difference |\n"
+        + "|---" * 5
+        + "|"
+    )
+    for size in options.sizes:
+        difference = largest_difference(size, targets)
+        if not difference <= TOLERANCE:
+            sys.exit(f"Not timed, because it is wrong: with {size} codewords the forms differ by {difference:.1e}.")
+        times: dict[str, list[float]] = {name: [] for name in FORMS}
+        codebooks = make_codebooks(size, device)
+        for _ in range(options.repeats):
+            for name, form in FORMS.items():
+                since = time.perf_counter()
+                form(codebooks, targets)
+                if targets.is_cuda:
+                    torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - since)
+        ours, theirs = (statistics.median(times[name]) for name in FORMS)
+        print(f"| {size:,} | {ours:.3f} | {theirs:.3f} | {theirs / ours:.2f} | {difference:.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
