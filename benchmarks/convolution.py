@@ -1,5 +1,5 @@
 """
-How long do the convolutions take, forward and backward: as matrix products of a folded batch, and in the usual form?
+How long do the convolutions take, forward and backward: as matrix products of pieces, and in the usual form?
 
     python benchmarks/convolution.py --size base --batch 4 --seconds 5 --repeats 5 --threads 2
 
@@ -23,7 +23,7 @@ from dinosr_hf.encoder_dinosr import DinoSRFeatureEncoder
 TOLERANCE = 2e-5
 
 
-def folded(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> torch.Tensor:
+def pieces(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> torch.Tensor:
     """What the model does."""
     return encoder(waveforms)
 
@@ -36,7 +36,7 @@ def usual(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> torch.Tenso
     return signal.transpose(1, 2)
 
 
-FORMS = {"folded": folded, "usual": usual}
+FORMS = {"pieces": pieces, "usual": usual}
 Form = Callable[[DinoSRFeatureEncoder, torch.Tensor], torch.Tensor]
 
 
@@ -95,8 +95,8 @@ def main(argv: Sequence[str]) -> None:
     print("| form | median (s) | min | max |\n|---|---|---|---|")
     for name, seconds in times.items():
         print(f"| {name} | {statistics.median(seconds):.3f} | {min(seconds):.3f} | {max(seconds):.3f} |")
-    ratio = statistics.median(times["usual"]) / statistics.median(times["folded"])
-    print(f"\nusual / folded: {ratio:.2f}")
+    ratio = statistics.median(times["usual"]) / statistics.median(times["pieces"])
+    print(f"\nusual / pieces: {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def our_step(
     if name == "conv1d":
         model.dinosr.feature_extractor = _UsualConvolutions(model.config).to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # as pretraining does
     waveforms, mask = make_inputs(options, device)
     forward = torch.compile(model) if options.compile else model
     taken = 0

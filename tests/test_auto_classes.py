@@ -28,6 +28,7 @@ CODE = {
     "configuration_dinosr.py",
     "codebook_dinosr.py",
     "convolution_dinosr.py",
+    "dropout_dinosr.py",
     "encoder_dinosr.py",
     "heads_dinosr.py",
     "masking.py",

@@ -1,10 +1,11 @@
-"""The folded batch of convolution_dinosr against torch's own convolutions: outputs, gradients, precisions."""
+"""The pieces of convolution_dinosr against torch's own convolutions: outputs, gradients, precisions."""
 
 import pytest
 import torch
 from torch import nn
 
-from dinosr_hf.convolution_dinosr import fold, frames_to_fold, strided_conv, unfold
+from dinosr_hf import convolution_dinosr
+from dinosr_hf.convolution_dinosr import convolve_pieces, cut, frames_of_piece, same_conv
 from dinosr_hf.encoder_dinosr import DinoSRFeatureEncoder
 from tiny import tiny_config, waveforms
 
@@ -44,6 +45,13 @@ def with_gradients(function, encoder, input_values):
     return output, gradients
 
 
+@pytest.fixture(params=[None, 1, 2000, 20_000], ids=["one_group", "groups_of_a_frame", "pieces", "groups_of_some"])
+def group_bytes(request, monkeypatch):
+    monkeypatch.setattr(convolution_dinosr, "_GROUP_BYTES", request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("group_bytes")
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("extra", [0, 1, 37])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -73,59 +81,99 @@ def test_an_utterance_of_nan_stays_alone():
     torch.testing.assert_close(output[[0, 2]], usual(encoder, input_values[[0, 2]]))
 
 
-def test_gradients_against_differences():
-    conv = nn.Conv1d(3, 4, kernel_size=5, stride=2).double()
-    signal = torch.randn(12, 3, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda signal, weight, bias: torch.func.functional_call(
-            _Strided(conv), {"conv.weight": weight, "conv.bias": bias}, (signal,)
-        ),
-        (signal, conv.weight, conv.bias),
-    )
+def layers(bias=True):
+    torch.manual_seed(0)
+    convs = [nn.Conv1d(1, 3, kernel_size=5, stride=2, bias=bias), nn.Conv1d(3, 4, kernel_size=5, stride=2, bias=bias)]
+    return convs, [nn.LayerNorm(3), nn.LayerNorm(4)]
 
 
-class _Strided(nn.Module):
-    def __init__(self, conv: nn.Conv1d) -> None:
-        super().__init__()
-        self.conv = conv
+@pytest.mark.parametrize("recompute", [False, True], ids=["remembered", "recomputed"])
+def test_gradients_against_differences(recompute):
+    convs, norms = layers()
+    modules = nn.ModuleList([*convs, *norms]).double()
+    signal = torch.randn(2, 33, dtype=torch.double, requires_grad=True)  # 6 frames, of 13 samples each
 
-    def forward(self, signal):
-        return strided_conv(self.conv, signal)
+    def run(signal, *_):  # the parameters are changed where they are
+        return convolve_pieces(signal, convs, norms, 6, 13, recompute=recompute, group_bytes=128)
 
-
-def test_frozen_weights_get_no_gradient_and_pass_it_on():
-    conv = nn.Conv1d(3, 4, kernel_size=5, stride=2)
-    conv.weight.requires_grad_(False)
-    signal = torch.randn(12, 3, requires_grad=True)
-    strided_conv(conv, signal).sum().backward()
-    assert conv.weight.grad is None and conv.bias.grad is not None
-    assert signal.grad.abs().sum() > 0
+    assert torch.autograd.gradcheck(run, (signal, *modules.parameters()))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_autocast_decides_the_precision(channels):
-    conv = nn.Conv1d(channels, 4, kernel_size=5, stride=2)
-    signal = torch.randn(12, channels)
+def test_recomputing_changes_nothing_and_remembers_less():
+    encoder, _ = encoders("base")
+    input_values = waveforms(2, 5000).double().requires_grad_()
+    found = {}
+    for name in ("remembered", "recomputed"):
+        encoder.gradient_checkpointing = name == "recomputed"
+        found[name] = with_gradients(DinoSRFeatureEncoder.__call__, encoder, input_values)
+    torch.testing.assert_close(found["recomputed"], found["remembered"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("keeps", ["nothing", "norms", "waveforms"])
+def test_only_what_is_trained_gets_a_gradient(keeps):
+    convs, norms = layers()
+    modules = nn.ModuleList([*convs, *norms]).requires_grad_(False)
+    nn.ModuleList(norms).requires_grad_(keeps == "norms")
+    signal = torch.randn(2, 33, requires_grad=keeps == "waveforms")
+    output = convolve_pieces(signal, convs, norms, 6, 13)
+    assert output.requires_grad == (keeps != "nothing")
+    if output.requires_grad:
+        output.square().sum().backward()
+    assert (signal.grad is not None) == (keeps == "waveforms")
+    assert [parameter.grad is not None for parameter in modules.parameters()] == [False] * 4 + [keeps == "norms"] * 4
+
+
+@pytest.mark.parametrize("group_bytes", [None, 64])
+def test_autocast_decides_the_precision(group_bytes):
+    convs, norms = layers()
+    signal = torch.randn(2, 33)
     with torch.autocast("cpu", torch.bfloat16):
-        low = strided_conv(conv, signal)
-    assert low.dtype == torch.bfloat16
-    low.float().sum().backward()
-    assert conv.weight.grad.dtype == torch.float32
-    torch.testing.assert_close(low.float(), strided_conv(conv, signal), atol=0.03, rtol=0.03)
+        low = convolve_pieces(signal, convs, norms, 6, 13, group_bytes=group_bytes)
+    assert low.dtype == torch.float32  # norms and activations
+    low.square().sum().backward()
+    gradients = {}
+    gradients["low"] = [parameter.grad for parameter in nn.ModuleList([*convs, *norms]).parameters()]
+    nn.ModuleList([*convs, *norms]).zero_grad()
+    exact = convolve_pieces(signal, convs, norms, 6, 13, group_bytes=group_bytes)
+    exact.square().sum().backward()
+    torch.testing.assert_close(low, exact, atol=0.05, rtol=0.05)
+    assert not torch.equal(low, exact)
+    for low, parameter in zip(gradients["low"], nn.ModuleList([*convs, *norms]).parameters(), strict=True):
+        assert low.dtype == torch.float32
+        assert (low - parameter.grad).norm() <= 0.05 * parameter.grad.norm()
 
 
-def test_a_batch_that_is_not_folded_goes_the_usual_way():
-    conv = nn.Conv1d(3, 4, kernel_size=5, stride=2)
-    signal = torch.randn(2, 12, 3)
-    assert torch.equal(strided_conv(conv, signal), conv(signal.transpose(1, 2)).transpose(1, 2))
+def test_another_activation_goes_the_usual_way():
+    encoder, _ = encoders("base", feat_extract_activation="relu")
+    input_values = waveforms(2, 3000).double()
+    torch.testing.assert_close(encoder(input_values), usual(encoder, input_values))
 
 
-def test_folding():
-    assert frames_to_fold(49, receptive_field=400, hop=320) == 50
-    assert frames_to_fold(49, receptive_field=320, hop=320) == 49
-    assert frames_to_fold(49, receptive_field=200, hop=320) == 49
-    assert frames_to_fold(49, receptive_field=641, hop=320) == 51
+def test_pieces():
+    assert frames_of_piece(100, bytes_per_frame=10, limit=1000) == 100
+    assert frames_of_piece(101, bytes_per_frame=10, limit=1000) == 51
+    assert frames_of_piece(3, bytes_per_frame=10, limit=1) == 1
     waves = torch.arange(1.0, 11.0).view(2, 5)
-    assert fold(waves, 6).flatten().tolist() == [1, 2, 3, 4, 5, 0, 6, 7, 8, 9, 10, 0]
-    assert fold(waves, 3).flatten().tolist() == [1, 2, 3, 6, 7, 8]
-    assert unfold(torch.arange(6.0)[:, None], batch=2, num_frames=2).squeeze(-1).tolist() == [[0, 1], [3, 4]]
+    assert cut(waves, 2, piece_frames=2, hop=2, receptive_field=3).tolist() == [
+        [1, 2, 3, 4, 5, 0],
+        [6, 7, 8, 9, 10, 0],
+    ]
+    assert cut(waves, 2, piece_frames=1, hop=2, receptive_field=3).tolist() == [
+        *([1, 2, 3, 4], [3, 4, 5, 0]),
+        *([6, 7, 8, 9], [8, 9, 10, 0]),
+    ]
+    assert cut(waves, 1, piece_frames=1, hop=3, receptive_field=3).tolist() == [[1, 2, 3], [6, 7, 8]]
+
+
+@pytest.mark.parametrize("kernel", [4, 5])
+def test_a_convolution_that_keeps_the_length(kernel):
+    conv = nn.Conv1d(4, 6, kernel, padding=kernel // 2, groups=2)
+    signal = torch.randn(2, 7, 4, requires_grad=True)
+    mine = same_conv(conv, signal)
+    theirs = conv(signal.transpose(1, 2))[..., :7].transpose(1, 2)
+    torch.testing.assert_close(mine, theirs)
+    weights = torch.randn(theirs.shape)
+    leaves = [signal, *conv.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad((mine * weights).sum(), leaves), torch.autograd.grad((theirs * weights).sum(), leaves)
+    )

@@ -27,7 +27,7 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 # From the bottom up. Imports point down, or stay within a module or package of this list.
 LAYERS = (
     ("configuration_dinosr",),
-    ("codebook_dinosr", "masking", "convolution_dinosr"),
+    ("codebook_dinosr", "masking", "convolution_dinosr", "dropout_dinosr"),
     ("encoder_dinosr",),
     ("objective_dinosr", "heads_dinosr"),
     ("units_dinosr",),

@@ -9,13 +9,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_dinosr import DinoSRConfig
-from .convolution_dinosr import fold, frames_to_fold, strided_conv, unfold
+from .convolution_dinosr import convolve_pieces, same_conv
+from .dropout_dinosr import DinoSRDropout, apply_dropout
+
+
+def is_exact_gelu(activation: nn.Module) -> bool:
+    """Whether it is GELU, and no approximation of it."""
+    return isinstance(activation, GELUActivation) and activation.act is nn.functional.gelu
 
 
 def check_input(config: DinoSRConfig, input_values: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
@@ -37,7 +43,7 @@ def check_input(config: DinoSRConfig, input_values: torch.Tensor, attention_mask
         )
 
 
-class DinoSRConvLayer(GradientCheckpointingLayer):
+class DinoSRConvLayer(nn.Module):
     """Convolution without padding, layer norm over channels, activation."""
 
     def __init__(self, config: DinoSRConfig, layer_id: int) -> None:
@@ -54,8 +60,9 @@ class DinoSRConvLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.feat_extract_activation]
 
     def forward(self, signal: torch.Tensor) -> torch.Tensor:
-        """A folded batch, (M * stride, C) to (M, C); or one that is not, (B, T, C) to (B, T, C), T shorter."""
-        return self.activation(self.layer_norm(strided_conv(self.conv, signal)))
+        """(B, T, C) to (B, T, C), T shorter."""
+        convolved = self.conv(signal.transpose(1, 2)).transpose(1, 2)
+        return self.activation(self.layer_norm(convolved))
 
 
 class DinoSRFeatureEncoder(nn.Module):
@@ -69,18 +76,25 @@ class DinoSRFeatureEncoder(nn.Module):
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         """(B, S) to (B, C, T)."""
-        hop = self.config.inputs_to_logits_ratio
-        num_frames = self.config.num_frames(input_values.shape[1])
-        exporting = torch.compiler.is_exporting()  # other runtimes are fast at convolutions as they are
-        folded = frames_to_fold(num_frames, self.config.receptive_field, hop) * hop
-        signal = input_values[..., None] if exporting else fold(input_values, folded)
-        if self.gradient_checkpointing and self.training and next(self.parameters()).requires_grad:
-            # Reentrant checkpointing passes gradients only to layers whose input requires them.
-            signal = signal.detach().requires_grad_()
-        for conv_layer in self.conv_layers:
-            signal = conv_layer(signal)
-        features = signal if exporting else unfold(signal, input_values.shape[0], num_frames)
+        layers = [layer for layer in self.conv_layers if isinstance(layer, DinoSRConvLayer)]
+        if torch.compiler.is_exporting() or not is_exact_gelu(layers[0].activation):
+            return self.layer_by_layer(input_values)
+        features = convolve_pieces(
+            input_values,
+            [layer.conv for layer in layers],
+            [layer.layer_norm for layer in layers],
+            self.config.num_frames(input_values.shape[1]),
+            self.config.receptive_field,
+            recompute=self.gradient_checkpointing and self.training,
+        )
         return features.transpose(1, 2)
+
+    def layer_by_layer(self, input_values: torch.Tensor) -> torch.Tensor:
+        """The same, (B, S) to (B, C, T), as other runtimes are fast at it."""
+        signal = input_values[..., None]
+        for layer in self.conv_layers:
+            signal = layer(signal)
+        return signal.transpose(1, 2)
 
 
 class DinoSRLinear(nn.Linear):
@@ -94,7 +108,7 @@ class DinoSRFeatureProjection(nn.Module):
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
         self.projection = DinoSRLinear(config.conv_dim[-1], config.hidden_size)
-        self.dropout = nn.Dropout(config.feat_proj_dropout)
+        self.dropout = DinoSRDropout(config.feat_proj_dropout)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T, C) to projected (B, T, D) and normalised (B, T, C)."""
@@ -128,11 +142,8 @@ class DinoSRPositionalConvLayer(nn.Module):
         self.activation = ACT2FN[config.feat_extract_activation]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, D, T) to (B, D, T)."""
-        num_frames = hidden_states.shape[-1]
-        hidden_states = self.conv(hidden_states)[..., :num_frames]  # an even kernel gives one frame too many
-        hidden_states = self.layer_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        return self.activation(hidden_states)
+        """(B, T, D) to (B, T, D)."""
+        return self.activation(self.layer_norm(same_conv(self.conv, hidden_states)))
 
 
 class DinoSRPositionalConvEmbedding(nn.Module):
@@ -144,12 +155,11 @@ class DinoSRPositionalConvEmbedding(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T, D) to (B, T, D); frames outside of `frame_mask`, bool (B, T), are zero in front of every layer."""
-        hidden_states = hidden_states.transpose(1, 2)
         for layer in self.layers:
             if frame_mask is not None:
-                hidden_states = hidden_states.masked_fill(~frame_mask[:, None], 0.0)
+                hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
             hidden_states = layer(hidden_states)
-        return hidden_states.transpose(1, 2)
+        return hidden_states
 
 
 def eager_attention_forward(
@@ -164,9 +174,11 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out; query, key, value (B, heads, T, head size) to (B, T, heads, head size) and weights."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
-    weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    weights = apply_dropout(scores.softmax(dim=-1), dropout if module.training else 0.0)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
@@ -194,16 +206,18 @@ class DinoSRAttention(nn.Module):
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        dropout = self.dropout if self.training else 0.0
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and dropout > 0 and query.device.type == "cpu":
+            implementation = "eager"  # where torch itself writes it out, with slower random numbers
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query,
             key,
             value,
             attention_mask,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
             **kwargs,
         )
@@ -217,9 +231,9 @@ class DinoSRFeedForward(nn.Module):
         super().__init__()
         self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
-        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
+        self.intermediate_dropout = DinoSRDropout(config.activation_dropout)
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.output_dropout = nn.Dropout(config.hidden_dropout)
+        self.output_dropout = DinoSRDropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, D) to (B, T, D)."""
@@ -234,7 +248,7 @@ class DinoSREncoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layerdrop = config.layerdrop
         self.attention = DinoSRAttention(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = DinoSRDropout(config.hidden_dropout)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = DinoSRFeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -269,7 +283,7 @@ class DinoSREncoder(nn.Module):
         self.config = config
         self.pos_conv_embed = DinoSRPositionalConvEmbedding(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = DinoSRDropout(config.hidden_dropout)
         self.layers = nn.ModuleList(DinoSREncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 

@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .codebook_dinosr import OnlineCodebooks
 from .configuration_dinosr import DinoSRConfig, Length
+from .dropout_dinosr import DinoSRDropout
 from .encoder_dinosr import (
     DinoSRAttention,
     DinoSREncoder,
@@ -401,7 +402,7 @@ class DinoSRForCTC(DinoSRPreTrainedModel):
                 f" vocab_size={config.vocab_size}. Take both from the tokenizer."
             )
         self.dinosr = DinoSRModel(config)
-        self.dropout = nn.Dropout(config.final_dropout)
+        self.dropout = DinoSRDropout(config.final_dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 

@@ -116,7 +116,8 @@ def _adam_options(options: RunArguments) -> dict[str, Any]:
 
 def _make_optimizer(model: DinoSRForPreTraining, options: RunArguments) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=options.learning_rate, **_adam_options(options))
+    fused = {parameter.device.type for parameter in trained} <= {"cpu", "cuda"}
+    return torch.optim.AdamW(trained, lr=options.learning_rate, fused=fused, **_adam_options(options))
 
 
 def _memory_gib(device: torch.device) -> float:
