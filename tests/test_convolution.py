@@ -102,10 +102,17 @@ def test_gradients_against_differences(recompute):
 def test_recomputing_changes_nothing_and_remembers_less():
     encoder, _ = encoders("base")
     input_values = waveforms(2, 5000).double().requires_grad_()
-    found = {}
-    for name in ("remembered", "recomputed"):
+    found, elements = {}, {"remembered": 0, "recomputed": 0}
+    for name in elements:
         encoder.gradient_checkpointing = name == "recomputed"
-        found[name] = with_gradients(DinoSRFeatureEncoder.__call__, encoder, input_values)
+
+        def count(tensor, name=name):
+            elements[name] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            found[name] = with_gradients(DinoSRFeatureEncoder.__call__, encoder, input_values)
+    assert elements["remembered"] > 2 * elements["recomputed"] > 0
     torch.testing.assert_close(found["recomputed"], found["remembered"], rtol=0, atol=0)
 
 
