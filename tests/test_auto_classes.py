@@ -25,6 +25,7 @@ AUTO_CLASSES = {
     "AutoModelForAudioXVector": "DinoSRForXVector",
 }
 CODE = {
+    "attention_dinosr.py",
     "configuration_dinosr.py",
     "codebook_dinosr.py",
     "convolution_dinosr.py",
@@ -34,6 +35,7 @@ CODE = {
     "masking.py",
     "modeling_dinosr.py",
     "objective_dinosr.py",
+    "packing_dinosr.py",
     "units_dinosr.py",
 }
 NUM_SAMPLES = 611

@@ -27,7 +27,8 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 # From the bottom up. Imports point down, or stay within a module or package of this list.
 LAYERS = (
     ("configuration_dinosr",),
-    ("codebook_dinosr", "masking", "convolution_dinosr", "dropout_dinosr"),
+    ("codebook_dinosr", "masking", "dropout_dinosr", "packing_dinosr"),
+    ("attention_dinosr", "convolution_dinosr"),
     ("encoder_dinosr",),
     ("objective_dinosr", "heads_dinosr"),
     ("units_dinosr",),
@@ -43,7 +44,7 @@ LAYERS = (
     ("__init__",),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
-REMOTE_CODE = {room for rooms in LAYERS[:6] for room in rooms}
+REMOTE_CODE = {room for rooms in LAYERS[:7] for room in rooms}
 # `data` takes frame lengths from the configuration, and nothing from the model.
 NOT_FOR_DATA = REMOTE_CODE - {"configuration_dinosr", "masking"}
 

@@ -126,7 +126,8 @@ def test_flex_attention_is_sdpa():
     with torch.no_grad():
         sdpa = model(x, mask).last_hidden_state
         model.set_attn_implementation("flex_attention")
-        flex = model(x, mask).last_hidden_state
+        with torch.compiler.set_stance("force_eager"):  # its C++ takes a compiler 20 seconds
+            flex = model(x, mask).last_hidden_state
     frames = torch.arange(sdpa.shape[1]) < model.config.num_frames(mask.sum(dim=1))[:, None]
     torch.testing.assert_close(flex[frames], sdpa[frames], **SAME_ARITHMETIC)
 

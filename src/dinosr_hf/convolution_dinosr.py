@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .packing_dinosr import ValidFrames
+
 # The largest product of a group on a CPU; smaller ones are slower. Elsewhere the batch is one group.
 _GROUP_BYTES = 2**25
 
@@ -42,6 +44,26 @@ def cut(
     needed = (num_pieces - 1) * piece_frames * hop + samples
     input_values = nn.functional.pad(input_values, (0, needed - input_values.shape[1]))
     return input_values if num_pieces == 1 else input_values.unfold(1, samples, piece_frames * hop).flatten(0, 1)
+
+
+def lay_end_to_end(
+    input_values: torch.Tensor, lengths: Sequence[int], hop: int, receptive_field: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Waveforms (B, S) with padding to one (1, samples) without, and where its frames are, int64 (M,).
+
+    Each of `lengths` frames brings the samples that they see, rounded up to whole hops; what sees two utterances is no
+    frame of either.
+    """
+    margin = -(-max(receptive_field - hop, 0) // hop)
+    waveforms, places, start = [], [], 0
+    for waveform, length in zip(input_values.unbind(), lengths, strict=True):
+        if length:
+            waveform = waveform[: (length - 1) * hop + receptive_field]
+            waveforms.append(nn.functional.pad(waveform, (0, (length + margin) * hop - len(waveform))))
+            places.append(torch.arange(start, start + length))
+            start += length + margin
+    return torch.cat(waveforms)[None], torch.cat(places)
 
 
 @dataclass
@@ -259,6 +281,7 @@ def convolve_pieces(
     num_frames: int,
     receptive_field: int,
     *,
+    frames: ValidFrames | None = None,
     recompute: bool = False,
     group_bytes: int | None = None,
 ) -> torch.Tensor:
@@ -271,11 +294,13 @@ def convolve_pieces(
         norms: One for each.
         num_frames: `T`, what the convolutions make of `S` samples.
         receptive_field: Samples that a frame sees.
+        frames: Where the batch has frames; of the padding nothing is computed where they are packed. None: everywhere.
         recompute: Remember nothing for the backward pass but the waveforms: less memory, more time.
         group_bytes: What the largest product of a group may take; None: 32 MiB on a CPU, else without limit.
 
     Returns:
-        (B, T, C); under autocast the products are in its precision and the result in float32.
+        (B, T, C), zero outside of `frames`; under autocast the products are in its precision and the result in
+        float32.
     """
     strides = [conv.stride[0] for conv in convs]
     hop, sizes = 1, []
@@ -284,18 +309,25 @@ def convolve_pieces(
         sizes.append(conv.out_channels / hop)
     if group_bytes is None and input_values.device.type == "cpu" and not torch.compiler.is_compiling():
         group_bytes = _GROUP_BYTES
-    frames, group = num_frames, None
+    places = None
+    if frames is not None and frames.are_packed:
+        input_values, places = lay_end_to_end(input_values, frames.lengths, hop, receptive_field)
+        num_frames = int(places[-1]) + 1
+    piece_frames, group = num_frames, None
     if group_bytes is not None:
         bytes_per_frame = int(max(sizes) * hop * input_values.element_size())
-        frames = frames_of_piece(num_frames, bytes_per_frame, group_bytes)
-        group = max(1, group_bytes // (frames * bytes_per_frame))
-    pieces = cut(input_values, num_frames, frames, hop, receptive_field)
+        piece_frames = frames_of_piece(num_frames, bytes_per_frame, group_bytes)
+        group = max(1, group_bytes // (piece_frames * bytes_per_frame))
+    pieces = cut(input_values, num_frames, piece_frames, hop, receptive_field)
     parameters = []
     for conv, norm in zip(convs, norms, strict=True):
         parameters += [conv.weight, conv.bias, norm.weight, norm.bias]
     strides_and_eps = tuple(zip(strides, (norm.eps for norm in norms), strict=True))
-    features = _Stack.apply(pieces, frames, group, strides_and_eps, recompute, *parameters)
-    return features.unflatten(0, (input_values.shape[0], -1)).flatten(1, 2)[:, :num_frames]
+    features = _Stack.apply(pieces, piece_frames, group, strides_and_eps, recompute, *parameters)
+    features = features.unflatten(0, (input_values.shape[0], -1)).flatten(1, 2)[:, :num_frames]
+    if places is not None:
+        features = features[0].index_select(0, places)
+    return features if frames is None else frames.unpack(features)
 
 
 def same_conv(conv: nn.Conv1d, signal: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ On a CPU torch draws one number of 64 bits for each element, which takes longer 
 activations together. A quarter of it is as random for this purpose: 16 bits tell 65,536 shares apart.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,23 +15,42 @@ from torch import nn
 _SHARES = 2**16
 
 
+def draw_kept(shape: Sequence[int], share: float) -> tuple[torch.Tensor, float]:
+    """
+    Which elements dropout keeps, on a CPU.
+
+    Args:
+        shape: Of the tensor.
+        share: Of the elements that become zero, 0 to 1, rounded to 65,536ths.
+
+    Returns:
+        uint8 of that shape, 1 for what is kept, and the factor that keeps the mean. Which elements, torch's global
+        generator says.
+    """
+    dropped = round(share * _SHARES)
+    if dropped == _SHARES:
+        return torch.zeros(tuple(shape), dtype=torch.uint8), 0.0
+    count = math.prod(shape)
+    numbers = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = numbers[:count] >= dropped - _SHARES // 2
+    return kept.view(torch.uint8).view(tuple(shape)), _SHARES / (_SHARES - dropped)
+
+
 class _SixteenBitDropout(torch.autograd.Function):
-    """Dropout of a share in 65,536ths, with a byte an element to remember instead of four."""
+    """Dropout with a byte an element to remember instead of four."""
 
     @staticmethod
-    def forward(ctx: Any, signal: torch.Tensor, dropped: int) -> torch.Tensor:
-        """Any shape to the same; of 65,536 elements `dropped` become zero, and the others are scaled up."""
-        numbers = torch.empty(-(-signal.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = (numbers[: signal.numel()] >= dropped - _SHARES // 2).view(signal.shape)
+    def forward(ctx: Any, signal: torch.Tensor, share: float) -> torch.Tensor:
+        """Any shape to the same."""
+        kept, ctx.factor = draw_kept(signal.shape, share)
         ctx.save_for_backward(kept)
-        ctx.scale = _SHARES / (_SHARES - dropped)
-        return torch.where(kept, signal, 0.0).mul_(ctx.scale)
+        return torch.mul(signal, kept).mul_(ctx.factor)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Of the signal."""
         (kept,) = ctx.saved_tensors
-        return torch.where(kept, gradient, 0.0) * ctx.scale, None
+        return torch.mul(gradient, kept).mul_(ctx.factor), None
 
 
 def apply_dropout(signal: torch.Tensor, share: float) -> torch.Tensor:
@@ -37,7 +58,7 @@ def apply_dropout(signal: torch.Tensor, share: float) -> torch.Tensor:
     Set a share of the elements to zero, and scale the others so that the mean stays.
 
     Args:
-        signal: Of any shape.
+        signal: Of any shape, floating point.
         share: 0 to 1; 0 gives back the signal itself. On a CPU it is rounded to 65,536ths.
 
     Returns:
@@ -45,10 +66,9 @@ def apply_dropout(signal: torch.Tensor, share: float) -> torch.Tensor:
     """
     if share == 0:
         return signal
-    dropped = round(share * _SHARES)
-    if signal.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < dropped < _SHARES:
+    if signal.device.type != "cpu" or torch.compiler.is_compiling():
         return nn.functional.dropout(signal, share)
-    return _SixteenBitDropout.apply(signal, dropped)
+    return _SixteenBitDropout.apply(signal, share)
 
 
 class DinoSRDropout(nn.Dropout):

@@ -4,7 +4,7 @@ The network of DinoSR: convolutions over the waveform, projection, positions, tr
 `B` batch, `S` samples, `T` frames, `C` conv channels, `D` hidden size, `N` codebooks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_dinosr import attend_by_utterance, eager_attention_forward
 from .configuration_dinosr import DinoSRConfig
 from .convolution_dinosr import convolve_pieces, same_conv
-from .dropout_dinosr import DinoSRDropout, apply_dropout
+from .dropout_dinosr import DinoSRDropout
+from .packing_dinosr import ValidFrames, valid_frames
 
 
 def is_exact_gelu(activation: nn.Module) -> bool:
@@ -74,17 +76,20 @@ class DinoSRFeatureEncoder(nn.Module):
         self.conv_layers = nn.ModuleList(DinoSRConvLayer(config, i) for i in range(len(config.conv_dim)))
         self.gradient_checkpointing = False
 
-    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
-        """(B, S) to (B, C, T)."""
+    def forward(self, input_values: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, S) to (B, C, T), outside of frame_mask, bool (B, T), zero, but not with `reference_padding`."""
         layers = [layer for layer in self.conv_layers if isinstance(layer, DinoSRConvLayer)]
+        frames = None if self.config.reference_padding else valid_frames(frame_mask)
         if torch.compiler.is_exporting() or not is_exact_gelu(layers[0].activation):
-            return self.layer_by_layer(input_values)
+            features = self.layer_by_layer(input_values).transpose(1, 2)
+            return (features if frames is None else frames.unpack(frames.pack(features))).transpose(1, 2)
         features = convolve_pieces(
             input_values,
             [layer.conv for layer in layers],
             [layer.layer_norm for layer in layers],
             self.config.num_frames(input_values.shape[1]),
             self.config.receptive_field,
+            frames=frames,
             recompute=self.gradient_checkpointing and self.training,
         )
         return features.transpose(1, 2)
@@ -162,26 +167,6 @@ class DinoSRPositionalConvEmbedding(nn.Module):
         return hidden_states
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out; query, key, value (B, heads, T, head size) to (B, T, heads, head size) and weights."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    weights = apply_dropout(scores.softmax(dim=-1), dropout if module.training else 0.0)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
 class DinoSRAttention(nn.Module):
     """Multi-head self-attention, by whichever of transformers' implementations the configuration names."""
 
@@ -198,19 +183,27 @@ class DinoSRAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        frames: ValidFrames | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, D) to (B, T, D) and, where the implementation has them, weights (B, heads, T, T)."""
-        batch_and_time = hidden_states.shape[:-1]
-        heads = (*batch_and_time, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        """(B, T, D) or packed (M, D) to the same and, where the implementation has them, weights (B, heads, T, T)."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        by_head = [layer(hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in projections]
         dropout = self.dropout if self.training else 0.0
-        implementation = self.config._attn_implementation
-        if implementation == "sdpa" and dropout > 0 and query.device.type == "cpu":
-            implementation = "eager"  # where torch itself writes it out, with slower random numbers
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        lengths = self._lengths(hidden_states, attention_mask, frames, dropout)
+        if lengths is not None:
+            query, key, value = (one.flatten(0, -3) for one in by_head)
+            output = attend_by_utterance(query, key, value, lengths, self.scaling, dropout)
+            return self.out_proj(output.flatten(1).view_as(hidden_states)), None
+        if frames is not None and frames.are_packed:
+            by_head = [frames.unpack(one) for one in by_head]
+        query, key, value = (one.transpose(1, 2) for one in by_head)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         output, weights = attend(
             self,
             query,
@@ -221,7 +214,24 @@ class DinoSRAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.out_proj(output.reshape(*batch_and_time, -1).contiguous()), weights
+        output = output.flatten(2)
+        return self.out_proj(output if frames is None else frames.pack(output)), weights
+
+    def _lengths(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        frames: ValidFrames | None,
+        dropout: float,
+    ) -> Sequence[int] | None:
+        """Of the utterances, where attention goes by utterance: in place of sdpa on a CPU, if it is faster."""
+        if self.config._attn_implementation != "sdpa" or hidden_states.device.type != "cpu":
+            return None
+        if frames is not None and frames.are_packed:
+            return frames.lengths
+        # Without padding torch's own is as fast, but with dropout it writes attention out.
+        is_slow = dropout > 0 and attention_mask is None and not torch.compiler.is_compiling()
+        return [hidden_states.shape[1]] * hidden_states.shape[0] if is_slow else None
 
 
 class DinoSRFeedForward(nn.Module):
@@ -254,19 +264,30 @@ class DinoSREncoderLayer(GradientCheckpointingLayer):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def run(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        frames: ValidFrames | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, D) to the layer's output and its feed-forward network's output, each (B, T, D)."""
-        attended, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
+        """(B, T, D), or packed (M, D), to the layer's output and its feed-forward network's output, of that shape."""
+        attended, _ = self.attention(hidden_states, attention_mask=attention_mask, frames=frames, **kwargs)
         hidden_states = self.layer_norm(hidden_states + self.dropout(attended))
         fed_forward = self.feed_forward(hidden_states)
         return self.final_layer_norm(hidden_states + fed_forward), fed_forward
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        frames: ValidFrames | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """(B, T, D) to (B, T, D); in training the layer is skipped with probability `layerdrop`."""
-        output, _ = self.run(hidden_states, attention_mask, **kwargs)
+        if frames is None:
+            output, _ = self.run(hidden_states, attention_mask, **kwargs)
+        else:
+            output = frames.unpack(self.run(frames.pack(hidden_states), attention_mask, frames, **kwargs)[0])
         if self.training and self.layerdrop > 0:
             # Computed and thrown away rather than left out: every parameter gets a gradient in every process, the
             # list of hidden states keeps its length, and torch.compile sees no branch.
@@ -287,8 +308,15 @@ class DinoSREncoder(nn.Module):
         self.layers = nn.ModuleList(DinoSREncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def prepare(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
-        """Features (B, T, D) and frame_mask bool (B, T) to the first layer's input and attention mask."""
+    def prepare(
+        self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any, ValidFrames | None]:
+        """
+        Features (B, T, D) and frame_mask bool (B, T) to what the layers take.
+
+        Returns:
+            The first layer's input (B, T, D), the attention mask, and what to pack frames with, if they should be.
+        """
         if frame_mask is not None:
             hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
         attention_mask = create_bidirectional_mask(
@@ -296,15 +324,27 @@ class DinoSREncoder(nn.Module):
         )
         # The authors zero the padding once, so that it leaks into valid frames at every further convolution.
         positions = self.pos_conv_embed(hidden_states, None if self.config.reference_padding else frame_mask)
-        return self.dropout(self.layer_norm(hidden_states + positions)), attention_mask
+        frames = None if self.config.reference_padding else valid_frames(frame_mask)
+        return self.dropout(self.layer_norm(hidden_states + positions)), attention_mask, frames
+
+    def run_layers(
+        self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(B, T, D) and frame_mask bool (B, T) to each layer's output and its feed-forward output, (B, T, D)."""
+        hidden_states, attention_mask, frames = self.prepare(hidden_states, frame_mask)
+        rows = hidden_states if frames is None else frames.pack(hidden_states)
+        for layer in self.layers:
+            assert isinstance(layer, DinoSREncoderLayer)
+            rows, fed_forward = layer.run(rows, attention_mask, frames, **kwargs)
+            yield (rows, fed_forward) if frames is None else (frames.unpack(rows), frames.unpack(fed_forward))
 
     def forward(
         self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """(B, T, D) and frame_mask bool (B, T) to (B, T, D)."""
-        hidden_states, attention_mask = self.prepare(hidden_states, frame_mask)
+        hidden_states, attention_mask, frames = self.prepare(hidden_states, frame_mask)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask, frames, **kwargs)
         return hidden_states
 
 
@@ -334,19 +374,14 @@ class DinoSRTeacher(DinoSREncoder):
         self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """Unmasked features (B, T, D) to the feed-forward outputs of the top layers (N, B, T, D)."""
-        hidden_states, attention_mask = self.prepare(hidden_states, frame_mask)
-        outputs = []
-        for layer in self.layers:
-            assert isinstance(layer, DinoSREncoderLayer)
-            hidden_states, fed_forward = layer.run(hidden_states, attention_mask, **kwargs)
-            outputs.append(fed_forward)
+        outputs = [fed_forward for _, fed_forward in self.run_layers(hidden_states, frame_mask, **kwargs)]
         return torch.stack(outputs[-self.config.num_codebooks :])
 
-    def own_features(self, input_values: torch.Tensor) -> torch.Tensor | None:
+    def own_features(self, input_values: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor | None:
         """(B, S) to features (B, T, D) by the teacher's own convolutions and projection; None where it has none."""
         if self.feature_extractor is None or self.feature_projection is None:
             return None
-        features, _ = self.feature_projection(self.feature_extractor(input_values).transpose(1, 2))
+        features, _ = self.feature_projection(self.feature_extractor(input_values, frame_mask).transpose(1, 2))
         return features
 
     def pairs_with(self, student: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:

@@ -211,8 +211,8 @@ class DinoSRModel(DinoSRPreTrainedModel):
             ValueError: For inputs of another shape, or too short for a frame.
         """
         check_input(self.config, input_values, attention_mask)
-        features = self.feature_extractor(input_values).transpose(1, 2)
-        frame_mask = self._frame_mask(attention_mask, features.shape[1])
+        frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
+        features = self.feature_extractor(input_values, frame_mask).transpose(1, 2)
         hidden_states, features = self.feature_projection(features)
         hidden_states = self._mask_features(hidden_states, mask_time_indices, frame_mask)
         hidden_states = self.encoder(hidden_states, frame_mask, **kwargs)

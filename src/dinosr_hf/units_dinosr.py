@@ -4,6 +4,7 @@ What pre-training models make of unmasked speech: outputs of layers, targets, an
 `B` batch, `S` samples, `T` frames, `C` conv channels, `D` hidden size, `N` codebooks, `L` layers that were asked for.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ class DinoSRUnitEncoder:
     def _targets_and_energies(
         self, input_values: torch.Tensor, extracted: torch.Tensor, frame_mask: torch.Tensor | None, kwargs: Mapping
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        features = self.teacher.own_features(input_values)
+        features = self.teacher.own_features(input_values, frame_mask)
         if features is None:
             # Without the projection's dropout, which is the student's alone.
             features = self.dinosr.feature_projection.projection(extracted.detach())
@@ -137,14 +138,14 @@ class DinoSRUnitEncoder:
         self._check_unmasked(input_values, attention_mask, source, "layer_features")
         layers = check_layers(self.config, layers, with_codebooks=False)
         encoder = self.dinosr.encoder if source == "student" else self.teacher
-        features = None if source == "student" else self.teacher.own_features(input_values)
+        frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
+        features = None if source == "student" else self.teacher.own_features(input_values, frame_mask)
         if features is None:
-            features, _ = self.dinosr.feature_projection(self.dinosr.feature_extractor(input_values).transpose(1, 2))
-        frame_mask = self._frame_mask(attention_mask, features.shape[1])
-        hidden_states, mask = encoder.prepare(features, frame_mask)
+            convolved = self.dinosr.feature_extractor(input_values, frame_mask)
+            features, _ = self.dinosr.feature_projection(convolved.transpose(1, 2))
         found: dict[int, torch.Tensor] = {}
-        for number, layer in enumerate(encoder.layers[: max(layers)], start=1):
-            hidden_states, fed_forward = layer.run(hidden_states, mask)
+        outputs = enumerate(encoder.run_layers(features, frame_mask), start=1)
+        for number, (hidden_states, fed_forward) in itertools.islice(outputs, max(layers)):
             if number in layers:
                 found[number] = hidden_states if source == "student" else fed_forward
         return torch.stack([found[layer] for layer in layers])
