@@ -8,14 +8,13 @@ codewords of the two must be the same, or nothing is timed.
 """
 
 import argparse
-import datetime
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+from contest import choose_device, headline, time_in_turn
 
 from dinosr_hf.codebook_dinosr import OnlineCodebooks
 
@@ -74,33 +73,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(options.threads)
     targets = torch.randn(NUM_CODEBOOKS, options.frames, HIDDEN_SIZE, device=device)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    print(headline(device, options.threads))
     print(
-        f"{datetime.date.today()}, {hardware}, {options.threads} thread(s), float32, Python"
-        f" {platform.python_version()}, torch {torch.__version__}\n{NUM_CODEBOOKS} codebooks of {HIDDEN_SIZE}"
-        f" dimensions, {options.frames:,} frames; {options.repeats} steps of each form in turn\n"
+        f"{NUM_CODEBOOKS} codebooks of {HIDDEN_SIZE} dimensions, {options.frames:,} frames; {options.repeats} steps of"
+        " each form in turn\n"
     )
-    print(
-        "| codewords | by index, median (s) | one-hot, median (s) | one-hot / by index | difference |\n"
-        + "|---" * 5
-        + "|"
-    )
+    print("| codewords | by index, median (s) | one-hot, median (s) | one-hot / by index | difference |")
+    print("|---" * 5 + "|")
     for size in options.sizes:
         difference = largest_difference(size, targets)
         if not difference <= TOLERANCE:
             sys.exit(f"Not timed, because it is wrong: with {size} codewords the forms differ by {difference:.1e}.")
-        times: dict[str, list[float]] = {name: [] for name in FORMS}
         codebooks = make_codebooks(size, device)
-        for _ in range(options.repeats):
-            for name, form in FORMS.items():
-                since = time.perf_counter()
-                form(codebooks, targets)
-                if targets.is_cuda:
-                    torch.cuda.synchronize()
-                times[name].append(time.perf_counter() - since)
+        forms = {name: partial(form, codebooks, targets) for name, form in FORMS.items()}
+        times = time_in_turn(forms, options.repeats, device)
         ours, theirs = (statistics.median(times[name]) for name in FORMS)
         print(f"| {size:,} | {ours:.3f} | {theirs:.3f} | {theirs / ours:.2f} | {difference:.1e} |", flush=True)
 

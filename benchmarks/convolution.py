@@ -7,15 +7,14 @@ Runs on a GPU if there is one, in float32. Outputs and gradients of the two must
 """
 
 import argparse
-import datetime
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from train_step import SAMPLING_RATE, make_model
+from contest import SAMPLING_RATE, SIZES, choose_device, headline, time_in_turn
+from train_step import make_model
 
 from dinosr_hf.encoder_dinosr import DinoSRFeatureEncoder
 
@@ -56,7 +55,7 @@ def largest_difference(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the convolutional feature encoder.")
-    parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="the demo's model or the paper's")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's")
     parser.add_argument("--batch", type=int, default=4, help="utterances")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each")
     parser.add_argument("--repeats", type=int, default=10, help="timed runs of each form")
@@ -66,28 +65,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(options.threads)
     encoder = make_model(options.size, "sdpa", device).dinosr.feature_extractor
     waveforms = torch.randn(options.batch, int(options.seconds * SAMPLING_RATE), device=device)
     difference = largest_difference(encoder, waveforms)
     if not difference <= TOLERANCE:
         sys.exit(f"Not timed, because it is wrong: the forms differ by {difference:.1e} of the largest value.")
 
-    times: dict[str, list[float]] = {name: [] for name in FORMS}
-    for _ in range(options.repeats):
-        for name, form in FORMS.items():
-            since = time.perf_counter()
-            forward_backward(form, encoder, waveforms)
-            if waveforms.is_cuda:
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - since)
-
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(
-        f"{datetime.date.today()}, {hardware}, {options.threads} thread(s), float32, Python"
-        f" {platform.python_version()}, torch {torch.__version__}"
-    )
+    forms = {name: partial(forward_backward, form, encoder, waveforms) for name, form in FORMS.items()}
+    times = time_in_turn(forms, options.repeats, device)
+    print(headline(device, options.threads))
     print(
         f"{options.size}: {options.batch} x {options.seconds:g} s, {options.repeats} runs of each form in turn;"
         f" outputs and gradients differ by at most {difference:.1e}\n"

@@ -9,9 +9,7 @@ torch's output, or nothing is timed.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -20,24 +18,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 import transformers
+from contest import SAMPLING_RATE, SIZES, headline, model_config
 
-from dinosr_hf import DinoSRConfig, DinoSRForCTC
+from dinosr_hf import DinoSRForCTC
 from dinosr_hf.export import FolderModel, TorchModel, compare, export_onnx, load_onnx, quantize_onnx
 from dinosr_hf.folders import feature_extractor
-from dinosr_hf.pretraining import parse_arguments
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
-SAMPLING_RATE = 16_000
 # Measured with base: 6e-6.
 TOLERANCE = 1e-4
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time a recogniser in PyTorch and in onnxruntime.")
-    parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="the demo's model or the paper's")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of the utterance, at least 0.1")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each form")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
@@ -49,11 +44,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def save_model(size: str, folder: Path) -> None:
     """A recogniser of random weights with a vocabulary of 32 signs."""
-    config = DinoSRConfig()
-    if size == "tiny":
-        config = parse_arguments([], CONFIGS / "tiny_cpu.yaml").model_config()
     torch.manual_seed(0)
-    model = DinoSRForCTC(config)
+    model = DinoSRForCTC(model_config(size))
     model.save_pretrained(folder)
     signs = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
     (folder / "signs.json").write_text(json.dumps({sign: number for number, sign in enumerate(signs)}))
@@ -90,10 +82,7 @@ def main(argv: Sequence[str]) -> None:
             times[name].append(time.perf_counter() - since)
             cpu_times[name].append(time.process_time() - cpu_since)
 
-    print(
-        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {options.threads} thread(s), Python"
-        f" {platform.python_version()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
-    )
+    print(headline(torch.device("cpu"), options.threads, "onnxruntime"))
     print(f"{options.size}: one utterance of {options.seconds:g} s, {options.repeats} runs of each in turn\n")
     print("| form | size (MiB) | median (s) | min | max | CPU (s) | largest difference | other best labels |")
     print("|---|---|---|---|---|---|---|---|")

@@ -11,29 +11,29 @@ model with transformers' Data2VecAudio convolutions in place of ours; `eager`, o
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
-import importlib.util
-import json
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-import transformers
+from contest import (
+    SAMPLING_RATE,
+    SIZES,
+    choose_device,
+    compete,
+    headline,
+    model_config,
+    require_spidr,
+    serve,
+    wait_for,
+)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.data2vec.modeling_data2vec_audio import Data2VecAudioConfig, Data2VecAudioFeatureEncoder
 
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
-from dinosr_hf.pretraining import parse_arguments
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
-SAMPLING_RATE = 16_000
 # Losses are a few nats; kernels differ by about 1e-5 (tests/tolerances.py).
 LOSS_TOLERANCE = 1e-4
 # Of the norm. A frame between two codewords may change sides by rounding, a wrong update moves many.
@@ -53,7 +53,7 @@ PARTS = {
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="the demo's model or the paper's")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's")
     parser.add_argument("--batch", type=int, default=4, help="utterances, at least 2")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of each, at least 0.5")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps of each contestant")
@@ -65,17 +65,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.batch < 2 or options.seconds < 0.5 or options.repeats < 1 or options.threads < 1:
         parser.error("--batch must be at least 2, --seconds 0.5, --repeats and --threads 1.")
-    if "spidr" in options.peers and options.size != "base":
-        parser.error("--peers spidr is for --size base, the size that it has.")
     return options
 
 
-def make_model(size: str, attention: str, device: torch.device) -> DinoSRForPreTraining:
-    config = DinoSRConfig()
-    if size == "tiny":
-        config = parse_arguments([], CONFIGS / "tiny_cpu.yaml").model_config()
+def make_model(size: str, attention: str, device: torch.device, **changes: Any) -> DinoSRForPreTraining:
     torch.manual_seed(0)
-    model = DinoSRForPreTraining(config).to(device)
+    config = model_config(size)
+    model = DinoSRForPreTraining(type(config)(**{**config.to_diff_dict(), **changes})).to(device)
     model.set_attn_implementation(attention)
     return model
 
@@ -84,8 +80,7 @@ def make_inputs(options: argparse.Namespace, device: torch.device) -> tuple[torc
     """Noise (B, S) and a mask (B, T), the same for all; each utterance has as many masked frames."""
     generator = torch.Generator().manual_seed(0)
     waveforms = torch.randn(options.batch, int(options.seconds * SAMPLING_RATE), generator=generator)
-    config = make_model(options.size, "sdpa", torch.device("meta")).config
-    num_frames = config.num_frames(waveforms.shape[1])
+    num_frames = model_config(options.size).num_frames(waveforms.shape[1])
     order = torch.rand(options.batch, num_frames, generator=generator).argsort(dim=1)
     mask = order < round(MASKED_SHARE * num_frames)
     return waveforms.to(device), mask.to(device)
@@ -138,16 +133,22 @@ class _UsualConvolutions(torch.nn.Module):
 
 
 def our_step(
-    name: str, options: argparse.Namespace, device: torch.device
-) -> tuple[Callable[[], None], torch.nn.Module]:
-    """A function that takes a step, and the model."""
-    model = make_model(options.size, "eager" if name == "eager" else "sdpa", device).train()
+    name: str,
+    options: argparse.Namespace,
+    device: torch.device,
+    *,
+    wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model,
+    **changes: Any,
+) -> Callable[[], None]:
+    """A function that takes a step, of a model with changes to its configuration, in what may be wrapped around it."""
+    model = make_model(options.size, "eager" if name == "eager" else "sdpa", device, **changes).train()
     if name == "conv1d":
         model.dinosr.feature_extractor = _UsualConvolutions(model.config).to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # as pretraining does
     waveforms, mask = make_inputs(options, device)
-    forward = torch.compile(model) if options.compile else model
+    wrapped = wrap(model)
+    forward = torch.compile(wrapped) if options.compile else wrapped
     taken = 0
 
     def step() -> None:
@@ -160,10 +161,10 @@ def our_step(
         optimizer.zero_grad()
         model.update_targets(taken)
 
-    return step, model
+    return step
 
 
-def spidr_step(options: argparse.Namespace, device: torch.device) -> tuple[Callable[[], None], torch.nn.Module]:
+def spidr_step(options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """The same of package spidr, by its public interface, with the optimizer that it builds itself."""
     from spidr.config import DinoSRConfig as PeerConfig  # type: ignore[import-not-found]
     from spidr.config import OptimizerConfig
@@ -190,7 +191,7 @@ def spidr_step(options: argparse.Namespace, device: torch.device) -> tuple[Calla
         optimizer.zero_grad()
         model.update_ema(taken)
 
-    return step, model
+    return step
 
 
 def share_of_parts(step: Callable[[], None]) -> dict[str, float]:
@@ -218,28 +219,17 @@ def share_of_parts(step: Callable[[], None]) -> dict[str, float]:
     return {name: spent / total for name, spent in times.items()}
 
 
-def serve(options: argparse.Namespace) -> None:
-    """A contestant: a step for each line it reads, and its seconds; at the end what it knows of itself."""
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def run_contestant(options: argparse.Namespace, device: torch.device) -> None:
+    """In a process of its own; ours also tells where the time goes."""
     name = options.serve
-    step, model = spidr_step(options, device) if name == "spidr" else our_step(name, options, device)
+    step = spidr_step(options, device) if name == "spidr" else our_step(name, options, device)
     with FlopCounterMode(display=False) if name == "ours" else contextlib.nullcontext() as counter:
-        step()  # warm-up
-    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}), flush=True)
-    for line in sys.stdin:
-        if line.strip() == "end":
-            break
-        since = time.perf_counter()
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        print(json.dumps({"seconds": time.perf_counter() - since}), flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    about = {"gib": peak, "operations": counter.get_total_flops() if counter else None, "parts": share_of_parts(step)}
-    print(json.dumps(about), flush=True)
+
+    def about() -> Mapping[str, Any]:
+        return {"operations": counter.get_total_flops(), "parts": share_of_parts(step)} if counter else {}
+
+    serve(step, device, about)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -250,36 +240,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     for _ in range(10):
         since = time.perf_counter()
         left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         times.append(time.perf_counter() - since)
     return 2 * size**3 / min(times)
-
-
-def compete(names: Sequence[str], argv: Sequence[str], repeats: int) -> dict[str, dict]:
-    """Run contestants in processes of their own, step by step in turn."""
-    command = [sys.executable, __file__, *argv]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    running = {name: subprocess.Popen([*command, "--serve", name], **pipes) for name in names}
-    found: dict[str, dict] = {}
-    try:
-        for name, process in running.items():  # one after the other is ready
-            found[name] = {"times": [], **json.loads(process.stdout.readline() or '{"failed": true}')}
-            if "failed" in found[name]:
-                sys.exit(f"The contestant {name} did not start; its message is above.")
-        for _ in range(repeats):
-            for name, process in running.items():
-                process.stdin.write("step\n")
-                process.stdin.flush()
-                found[name]["times"].append(json.loads(process.stdout.readline())["seconds"])
-        for name, process in running.items():
-            process.stdin.write("end\n")
-            process.stdin.flush()
-            found[name] |= json.loads(process.stdout.readline())
-    finally:
-        for process in running.values():
-            process.kill()
-    return found
 
 
 def report(found: dict[str, dict], options: argparse.Namespace, device: torch.device) -> None:
@@ -304,24 +267,16 @@ def report(found: dict[str, dict], options: argparse.Namespace, device: torch.de
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
+    device = choose_device(options.threads)
     if options.serve:
-        serve(options)
+        run_contestant(options, device)
         return
-    if "spidr" in options.peers and importlib.util.find_spec("spidr") is None:
-        sys.exit("spidr is not installed: pip install spidr (Python 3.12 or newer), or leave it out of --peers.")
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    require_spidr(options.peers, options.size)
     if found := complaints(options.size, *make_inputs(options, device)):
         sys.exit("Not timed, because it is wrong: " + "; ".join(found))
-    results = compete(["ours", *options.peers], argv, options.repeats)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    if "spidr" in options.peers:
-        versions += f", spidr {importlib.metadata.version('spidr')}"
-    print(
-        f"{datetime.date.today()}, {hardware}, {options.threads} thread(s), {'bf16' if options.bf16 else 'float32'},"
-        f" Python {platform.python_version()}, {versions}"
-    )
+    results = compete(__file__, ["ours", *options.peers], argv, options.repeats)
+    packages = ["transformers", *(["spidr"] if "spidr" in options.peers else [])]
+    print(headline(device, options.threads, *packages, precision="bf16" if options.bf16 else "float32"))
     print(f"{options.size}: {options.batch} x {options.seconds:g} s a step, {options.repeats} steps of each in turn\n")
     report(results, options, device)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRForSequenceClassification
 from dinosr_hf.command_line import parse_groups
@@ -117,9 +116,8 @@ OWN_PARSER = (
     *("benchmarks/train_step.py", "benchmarks/batching.py", "benchmarks/few_labels.py"),
     *("examples/extract_units.py", "examples/fit_kmeans.py", "examples/evaluate_units.py"),
     *("examples/evaluate_layers.py", "examples/evaluate_abx.py"),
-    "benchmarks/unit_agreement.py",
-    "benchmarks/convolution.py",
-    "benchmarks/codebook.py",
+    *("benchmarks/unit_agreement.py", "benchmarks/convolution.py", "benchmarks/codebook.py"),
+    *("benchmarks/extract.py", "benchmarks/ctc.py", "benchmarks/dataloading.py", "benchmarks/scaling.py"),
     "examples/inspect_units.py",
 )
 
@@ -212,7 +210,11 @@ def test_commands_of_the_documents_exist(text):
         "python examples/prepare_for_hub.py runs/a hub/a --public",
         "python examples/tune_decoding.py runs/recogniser my_speech",
         "python benchmarks/train_step.py --size huge",
-        "python benchmarks/train_step.py --size tiny --peers spidr",
+        "python benchmarks/extract.py --peers wav2vec",
+        "python benchmarks/extract.py --shortest 3 --longest 2",
+        "python benchmarks/ctc.py --repeats 0",
+        "python benchmarks/scaling.py --axes height",
+        "python benchmarks/dataloading.py --epochs 0",
         "python benchmarks/codebook.py --sizes many",
         "python benchmarks/batching.py my_recordings --epochs 0",
         "python benchmarks/scale_to_batch.py --seedz 0",
@@ -280,26 +282,3 @@ def test_every_logged_number_is_explained(tmp_path, recordings):
     text = (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
     assert "`eval_...`" in text  # where a held-out figure is explained by the name it has without it
     assert [name for name in fields if not re.search(rf"`(eval_)?{name.removeprefix('eval_')}`", text)] == []
-
-
-QUICK = ["--size", "tiny", "--batch", "2", "--seconds", "0.5", "--repeats", "1", "--threads", "1"]
-
-
-def test_benchmark_prints_a_table(capsys):
-    load_script("benchmarks/train_step.py").main(QUICK)
-    printed = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in printed
-    for name in ("ours", "eager"):
-        assert re.search(rf"^\| {name} (\| [\d.]+ ){{6}}\| \d+% \| [\d.]+ \|$", printed, re.MULTILINE)
-    assert re.search(r"^ours spends: .*matrix products \d+%", printed, re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    ("tolerance", "message"), [("LOSS_TOLERANCE", "different losses"), ("CODEBOOK_TOLERANCE", "other codebooks")]
-)
-def test_benchmark_does_not_time_what_is_wrong(capsys, monkeypatch, tolerance, message):
-    benchmark = load_script("benchmarks/train_step.py")
-    monkeypatch.setattr(benchmark, tolerance, -1.0)
-    with pytest.raises(SystemExit, match=message):
-        benchmark.main(QUICK)
-    assert capsys.readouterr().out == ""

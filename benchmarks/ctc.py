@@ -1,0 +1,149 @@
+"""
+How long does a fine-tuning step for recognition take, beside `Data2VecAudioForCTC` of transformers?
+
+    python benchmarks/ctc.py --size base --batch 4 --shortest 3 --longest 8 --repeats 5 --threads 2
+
+A step is forward, CTC loss, backward and AdamW on a padded batch of random labels, with dropout and masks as
+configured for both alike; the convolutions are frozen, as in the paper's protocol, unless `--train_convolutions`.
+Contestants are processes of their own that take turns. Before, loss and gradients without dropout must be the same as
+the peer's for each utterance alone, or nothing is timed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from contest import SIZES, choose_device, compete, headline, model_config, print_times, serve
+from extract import SAMPLING_RATE, make_batch, num_samples, peer_config
+from transformers import Data2VecAudioConfig, Data2VecAudioForCTC
+
+from dinosr_hf import DinoSRForCTC
+
+VOCABULARY = 32
+CHARACTERS_PER_SECOND = 14  # of LibriSpeech
+# Relative; measured: 2e-6.
+LOSS_TOLERANCE = 1e-4
+# Of the norm of each parameter's gradient; measured: 4e-5.
+GRADIENT_TOLERANCE = 1e-3
+
+Recogniser = DinoSRForCTC | Data2VecAudioForCTC
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time a step of fine-tuning for recognition.")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's")
+    parser.add_argument("--batch", type=int, default=4, help="utterances")
+    parser.add_argument("--shortest", type=float, default=3.0, help="seconds of the shortest, at least 0.5")
+    parser.add_argument("--longest", type=float, default=8.0, help="seconds; the lengths are spread evenly")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each contestant")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--train_convolutions", action="store_true", help="instead of freezing them")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # what a contestant's own process is told
+    options = parser.parse_args(argv)
+    if not 0.5 <= options.shortest <= options.longest:
+        parser.error("--shortest must be at least 0.5 and at most --longest.")
+    if options.batch < 1 or options.repeats < 1 or options.threads < 1:
+        parser.error("--batch, --repeats and --threads must be at least 1.")
+    return options
+
+
+def make_recogniser(name: str, options: argparse.Namespace, device: torch.device, **changes: float) -> Recogniser:
+    """One of the two with what both are configured by: dropouts, masks, layerdrop, and the mean over labels."""
+    torch.manual_seed(0)
+    config = model_config(options.size)
+    names = ["hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout"]
+    names += ["layerdrop", "mask_time_prob", "mask_time_length", "apply_spec_augment"]
+    both = {name: getattr(config, name) for name in names} | changes
+    both |= {"vocab_size": VOCABULARY, "pad_token_id": 0, "ctc_loss_reduction": "mean", "ctc_zero_infinity": True}
+    ours = DinoSRForCTC(type(config)(**{**config.to_diff_dict(), **both}))
+    if name == "ours":
+        model: Recogniser = ours
+    else:
+        theirs = peer_config(Data2VecAudioConfig, config).to_diff_dict()
+        model = Data2VecAudioForCTC(Data2VecAudioConfig(**{**theirs, **both}))
+        weights = {key.replace("dinosr.", "data2vec_audio."): value for key, value in ours.state_dict().items()}
+        model.load_state_dict(weights)
+    if not options.train_convolutions:
+        model.freeze_feature_encoder()
+    return model.to(device).train()
+
+
+def make_labels(options: argparse.Namespace, device: torch.device) -> torch.Tensor:
+    """Random (B, L), none the blank, as many as people speak; -100 behind."""
+    lengths = (num_samples(options) / SAMPLING_RATE * CHARACTERS_PER_SECOND).long()
+    labels = torch.randint(
+        1, VOCABULARY, (len(lengths), int(lengths.max())), generator=torch.Generator().manual_seed(0)
+    )
+    behind = torch.arange(labels.shape[1]) >= lengths[:, None]
+    return labels.masked_fill(behind, -100).to(device)
+
+
+def complaints(options: argparse.Namespace, device: torch.device) -> list[str]:
+    """What is wrong with our loss and gradients: nothing, it is hoped."""
+    names = ["hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout"]
+    quiet = {**dict.fromkeys([*names, "layerdrop"], 0.0), "apply_spec_augment": False}
+    ours, theirs = (make_recogniser(name, options, device, **quiet) for name in ("ours", "data2vec"))
+    waveforms, mask = make_batch(options, device)
+    labels = make_labels(options, device)
+    loss = ours(waveforms, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    alone = []
+    for row, length in enumerate(num_samples(options).tolist()):
+        one = theirs(waveforms[row : row + 1, :length], labels=labels[row : row + 1]).loss / options.batch
+        one.backward()
+        alone.append(one.item())
+    found = []
+    if not abs(loss.item() - sum(alone)) <= LOSS_TOLERANCE * sum(alone):
+        found.append(f"the losses are {loss.item()} and {sum(alone)}")
+    gradients = {name.replace("data2vec_audio.", "dinosr."): p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        right = gradients[name]
+        if right is None or parameter.grad is None:
+            if right is not parameter.grad:
+                found.append(f"one of the two has no gradient of {name}")
+        # The key's bias has no gradient but by rounding: it moves all scores of a query alike.
+        elif not name.endswith("k_proj.bias"):
+            difference = ((parameter.grad - right).norm() / right.norm()).item()
+            if not difference <= GRADIENT_TOLERANCE:
+                found.append(f"gradients of {name} differ by {difference:.1e}")
+    return found
+
+
+def run_contestant(options: argparse.Namespace, device: torch.device) -> None:
+    model = make_recogniser(options.serve, options, device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    waveforms, mask = make_batch(options, device)
+    labels = make_labels(options, device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+            loss = model(waveforms, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    serve(step, device)
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(argv)
+    device = choose_device(options.threads)
+    if options.serve:
+        run_contestant(options, device)
+        return
+    if found := complaints(options, device):
+        sys.exit("Not timed, because it is wrong: " + "; ".join(found))
+    found = compete(__file__, ["ours", "data2vec"], argv, options.repeats)
+    print(headline(device, options.threads, "transformers", precision="bf16" if options.bf16 else "float32"))
+    audio = num_samples(options).sum().item() / SAMPLING_RATE
+    print(
+        f"{options.size}: {options.batch} utterances of {options.shortest:g} to {options.longest:g} s, convolutions"
+        f" {'trained' if options.train_convolutions else 'frozen'}; {options.repeats} steps of each in turn\n"
+    )
+    print_times(found, audio)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
