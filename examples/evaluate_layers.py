@@ -23,16 +23,16 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from dinosr_hf.analysis.layers import (
-    METRICS,
     JudgedLayer,
     Recordings,
     check_apart,
     draw_frames,
     judge_layer,
     layers_csv,
+    layers_curves,
     layers_table,
 )
-from dinosr_hf.analysis.plots import LayerCurves, layer_curves_figure
+from dinosr_hf.analysis.plots import layer_curves_figure
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.recordings import DTYPES
 from dinosr_hf.units import UnitExtractor, has_codebooks, load_model, load_peer
@@ -80,16 +80,6 @@ def extractors(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Un
         yield "student", load_peer(name, layers=layers, **where)
 
 
-def curves_of(rows: Sequence[JudgedLayer]) -> list[LayerCurves]:
-    """A curve for each model and source."""
-    curves = []
-    for model, source in dict.fromkeys((row.model, row.source) for row in rows):
-        own = [row for row in rows if (row.model, row.source) == (model, source)]
-        metrics = {title: [row.figures[name] for row in own] for name, title in METRICS.items()}
-        curves.append(LayerCurves(f"{model}, {source}", [row.layer for row in own], metrics))
-    return curves
-
-
 def run(options: argparse.Namespace) -> None:
     judged = open_recordings(options.data, options)
     if options.fit_data:
@@ -111,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
     (out / "layers.md").write_text(layers_table(rows), encoding="utf-8")
     (out / "layers.csv").write_text(layers_csv(rows), encoding="utf-8")
     (out / "layers.json").write_text(json.dumps([row.to_dict() for row in rows], indent=2) + "\n", encoding="utf-8")
-    figure = layer_curves_figure(curves_of(rows))
+    figure = layer_curves_figure(layers_curves(rows))
     for suffix in ("png", "pdf"):
         figure.savefig(out / f"layers.{suffix}", dpi=200)
     print(layers_table(rows), end="")

@@ -1,5 +1,5 @@
 """
-How well units agree with phones: every figure for every layer of one or several models, in one table.
+How well units agree with phones: every figure for every layer of one or several models, as a table and a picture.
 
     python examples/evaluate_units.py runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/judged
     python examples/evaluate_units.py runs/base hubert --data dev-clean --labels textgrids --kmeans_data train-clean \
@@ -22,7 +22,8 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from dinosr_hf.analysis.evaluation import JudgedUnits, units_csv, units_table
+from dinosr_hf.analysis.evaluation import JudgedUnits, units_csv, units_curves, units_table
+from dinosr_hf.analysis.plots import layer_curves_figure
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
 from dinosr_hf.recordings import DTYPES
@@ -45,7 +46,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--num_samples", type=int, default=1_000, help="of the bootstrap; 0: no intervals (%(default)s)"
     )
-    parser.add_argument("--output_dir", required=True, help="for units.md, units.csv and units.json")
+    parser.add_argument("--output_dir", required=True, help="for units.md, .csv, .json, .png and .pdf")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the models (%(default)s)")
     options = parser.parse_args(argv)
@@ -101,8 +102,11 @@ def run(options: argparse.Namespace) -> None:
     (out / "units.md").write_text(units_table(rows), encoding="utf-8")
     (out / "units.csv").write_text(units_csv(rows), encoding="utf-8")
     (out / "units.json").write_text(json.dumps([row.to_dict() for row in rows], indent=2) + "\n", encoding="utf-8")
+    figure = layer_curves_figure(units_curves(rows))
+    for suffix in ("png", "pdf"):
+        figure.savefig(out / f"units.{suffix}", dpi=200)
     print(units_table(rows), end="")
-    print(f"The tables are {out / 'units.md'}, units.csv and units.json.")
+    print(f"The table is {out / 'units.md'}, .csv and .json, the picture units.png and units.pdf.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -35,6 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="the page, .html")
     parser.add_argument("--split", help="of the data, where it has several")
     parser.add_argument("--labels", help="phones, as evaluate_units.py takes them; left out: a page without phones")
+    parser.add_argument("--words", help="the same of words, to be drawn: may be the same file, if it has both")
     parser.add_argument("--step_seconds", type=float, default=0.01, help="of labels that are one a step (%(default)s)")
     parser.add_argument("--layer", type=int, default=5, help="the lowest is 1 (%(default)s)")
     parser.add_argument("--source", default="teacher", choices=list(SCORES), help="(%(default)s)")
@@ -54,11 +55,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     recordings = open_source(options.data, split=options.split) if options.split else open_recordings([options.data])
     labels = read_alignments(options.labels) if options.labels else None
+    words = read_alignments(options.words, tier="words") if options.words else None
     model = load_model(options.model, device=options.device, dtype=options.dtype)
     frames = {"stride": model.config.inputs_to_logits_ratio, "field": model.config.receptive_field}
     inspector = CodewordInspector(
         model.config.codebook_size,
         labels=labels,
+        words=words,
         step_seconds=options.step_seconds,
         num_moments=options.num_moments,
         **frames,

@@ -163,6 +163,7 @@ def test_read_labels_of_both_forms(tmp_path, name):
         {"name": "segments", "phones": [{"label": "æ", "start": 0.02, "end": 0.04}]},
         {"id": "nothing", "phones": []},
     ]
+    rows = [row and {**row, "words": [*row["phones"], "a word"][-1:]} for row in rows]
     labels = read_labels(write_lines(tmp_path / name, rows))
     assert list(labels) == ["steps", "segments", "nothing"]
     assert labels["steps"] == ["SIL", "SIL", "æ", "æ"]
@@ -170,6 +171,7 @@ def test_read_labels_of_both_forms(tmp_path, name):
     # Centres 0.0125 and 0.0325.
     assert align_labels(labels["steps"], 2) == align_labels(labels["segments"], 2) == ["SIL", "æ"]
     assert align_labels(labels["nothing"], 2, silence="#") == ["#", "#"]
+    assert read_labels(tmp_path / name, "words") == {key: ["a word"] for key in labels}
 
 
 def test_align_labels_takes_the_step():
@@ -181,7 +183,7 @@ def test_align_labels_takes_the_step():
     [
         (["{"], "line 1, is not JSON"),
         ([["a"]], 'line 1, must be an object with a string "name"'),
-        ([{"name": "u"}], 'list "phones"'),
+        ([{"name": "u", "words": []}], 'list "phones"'),
         ([{"name": 3, "phones": []}], 'string "name"'),
         ([{"name": "u", "phones": ["a", 3]}], "all strings or all objects"),
         (

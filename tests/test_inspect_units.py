@@ -19,7 +19,8 @@ def folder(tmp_path_factory):
     (path / "speech").mkdir()
     write_recordings(path / "speech")
     save_folder(randomize(DinoSRForPreTraining(tiny_config())), path / "model")
-    lines = ['{"name": "a", "phones": [{"label": "AA", "start": 0, "end": 0.1}]}']
+    words = '"words": [{"label": "ah", "start": 0, "end": 0.2}]'
+    lines = ['{"name": "a", "phones": [{"label": "AA", "start": 0, "end": 0.1}], ' + words + "}"]
     (path / "phones.jsonl").write_text("\n".join(lines) + "\n")
     return path
 
@@ -30,7 +31,7 @@ def options(folder, *more):
 
 @pytest.mark.parametrize("source", ["student", "teacher"])
 def test_writes_a_page(folder, capsys, source):
-    labels = ["--labels", str(folder / "phones.jsonl")]
+    labels = ["--labels", str(folder / "phones.jsonl"), "--words", str(folder / "phones.jsonl")]
     flags = ["--layer", "2", "--source", source, "--num_moments", "2", "--audio", "ogg", "--device", "cpu"]
     SCRIPT.main(options(folder, *labels, *flags))
     html = (folder / "new" / "page.html").read_text(encoding="utf-8")
@@ -41,6 +42,7 @@ def test_writes_a_page(folder, capsys, source):
     assert {"student": "probability 0.", "teacher": "distance "}[source] in html
     assert "data:audio/ogg" in html and "data:audio/flac" not in html
     assert "AA" in html and "SIL" in html
+    assert re.search(r"Spectrogram of a\.wav from .*, with its words, phones, units as boxes below", html)
 
 
 def test_says_what_had_no_room(folder, capsys):
@@ -54,6 +56,7 @@ def test_says_what_had_no_room(folder, capsys):
     [
         (["--layer", "1"], "inspect_units.py: layer=1 has no codebook"),
         (["--layer", "2", "--labels", "no.txt"], "no.txt is not here"),
+        (["--layer", "2", "--words", "no.txt"], "no.txt is not here"),
         (["--layer", "2", "--num_moments", "-1"], "num_moments=-1 is out of range"),
     ],
 )

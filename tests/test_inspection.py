@@ -11,7 +11,7 @@ import pytest
 
 from audio_files import sf
 from dinosr_hf.analysis import Segment
-from dinosr_hf.analysis.inspection import EDGE, CodewordInspector, Moment, label_segments, render_page
+from dinosr_hf.analysis.inspection import EDGE, CodewordInspector, Moment, render_page
 from dinosr_hf.data import open_recordings
 from inspections import ATTACK, EVIL_PHONE, EVIL_TITLE, RUNS, inspect, make_page, unroll, write_recordings
 
@@ -95,10 +95,16 @@ def test_labels_that_do_not_fit_are_left_out():
     assert found.counts.sum() == 16
 
 
-def test_label_segments():
-    assert label_segments(["a", "a", "b"], 0.5) == [Segment("a", 0, 1), Segment("b", 1, 1.5)]
-    assert label_segments([Segment("a", 0.25, 1)]) == [Segment("a", 0.25, 1)]
-    assert label_segments([]) == []
+def test_words_are_of_the_recording_that_is_drawn():
+    words = {"b": [Segment("no", 0, 0.4)], "a": ["one"] * 9 + ["", "two"], "c": [Segment("three", 0.2, 0.9)]}
+    inspector = CodewordInspector(2, words=words)
+    for name, num_frames in {"b.wav": 20, "a.wav": 99, "c.wav": 50}.items():
+        inspector.add(name, np.zeros(num_frames, np.int64))
+    example = inspector.result().example
+    assert example.recording == "a.wav" and example.phones == []
+    assert [word.label for word in example.words] == ["one", "two"]
+    assert [time for word in example.words for time in word[1:]] == pytest.approx([0, 0.09, 0.1, 0.11])
+    assert inspect().example.words == []
 
 
 class Tree(HTMLParser):

@@ -377,7 +377,7 @@ def test_export_is_an_audio_folder(tmp_path, format):
             "language": row["language"],
             "duration": str(row["num_samples"] / SAMPLING_RATE),
         }
-        assert phone_line == {"name": row["id"], "phones": row["phones"]}
+        assert phone_line == {"name": row["id"], "phones": row["phones"], "words": row["words"]}
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from dinosr_hf.analysis.evaluation import (
     count_units,
     total,
     units_csv,
+    units_curves,
     units_table,
 )
 from dinosr_hf.analysis.segmentation import SegmentCounts
@@ -291,10 +292,24 @@ def test_the_script_judges_ours_and_peers_in_one_table(corpus, trained, tmp_path
     assert len({row["num_frames"] for row in found}) == 1
     assert (tmp_path / "out" / "units.md").read_text(encoding="utf-8") in printed
     assert len((tmp_path / "out" / "units.csv").read_text(encoding="utf-8").splitlines()) == 7
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".csv", ".json", ".md", ".pdf", ".png"]
     with pytest.raises(SystemExit, match=r"evaluate_units.py: .*hubert has no codebooks. Give --kmeans_data"):
         script.main([str(tmp_path / "hubert"), *words[2:]])
     with pytest.raises(SystemExit, match=r"evaluate_units.py: .*nothing is not here"):
         script.main([words[0], *words[2:4], "--labels", "nothing", *words[6:]])
+
+
+def test_curves_have_the_layers_in_order_and_their_intervals():
+    counts = {"ann": count_units([0, 0, 1], ["x", "x", "y"], ["x", "y"], num_codes=2, step_seconds=0.02)}
+    both = {**counts, "bob": count_units([1, 1, 1], ["x", "x", "y"], ["x", "y"], num_codes=2, step_seconds=0.02)}
+    rows = [JudgedUnits.of("m", layer, "teacher", both, num_samples=9) for layer in (3, 2)]
+    rows.append(JudgedUnits.of("m", 1, "k-means", counts))
+    teacher, kmeans = units_curves(rows)
+    assert (teacher.name, list(teacher.layers)) == ("m, teacher", [2, 3])
+    assert (kmeans.name, list(kmeans.layers), kmeans.intervals) == ("m, k-means", [1], {})
+    assert teacher.metrics["PNMI"] == [rows[1].figures["pnmi"], rows[0].figures["pnmi"]]
+    assert teacher.intervals["PNMI"] == [rows[1].intervals["pnmi"], rows[0].intervals["pnmi"]]
+    assert kmeans.metrics["phone purity"] == [1.0] and "boundary recall" not in kmeans.metrics
 
 
 def test_the_script_wants_both_options_of_kmeans(capsys):

@@ -247,26 +247,26 @@ def align_labels(
     return frame_labels(segments, num_frames, stride=stride, field=field, sampling_rate=sampling_rate, silence=silence)
 
 
-def _parse_line(line: str, place: str) -> tuple[str, list[str] | list[Segment]]:
+def _parse_line(line: str, place: str, tier: str) -> tuple[str, list[str] | list[Segment]]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not JSON: {error}. Give one object a line.") from None
     name = row.get("name", row.get("id")) if isinstance(row, dict) else None
-    if not isinstance(name, str) or not isinstance(row.get("phones"), list):
-        raise ValueError(f'{place} must be an object with a string "name" (or "id") and a list "phones".')
-    phones = row["phones"]
-    if all(isinstance(phone, str) for phone in phones):
-        return name, phones
-    if all(isinstance(phone, dict) for phone in phones):
+    if not isinstance(name, str) or not isinstance(row.get(tier), list):
+        raise ValueError(f'{place} must be an object with a string "name" (or "id") and a list "{tier}".')
+    labels = row[tier]
+    if all(isinstance(label, str) for label in labels):
+        return name, labels
+    if all(isinstance(label, dict) for label in labels):
         try:
-            return name, [_to_segment(phone) for phone in phones]
+            return name, [_to_segment(label) for label in labels]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{place} holds what is no segment: {error}") from None
-    raise ValueError(f'{place} must hold all strings or all objects with label, start and end in "phones".')
+    raise ValueError(f'{place} must hold all strings or all objects with label, start and end in "{tier}".')
 
 
-def read_labels(path: str | Path) -> dict[str, list[str] | list[Segment]]:
+def read_labels(path: str | Path, tier: str = "phones") -> dict[str, list[str] | list[Segment]]:
     """
     Read a file of phone labels.
 
@@ -275,6 +275,7 @@ def read_labels(path: str | Path) -> dict[str, list[str] | list[Segment]]:
 
     Args:
         path: A `.jsonl` file, or `.jsonl.gz`.
+        tier: Which key has the labels; "words" for those of words.
 
     Returns:
         For each name, in the order of the file, its labels as they are written: strings or segments (`align_labels`
@@ -291,7 +292,7 @@ def read_labels(path: str | Path) -> dict[str, list[str] | list[Segment]]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            name, phones = _parse_line(line, f"{path}, line {number},")
+            name, phones = _parse_line(line, f"{path}, line {number},", tier)
             if name in rows:
                 raise ValueError(f"{path}, line {number}, names {name!r} again, but each recording has one line.")
             rows[name] = phones

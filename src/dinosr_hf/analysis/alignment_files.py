@@ -95,7 +95,7 @@ def read_alignments(path: str | Path, *, tier: str = "phones") -> dict[str, Labe
     Args:
         path: A `.jsonl` or `.jsonl.gz` file as `read_labels` takes it, a `.ctm` file, a `.TextGrid`, or a folder with
             TextGrids, also in folders of its own, each named as its recording.
-        tier: Of TextGrids.
+        tier: Of TextGrids, and the key of JSONL that has the labels; a CTM file has one kind only.
 
     Returns:
         Labels by name of the recording; `match_labels` finds a recording's.
@@ -120,4 +120,4 @@ def read_alignments(path: str | Path, *, tier: str = "phones") -> dict[str, Labe
         return dict(read_ctm(path))
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{path} is no file of labels that can be read: give one of {', '.join(SUFFIXES)}.")
-    return dict(read_labels(path))
+    return dict(read_labels(path, tier))

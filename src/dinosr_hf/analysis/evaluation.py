@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .alignment import FIELD, SAMPLING_RATE, SILENCE, STRIDE, Labels, align_labels, match_labels
+from .plots.lines import LayerCurves
 from .quality import (
     cluster_purity,
     code_perplexity,
@@ -413,3 +414,22 @@ def units_csv(rows: Sequence[JudgedUnits]) -> str:
         interval = [end for name in HEADINGS for end in row.intervals.get(name, nothing)]
         table.writerow([row.model, row.layer, row.units, *(row.figures[name] for name in HEADINGS), *interval])
     return text.getvalue()
+
+
+# What is drawn of the figures: precision and recall of boundaries are in their F1 and the R-value.
+_DRAWN = [name for name in HEADINGS if name not in ("boundary_precision", "boundary_recall", "over_segmentation")]
+
+
+def units_curves(rows: Sequence[JudgedUnits]) -> list[LayerCurves]:
+    """A curve for each model and kind of units, with intervals where there are any, for `layer_curves_figure`."""
+    curves = []
+    for model, units in dict.fromkeys((row.model, row.units) for row in rows):
+        own = sorted((row for row in rows if (row.model, row.units) == (model, units)), key=lambda row: row.layer)
+        metrics = {HEADINGS[name]: [row.figures[name] for row in own] for name in _DRAWN}
+        intervals = {
+            HEADINGS[name]: [row.intervals[name] for row in own]
+            for name in _DRAWN
+            if all(name in row.intervals for row in own)
+        }
+        curves.append(LayerCurves(f"{model}, {units}", [row.layer for row in own], metrics, intervals))
+    return curves

@@ -25,6 +25,7 @@ from ..data.collator import utterance_generator
 from ._extra import import_extra
 from .baselines import kmeans_units
 from .evaluation import Reference
+from .plots.lines import LayerCurves
 from .quality import contingency, phone_normalized_mutual_information, phone_purity
 
 METRICS = {
@@ -402,3 +403,13 @@ def layers_csv(rows: Iterable[JudgedLayer]) -> str:
     table.writerow(["model", "source", "layer", *METRICS])
     table.writerows([row.model, row.source, row.layer, *(row.figures[name] for name in METRICS)] for row in rows)
     return text.getvalue()
+
+
+def layers_curves(rows: Sequence[JudgedLayer]) -> list[LayerCurves]:
+    """A curve for each model and source, for `layer_curves_figure`."""
+    curves = []
+    for model, source in dict.fromkeys((row.model, row.source) for row in rows):
+        own = [row for row in rows if (row.model, row.source) == (model, source)]
+        metrics = {title: [row.figures[name] for row in own] for name, title in METRICS.items()}
+        curves.append(LayerCurves(f"{model}, {source}", [row.layer for row in own], metrics))
+    return curves

@@ -400,7 +400,7 @@ def _write_utterance(
     duration = row["num_samples"] / SAMPLING_RATE
     return (
         [file_name, row["text"], row["speaker_id"], row["language"], duration],
-        {"name": row["id"], "phones": row["phones"]},
+        {"name": row["id"], "phones": row["phones"], "words": row["words"]},
     )
 
 
@@ -563,8 +563,8 @@ class SyntheticCorpus:
         """Write the corpus as `folder/<split>/`: an audio file (16 bits) an utterance and two tables.
 
         metadata.csv has file_name, transcription, speaker_id, language, duration (seconds), as 🤗 Datasets' audio
-        folders want it; phones.jsonl has {"name": id, "phones": [{"label", "start", "end"}]}. The folder takes its
-        name when everything is in it, so what carries the name is whole.
+        folders want it; phones.jsonl has {"name": id, "phones": [{"label", "start", "end"}], "words": [...]}. The
+        folder takes its name when everything is in it, so what carries the name is whole.
 
         Args:
             folder: Where the folder of the split goes; made if need be.

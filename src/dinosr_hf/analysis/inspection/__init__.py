@@ -8,7 +8,7 @@ A codebook on a corpus, codeword by codeword, and the page that shows it.
 """
 
 from .clips import AUDIO_FORMATS, Clip
-from .codewords import EDGE, CodewordInspector, CodewordSummary, Inspection, Moment, Share, label_segments
+from .codewords import EDGE, CodewordInspector, CodewordSummary, Inspection, Moment, Share
 from .page import Page, render_page
 
 __all__ = [
@@ -21,6 +21,5 @@ __all__ = [
     "Moment",
     "Page",
     "Share",
-    "label_segments",
     "render_page",
 ]

@@ -7,13 +7,12 @@ Recordings are taken in one by one and not kept. `T` frames, `P` phones, `V` cod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..alignment import Labels, Segment, align_labels, label_name
+from ..alignment import Labels, Segment, align_labels, label_name, label_segments
 
 # The edge of a recording, where a phone or codeword would be.
 EDGE = "(edge)"
@@ -78,11 +77,12 @@ class CodewordSummary(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A recording to draw: its id, units (T,), and phones in seconds; no phones without labels."""
+    """A recording to draw: its id, units (T,), phones and words in seconds; none without labels of them."""
 
     recording: str
     codes: NDArray[np.int64]
     phones: Sequence[Segment]
+    words: Sequence[Segment] = ()
 
 
 class Inspection(NamedTuple):
@@ -108,25 +108,6 @@ class Inspection(NamedTuple):
     num_labelled: int
     bad_labels: Mapping[str, str]
     example: Example | None
-
-
-def label_segments(labels: Labels, step_seconds: float = 0.01) -> list[Segment]:
-    """
-    Labels with times, from either form that `alignment.read_labels` gives.
-
-    Args:
-        labels: One label a step, of which runs become segments; or segments, which are given back.
-        step_seconds: Length of a step.
-    """
-    steps = [label for label in labels if isinstance(label, str)]
-    if not steps:
-        return [segment for segment in labels if not isinstance(segment, str)]
-    segments, begin = [], 0
-    for label, group in groupby(steps):
-        end = begin + sum(1 for _ in group)
-        segments.append(Segment(label, begin * step_seconds, end * step_seconds))
-        begin = end
-    return segments
 
 
 class _Counts:
@@ -223,6 +204,7 @@ class CodewordInspector:
         num_codes: V.
         labels: Phones by recording id, or by the name of its file with or without suffix, as `alignment.read_labels`
             gives them; recordings without labels count for everything else. None: no phones.
+        words: The same of words, which are drawn and not counted. None: no words.
         step_seconds: Length of a step, for labels that are one a step.
         stride: Samples from one frame to the next (`config.inputs_to_logits_ratio`).
         field: Samples that a frame sees (`config.receptive_field`).
@@ -237,6 +219,7 @@ class CodewordInspector:
         num_codes: int,
         *,
         labels: Mapping[str, Labels] | None = None,
+        words: Mapping[str, Labels] | None = None,
         step_seconds: float = 0.01,
         stride: int = 320,
         field: int = 400,
@@ -246,7 +229,7 @@ class CodewordInspector:
             raise ValueError(f"num_codes={num_codes} is out of range: it must be at least 1.")
         if num_moments < 0:
             raise ValueError(f"num_moments={num_moments} is out of range: it must be at least 0.")
-        self._num_codes, self._labels = num_codes, labels
+        self._num_codes, self._labels, self._words = num_codes, labels, words
         self._step_seconds, self._stride, self._field = step_seconds, stride, field
         self._frames, self._runs = np.zeros((2, num_codes), np.int64)
         # The last row and column are the edges of recordings.
@@ -302,14 +285,21 @@ class CodewordInspector:
         edged = [EDGE, *phones, EDGE]
         self._before.add([edged[first] for first in runs.first.tolist()], runs.codes)
         self._after.add([edged[end + 1] for end in (runs.first + runs.lengths).tolist()], runs.codes)
-        return label_segments(self._labels[name], self._step_seconds)
+        return label_segments(self._labels[name], step_seconds=self._step_seconds)
+
+    def _words_of(self, recording: str) -> list[Segment]:
+        name = None if self._words is None else label_name(recording, self._words)
+        if self._words is None or name is None:
+            return []
+        segments = label_segments(self._words[name], step_seconds=self._step_seconds, silence="")
+        return [word for word in segments if word.label]
 
     def _keep_example(self, recording: str, codes: NDArray[np.int64], segments: list[Segment]) -> None:
         frames_of_a_minute = 60 * 16_000 // self._stride
         cut = codes[:frames_of_a_minute]
         known = self._example
         if known is None or (bool(segments), len(cut)) > (bool(known.phones), len(known.codes)):
-            self._example = Example(recording, cut, segments)
+            self._example = Example(recording, cut, segments, self._words_of(recording))
 
     def result(self, num_neighbours: int = 5) -> Inspection:
         """

@@ -87,11 +87,18 @@ def _strip(inspection: Inspection, recordings: SpeechSource, name: str, stride: 
         logger.warning("%s is not drawn: %s", example.recording, error)
         return None
     figure = unit_strip_figure(
-        samples, {name: example.codes}, phones=example.phones, start=start, stride=stride, field=field
+        samples,
+        {name: example.codes},
+        phones=example.phones,
+        words=example.words,
+        start=start,
+        stride=stride,
+        field=field,
     )
+    tiers = ("words" if example.words else "", "phones" if example.phones else "", "units")
     alt = (
-        f"Spectrogram of {example.recording} from {start:.1f} s to {start + seconds:.1f} s, with its phones and units"
-        " as boxes below."
+        f"Spectrogram of {example.recording} from {start:.1f} s to {start + seconds:.1f} s, with its"
+        f" {', '.join(filter(None, tiers))} as boxes below."
     )
     return _picture(figure, alt, f"Units in time: {example.recording}")
 

@@ -146,7 +146,7 @@ def unit_strip_figure(
     Args:
         waveform: float32 (S,) at 16 kHz.
         units: Name of each strip, such as "layer 5" -> its units, integers (T,).
-        phones: Segments, in seconds of the recording; `inspection.label_segments` makes them of one label a step.
+        phones: Segments, in seconds of the recording; `analysis.label_segments` makes them of one label a step.
         words: Segments, in seconds.
         start: First second that is drawn.
         end: Last second; None: to the end.
