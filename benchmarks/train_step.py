@@ -147,6 +147,7 @@ def our_step(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # as pretraining does
     waveforms, mask = make_inputs(options, device)
+    masked_frames = mask.flatten().nonzero()[:, 0]
     wrapped = wrap(model)
     forward = torch.compile(wrapped) if options.compile else wrapped
     taken = 0
@@ -155,7 +156,7 @@ def our_step(
         nonlocal taken
         taken += 1
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-            loss = forward(waveforms, mask_time_indices=mask).loss
+            loss = forward(waveforms, mask_time_indices=mask, masked_frames=masked_frames).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from dinosr_hf import DinoSRForPreTraining, DinoSRForPreTrainingOutput
+from dinosr_hf.pretraining.metrics import MetricSums
 from tiny import deterministic_config, padded, randomize, tiny_config, waveforms
 from tolerances import CODEBOOK_COUNTS, CODEBOOK_SUMS, LOSSES, SAME_ARITHMETIC, WEIGHTS
 
@@ -515,3 +517,30 @@ def test_a_state_dict_without_copies_fills_them_from_its_student():
     assert not any("teacher.feature" in name for name in source)
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({name: tensor for name, tensor in source.items() if not name.startswith("dinosr.")})
+
+
+def test_no_number_of_a_step_is_read():
+    # Fake tensors have no numbers: what a GPU's host would wait for is an error with them.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = DinoSRForPreTraining(tiny_config()).train()
+        x = torch.empty(2, 600)
+        mask = torch.empty(2, model.config.num_frames(600), dtype=torch.bool)
+        sums = MetricSums(model.config.num_codebooks, model.config.codebook_size, x.device)
+        output = model(x, mask_time_indices=mask, masked_frames=torch.empty(9, dtype=torch.int64))
+        output.loss.backward()
+        model.update_targets(1)
+        sums.add(output, 1200, 0)
+        assert output.codes.shape == (model.config.num_codebooks, 9)
+        with pytest.raises(DynamicOutputShapeException, match="nonzero"):
+            model(x, mask_time_indices=mask)  # where the frames must be counted first
+
+
+def test_masked_frames_are_those_of_the_mask():
+    model = pretraining_model().eval()
+    x = waveforms(2, 600)
+    mask = every_third(2, model.config.num_frames(600))
+    counted = model(x, mask_time_indices=mask)
+    given = model(x, mask_time_indices=mask, masked_frames=mask.flatten().nonzero()[:, 0])
+    assert torch.equal(given.codes, counted.codes) and given.loss == counted.loss
+    fewer = model(x, mask_time_indices=mask, masked_frames=torch.tensor([0, 3]))
+    assert torch.equal(fewer.codes, counted.codes[:, :2]) and fewer.loss != counted.loss

@@ -277,6 +277,7 @@ class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         mask_time_indices: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        masked_frames: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DinoSRForPreTrainingOutput:
         """
@@ -288,6 +289,8 @@ class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
             mask_time_indices: bool (B, T), the frames to mask and predict; padded frames are left out of it. None: in
                 training they are drawn here; in evaluation nothing is masked and there is no loss.
             generator: Source of the masks drawn here; None: torch's global generator of the CPU.
+            masked_frames: int64 (M,), `mask_time_indices.flatten().nonzero()[:, 0]` where it has no padded frame. It
+                is taken on trust, and spares a GPU the wait for how many there are. None: they are counted here.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
@@ -307,10 +310,13 @@ class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
             features = student.extract_features
             frame_mask = self._frame_mask(attention_mask, features.shape[1])
             targets, energies = self._targets_and_energies(input_values, features, frame_mask, teacher_kwargs)
-            masked = mask_time_indices.to(targets.device, torch.bool)
-            if frame_mask is not None:
-                masked = masked & frame_mask
-            losses = self._score(student.last_hidden_state[masked], targets[:, masked])
+            if masked_frames is None:
+                masked = mask_time_indices.to(targets.device, torch.bool)
+                if frame_mask is not None:
+                    masked = masked & frame_mask
+                masked_frames = masked.flatten().nonzero()[:, 0]
+            chosen = student.last_hidden_state.flatten(0, 1).index_select(0, masked_frames)
+            losses = self._score(chosen, targets.flatten(1, 2).index_select(1, masked_frames))
             losses |= {"target_energies": energies, "feature_energies": energy_sums(features, frame_mask)}
         return DinoSRForPreTrainingOutput(
             **losses,

@@ -126,7 +126,7 @@ def masked_prediction_losses(logits: torch.Tensor, codes: torch.Tensor) -> DinoS
     return DinoSRForPreTrainingOutput(
         loss=codebook_losses.mean(),
         codebook_losses=codebook_losses.detach(),
-        num_masked_frames=torch.tensor(num_masked_frames, device=codes.device),
+        num_masked_frames=codes.new_full((), num_masked_frames),  # made there, which no one waits for
         target_perplexity=perplexity(code_counts),
         prediction_perplexity=perplexity(prediction_sums),
         num_active_codewords=(code_counts > 0).sum(dim=-1),

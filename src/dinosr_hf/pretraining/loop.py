@@ -96,12 +96,15 @@ def _accumulate_gradients(
     are spread over micro-batches and processes.
     """
     for position, batch in enumerate(micro_batches):
-        inputs = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.inputs.items()}
+        # Counted here and not on the device, whose forward pass would wait for it.
+        masked_frames = batch.inputs["mask_time_indices"].flatten().nonzero()[:, 0]
+        inputs = {**batch.inputs, "masked_frames": masked_frames}
+        inputs = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in inputs.items()}
         is_last = position == len(micro_batches) - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             output = model(**inputs)
             # Processes' gradients are averaged, not added up.
-            share = int(batch.inputs["mask_time_indices"].sum()) * accelerator.num_processes / total_masked
+            share = len(masked_frames) * accelerator.num_processes / total_masked
             # 0, or not a number where the teacher's output is not finite while the loss is (fp16). Through the
             # gradient every process learns of it, with no collective.
             poison = output.target_energies.sum() * 0
@@ -263,7 +266,9 @@ class Pretraining:
             int(batch.inputs["mask_time_indices"].any(dim=-1).sum()) for batch in micro_batches
         )
         own = [masked, len(skipped), utterances, self._signals.save, self._signals.stop > 0]
-        totals = accelerator.reduce(torch.tensor(list(map(int, own)), device=accelerator.device), "sum").tolist()
+        totals = list(map(int, own))
+        if accelerator.num_processes > 1:
+            totals = accelerator.reduce(torch.tensor(totals, device=accelerator.device), "sum").tolist()
         total_masked, total_skipped, total_utterances, save_asked, stop_asked = totals
         if save_asked or stop_asked:
             self.feed.put_back()  # this step comes after the checkpoint

@@ -57,7 +57,7 @@ class MetricSums:
             # Where nothing is masked, silence stands in for recordings that could not be read.
             torch.where(frames > 0, energies, 0.0),
             frames[None],
-            self._sums.new_tensor([num_samples, num_padded]),
+            *(self._sums.new_full((1,), number) for number in (num_samples, num_padded)),
         ]
         self._sums += torch.cat([part.to(self._sums.dtype) for part in parts])
 
