@@ -7,7 +7,6 @@ an untrained model and k-means on MFCCs.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from dinosr_hf.analysis.baselines import kmeans_units, mfcc
 from dinosr_hf.analysis.plots import phone_codeword_figure
 from dinosr_hf.analysis.units import LabelledSpeech, layer_tables, target_features
 from dinosr_hf.data import normalize_waveform
+from dinosr_hf.folders import begin_folder
 from dinosr_hf.pretraining import PretrainingArguments, parse_arguments, synthetic_corpus
 
 HERE = Path(__file__).parent
@@ -92,11 +92,10 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
     arguments = parse_arguments(flags, CONFIG)
-    out = Path(options.output_dir)
-    if (out / MARKER).exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).touch()
+    try:
+        out = begin_folder(options.output_dir, MARKER)
+    except ValueError as error:
+        sys.exit(f"demo.py: {error}")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE / "pretrain.py"), *flags]
     subprocess.run(command, check=True)

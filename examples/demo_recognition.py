@@ -8,7 +8,6 @@ It fine-tunes through the real command with examples/configs/ctc_tiny.yaml, then
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers.utils import logging
 
 from dinosr_hf.ctc import SpeechRecognitionPipeline
 from dinosr_hf.data.synthetic import SyntheticCorpus
+from dinosr_hf.folders import begin_folder
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "configs" / "ctc_tiny.yaml"
@@ -26,14 +26,11 @@ MARKER = ".dinosr-demo"  # only a folder that has it is emptied
 
 
 def fine_tune(model: str, out: Path, flags: list[str]) -> None:
-    """Run examples/finetune_ctc.py in one process; an earlier demo's folder goes."""
-    if (out / MARKER).exists():
-        shutil.rmtree(out)
+    """Run examples/finetune_ctc.py in one process."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE / "finetune_ctc.py"), str(CONFIG)]
     command += ["--model", model, "--output_dir", str(out), *flags]
     subprocess.run(command, check=True)
-    (out / MARKER).touch()
 
 
 def word_times(recognise, corpus: SyntheticCorpus) -> tuple[float, int]:
@@ -51,10 +48,15 @@ def word_times(recognise, corpus: SyntheticCorpus) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/demo", help="what examples/demo.py has left")
-    parser.add_argument("--output_dir", default="runs/demo/recogniser", help="folder of the recogniser")
+    parser.add_argument(
+        "--output_dir", default="runs/demo/recogniser", help="folder of the recogniser; an earlier demo's goes"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options, flags = parser.parse_known_args()
-    out = Path(options.output_dir)
+    try:
+        out = begin_folder(options.output_dir, MARKER)
+    except ValueError as error:
+        sys.exit(f"demo_recognition.py: {error}")
     print("\nFine-tuning on transcribed digits ...", flush=True)
     fine_tune(options.model, out, [*flags, "--seed", str(options.seed)])
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import pytest
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.folders import save_folder
 from dinosr_hf.pretraining import parse_arguments
+from scripts import load_script
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
@@ -45,11 +46,15 @@ def test_the_demo_prints_its_tables_and_leaves_model_and_picture(tmp_path):
     assert (tmp_path / "demo" / "model.safetensors").exists()
 
 
-def test_the_demo_leaves_a_folder_of_something_else_alone(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    done = run_demo(tmp_path)
-    assert done.returncode != 0 and "has a model already" in done.stderr
-    assert (tmp_path / "config.json").exists()
+@pytest.mark.parametrize("script", ["demo.py", "demo_recognition.py"])
+def test_the_demo_leaves_a_folder_of_something_else_alone(tmp_path, monkeypatch, script):
+    (tmp_path / "thesis.tex").write_text("everything")
+    monkeypatch.setattr(sys, "argv", [script, "--output_dir", str(tmp_path)])
+    demo = load_script(f"examples/{script}")
+    for _ in range(2):  # the first time must not make it the demo's own
+        with pytest.raises(SystemExit, match=rf"{script}: .* has files of something else"):
+            demo.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.slow

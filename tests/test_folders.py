@@ -5,7 +5,7 @@ import torch
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.data import SAMPLING_RATE
-from dinosr_hf.folders import feature_extractor, save_folder
+from dinosr_hf.folders import begin_folder, feature_extractor, save_folder
 from tiny import tiny_config
 
 
@@ -20,6 +20,15 @@ def names(folder):
 
 def test_extractor_is_for_the_rate_that_audio_is_read_at():
     assert feature_extractor().sampling_rate == SAMPLING_RATE
+
+
+def test_a_folder_of_ones_own_begins_anew(tmp_path):
+    folder = begin_folder(tmp_path / "deep" / "runs", ".mine")
+    (folder / "old").mkdir()
+    assert begin_folder(folder, ".mine") == folder and names(folder) == [".mine"]
+    with pytest.raises(ValueError, match="runs has files of something else, which stay"):
+        begin_folder(folder, ".others")
+    assert names(folder) == [".mine"]
 
 
 def test_new_folder_appears_when_it_is_whole(model, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,27 @@ def feature_extractor() -> Wav2Vec2FeatureExtractor:
     return Wav2Vec2FeatureExtractor(
         feature_size=1, sampling_rate=16_000, padding_value=0.0, do_normalize=True, return_attention_mask=True
     )
+
+
+def begin_folder(folder: str | os.PathLike, marker: str) -> Path:
+    """
+    A folder for the results of a script, empty but for a marker; an earlier one of the script makes room for it.
+
+    Args:
+        folder: Made if it does not exist.
+        marker: Name of a file that says that all of the folder is the script's.
+
+    Raises:
+        ValueError: If the folder has files and no marker: then it is somebody else's, and stays as it is.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / marker).is_file():
+            raise ValueError(f"{folder} has files of something else, which stay. Give another --output_dir.")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / marker).touch()
+    return folder
 
 
 @contextlib.contextmanager
