@@ -204,8 +204,9 @@ class DinoSRModel(DinoSRPreTrainedModel):
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `last_hidden_state` (B, T, D), `extract_features` (B, T, C): the normalised output of the convolutions,
-            and on demand `hidden_states`, the first layer's input and each layer's output, and `attentions`.
+            `last_hidden_state` (B, T, D), zero in the padding unless `reference_padding` is set; `extract_features`
+            (B, T, C): the normalised output of the convolutions; and on demand `hidden_states`, the first layer's
+            input and each layer's output, and `attentions`.
 
         Raises:
             ValueError: For inputs of another shape, or too short for a frame.
