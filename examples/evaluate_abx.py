@@ -12,7 +12,7 @@ features are judged. Triphones are cut from the labels and written to triphones.
 
 import argparse
 import csv
-import json
+import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +32,7 @@ from dinosr_hf.analysis.abx import (
     triphone_items,
     write_unit_files,
 )
+from dinosr_hf.analysis.reports import write_report
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.data import SpeechSource
 from dinosr_hf.recordings import DTYPES
@@ -87,19 +88,18 @@ def write_representations(
                 yield kind, layer, "identical", folder / f"{kind}-units" / f"layer-{layer}"
 
 
-def write_tables(rows: Sequence[dict], out: Path) -> None:
+def report(rows: Sequence[dict], out: Path) -> None:
     heads = ["model", "source", "layer", "what", "distance", *(f"{speaker} speakers, %" for speaker in SPEAKERS)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         texts = [f"{100 * value:.2f}" if name in SPEAKERS else str(value) for name, value in row.items()]
         lines.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in texts)} |")
-    (out / "abx.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "abx.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    with open(out / "abx.csv", "w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    print("\n".join(lines))
+    markdown, text = "\n".join(lines) + "\n", io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    print(markdown, end="")
+    print(write_report(out, "abx", markdown=markdown, csv=text.getvalue(), rows=rows))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> None:
                     compare = {"speaker": speaker, "distance": distance, "device": options.device}
                     row[speaker] = abx_error(items, files, frame_rate(config), **compare, **sizes)
                 rows.append(row)
-    write_tables(rows, out)
+    report(rows, out)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,11 +11,9 @@ speakers of --data. Needs the extras `train` and `analysis`.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -33,6 +31,7 @@ from dinosr_hf.analysis.layers import (
     layers_table,
 )
 from dinosr_hf.analysis.plots import layer_curves_figure
+from dinosr_hf.analysis.reports import write_report
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.recordings import DTYPES
 from dinosr_hf.units import UnitExtractor, has_codebooks, load_model, load_peer
@@ -96,16 +95,18 @@ def run(options: argparse.Namespace) -> None:
             for position, layer in enumerate(tqdm(extractor.layers, f"{name}, {source}", disable=None)):
                 figures = judge_layer(train, test, position, num_clusters=options.num_clusters, seed=options.seed)
                 rows.append(JudgedLayer(name, source, layer, figures))
-    out = Path(options.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "layers.md").write_text(layers_table(rows), encoding="utf-8")
-    (out / "layers.csv").write_text(layers_csv(rows), encoding="utf-8")
-    (out / "layers.json").write_text(json.dumps([row.to_dict() for row in rows], indent=2) + "\n", encoding="utf-8")
-    figure = layer_curves_figure(layers_curves(rows))
-    for suffix in ("png", "pdf"):
-        figure.savefig(out / f"layers.{suffix}", dpi=200)
-    print(layers_table(rows), end="")
-    print(f"The table is {out / 'layers.md'}, .csv and .json, the picture layers.png and layers.pdf.")
+    table = layers_table(rows)
+    print(table, end="")
+    print(
+        write_report(
+            options.output_dir,
+            "layers",
+            markdown=table,
+            csv=layers_csv(rows),
+            rows=[row.to_dict() for row in rows],
+            figure=layer_curves_figure(layers_curves(rows)),
+        )
+    )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,11 +11,9 @@ Intervals are bootstrapped over speakers. Needs the extras `train` and `analysis
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -24,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from dinosr_hf.analysis.evaluation import JudgedUnits, units_csv, units_curves, units_table
 from dinosr_hf.analysis.plots import layer_curves_figure
+from dinosr_hf.analysis.reports import write_report
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
 from dinosr_hf.recordings import DTYPES
@@ -97,16 +96,18 @@ def run(options: argparse.Namespace) -> None:
             )
             for layer, speakers in zip(extractor.layers, counts, strict=True):
                 rows.append(JudgedUnits.of(name, layer, kind, speakers, num_samples=options.num_samples))
-    out = Path(options.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "units.md").write_text(units_table(rows), encoding="utf-8")
-    (out / "units.csv").write_text(units_csv(rows), encoding="utf-8")
-    (out / "units.json").write_text(json.dumps([row.to_dict() for row in rows], indent=2) + "\n", encoding="utf-8")
-    figure = layer_curves_figure(units_curves(rows))
-    for suffix in ("png", "pdf"):
-        figure.savefig(out / f"units.{suffix}", dpi=200)
-    print(units_table(rows), end="")
-    print(f"The table is {out / 'units.md'}, .csv and .json, the picture units.png and units.pdf.")
+    table = units_table(rows)
+    print(table, end="")
+    print(
+        write_report(
+            options.output_dir,
+            "units",
+            markdown=table,
+            csv=units_csv(rows),
+            rows=[row.to_dict() for row in rows],
+            figure=layer_curves_figure(units_curves(rows)),
+        )
+    )
 
 
 def main(argv: Sequence[str]) -> None:
