@@ -102,8 +102,9 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
     if options.features:
         files = FeatureFiles(options.output_dir, extractor, source, form=options.features, **place)
         bar = Bar(seconds_of(source, files.todo()), state)
-        files.write(on_progress=bar.advance)
+        num_written = files.write(on_progress=bar.advance)
         bar.close()
+        print(f"{num_written:,} recordings, of each {len(extractor.layers)} file(s), in {options.output_dir}")
         return sum(map(len, source.skipped.values())) + len(extractor.unreadable)
     names = ("model", "layers", "source", "kmeans", "window_seconds", "context_seconds", "dtype")
     settings = {name: getattr(options, name) for name in names}

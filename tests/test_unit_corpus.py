@@ -255,8 +255,9 @@ def test_bad_recordings_are_listed(script, model_folder, tmp_path, capsys, monke
     assert list(json.loads((tmp_path / "units" / "summary.json").read_text())["left_out"]) == ["worse.wav"]
 
 
-def test_the_script_writes_features(script, command, tmp_path):
+def test_the_script_writes_features(script, command, tmp_path, capsys):
     script.main([*command, "--features", "npy", "--layers", "1", "3"])
+    assert f"{NUM_RECORDINGS} recordings, of each 2 file(s), in {tmp_path / 'units'}" in capsys.readouterr().out
     files = sorted(path.relative_to(tmp_path / "units").as_posix() for path in (tmp_path / "units").rglob("*.npy"))
     assert len(files) == 2 * NUM_RECORDINGS and files[0] == "layer-1/00.npy"
 
