@@ -1,5 +1,6 @@
 """What the benchmarks share: sizes of models, contestants that take turns, and the line about machine and versions."""
 
+import argparse
 import datetime
 import gc
 import importlib.metadata
@@ -28,6 +29,26 @@ SIZES = ("tiny", "base")
 def model_config(size: str) -> DinoSRConfig:
     """Of the paper's model, "base", or of the demo's, "tiny"."""
     return DinoSRConfig() if size == "base" else parse_arguments([], CONFIGS / "tiny_cpu.yaml").model_config()
+
+
+def contest_parser(description: str | None, *, batch: int, repeats: int) -> argparse.ArgumentParser:
+    """What every benchmark takes whose contestants are processes of their own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's")
+    parser.add_argument("--batch", type=int, default=batch, help="utterances")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed steps of each contestant")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # what a contestant's own process is told
+    return parser
+
+
+def parse_contest(parser: argparse.ArgumentParser, argv: Sequence[str], *, smallest_batch: int) -> argparse.Namespace:
+    """The options, checked as far as all have them."""
+    options = parser.parse_args(argv)
+    if options.batch < smallest_batch or options.repeats < 1 or options.threads < 1:
+        parser.error(f"--batch must be at least {smallest_batch}, --repeats and --threads 1.")
+    return options
 
 
 def choose_device(threads: int) -> torch.device:

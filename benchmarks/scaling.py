@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from contest import SIZES, choose_device, compete, headline, serve
+from contest import choose_device, compete, contest_parser, headline, parse_contest, serve
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from train_step import complaints, make_inputs, our_step
@@ -35,19 +35,13 @@ ENVIRONMENT = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time a training step along axes.")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's")
-    parser.add_argument("--batch", type=int, default=4, help="utterances, where the axis is another; at least 2")
+    parser = contest_parser("Time a training step along axes.", batch=4, repeats=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="length of each, where the axis is another")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all processes together")
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)  # what a contestant's own process is told
-    options = parser.parse_args(argv)
-    if options.batch < 2 or options.seconds < 0.5 or options.repeats < 1 or options.threads < 1:
-        parser.error("--batch must be at least 2, --seconds 0.5, --repeats and --threads 1.")
+    options = parse_contest(parser, argv, smallest_batch=2)
+    if options.seconds < 0.5:
+        parser.error("--seconds must be at least 0.5.")
     return options
 
 

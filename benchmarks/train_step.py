@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from contest import (
     SAMPLING_RATE,
-    SIZES,
     choose_device,
     compete,
+    contest_parser,
     headline,
     model_config,
+    parse_contest,
     require_spidr,
     serve,
     wait_for,
@@ -52,19 +53,13 @@ PARTS = {
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's")
-    parser.add_argument("--batch", type=int, default=4, help="utterances, at least 2")
+    parser = contest_parser(__doc__, batch=4, repeats=10)
     parser.add_argument("--seconds", type=float, default=4.0, help="length of each, at least 0.5")
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps of each contestant")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile all contestants")
     parser.add_argument("--peers", nargs="+", choices=("spidr", "conv1d", "eager"), default=["eager"])
-    parser.add_argument("--serve", help=argparse.SUPPRESS)  # what a contestant's own process is told
-    options = parser.parse_args(argv)
-    if options.batch < 2 or options.seconds < 0.5 or options.repeats < 1 or options.threads < 1:
-        parser.error("--batch must be at least 2, --seconds 0.5, --repeats and --threads 1.")
+    options = parse_contest(parser, argv, smallest_batch=2)
+    if options.seconds < 0.5:
+        parser.error("--seconds must be at least 0.5.")
     return options
 
 

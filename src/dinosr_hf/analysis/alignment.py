@@ -292,10 +292,10 @@ def read_labels(path: str | Path, tier: str = "phones") -> dict[str, list[str] |
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            name, phones = _parse_line(line, f"{path}, line {number},", tier)
+            name, labels = _parse_line(line, f"{path}, line {number},", tier)
             if name in rows:
                 raise ValueError(f"{path}, line {number}, names {name!r} again, but each recording has one line.")
-            rows[name] = phones
+            rows[name] = labels
     return rows
 
 
