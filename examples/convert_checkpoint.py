@@ -7,13 +7,11 @@ docs/converting.md says which files it takes, and which licences they have.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
-from transformers.utils import logging as transformers_logging
-
 from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.command_line import command
 from dinosr_hf.conversion import convert, convert_to_fairseq, statistics_table
 
 
@@ -37,9 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    logging.basicConfig(format="%(message)s")
-    transformers_logging.disable_progress_bar()
-    try:
+    with command(__file__):
         if options.to:
             print("Written:", convert_to_fairseq(options.file, options.out))
             return
@@ -58,8 +54,6 @@ def main(argv: Sequence[str]) -> None:
             print(statistics_table(model, options.verify))
         elif options.verify:
             print("--verify needs the codebooks, and this model has none.")
-    except (ImportError, ValueError) as error:
-        sys.exit(f"convert_checkpoint.py: {error}")
 
 
 if __name__ == "__main__":

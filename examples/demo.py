@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import set_seed
-from transformers.utils import logging
 
 from dinosr_hf import DinoSRForPreTraining, perplexity, sample_span_mask
 from dinosr_hf.analysis import UnitQuality, frame_labels, unit_quality
 from dinosr_hf.analysis.baselines import kmeans_units, mfcc
 from dinosr_hf.analysis.plots import phone_codeword_figure
 from dinosr_hf.analysis.units import LabelledSpeech, layer_tables, target_features
+from dinosr_hf.command_line import command
 from dinosr_hf.data import normalize_waveform
 from dinosr_hf.folders import begin_folder
 from dinosr_hf.pretraining import PretrainingArguments, parse_arguments, synthetic_corpus
@@ -91,15 +91,13 @@ def main() -> None:
     parser.add_argument("--test_utterances", type=int, default=50, help="held-out utterances to judge on")
     options, flags = parser.parse_known_args()
     flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
-    arguments = parse_arguments(flags, CONFIG)
-    try:
+    with command(__file__):
+        arguments = parse_arguments(flags, CONFIG)
         out = begin_folder(options.output_dir, MARKER)
-    except ValueError as error:
-        sys.exit(f"demo.py: {error}")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE / "pretrain.py"), *flags]
-    subprocess.run(command, check=True)
-    logging.disable_progress_bar()
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE / "pretrain.py"), *flags]
+    if subprocess.run(launch).returncode:
+        sys.exit("demo.py: the pre-training did not come to its end; the reason is above.")
 
     print("\nJudging on held-out voices ...", flush=True)
     num_test = options.test_utterances

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from transformers import pipeline
-from transformers.utils import logging
 
+from dinosr_hf.command_line import command
 from dinosr_hf.ctc import SpeechRecognitionPipeline
 from dinosr_hf.data.synthetic import SyntheticCorpus
 from dinosr_hf.folders import begin_folder
@@ -27,10 +27,11 @@ MARKER = ".dinosr-demo"  # only a folder that has it is emptied
 
 def fine_tune(model: str, out: Path, flags: list[str]) -> None:
     """Run examples/finetune_ctc.py in one process."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE / "finetune_ctc.py"), str(CONFIG)]
-    command += ["--model", model, "--output_dir", str(out), *flags]
-    subprocess.run(command, check=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE / "finetune_ctc.py"), str(CONFIG)]
+    launch += ["--model", model, "--output_dir", str(out), *flags]
+    if subprocess.run(launch).returncode:
+        sys.exit("demo_recognition.py: the fine-tuning did not come to its end; the reason is above.")
 
 
 def word_times(recognise, corpus: SyntheticCorpus) -> tuple[float, int]:
@@ -53,14 +54,11 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     options, flags = parser.parse_known_args()
-    try:
+    with command(__file__):
         out = begin_folder(options.output_dir, MARKER)
-    except ValueError as error:
-        sys.exit(f"demo_recognition.py: {error}")
     print("\nFine-tuning on transcribed digits ...", flush=True)
     fine_tune(options.model, out, [*flags, "--seed", str(options.seed)])
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    logging.disable_progress_bar()
 
     print("\n| held-out voices | utterances | word error rate | character error rate |\n|---|---|---|---|")
     for figure in record["evaluation"]:

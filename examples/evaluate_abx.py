@@ -13,15 +13,12 @@ features are judged. Triphones are cut from the labels and written to triphones.
 import argparse
 import csv
 import io
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
 from dinosr_hf.analysis.abx import (
     SPEAKERS,
@@ -34,7 +31,9 @@ from dinosr_hf.analysis.abx import (
 )
 from dinosr_hf.analysis.reports import write_report
 from dinosr_hf.analysis.speech import open_reference
+from dinosr_hf.command_line import command
 from dinosr_hf.data import SpeechSource
+from dinosr_hf.folders import open_config
 from dinosr_hf.recordings import DTYPES
 from dinosr_hf.units import FeatureFiles, UnitExtractor, has_codebooks, load_model, load_peer
 
@@ -69,7 +68,7 @@ def write_representations(
 ) -> Iterator[tuple[str, int, str, Path]]:
     """Of one model: source, layer, distance, and the folder of files to be compared by it."""
     where = {"device": options.device, "dtype": options.dtype}
-    config = AutoConfig.from_pretrained(name)
+    config = open_config(name)
     is_ours = has_codebooks(config)
     model = load_model(name, **where) if is_ours else None
     for kind in options.sources if is_ours else ["student"]:
@@ -131,12 +130,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    try:
+    with command(__file__):
         run(parse(argv))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"evaluate_abx.py: {error}")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,11 @@ speakers of --data. Needs the extras `train` and `analysis`.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
 from dinosr_hf.analysis.layers import (
     JudgedLayer,
@@ -33,6 +30,8 @@ from dinosr_hf.analysis.layers import (
 from dinosr_hf.analysis.plots import layer_curves_figure
 from dinosr_hf.analysis.reports import write_report
 from dinosr_hf.analysis.speech import open_reference
+from dinosr_hf.command_line import command
+from dinosr_hf.folders import open_config
 from dinosr_hf.recordings import DTYPES
 from dinosr_hf.units import UnitExtractor, has_codebooks, load_model, load_peer
 
@@ -69,7 +68,7 @@ def open_recordings(name: str, options: argparse.Namespace) -> Recordings:
 def extractors(name: str, options: argparse.Namespace) -> Iterator[tuple[str, UnitExtractor]]:
     """Whose features they are, and what gives them, of one model."""
     where = {"device": options.device, "dtype": options.dtype}
-    config = AutoConfig.from_pretrained(name)
+    config = open_config(name)
     layers = options.layers or list(range(1, config.num_hidden_layers + 1))
     if has_codebooks(config):
         model = load_model(name, **where)
@@ -110,12 +109,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    try:
+    with command(__file__):
         run(parse(argv))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"evaluate_layers.py: {error}")
 
 
 if __name__ == "__main__":

@@ -11,20 +11,19 @@ Intervals are bootstrapped over speakers. Needs the extras `train` and `analysis
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
 from dinosr_hf.analysis.evaluation import JudgedUnits, units_csv, units_curves, units_table
 from dinosr_hf.analysis.plots import layer_curves_figure
 from dinosr_hf.analysis.reports import write_report
 from dinosr_hf.analysis.speech import open_reference
+from dinosr_hf.command_line import command
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
+from dinosr_hf.folders import open_config
 from dinosr_hf.recordings import DTYPES
 from dinosr_hf.units import UnitExtractor, Units, fit_kmeans, has_codebooks, load_model, load_peer
 
@@ -59,7 +58,7 @@ def contestants(
 ) -> Iterator[tuple[str, UnitExtractor, Iterator[Units], int]]:
     """Kind of units, where they come from, the units, and how many different ones there can be, of one model."""
     where = {"device": options.device, "dtype": options.dtype}
-    config = AutoConfig.from_pretrained(name)
+    config = open_config(name)
     if has_codebooks(config):
         model = load_model(name, **where)
         for kind in options.sources:
@@ -111,12 +110,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    try:
+    with command(__file__):
         run(parse(argv))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"evaluate_units.py: {error}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from transformers.utils import logging
-
+from dinosr_hf.command_line import command
 from dinosr_hf.data import load_audio
 from dinosr_hf.export import FolderModel, TorchModel, compare, export_onnx, load_onnx, quantize_onnx
 
@@ -40,8 +39,7 @@ def verify(models: dict[str, FolderModel], files: Sequence[str]) -> None:
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    logging.disable_progress_bar()
-    try:
+    with command(__file__):
         print("Written:", export_onnx(options.model, options.onnx, overwrite=options.overwrite))
         models: dict[str, FolderModel] = {"torch": TorchModel(options.model), "onnx": load_onnx(options.onnx)}
         if options.int8:
@@ -49,8 +47,6 @@ def main(argv: Sequence[str]) -> None:
             models["int8"] = load_onnx(options.int8)
         if options.verify:
             verify(models, options.verify)
-    except (ImportError, ValueError) as error:
-        sys.exit(f"export_onnx.py: {error}")
 
 
 if __name__ == "__main__":

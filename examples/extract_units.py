@@ -10,7 +10,6 @@ command goes on where it was stopped, however it was. Recordings that cannot be 
 """
 
 import argparse
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
+from dinosr_hf.command_line import command
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings, open_source
 from dinosr_hf.recordings import DTYPES
 from dinosr_hf.units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, load_model
@@ -129,15 +128,12 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    transformers_logging.disable_progress_bar()
     options = parse(argv)
     # A process that is done waits for all others, however long that takes.
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=30))
     try:
-        num_left_out = run(options, state)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"extract_units.py: {error}")
+        with command(__file__):
+            num_left_out = run(options, state)
     finally:
         state.destroy_process_group()
     if num_left_out:

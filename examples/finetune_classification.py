@@ -16,7 +16,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from dinosr_hf.classification import Classification, ClassificationArguments
-from dinosr_hf.command_line import ArgumentError, parse_groups
+from dinosr_hf.command_line import ArgumentError, command, parse_groups
 from dinosr_hf.finetuning import FinetuningArguments, LabelledDataArguments, StartArguments, finetune
 
 CONFIG = Path(__file__).parent / "configs" / "classify_tiny.yaml"
@@ -24,14 +24,11 @@ GROUPS = (StartArguments, LabelledDataArguments, ClassificationArguments, Finetu
 
 
 def main() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
+    with command(__file__, ArgumentError):
         start, data, classification, arguments = parse_groups(sys.argv[1:], GROUPS, CONFIG)
         if PartialState().is_main_process:
             logging.getLogger("dinosr_hf").setLevel(logging.INFO)
         record = finetune(Classification(classification), start, data, arguments)
-    except ArgumentError as error:
-        sys.exit(f"finetune_classification.py: {error}")
     if PartialState().is_main_process:
         folder = arguments.output_dir
         for figure in record.evaluation:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from dinosr_hf.command_line import ArgumentError, parse_groups
+from dinosr_hf.command_line import ArgumentError, command, parse_groups
 from dinosr_hf.ctc import Recognition, RecognitionArguments
 from dinosr_hf.finetuning import FinetuningArguments, LabelledDataArguments, StartArguments, finetune
 
@@ -24,14 +24,11 @@ GROUPS = (StartArguments, LabelledDataArguments, RecognitionArguments, Finetunin
 
 
 def main() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
+    with command(__file__, ArgumentError):
         start, data, recognition, arguments = parse_groups(sys.argv[1:], GROUPS, CONFIG)
         if PartialState().is_main_process:
             logging.getLogger("dinosr_hf").setLevel(logging.INFO)
         record = finetune(Recognition(recognition), start, data, arguments)
-    except ArgumentError as error:
-        sys.exit(f"finetune_ctc.py: {error}")
     if PartialState().is_main_process:
         for figure in record.evaluation:
             print(f"{figure['split']}: word error rate {figure['wer']:.2%}, character error rate {figure['cer']:.2%}")

@@ -9,14 +9,13 @@ codebook. Needs scikit-learn (the extra `analysis`).
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
+from dinosr_hf.command_line import command
 from dinosr_hf.data import SAMPLING_RATE, open_recordings
 from dinosr_hf.recordings import DTYPES
 from dinosr_hf.units import UnitExtractor, fit_kmeans, load_model
@@ -60,12 +59,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    try:
+    with command(__file__):
         run(parse(argv))
-    except (ValueError, ImportError) as error:
-        sys.exit(f"fit_kmeans.py: {error}")
 
 
 if __name__ == "__main__":

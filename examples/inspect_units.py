@@ -9,17 +9,16 @@ The page has tables and pictures, and for each codeword its phones, its neighbou
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from dinosr_hf.analysis import read_alignments
 from dinosr_hf.analysis.inspection import AUDIO_FORMATS, CodewordInspector, render_page
+from dinosr_hf.command_line import command
 from dinosr_hf.data import SAMPLING_RATE, open_recordings, open_source
 from dinosr_hf.recordings import DTYPES
 from dinosr_hf.units import load_model, scored_units
@@ -106,13 +105,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    options = parse(argv)
-    try:
-        run(options)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"inspect_units.py: {error}")
+    with command(__file__):
+        run(parse(argv))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from dinosr_hf.command_line import command
 from dinosr_hf.data.scan import MIN_SECONDS, scan_folder, write_manifest
 
 
@@ -35,12 +36,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     since = time.perf_counter()
-    try:
+    with command(__file__):
         scan = scan_folder(options.folder, min_seconds=options.min_seconds, decode=options.decode, show_progress=True)
         print(scan)
         written = write_manifest(scan, options.manifest, overwrite=options.overwrite)
-    except ValueError as error:
-        sys.exit(f"make_manifest.py: {error}")
     num_files, seconds = len(scan.usable) + len(scan.left_out), time.perf_counter() - since
     print(f"{num_files:,} files in {seconds:,.1f} s ({num_files / seconds:,.0f} a second)")
     print("Written:", *written)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinosr_hf.analysis.curves import read_run, run_figure
+from dinosr_hf.command_line import command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -26,10 +27,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    try:
+    with command(__file__):
         figure = run_figure([read_run(folder) for folder in options.runs], x=options.x, title=options.title)
-    except ValueError as error:
-        sys.exit(f"plot_run.py: {error}")
     output = Path(options.output or Path(options.runs[0]) / "curves.png")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)

@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from dinosr_hf.command_line import command
 from dinosr_hf.hub import prepare, push, read_provenance
 
 
@@ -36,7 +37,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     given = {name: getattr(options, name) for name in ("repo_id", "license", "languages", "base_model")}
-    try:
+    with command(__file__):
         provenance, record = read_provenance(options.folder, options.provenance, **given)
         ready = prepare(options.folder, options.out, provenance, record, include=options.include)
         print(f"{ready} is ready: {', '.join(sorted(file.name for file in ready.iterdir()))}")
@@ -44,8 +45,6 @@ def main(argv: Sequence[str]) -> None:
             print("Uploaded to", push(ready, provenance.repo_id, private=not options.public))
         else:
             print("Read its README.md. Nothing was uploaded: --push does that.")
-    except ValueError as error:
-        sys.exit(f"prepare_for_hub.py: {error}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from dinosr_hf.command_line import command
 from dinosr_hf.pretraining import (
     ArgumentError,
     CheckpointError,
@@ -26,13 +27,11 @@ from dinosr_hf.pretraining import (
 
 
 def main() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("dinosr_hf").setLevel(logging.INFO)
     try:
-        arguments = parse_arguments(sys.argv[1:], Path(__file__).parent / "configs" / "tiny_cpu.yaml")
-        model = run(arguments)
-    except (ArgumentError, CheckpointError, TrainingStopped) as error:
-        sys.exit(f"pretrain.py: {error}")
+        with command(__file__, ArgumentError, CheckpointError, TrainingStopped):
+            arguments = parse_arguments(sys.argv[1:], Path(__file__).parent / "configs" / "tiny_cpu.yaml")
+            model = run(arguments)
     except RunInterrupted as interruption:
         print(f"{interruption} The same command goes on from there.", file=sys.stderr)
         sys.exit(interruption.exit_code)

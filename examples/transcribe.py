@@ -10,7 +10,6 @@ says, which examples/tune_decoding.py writes, else greedily. Ends with status 1 
 """
 
 import argparse
-import logging
 import sys
 import time
 from collections import Counter
@@ -19,8 +18,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
+from dinosr_hf.command_line import command
 from dinosr_hf.ctc import FORMATS, Transcriber, Transcript, output_path
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
 from dinosr_hf.recordings import DTYPES
@@ -123,12 +122,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    try:
+    with command(__file__):
         num_unreadable = run(parse(argv))
-    except ValueError as error:
-        sys.exit(f"transcribe.py: {error}")
     if num_unreadable:
         sys.exit(f"transcribe.py: {num_unreadable:,} recordings could not be read and were left out.")
 

@@ -9,7 +9,6 @@ labels. Emissions are computed once. Prints a table of trials; what is written i
 
 import argparse
 import itertools
-import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCTC
 
 import dinosr_hf  # registers the model  # noqa: F401
+from dinosr_hf.command_line import command
 from dinosr_hf.ctc import load_processor
 from dinosr_hf.ctc.decoding import BeamSearchDecoder, DecodingOptions, GreedyDecoder
 from dinosr_hf.ctc.tuning import LM_WEIGHTS, WORD_SCORES, Trial, grid, random_pairs, tune
@@ -123,12 +123,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    options = parse(argv)
-    try:
-        run(options)
-    except (ImportError, ValueError) as error:
-        sys.exit(f"tune_decoding.py: {error}")
+    with command(__file__):
+        run(parse(argv))
 
 
 if __name__ == "__main__":

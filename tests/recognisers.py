@@ -1,4 +1,4 @@
-"""Tiny models in folders as runs leave them: a recogniser, a classifier, a pre-training checkpoint."""
+"""Tiny models in folders as runs leave them: recognisers, a classifier, a pre-training checkpoint."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining, DinoSRForSequenceClass
 from dinosr_hf.folders import feature_extractor, save_folder
 from tiny import randomize, tiny_config, waveforms
 
+VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"]
 LABELS = ["<pad>", "<s>", "</s>", "<unk>", "|", "A", "B", "C", "D"]
 
 
@@ -46,3 +47,24 @@ def save_models(folder: Path) -> dict[str, torch.nn.Module]:
     tiny_processor(folder).save_pretrained(folder / "recogniser")
     (folder / "vocab.json").unlink()
     return models
+
+
+def letters_processor(folder: Path) -> Wav2Vec2Processor:
+    """Of `VOCABULARY`; its files are in the folder then."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({label: number for number, label in enumerate(VOCABULARY)}))
+    processor = Wav2Vec2Processor(feature_extractor(), Wav2Vec2CTCTokenizer(str(folder / "vocab.json")))
+    processor.save_pretrained(folder)
+    return processor
+
+
+def save_recogniser(folder: Path, **changes) -> DinoSRForCTC:
+    """
+    Write a recogniser and its processor; `changes` are of its configuration.
+
+    Its weights are random, but far from zero: what it says is nonsense, different for different speech.
+    """
+    letters_processor(folder)
+    model = randomize(DinoSRForCTC(tiny_config(**{"vocab_size": len(VOCABULARY), **changes}))).eval()
+    model.save_pretrained(folder)
+    return model

@@ -154,7 +154,7 @@ def test_tables_of_many_classes_have_the_most_frequent_confusions():
 def test_scikit_learn_is_asked_for_before_the_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    with pytest.raises(ImportError, match=re.escape('need scikit-learn: pip install "dinosr-hf[asr]"')):
+    with pytest.raises(ImportError, match=re.escape('needs sklearn.metrics: pip install "dinosr-hf[asr]"')):
         Classification(ClassificationArguments())
 
 

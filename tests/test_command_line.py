@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import TrainingArguments
+from transformers.utils import logging as transformers_logging
 
-from dinosr_hf.command_line import ArgumentError, check_ranges, parse_groups
+from dinosr_hf.command_line import ArgumentError, check_ranges, command, parse_groups
 
 
 @dataclass
@@ -99,3 +101,29 @@ def test_the_first_value_out_of_range_is_named():
     with pytest.raises(ArgumentError, match=r"b=2 is out of range: it must be odd\."):
         check_ranges(rules)
     check_ranges(rules[:1])
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, ImportError, ArgumentError])
+def test_an_error_that_its_user_can_mend_is_one_line_of_a_script(error):
+    with pytest.raises(SystemExit, match=r"^say\.py: give another$"), command("/somewhere/say.py"):
+        raise error("give another")
+
+
+def test_other_errors_of_a_script_keep_their_traceback():
+    with pytest.raises(KeyError), command("say.py"):
+        raise KeyError("a bug")
+    with pytest.raises(ValueError, match="a bug"), command("say.py", ArgumentError):
+        raise ValueError("a bug")
+
+
+@pytest.mark.parametrize("are_shown", [True, False])
+def test_a_script_hides_the_bars_of_loading_weights_and_leaves_those_of_downloads(are_shown, monkeypatch):
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    (enable_progress_bars if are_shown else disable_progress_bars)()
+    try:
+        with command("say.py"):
+            pass
+        assert not transformers_logging.is_progress_bar_enabled()
+        assert are_progress_bars_disabled() != are_shown
+    finally:
+        enable_progress_bars()

@@ -20,7 +20,7 @@ from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel, export
 from dinosr_hf.export import HEADS, TorchModel, compare, export_onnx, load_onnx, quantize_onnx
 from dinosr_hf.folders import feature_extractor, save_folder
 from dinosr_hf.modeling_dinosr import AUTO_CLASSES
-from recogniser import VOCABULARY, letters_processor, save_recogniser
+from recognisers import VOCABULARY, letters_processor, save_recogniser
 from test_readme import blocks, load_script
 from tiny import deterministic_config, padded, randomize, tiny_config, waveforms
 from tolerances import ACTIVATIONS, SAME_ARITHMETIC

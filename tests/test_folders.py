@@ -5,7 +5,7 @@ import torch
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.data import SAMPLING_RATE
-from dinosr_hf.folders import begin_folder, feature_extractor, save_folder
+from dinosr_hf.folders import begin_folder, feature_extractor, open_config, save_folder
 from tiny import tiny_config
 
 
@@ -78,3 +78,8 @@ def test_failed_save_changes_nothing(model, tmp_path, monkeypatch, target):
         save_folder(model, tmp_path / target)
     assert names(tmp_path) == ["config.json"]
     assert (tmp_path / "config.json").read_text() == "mine"
+
+
+def test_a_model_that_is_not_there_is_named_with_what_to_give(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere cannot be opened \((.|\n)*\)\. Give a folder with a model"):
+        open_config(tmp_path / "nowhere")

@@ -21,7 +21,7 @@ from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
 from dinosr_hf.pretraining.state import save_model
 from language_models import write_arpa
 from pretraining_runs import metrics_of, tiny_arguments
-from recogniser import save_recogniser
+from recognisers import save_recogniser
 from scripts import load_script
 
 ROOT = Path(__file__).parent.parent

@@ -157,7 +157,7 @@ def test_kmeans_of_what_it_is_not_for(model, recordings, tmp_path):
 
 def test_kmeans_without_scikit_learn(model, recordings, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(ImportError, match=r"sklearn.cluster is needed here: pip install .dinosr-hf\[analysis\]"):
+    with pytest.raises(ImportError, match=r"needs sklearn.cluster: pip install .dinosr-hf\[analysis\]"):
         fit_kmeans(UnitExtractor(model, layers=[2]), recordings)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from ._extras import import_extra
 from .command_line import ArgumentError, check_ranges
 from .data import LabelledSource
 from .finetuning import Task
@@ -124,14 +125,6 @@ def _cell(label: str) -> str:
     return label.replace("|", "\\|") or "(not read)"
 
 
-def _metrics_package() -> Any:
-    try:
-        import sklearn.metrics
-    except ImportError as error:
-        raise ImportError('Figures of classes need scikit-learn: pip install "dinosr-hf[asr]"') from error
-    return sklearn.metrics
-
-
 def score_classes(references: Sequence[str], predictions: Sequence[str], classes: Sequence[str]) -> ClassReport:
     """
     Compare the classes that were found with those that are right.
@@ -153,9 +146,8 @@ def score_classes(references: Sequence[str], predictions: Sequence[str], classes
     confusions = Counter(zip(references, predictions, strict=True))
     occurring, found = Counter(references), Counter(predictions)
     names = [*classes, *sorted(set(references) - set(classes))]
-    rates = _metrics_package().precision_recall_fscore_support(
-        references, predictions, labels=names, zero_division=0.0
-    )
+    metrics = import_extra("sklearn.metrics", "asr", "Figures of classes")
+    rates = metrics.precision_recall_fscore_support(references, predictions, labels=names, zero_division=0.0)
     rows = [
         ClassFigures(name, occurring[name], confusions[name, name], found[name], *map(float, row))
         for name, *row in zip(names, *rates[:3], strict=True)
@@ -212,7 +204,7 @@ class Classification(Task):
     greater_is_better = True
 
     def __init__(self, arguments: ClassificationArguments) -> None:
-        _metrics_package()  # before the training, not after it
+        import_extra("sklearn.metrics", "asr", "Figures of classes")  # before the training, not after it
         self.arguments = arguments
         self.crop_seconds = arguments.crop_seconds
         self.classes: list[str] = []

@@ -1,39 +1,95 @@
-"""What the scripts share: arguments from a YAML file and flags over it, and errors that name the nearest argument."""
+"""What the scripts share: arguments from a YAML file and flags over it, and errors that say what to change."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
 
 
 class ArgumentError(ValueError):
     """An argument that a run cannot work with; the message says which, and what to change."""
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"{name} is no argument. The nearest is {near}."
+@contextmanager
+def command(script: str | os.PathLike, *mendable: type[Exception]) -> Iterator[None]:
+    """
+    Do what a script is for: warnings are lines of text, and an error that its user can mend is one too.
+
+    Args:
+        script: Path of the script, `__file__`.
+        *mendable: Errors whose message says what to change; left out, ValueError, OSError and ImportError.
+
+    Raises:
+        SystemExit: For such an error, with `script: message`, so that the exit status is 1. Others are passed on.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    downloads_are_shown = not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # of loading weights, and with it the Hub's
+    if downloads_are_shown:
+        enable_progress_bars()
+    kinds = mendable or (ValueError, OSError, ImportError)
+    try:
+        yield
+    except kinds as error:
+        sys.exit(f"{Path(script).name}: {error}")
 
 
-def _read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
+def refuse_unknown(
+    names: Iterable[Any], known: Sequence[str], kind: str = "argument", where: str | os.PathLike | None = None
+) -> None:
+    """
+    Refuse the first name that is not known.
+
+    Args:
+        names: What a user has written.
+        known: What there is.
+        kind: What a name is called in the error.
+        where: The place of the names, for the error.
+
+    Raises:
+        ArgumentError: Names it, and the nearest that is known.
+    """
+    place = "" if where is None else f"{where}: "
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            raise ArgumentError(f"{place}{name} is no {kind}. The nearest is {near}.")
+
+
+def read_yaml(path: Path, known: Sequence[str], kind: str = "argument") -> dict[str, Any]:
+    """
+    Read a YAML file of lines `key: value`.
+
+    Args:
+        path: The file.
+        known: The keys that it may have.
+        kind: What a key is called in errors.
+
+    Raises:
+        ArgumentError: If it is no such file, or has another key; the message names the nearest.
+    """
     if not path.is_file():
-        raise ArgumentError(f"{path} is not a file. Give the path of a YAML file, or only flags.")
+        raise ArgumentError(f"{path} is not a file. Give the path of a YAML file.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ArgumentError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, Mapping):
         raise ArgumentError(f"{path} must be lines of `key: value`, but holds a {type(content).__name__}.")
-    for key in content:
-        if key not in known:
-            raise ArgumentError(f"{path}: {_nearest(str(key), known)}")
+    refuse_unknown(content, known, kind, where=path)
     return dict(content)
 
 
@@ -73,7 +129,7 @@ def parse_groups(argv: Sequence[str], groups: Sequence[Any], default_config: str
     path = default_config
     if flags and not flags[0].startswith("-"):
         path = flags.pop(0)
-    from_file = {} if path is None else _read_yaml(Path(path), known)
+    from_file = {} if path is None else read_yaml(Path(path), known)
     as_flags: list[str] = []
     for key, value in from_file.items():
         as_flags += _as_flags(key, value)
@@ -86,8 +142,9 @@ def parse_groups(argv: Sequence[str], groups: Sequence[Any], default_config: str
     except ValueError as error:  # what the dataclasses object to by themselves, as TrainingArguments does
         raise ArgumentError(str(error)) from error
     for text in unknown:
-        name = text.lstrip("-").partition("=")[0]
-        raise ArgumentError(_nearest(name, known) if text.startswith("-") else f"{text} belongs to no argument.")
+        if not text.startswith("-"):
+            raise ArgumentError(f"{text} belongs to no argument.")
+        refuse_unknown([text.lstrip("-").partition("=")[0]], known)
     named = {flag.partition("=")[0] for flag in flags}
     for key, value in from_file.items():
         if (value is None or value == []) and f"--{key}" not in named:

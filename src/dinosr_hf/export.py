@@ -14,7 +14,6 @@ extractor and, of a recogniser, tokenizer. Inputs and output of the network, for
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import logging
 import os
@@ -33,6 +32,7 @@ from torch import nn
 from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
 from . import modeling_dinosr
+from ._extras import import_extra
 from .configuration_dinosr import DinoSRConfig
 from .data import SAMPLING_RATE
 from .folders import whole_folder
@@ -61,10 +61,7 @@ HEADS = {
 
 
 def _require(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'ONNX needs {module.partition(".")[0]}: pip install "dinosr-hf[onnx]".') from error
+    return import_extra(module, "onnx", "ONNX")
 
 
 def _head_of(architecture: str, name: str) -> Head:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
+from transformers import AutoConfig, PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from transformers.utils.hub import has_file
 
 
@@ -33,6 +33,23 @@ class FolderTokenizer(Wav2Vec2CTCTokenizer):
                 " a recogniser that was saved alone, add its tokenizer with `processor.save_pretrained(folder)`."
             )
         return Wav2Vec2CTCTokenizer.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def open_config(name: str | os.PathLike, advice: str = "Give a folder with a model, or a name on the Hub.") -> Any:
+    """
+    The configuration of a model that a user names.
+
+    Args:
+        name: Folder, or name on the Hub.
+        advice: What to give instead, for the error.
+
+    Raises:
+        ValueError: If there is none; the message has the name, the reason and the advice.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be opened ({error}). {advice}") from error
 
 
 def feature_extractor() -> Wav2Vec2FeatureExtractor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._extra import import_extra
+from .._extras import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,12 +36,12 @@ def check_width(width: float) -> None:
 
 def new_figure(width: float, height: float) -> Any:
     """A figure whose parts keep clear of each other; needs no display, and nothing closes it."""
-    return import_extra("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    return import_extra("matplotlib.figure", "analysis").Figure(figsize=(width, height), layout="constrained")
 
 
 def line_colors(count: int) -> list[Any]:
     """From dark to light evenly, also in grey; the lightest are left out, which do not show on white."""
-    colormap = import_extra("matplotlib").colormaps["plasma"]
+    colormap = import_extra("matplotlib", "analysis").colormaps["plasma"]
     return [colormap(0.78 * number / max(count - 1, 1)) for number in range(count)]
 
 
@@ -55,7 +55,7 @@ def line_styles(count: int) -> list[LineStyle]:
 
 def text_color(background: Any) -> str:
     """Black or white, whichever is read better on a colour."""
-    red, green, blue = import_extra("matplotlib.colors").to_rgb(background)
+    red, green, blue = import_extra("matplotlib.colors", "analysis").to_rgb(background)
     # Luminance of sRGB, near enough; both colours have the same contrast a little below the middle.
     return "black" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.18 else "white"
 

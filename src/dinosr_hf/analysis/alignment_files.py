@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ._extra import import_extra
+from .._extras import import_extra
 from .alignment import Labels, Segment, read_labels
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ctm", ".TextGrid")
@@ -65,8 +65,8 @@ def read_textgrid(path: str | Path, tier: str = "phones") -> list[Segment]:
         ValueError: If it is no TextGrid, or has no such tier of intervals.
         ImportError: Without praatio, which reads it.
     """
-    textgrid = import_extra("praatio.textgrid")
-    errors = import_extra("praatio.utilities.errors")
+    textgrid = import_extra("praatio.textgrid", "analysis")
+    errors = import_extra("praatio.utilities.errors", "analysis")
     try:
         grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=False, reportingMode="error")
     except (errors.PraatioException, ValueError, IndexError, UnicodeDecodeError) as error:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._extra import import_extra
+from .._extras import import_extra
 
 _SAMPLING_RATE = 16_000
 _FIELD = 400
@@ -71,7 +71,7 @@ def _cepstra(waveform: NDArray[np.float64], mel_floor: float) -> NDArray[np.floa
         log_mel="log",
         dtype=np.dtype(np.float64),
     )
-    return import_extra("scipy.fft").dct(log_mel.T, type=2, norm="ortho", axis=1)[:, :_NUM_CEPSTRA]
+    return import_extra("scipy.fft", "analysis").dct(log_mel.T, type=2, norm="ortho", axis=1)[:, :_NUM_CEPSTRA]
 
 
 def mfcc(waveform: ArrayLike, *, tuned: bool = True) -> NDArray[np.float32]:
@@ -185,6 +185,6 @@ def kmeans_units(train_features: ArrayLike, num_clusters: int, seed: int, *, max
         )
     if len(frames) > max_frames:
         frames = frames[np.sort(np.random.default_rng(seed).choice(len(frames), max_frames, replace=False))]
-    cluster = import_extra("sklearn.cluster")
+    cluster = import_extra("sklearn.cluster", "analysis")
     fitted = cluster.KMeans(num_clusters, n_init=1, max_iter=100, random_state=seed).fit(frames)
     return KMeansUnits(np.asarray(fitted.cluster_centers_, dtype=np.float32))

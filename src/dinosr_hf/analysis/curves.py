@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import yaml
 
-from ._extra import import_extra
+from .._extras import import_extra
 from ._figures import check_width, line_colors, new_figure
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def _draw_run(axes: Axes, panel: _Panel, run: RunCurves, color: Any, x: Axis, ha
 
 def _label_styles(axes: Axes, panel: _Panel, runs: Sequence[RunCurves]) -> None:
     """Name the styles of a panel, where runs have several curves in it."""
-    lines = import_extra("matplotlib.lines")
+    lines = import_extra("matplotlib.lines", "analysis")
     named = [curve for curve in panel.curves if curve.label is not None and _has(curve, runs)]
     if len(named) > 1:
         handles = [lines.Line2D([], [], color="0.25", linestyle=curve.style, label=curve.label) for curve in named]
@@ -281,7 +281,7 @@ def _draw_bounds(axes: Axes, panel: _Panel, runs: Sequence[RunCurves]) -> None:
 
 def _set_scales(axes: Axes, panel: _Panel) -> None:
     """Logarithms of a decade at least, which is what has a label, and shares from 0 to 1."""
-    no_labels = import_extra("matplotlib.ticker").NullFormatter()
+    no_labels = import_extra("matplotlib.ticker", "analysis").NullFormatter()
     axes.xaxis.set_minor_formatter(no_labels)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, high / 10), high)
@@ -358,7 +358,7 @@ def _has(curve: _Curve, runs: Sequence[RunCurves]) -> bool:
 
 
 def _add_legend(figure: Any, runs: Sequence[RunCurves], colors: Sequence[Any], title: str | None) -> None:
-    lines = import_extra("matplotlib.lines")
+    lines = import_extra("matplotlib.lines", "analysis")
 
     def handles() -> Iterator[Any]:
         for run, color in zip(runs, colors, strict=True):

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .._extras import import_extra
 from ..configuration_dinosr import DinoSRConfig
 from ..data import SpeechSource
 from ..data.collator import utterance_generator
-from ._extra import import_extra
 from .baselines import kmeans_units
 from .evaluation import Reference
 from .plots.lines import LayerCurves
@@ -215,7 +215,7 @@ def probe_accuracy(
     if len(np.unique(np.asarray(train_classes))) < 2:
         raise ValueError("There is one class only in train, but a probe tells at least two apart.")
     fitted, judged = _standardized(train, test)
-    linear = import_extra("sklearn.linear_model").RidgeClassifier(alpha=regularization * len(fitted))
+    linear = import_extra("sklearn.linear_model", "analysis").RidgeClassifier(alpha=regularization * len(fitted))
     return float(linear.fit(fitted, train_classes).score(judged, test_classes))
 
 

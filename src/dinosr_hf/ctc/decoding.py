@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import json
 import logging
 import math
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..command_line import refuse_unknown
 from ..data.audio import SAMPLING_RATE
 from .language_models import (
     SPECIAL_WORDS,
@@ -161,10 +161,7 @@ class DecodingOptions:
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold an object of options, but holds a {type(values).__name__}.")
         known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"{path}: {name} is no option. The nearest is {nearest}.")
+        refuse_unknown(values, known, "option", where=path)
         for name in ("language_model", "lexicon"):
             if values.get(name) is not None:
                 values[name] = str(path.parent / values[name])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._extras import import_extra
+
 SPECIAL_WORDS = ("<s>", "</s>", "<unk>")
 
 
 def flashlight(module: str) -> Any:
     """A module of flashlight-text. Raises `ImportError` that says how to install it."""
-    try:
-        return importlib.import_module(f"flashlight.lib.text.{module}")
-    except ImportError as error:
-        raise ImportError('Beam search needs flashlight-text: pip install "dinosr-hf[lm]".') from error
+    return import_extra(f"flashlight.lib.text.{module}", "lm", "Beam search")
 
 
 def _lines(path: Path) -> Iterator[str]:

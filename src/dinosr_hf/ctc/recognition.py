@@ -95,7 +95,9 @@ class Recognition(Task):
             try:
                 self.processor, known = load_processor(self.arguments.processor)
             except ValueError as error:
-                raise ArgumentError(f"processor={error}") from error
+                raise ArgumentError(
+                    f"processor={error} Without processor, a vocabulary is made from the training transcripts."
+                ) from error
             self.normalization = self._agreed(known)
             return
         vocabulary = build_vocabulary(map(self.normalization, train.labels), self.normalization.units)

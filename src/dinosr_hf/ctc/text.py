@@ -162,8 +162,7 @@ def load_processor(name: str | os.PathLike) -> tuple[Wav2Vec2Processor, TextNorm
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{name} has no processor with a tokenizer ({error}). Give a fine-tuned recogniser, or leave it out: a"
-            " vocabulary is then made from the training transcripts."
+            f"{name} has no processor with a tokenizer ({error}). Give a fine-tuned recogniser."
         ) from error
     if getattr(processor, "tokenizer", None) is None:
         raise ValueError(f"{name} has a feature extractor, but no tokenizer. Give a fine-tuned recogniser.")

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._extras import import_extra
+
 ESPEAK_RATE = 22_050  # samples a second of every voice that is not an MBROLA voice
 
 # From espeak-ng's public header speak_lib.h.
@@ -69,14 +71,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 
 
 def _loader() -> Any:
-    try:
-        import espeakng_loader
-    except ImportError as error:
-        raise ImportError(
-            "The synthetic corpus speaks with espeak-ng, and the package espeakng-loader that brings it is not "
-            'installed. Install it with: pip install "dinosr-hf[demo]"'
-        ) from error
-    return espeakng_loader
+    return import_extra("espeakng_loader", "demo", "The synthetic corpus")
 
 
 def _is_loaded(path: str) -> bool:

@@ -6,7 +6,6 @@ Reading speech: decode with soundfile, mix down to mono, resample with soxr; a p
 
 from __future__ import annotations
 
-import importlib
 import io
 import math
 import os
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+
+from .._extras import import_extra
 
 SAMPLING_RATE = 16_000
 
@@ -63,10 +64,7 @@ class AudioInfo(NamedTuple):
 
 def require(module: str) -> Any:
     """Import an optional package of the extra `train`. Raises `ImportError` that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'Reading audio needs {module}: pip install "dinosr-hf[train]".') from error
+    return import_extra(module, "train", "Reading audio")
 
 
 def resampled_length(num_frames: int, sampling_rate: int, target_rate: int = SAMPLING_RATE) -> int:

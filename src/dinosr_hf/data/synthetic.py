@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import importlib
 import itertools
 import json
 import math
@@ -41,6 +40,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from .._extras import import_extra
 from ._espeak import ESPEAK_RATE, Event, synthesize, voice_variants
 from ._grammar import GRAMMARS, digit_string, expand
 from .audio import SAMPLING_RATE
@@ -76,12 +76,7 @@ _T = TypeVar("_T")
 
 
 def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f'The synthetic corpus needs the package {name}. Install it with: pip install "dinosr-hf[demo]"'
-        ) from error
+    return import_extra(name, "demo", "The synthetic corpus")
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

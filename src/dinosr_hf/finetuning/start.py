@@ -6,22 +6,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..command_line import ArgumentError
 from ..configuration_dinosr import DinoSRConfig
+from ..folders import open_config
 from ..modeling_dinosr import DinoSRForPreTraining, DinoSRPreTrainedModel
 from .arguments import StartArguments
 
 
 def _read_config(name: str) -> DinoSRConfig:
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ArgumentError(
-            f"model={name} cannot be opened ({error}). Give the folder of a DinoSR, as pre-training leaves it, or its"
-            " name on the Hub."
-        ) from error
+        config = open_config(name, "Give the folder of a DinoSR, as pre-training leaves it, or its name on the Hub.")
+    except ValueError as error:
+        raise ArgumentError(f"model={error}") from error
     if config.model_type != DinoSRConfig.model_type:
         raise ArgumentError(f"model={name} is a {config.model_type}, not a DinoSR. Give a DinoSR's folder or name.")
     return config

@@ -13,7 +13,6 @@ What a run cannot know of itself: names, languages, licences. A YAML file of the
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -22,10 +21,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # imported lazily
 
+from ..command_line import read_yaml, refuse_unknown
 from ..records import RunRecord, read_record, record_of
 
 UNPUBLISHED = "unpublished"
@@ -109,25 +108,6 @@ REQUIRED = {
 }
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file. Give the YAML file with the provenance of the model.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} must be lines of `key: value`, but holds a {type(content).__name__}.")
-    return dict(content)
-
-
-def _refuse_unknown(content: Mapping[str, Any], known: list[str], where: str) -> None:
-    for name in content:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: {name} is no field of it. The nearest is {near}.")
-
-
 def read_provenance(
     folder: str | os.PathLike, path: str | os.PathLike | None = None, **given: Any
 ) -> tuple[Provenance, RunRecord]:
@@ -145,14 +125,13 @@ def read_provenance(
     Raises:
         ValueError: If anything is missing or cannot be so. The message names all of it, and where to give it.
     """
-    content = _read_yaml(Path(path)) if path is not None else {}
     known = [field.name for field in dataclasses.fields(Provenance)]
-    _refuse_unknown(content, [*known, "run"], str(path))
+    content = read_yaml(Path(path), [*known, "run"], "field of it") if path is not None else {}
     run = content.pop("run", None)
     if isinstance(run, Mapping):  # YAML makes times of what looks so
         run = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in run.items()}
     content |= {name: value for name, value in given.items() if value is not None}
-    _refuse_unknown(given, known, "read_provenance")
+    refuse_unknown(given, known, "field of it", where="read_provenance")
     record = read_record(folder) if run is None else record_of(run, f"`run` of {path}")
     problems = list(_problems(content))
     datasets = _datasets(content.get("datasets"), problems)
@@ -199,7 +178,7 @@ def _datasets(content: Any, problems: list[str]) -> list[Dataset]:
         if not isinstance(entry, Mapping) or not entry.get("name"):
             problems.append(f"datasets: entry {number + 1} has no name")
             continue
-        _refuse_unknown(entry, known, f"datasets: {entry['name']}")
+        refuse_unknown(entry, known, "field of it", where=f"datasets: {entry['name']}")
         if not entry.get("license"):
             problems.append(f"datasets: {entry['name']} has no license, the licence of the data")
         found.append(Dataset(**{"license": "", **entry}))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from ..analysis._extra import import_extra
+from .._extras import import_extra
 from ..configuration_dinosr import DinoSRConfig
 from ..data import SAMPLING_RATE, PlanSummary
 from ..masking import sample_span_mask
@@ -393,7 +393,7 @@ def describe_plan(
 
 def _show_decay(axes: Axes, steps: Sequence[int], decays: Sequence[float], name: str) -> None:
     """A decay over steps, so that 0.99 and 0.999 are as far apart as 0.999 and 0.9999; nothing where it is 1."""
-    ticker: Any = import_extra("matplotlib.ticker")
+    ticker: Any = import_extra("matplotlib.ticker", "analysis")
     lacking = np.array([math.nan if decay >= 1 else 1 - decay for decay in decays])
     low, high = (np.nanmin(lacking), np.nanmax(lacking)) if np.isfinite(lacking).any() else (1e-3, 1e-1)
     axes.set_yscale("log")
@@ -425,8 +425,8 @@ def plan_figure(plan: RunPlan, *, width: float = 7.2) -> Figure:
     steps = sorted({int(step) for step in np.linspace(1, last, 600)} | {step for step in beside if 1 <= step <= last})
     points = [plan.at(step) for step in steps]
 
-    ticker: Any = import_extra("matplotlib.ticker")
-    figure: Any = import_extra("matplotlib.figure").Figure(figsize=(width, 5.4), layout="constrained")
+    ticker: Any = import_extra("matplotlib.ticker", "analysis")
+    figure: Any = import_extra("matplotlib.figure", "analysis").Figure(figsize=(width, 5.4), layout="constrained")
     rate, ema, codebook = figure.subplots(3, sharex=True)
     rate.plot(steps, [point.learning_rate for point in points], color="C0")
     rate.set_ylim(0, None)

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..configuration_dinosr import DinoSRConfig
 from ..data import SpeechSource
+from ..folders import open_config
 from ..modeling_dinosr import DinoSRForPreTraining
 from ..recordings import DTYPES, RecordingRunner, mean_and_variance, pad_batch
 from ..units_dinosr import check_layers, check_source
@@ -62,10 +63,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} cannot be opened ({error}). Give the folder that pre-training leaves.") from error
+    config = open_config(name, "Give the folder that pre-training leaves.")
     if not has_codebooks(config):
         kinds = config.architectures or ["nothing known"]
         raise ValueError(

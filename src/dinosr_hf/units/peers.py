@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoFeatureExtractor, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_dinosr import DinoSRConfig
+from ..folders import open_config
 from ..recordings import DTYPES, RecordingRunner
 from .extraction import UnitExtractor
 
@@ -105,8 +106,8 @@ def load_peer(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
+    config = open_config(name, "Give a folder with model and feature extractor.")
     try:
-        config = AutoConfig.from_pretrained(name)
         extractor: Any = AutoFeatureExtractor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..._extras import import_extra
 from ...data import AudioFileError, SpeechSource
-from .._extra import import_extra
 from ..alignment import SAMPLING_RATE
 from .codewords import CodewordSummary, Moment
 
@@ -68,7 +68,9 @@ def encode_audio(samples: NDArray[np.float32], form: str) -> str:
     """
     kind, container, subtype = AUDIO_FORMATS[form]
     stream = io.BytesIO()
-    import_extra("soundfile").write(stream, np.clip(samples, -1, 1), SAMPLING_RATE, format=container, subtype=subtype)
+    import_extra("soundfile", "analysis").write(
+        stream, np.clip(samples, -1, 1), SAMPLING_RATE, format=container, subtype=subtype
+    )
     return data_uri(stream.getvalue(), kind)
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..._extras import import_extra
 from ...data import AudioFileError, SpeechSource
-from .._extra import import_extra
 from ..alignment import SAMPLING_RATE
 from ..plots import (
     class_confusion_figure,
@@ -246,7 +246,7 @@ def render_page(
     """
     if not max_megabytes >= 0:
         raise ValueError(f"max_megabytes={max_megabytes} is out of range: it must be at least 0.")
-    jinja: Any = import_extra("jinja2")
+    jinja: Any = import_extra("jinja2", "analysis")
     maker = ClipMaker(recordings, stride=stride, field=field, audio=audio, context_seconds=context_seconds)
     clips, num_left_out = maker.make_all(inspection.codewords, max_megabytes * 1e6)
     rows = _rows(inspection, clips, stride)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._extra import import_extra
+from ..._extras import import_extra
 from .._figures import TEXT_SIZE, LineStyle, check_width, legend_above, line_styles, new_figure, shorten, small_axes
 from ..quality import code_perplexity, num_active_codes
 
@@ -142,7 +142,7 @@ def layer_curves_figure(curves: Sequence[LayerCurves], *, title: str | None = No
 def _add_legend(
     figure: Any, names: Sequence[str], styles: Sequence[LineStyle], width: float, title: str | None
 ) -> None:
-    lines = import_extra("matplotlib.lines")
+    lines = import_extra("matplotlib.lines", "analysis")
     handles = [
         lines.Line2D(
             [],
@@ -216,7 +216,7 @@ def code_usage_figure(counts: Mapping[str, ArrayLike], *, title: str | None = No
     low, high = axes.get_ylim()
     # A decade at least, which is what has a label.
     axes.set_ylim(min(low, high / 10), 1.3 * max(ranked[0] for ranked in shares))
-    axes.yaxis.set_minor_formatter(import_extra("matplotlib.ticker").NullFormatter())
+    axes.yaxis.set_minor_formatter(import_extra("matplotlib.ticker", "analysis").NullFormatter())
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlim(1 - 0.02 * max(sizes), 1.02 * max(sizes))
     axes.set_xlabel("codewords, the most frequent first", fontsize=TEXT_SIZE)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._extra import import_extra
+from ..._extras import import_extra
 from .._figures import TEXT_SIZE, TICK_SIZE, check_width, fit_texts, new_figure, small_axes, text_color
 from ..alignment import FIELD, SAMPLING_RATE, STRIDE, Segment, frame_centers
 
@@ -107,7 +107,7 @@ def _draw_tier(axes: Axes, name: str, boxes: Iterable[tuple[str, float, float, A
 
 def _code_color(code: int) -> Any:
     """One colour a code; the lightness of each is other than that of most others, so that it works in grey too."""
-    return import_extra("matplotlib").colormaps["viridis"](0.12 + 0.88 * (code * _GOLDEN % 1))
+    return import_extra("matplotlib", "analysis").colormaps["viridis"](0.12 + 0.88 * (code * _GOLDEN % 1))
 
 
 def _check_times(num_samples: int, sampling_rate: int, start: float, end: float | None, width: float) -> float:
