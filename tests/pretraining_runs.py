@@ -55,6 +55,7 @@ TINY = {
 # The codebooks move every third step, so that what waits for that is cut too.
 CHANCE = {
     "codebook_update_steps": 3,
+    "codebook_revival_share": 0.5,
     "hidden_dropout": 0.1,
     "attention_dropout": 0.1,
     "layerdrop": 0.3,

@@ -7,15 +7,16 @@ import torch
 import torch.multiprocessing
 
 from dinosr_hf import OnlineCodebooks, perplexity
+from dinosr_hf.codebook_dinosr import REVIVAL_DISTANCE, USAGE_DECAY
 from tolerances import CODEBOOK_COUNTS, CODEBOOK_SUMS, SAME_ARITHMETIC
 
 NUM_CODEBOOKS, CODEBOOK_SIZE, HIDDEN_SIZE = 3, 9, 5
 
 
-def fresh_codebooks(seed=0):
-    """Some codewords lie far from all frames, so that nothing ever falls on them."""
+def fresh_codebooks(seed=0, revival_share=0.0):
+    """Some codewords lie far from all frames, so that nothing falls on them, unless they are revived."""
     torch.manual_seed(seed)
-    codebooks = OnlineCodebooks(NUM_CODEBOOKS, CODEBOOK_SIZE, HIDDEN_SIZE)
+    codebooks = OnlineCodebooks(NUM_CODEBOOKS, CODEBOOK_SIZE, HIDDEN_SIZE, revival_share)
     with torch.no_grad():
         codebooks.counts.uniform_(0.5, 4.0)
         codebooks.sums.copy_(codebooks.initial_sums() * codebooks.counts[..., None])
@@ -39,6 +40,7 @@ class SlowCodebooks:
     def __init__(self, codebooks):
         self.sums = codebooks.sums.detach().double()
         self.counts = codebooks.counts.detach().double()
+        self.usage = torch.ones_like(self.counts)
 
     def assign(self, targets):
         codes = []
@@ -57,6 +59,23 @@ class SlowCodebooks:
                     total = (one_hot[:, code, None] * table).sum(dim=0)
                     self.sums[i, code] = decay * self.sums[i, code] + (1 - decay) * total
                     self.counts[i, code] = decay * self.counts[i, code] + (1 - decay) * hits
+                share = hits / len(table) * len(self.counts[i])
+                self.usage[i, code] = USAGE_DECAY * self.usage[i, code] + (1 - USAGE_DECAY) * share
+
+    def revive(self, revival_share):
+        """How many codewords started anew."""
+        number = 0
+        for sums, counts, usage in zip(self.sums, self.counts, self.usage, strict=True):
+            order = sorted(range(len(usage)), key=lambda code: usage[code].item())
+            for unused, used in zip(order[: len(order) // 2], order[::-1], strict=False):
+                if usage[unused] < revival_share and usage[used] > 2 * revival_share:
+                    old, centre = sums[unused] / counts[unused], sums[used] / counts[used]
+                    for values in (usage, counts, sums):
+                        values[used] /= 2
+                    usage[unused], counts[unused] = usage[used], counts[used]
+                    sums[unused] = (centre + REVIVAL_DISTANCE * (old - centre)) * counts[unused]
+                    number += 1
+        return number
 
 
 def assert_same_state(codebooks, twin):
@@ -137,10 +156,51 @@ def test_codewords_that_nothing_falls_on_stay():
         assert (codebooks.counts[i, hit] != counts[i, hit]).all()
 
 
+def test_revival_equals_the_slow_twin():
+    codebooks = fresh_codebooks(revival_share=0.45)
+    twin, numbers = SlowCodebooks(codebooks), []
+    for step in range(12):
+        targets = frames(40, step)
+        assert torch.equal(codebooks.assign(targets), twin.assign(targets))
+        learn(codebooks, [targets[:, :9], targets[:, 9:]], decay=0.8)
+        twin.learn(targets, decay=0.8)
+        numbers.append(twin.revive(0.45))
+        assert_same_state(codebooks, twin)
+        torch.testing.assert_close(codebooks.usage.detach().double(), twin.usage, **CODEBOOK_COUNTS)
+    assert 0 in numbers and max(numbers) > 2
+
+
+def in_use(revival_share):
+    """How many of 8 codewords take frames at the end, where the frames are 8 heaps and the codewords start far off."""
+    codebooks = OnlineCodebooks(1, 8, 4, revival_share)
+    generator = torch.Generator().manual_seed(0)
+    heaps = 5 * torch.randn(8, 4, generator=generator)
+    with torch.no_grad():
+        codebooks.sums.copy_(20 + torch.randn(1, 8, 4, generator=generator))
+    for _ in range(150):
+        targets = heaps[torch.randint(8, (64,), generator=generator)] + 0.3 * torch.randn(64, 4, generator=generator)
+        learn(codebooks, [targets[None]], 0.9)
+    return len(codebooks.assign(heaps[None]).unique())
+
+
+def test_revival_brings_all_codewords_into_use():
+    assert in_use(0.1) == 8
+    assert in_use(0.0) < 4  # the negative control: as in the paper
+
+
+def test_revival_leaves_codewords_in_even_use_to_the_last_digit():
+    plain, reviving = fresh_codebooks(), fresh_codebooks(revival_share=0.01)
+    for step in range(4):
+        learn(plain, [frames(30, step)], 0.9)
+        learn(reviving, [frames(30, step)], 0.9)
+    assert torch.equal(plain.sums, reviving.sums) and torch.equal(plain.counts, reviving.counts)
+
+
 @pytest.mark.parametrize("micro_batches", [[], [frames(0, 0)], [frames(8, 5)]], ids=["none", "empty", "some"])
 def test_what_changes_nothing(micro_batches):
-    decay = 1.0 if micro_batches and micro_batches[0].shape[1] else 0.3
-    codebooks = fresh_codebooks()
+    has_frames = bool(micro_batches) and micro_batches[0].shape[1] > 0
+    decay = 1.0 if has_frames else 0.3
+    codebooks = fresh_codebooks(revival_share=0.0 if has_frames else 0.1)
     state = copy.deepcopy(codebooks.state_dict())
     learn(codebooks, micro_batches, decay)
     assert all(torch.equal(tensor, state[name]) for name, tensor in codebooks.state_dict().items())
@@ -227,11 +287,19 @@ def test_perplexity_worked_out_by_hand(histogram, expected):
     assert both.tolist() == pytest.approx([expected, 2.0], rel=1e-5)
 
 
+def out_of_use():
+    """Two codewords of each codebook are so near to a revival that the next commit brings it."""
+    codebooks = fresh_codebooks(revival_share=0.1)
+    with torch.no_grad():
+        codebooks.usage[:, -2:] = 0.1
+    return codebooks
+
+
 def learn_in_a_process(rank, folder):
     """Two steps: in the first each process has frames, in the second only the first has."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    codebooks = fresh_codebooks()
+    codebooks = out_of_use()
     learn(codebooks, [frames(21, 1)[:, rank::2]], 0.9)
     states = [copy.deepcopy(codebooks.state_dict())]
     learn(codebooks, [frames(15, 2)] if rank == 0 else [], 0.8)
@@ -245,14 +313,17 @@ def test_two_processes_learn_what_one_does(tmp_path):
     # forked: a spawned process would import transformers, which takes longer than all else in this file
     torch.multiprocessing.start_processes(learn_in_a_process, args=(str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    alone = fresh_codebooks()
+    alone = out_of_use()
+    before = alone.sums[:, -2:].clone()
     for step, (targets, decay) in enumerate([(frames(21, 1), 0.9), (frames(15, 2), 0.8)]):
         learn(alone, [targets], decay)
-        for name in ("sums", "counts"):
+        for name in ("sums", "counts", "usage"):
             assert torch.equal(first[step][name], second[step][name])
         torch.testing.assert_close(first[step]["sums"], alone.sums.data, **CODEBOOK_SUMS)
         torch.testing.assert_close(first[step]["counts"], alone.counts.data, **CODEBOOK_COUNTS)
+        torch.testing.assert_close(first[step]["usage"], alone.usage.data, **CODEBOOK_COUNTS)
+    assert (alone.sums[:, -2:] - before).abs().amin() > 1  # all were revived
     # the negative control: half of the frames are another codebook
-    half = fresh_codebooks()
+    half = out_of_use()
     learn(half, [frames(21, 1)[:, ::2]], 0.9)
     assert (half.counts - first[0]["counts"]).abs().max() > 0.01

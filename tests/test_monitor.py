@@ -78,8 +78,9 @@ def test_a_warning_says_which_codebook_which_bound_since_when_and_what_helps():
     assert warning == (
         "Step 4: the run looks collapsed. The target perplexity is under 1.4 (collapse_perplexity=0.2 of 7 codewords):"
         " codebook 2 (layer 3) at 1.2 since step 2. What usually helps: a lower codebook_decay for the first hundreds"
-        " of steps (codebook_end_decay and codebook_end_decay_step bring it back), or a greater step_seconds, so that"
-        " more frames fall on a codeword; a lower learning_rate or a greater warmup_share."
+        " of steps (codebook_end_decay and codebook_end_decay_step bring it back), a greater step_seconds, so that"
+        " more frames fall on a codeword, or codebook_revival_share=0.1, by which codewords out"
+        " of use start anew; a lower learning_rate or a greater warmup_share."
     )
     assert monitor.standing() == [warning.removeprefix("Step 4: ")]
 

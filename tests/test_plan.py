@@ -157,7 +157,7 @@ def test_text_says_what_was_scaled():
         (["--ema_decay", "0.999"], "remembers 1,000 updates, and the run has 600"),
         (
             ["--codebook_decay", "0.99", "--codebook_end_decay", "0.99"],
-            r"14% of the way .* or codebook_update_steps",
+            r"14% of the way .* codebook_update_steps, or let .* codebook_revival_share",
         ),
         (
             ["--codebook_decay", "0.9", "--ema_decay", "0.999", "--ema_end_decay", "0.9999"],

@@ -444,7 +444,8 @@ def test_trackers_get_the_metrics(tmp_path, recordings):
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
 
-EIGHT = {"adam_epsilon": 1e-3, "freeze_teacher_step": 3, "max_steps": 5, "step_seconds": 8.0, "batching": "pad"}
+EIGHT = {"adam_epsilon": 1e-3, "freeze_teacher_step": 3, "max_steps": 8, "step_seconds": 8.0, "batching": "pad"}
+EIGHT["codebook_revival_share"] = 0.5  # from the seventh step on
 
 
 @pytest.fixture(scope="module")

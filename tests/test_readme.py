@@ -31,7 +31,7 @@ DOCUMENTS = sorted(
     for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "model_cards/*.md")
     for file in ROOT.glob(pattern)
 )
-CODES = r"\b(?:S(?:10|[1-9])|T(?:1[01]|[1-9])|M[1-4]|D[1-7])\b"
+CODES = r"\b(?:S(?:10|[1-9])|T(?:1[01]|[1-9])|M[1-4]|D[1-8])\b"
 
 
 def blocks(name, language):

@@ -9,6 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+# What is kept, at a commit, of the running mean of frames that decides who is out of use.
+USAGE_DECAY = 0.9
+# Where a revived codeword starts, as a share of the way from its neighbour-to-be to where it was.
+REVIVAL_DISTANCE = 0.1
+
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Add up a tensor over all processes, in place; without a process group there is nothing to add."""
@@ -45,6 +50,14 @@ class OnlineCodebooks(nn.Module):
         sums: (N, V, D), decayed sum of the frames of each codeword. A frozen parameter, so that it is in every
             checkpoint and can be initialised on the meta device.
         counts: (N, V), decayed number of frames of each codeword. A frozen parameter too.
+        usage: (N, V), running mean of the frames of each codeword, 1 for an even share: what decides on revival. A
+            frozen parameter too; None without `revival_share`.
+
+    Args:
+        num_codebooks: N.
+        codebook_size: V.
+        hidden_size: D.
+        revival_share: Of an even share of the frames, less than which makes a codeword start anew; 0: none ever does.
 
     What `accumulate` gathers is no part of the state: a checkpoint is taken after `commit`, with `held`
     beside it.
@@ -53,11 +66,16 @@ class OnlineCodebooks(nn.Module):
         held: float32 (N, V, D + 1), sums and counts of this process that wait for a later `commit`; None: nothing.
     """
 
-    def __init__(self, num_codebooks: int, codebook_size: int, hidden_size: int) -> None:
+    usage: nn.Parameter | None
+
+    def __init__(self, num_codebooks: int, codebook_size: int, hidden_size: int, revival_share: float = 0.0) -> None:
         super().__init__()
         shape = (num_codebooks, codebook_size)
         self.sums = nn.Parameter(torch.zeros(*shape, hidden_size, dtype=torch.float32), requires_grad=False)
         self.counts = nn.Parameter(torch.ones(shape, dtype=torch.float32), requires_grad=False)
+        self.revival_share = revival_share
+        usage = nn.Parameter(torch.ones(shape, dtype=torch.float32), requires_grad=False)
+        self.register_parameter("usage", usage if revival_share > 0 else None)
         self._pending: torch.Tensor | None = None
         self.held: torch.Tensor | None = None
 
@@ -133,8 +151,8 @@ class OnlineCodebooks(nn.Module):
         """
         Move the codewords that were hit since they last moved, in any process (paper, equations 4 and 5).
 
-        Codewords that nothing fell on stay as they are, counts too. All processes must call this together: it is the
-        one collective of a training step.
+        Codewords that nothing fell on stay as they are, counts too, unless they are revived (`revival_share`; no part
+        of the paper). All processes must call this together: it is the one collective of a training step.
 
         Args:
             decay: Share of the old sums and counts that is kept, in [0, 1].
@@ -154,3 +172,33 @@ class OnlineCodebooks(nn.Module):
         weight = torch.where(new_counts > 0, 1.0 - decay, 0.0)  # (N, V)
         self.sums.lerp_(new_sums, weight[..., None])
         self.counts.lerp_(new_counts, weight)
+        if self.usage is not None:
+            self._follow_usage(self.usage, new_counts)
+            self._revive(self.usage)
+
+    def _follow_usage(self, usage: torch.Tensor, new_counts: torch.Tensor) -> None:
+        total = new_counts.sum(dim=-1, keepdim=True)
+        share = new_counts * new_counts.shape[-1] / total.clamp(min=1.0)
+        usage.lerp_(share, torch.where(total > 0, 1.0 - USAGE_DECAY, 0.0))
+
+    def _revive(self, usage: torch.Tensor) -> None:
+        """
+        Put codewords that are out of use beside those in most use, the least with the most, and halve what these have.
+
+        The split of Linde, Buzo and Gray (1980), while training goes on. Nothing is drawn at random, and nothing waits
+        for the device: where counts are the same, as in all processes, the same codewords are revived.
+        """
+        num_pairs = usage.shape[-1] // 2
+        books = torch.arange(len(usage), device=usage.device)[:, None]
+        order = usage.argsort(dim=-1, stable=True)
+        unused, used = (books, order[:, :num_pairs]), (books, order.flip(-1)[:, :num_pairs])  # indices of (N, V / 2)
+        is_revived = (usage[unused] < self.revival_share) & (usage[used] > 2 * self.revival_share)
+        codewords = self.codewords
+        starts = torch.lerp(codewords[used], codewords[unused], REVIVAL_DISTANCE)
+        for values in (usage, self.counts):
+            half = values[used] / 2
+            values[unused] = torch.where(is_revived, half, values[unused])
+            values[used] = torch.where(is_revived, half, values[used])
+        for places, centres in ((unused, starts), (used, codewords[used])):
+            sums = centres * self.counts[places][..., None]
+            self.sums[places] = torch.where(is_revived[..., None], sums, self.sums[places])

@@ -59,6 +59,8 @@ class DinoSRConfig(PreTrainedConfig):
         codebook_end_decay_step: Update at which the annealing of `codebook_decay` ends.
         codebook_update_steps: Updates of the weights from one update of the codebooks to the next, which takes all
             frames since the last one. The paper's 1 belongs to its large batch.
+        codebook_revival_share: Less than this part of an even share of the frames, and a codeword starts anew beside a
+            much used one. 0 for never, as in the paper, whose unused codewords stay unused; 0.1 keeps all in use.
         ema_decay: Decay of the teacher's average at the first update (lambda of the paper's equation 1).
         ema_end_decay: Decay of the teacher's average once `ema_anneal_steps` updates are done.
         ema_anneal_steps: Updates over which the decay goes linearly from `ema_decay` to `ema_end_decay`.
@@ -138,6 +140,7 @@ class DinoSRConfig(PreTrainedConfig):
     codebook_end_decay: float | int | None = None
     codebook_end_decay_step: int = 0
     codebook_update_steps: int = 1
+    codebook_revival_share: float | int = 0.0
     ema_decay: float | int = 0.999
     ema_end_decay: float | int = 0.9999
     ema_anneal_steps: int = 30_000
@@ -227,6 +230,7 @@ class DinoSRConfig(PreTrainedConfig):
         if self.codebook_end_decay is not None:
             self._check_range(("codebook_end_decay",), 0, 1)
         self._check_range(("codebook_end_decay_step", "ema_anneal_steps"), 0)
+        self._check_range(("codebook_revival_share",), 0, 0.5)
         if self.freeze_teacher_step is not None and self.freeze_teacher_step < 0:
             raise ValueError(
                 f"freeze_teacher_step={self.freeze_teacher_step} is negative. Give the update from which the teacher"

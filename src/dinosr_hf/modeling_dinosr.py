@@ -108,6 +108,8 @@ class DinoSRPreTrainedModel(PreTrainedModel):
         elif isinstance(module, OnlineCodebooks):
             init.copy_(module.sums, module.initial_sums())
             init.ones_(module.counts)
+            if module.usage is not None:
+                init.ones_(module.usage)
         elif isinstance(module, DinoSRForPreTraining):
             for own, live in module.teacher.pairs_with(module.dinosr):
                 init.copy_(own, live)
@@ -246,7 +248,9 @@ class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
             DinoSRLinear(config.hidden_size, config.codebook_size) for _ in range(config.num_codebooks)
         )
         self.teacher = DinoSRTeacher(config)
-        self.codebooks = OnlineCodebooks(config.num_codebooks, config.codebook_size, config.hidden_size)
+        self.codebooks = OnlineCodebooks(
+            config.num_codebooks, config.codebook_size, config.hidden_size, config.codebook_revival_share
+        )
         self.register_load_state_dict_pre_hook(fill_front_end_copies)
         self.post_init()
 

@@ -365,6 +365,8 @@ def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
     tables = {"": _inverse(STUDENT_KEYS), **{name: _inverse(table) for name, table in NESTED_KEYS.items()}}
     state: dict[str, Any] = {}
     for name, tensor in model.state_dict().items():
+        if name == "codebooks.usage":  # of revival, which the authors' code does not have
+            continue
         parts = (
             {f"{name}.{i}": row.clone() for i, row in enumerate(tensor)} if "codebooks." in name else {name: tensor}
         )

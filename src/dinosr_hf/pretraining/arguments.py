@@ -34,6 +34,7 @@ MODEL_FIELDS = (
         "codebook_end_decay",
         "codebook_end_decay_step",
         "codebook_update_steps",
+        "codebook_revival_share",
     ),
     *("ema_decay", "ema_end_decay", "ema_anneal_steps", "freeze_teacher_step", "freeze_mode"),
     *("mask_prob", "mask_length", "mask_min_spans"),

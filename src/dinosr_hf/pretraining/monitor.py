@@ -20,7 +20,8 @@ from ..configuration_dinosr import DinoSRConfig
 _TOO_FAST = "a lower learning_rate or a greater warmup_share"
 _CODEWORDS = (
     "a lower codebook_decay for the first hundreds of steps (codebook_end_decay and codebook_end_decay_step bring it"
-    " back), or a greater step_seconds, so that more frames fall on a codeword"
+    " back), a greater step_seconds, so that more frames fall on a codeword, or"
+    " codebook_revival_share=0.1, by which codewords out of use start anew"
 )
 _FRAMES = (
     f"{_TOO_FAST}; longer and cleaner utterances (min_seconds): in short ones the distance to the edge is the easiest"

@@ -312,8 +312,8 @@ def _notes(plan: RunPlan) -> Iterator[str]:
         yield (
             f"The codebooks' first update takes codewords {plan.first_move:.0%} of the way from their random start to"
             " the frames, the paper's 98 %: few may stay in use. Lower codebook_decay, with codebook_end_decay and"
-            " codebook_end_decay_step to raise it afterwards, or raise step_seconds or"
-            " codebook_update_steps."
+            " codebook_end_decay_step to raise it afterwards, raise step_seconds or codebook_update_steps, or let"
+            " codewords start anew with codebook_revival_share."
         )
     ratio = plan.arguments.data.step_seconds / options.reference_step_seconds
     averages = ("codebook_decay", "ema_decay", "ema_end_decay")
