@@ -211,6 +211,15 @@ def test_there_and_back_is_bit_exact(checkpoint, tmp_path, copied):
     assert equal_states(again, DinoSRForPreTraining.from_pretrained(tmp_path / "out"))
 
 
+def test_the_way_back_leaves_what_the_authors_code_does_not_have(checkpoint, tmp_path):
+    model = convert(save(checkpoint, tmp_path), tmp_path / "out")
+    reviving = DinoSRForPreTraining.from_pretrained(tmp_path / "out", codebook_revival_share=0.1)
+    assert "codebooks.usage" in reviving.state_dict()
+    reviving.save_pretrained(tmp_path / "reviving")
+    again = convert(convert_to_fairseq(tmp_path / "reviving", tmp_path / "back.pt"), tmp_path / "again")
+    assert equal_states(again, model) and again.config.codebook_revival_share == 0
+
+
 def test_an_encoder_has_no_way_back(tmp_path):
     convert(CHECKPOINT, tmp_path / "encoder", as_="model")
     with pytest.raises(ValueError, match="is a DinoSRModel, but the authors' layout is that of"):

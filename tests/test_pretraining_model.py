@@ -544,3 +544,21 @@ def test_masked_frames_are_those_of_the_mask():
     assert torch.equal(given.codes, counted.codes) and given.loss == counted.loss
     fewer = model(x, mask_time_indices=mask, masked_frames=torch.tensor([0, 3]))
     assert torch.equal(fewer.codes, counted.codes[:, :2]) and fewer.loss != counted.loss
+
+
+def test_revival_can_begin_with_a_model_that_was_trained_without_it(tmp_path):
+    plain = pretraining_model()
+    plain.save_pretrained(tmp_path / "plain")
+    model = DinoSRForPreTraining.from_pretrained(tmp_path / "plain", codebook_revival_share=0.25).train()
+    for name in ("sums", "counts"):
+        assert torch.equal(getattr(model.codebooks, name), getattr(plain.codebooks, name))
+    assert torch.equal(model.codebooks.usage, torch.ones_like(model.codebooks.counts))
+    model(waveforms(2, 801), mask_time_indices=every_third(2, model.config.num_frames(801)))
+    model.update_targets(1)
+    usage = model.codebooks.usage.clone()
+    assert usage.dtype == torch.float32 and usage.min() == pytest.approx(0.9) and usage.max() > 1
+    torch.testing.assert_close(usage.mean(dim=1), torch.ones(len(usage)), **SAME_ARITHMETIC)
+    # it is part of the state, and stays float32 where the model around it does not
+    model.save_pretrained(tmp_path / "reviving")
+    again = DinoSRForPreTraining.from_pretrained(tmp_path / "reviving", dtype=torch.bfloat16)
+    assert torch.equal(again.codebooks.usage, usage)
