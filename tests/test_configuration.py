@@ -116,6 +116,11 @@ def test_what_is_no_share_is_refused(name, value):
             id="more-codebooks-than-layers",
         ),
         pytest.param(
+            {"codebook_revival_share": 0.6},
+            "codebook_revival_share=0.6 is out of range.*at least 0 and at most 0.5",
+            id="revival-of-what-is-in-use",
+        ),
+        pytest.param(
             {"freeze_mode": "cold"}, "freeze_mode='cold' is unknown.*copied, frozen, shared", id="freeze-mode"
         ),
         pytest.param(
