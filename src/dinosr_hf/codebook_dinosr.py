@@ -41,12 +41,12 @@ class OnlineCodebooks(nn.Module):
     """
     `N` codebooks of `V` codewords each, updated by exponential averages and not by gradient.
 
-    A codeword is the mean of the frames that fell on it: sums divided by counts. Only these two are kept; they are
-    float32 whatever the dtype of the model around them, and frozen.
+    A codeword is the mean of the frames that fell on it: sums divided by counts. These two are kept, and with revival
+    the use of each codeword; they are float32 whatever the dtype of the model around them, and frozen.
 
     A training step is `assign` and `accumulate` for each micro-batch, then one `commit`.
 
-    Buffers:
+    State:
         sums: (N, V, D), decayed sum of the frames of each codeword. A frozen parameter, so that it is in every
             checkpoint and can be initialised on the meta device.
         counts: (N, V), decayed number of frames of each codeword. A frozen parameter too.
