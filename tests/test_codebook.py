@@ -221,6 +221,20 @@ def test_state_is_sums_and_counts_without_gradient():
     assert not any(parameter.requires_grad for parameter in codebooks.parameters())
 
 
+def test_revival_begins_and_ends_with_the_state_of_the_other():
+    plain, reviving = fresh_codebooks(), fresh_codebooks(seed=1, revival_share=0.1)
+    learn(reviving, [frames(8, 5)], 0.9)
+    state = reviving.state_dict()
+    plain.load_state_dict(state)
+    assert set(plain.state_dict()) == {"sums", "counts"} and "usage" in state
+    assert torch.equal(plain.sums, reviving.sums)
+    assert (reviving.usage != 1).any()
+    reviving.load_state_dict(plain.state_dict())
+    assert torch.equal(reviving.usage, torch.ones_like(reviving.counts))
+    with pytest.raises(RuntimeError, match="counts"):  # all else must be there
+        reviving.load_state_dict({"sums": plain.sums})
+
+
 CASTS = {
     "half": lambda module: module.half(),
     "bfloat16": lambda module: module.to(torch.bfloat16),

@@ -195,6 +195,17 @@ def test_a_finished_run_is_left_alone_and_goes_on_with_more_steps(tmp_path, reco
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_can_begin_and_end_to_revive_codewords(tmp_path, recordings, caplog):
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
+    with caplog.at_level("INFO", "dinosr_hf"):
+        options = {"checkpoint_steps": 2, "codebook_revival_share": 0.1}
+        reviving = run(tiny_arguments(tmp_path, recordings, max_steps=6, **options))
+        plain = run(tiny_arguments(tmp_path, recordings, max_steps=8, checkpoint_steps=2))
+    assert "codebook_revival_share is 0.1 now, and was 0.0 at the checkpoint" in caplog.text
+    assert (reviving.codebooks.usage != 1).any() and plain.codebooks.usage is None
+    assert [line["step"] for line in metrics_of(tmp_path / "out")] == list(range(1, 9))
+
+
 def test_resuming_by_path_goes_on_with_what_that_run_has_reached(tmp_path, recordings, monkeypatch, caplog):
     (tmp_path / "first").mkdir()
     run(tiny_arguments(tmp_path / "first", recordings, checkpoint_steps=2))

@@ -5,6 +5,7 @@ The online codebooks of DinoSR: one table of codewords a teacher layer, learnt b
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +36,14 @@ def perplexity(histogram: torch.Tensor) -> torch.Tensor:
     histogram = histogram.float()
     share = histogram / histogram.sum(dim=-1, keepdim=True).clamp(min=1e-12)
     return torch.exp2(-(share * torch.log2(share + 1e-8)).sum(dim=-1))
+
+
+def _fit_usage(module: "OnlineCodebooks", state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let revival begin or end with a state that was saved without it or with it: a run may change its mind."""
+    if module.usage is None:
+        state.pop(f"{prefix}usage", None)
+    else:
+        state.setdefault(f"{prefix}usage", torch.ones_like(module.usage))
 
 
 class OnlineCodebooks(nn.Module):
@@ -76,6 +85,7 @@ class OnlineCodebooks(nn.Module):
         self.revival_share = revival_share
         usage = nn.Parameter(torch.ones(shape, dtype=torch.float32), requires_grad=False)
         self.register_parameter("usage", usage if revival_share > 0 else None)
+        self.register_load_state_dict_pre_hook(_fit_usage)
         self._pending: torch.Tensor | None = None
         self.held: torch.Tensor | None = None
 
