@@ -179,8 +179,18 @@ def check_command(words):
 BASH = [(f"{name}:{line}", text) for name in DOCUMENTS for line, text in blocks(name, "bash")]
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Where `runs/tiny` and `runs/base` have the sizes of the models that the documents mean by them."""
+    path = tmp_path_factory.mktemp("bases")
+    for name, config in (("tiny", parse_arguments([], TINY).model_config()), ("base", DinoSRConfig())):
+        config.save_pretrained(path / "runs" / name)
+    return path
+
+
 @pytest.mark.parametrize("text", [text for _, text in BASH], ids=[name for name, _ in BASH])
-def test_commands_of_the_documents_exist(text):
+def test_commands_of_the_documents_exist(text, bases, monkeypatch):
+    monkeypatch.chdir(bases)
     for words in commands(text):
         check_command(words)
 

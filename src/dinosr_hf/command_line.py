@@ -108,6 +108,35 @@ def _as_flags(key: str, value: Any) -> list[str]:
     return [f"--{key}={json.dumps(value) if isinstance(value, Mapping) else value}"]
 
 
+def _file_and_flags(
+    argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None
+) -> tuple[list[str], dict[str, Any], list[str]]:
+    """The known keys, what the file says, and the flags."""
+    known = [spec.name for group in groups for spec in dataclasses.fields(group) if spec.init]
+    flags = list(argv)
+    path = default_config
+    if flags and not flags[0].startswith("-"):
+        path = flags.pop(0)
+    return known, {} if path is None else read_yaml(Path(path), known), flags
+
+
+def _names_of(flags: Sequence[str]) -> set[str]:
+    return {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
+
+
+def told_names(argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None = None) -> set[str]:
+    """
+    The arguments that a command line has, in its file or its flags; others are at their defaults.
+
+    Args:
+        argv: As for `parse_groups`, which should have found no fault in it.
+        groups: The same.
+        default_config: The same.
+    """
+    _, from_file, flags = _file_and_flags(argv, groups, default_config)
+    return {*from_file, *_names_of(flags)}
+
+
 def parse_groups(argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None = None) -> list[Any]:
     """
     Read a command line into dataclasses: a YAML file first, if there is one, and flags over it.
@@ -124,12 +153,7 @@ def parse_groups(argv: Sequence[str], groups: Sequence[Any], default_config: str
         ArgumentError: For an unknown key (the message names the nearest), a value of the wrong type, and what the
             dataclasses refuse.
     """
-    known = [spec.name for group in groups for spec in dataclasses.fields(group) if spec.init]
-    flags = list(argv)
-    path = default_config
-    if flags and not flags[0].startswith("-"):
-        path = flags.pop(0)
-    from_file = {} if path is None else read_yaml(Path(path), known)
+    known, from_file, flags = _file_and_flags(argv, groups, default_config)
     as_flags: list[str] = []
     for key, value in from_file.items():
         as_flags += _as_flags(key, value)
@@ -145,9 +169,9 @@ def parse_groups(argv: Sequence[str], groups: Sequence[Any], default_config: str
         if not text.startswith("-"):
             raise ArgumentError(f"{text} belongs to no argument.")
         refuse_unknown([text.lstrip("-").partition("=")[0]], known)
-    named = {flag.partition("=")[0] for flag in flags}
+    named = _names_of(flags)
     for key, value in from_file.items():
-        if (value is None or value == []) and f"--{key}" not in named:
+        if (value is None or value == []) and key not in named:
             owner = next(group for group in parsed if hasattr(group, key))
             setattr(owner, key, value)
     return parsed

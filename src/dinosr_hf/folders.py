@@ -13,6 +13,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from transformers.utils.hub import has_file
 
+from .configuration_dinosr import DinoSRConfig
+
 
 class FolderTokenizer(Wav2Vec2CTCTokenizer):
     """What `AutoTokenizer` reads a DinoSR folder with that names no tokenizer itself: it says if there is none."""
@@ -50,6 +52,22 @@ def open_config(name: str | os.PathLike, advice: str = "Give a folder with a mod
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} cannot be opened ({error}). {advice}") from error
+
+
+def open_dinosr_config(name: str | os.PathLike) -> DinoSRConfig:
+    """
+    The configuration of the DinoSR that a run is to start from.
+
+    Args:
+        name: Folder, or name on the Hub.
+
+    Raises:
+        ValueError: If there is none, or it is another kind of model's.
+    """
+    config = open_config(name, "Give the folder of a DinoSR, as pre-training leaves it, or its name on the Hub.")
+    if config.model_type != DinoSRConfig.model_type:
+        raise ValueError(f"{name} is a {config.model_type}, not a DinoSR. Give a DinoSR's folder or name.")
+    return config
 
 
 def feature_extractor() -> Wav2Vec2FeatureExtractor:

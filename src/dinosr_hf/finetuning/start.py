@@ -10,19 +10,16 @@ from transformers import PreTrainedModel
 
 from ..command_line import ArgumentError
 from ..configuration_dinosr import DinoSRConfig
-from ..folders import open_config
+from ..folders import open_dinosr_config
 from ..modeling_dinosr import DinoSRForPreTraining, DinoSRPreTrainedModel
 from .arguments import StartArguments
 
 
 def _read_config(name: str) -> DinoSRConfig:
     try:
-        config = open_config(name, "Give the folder of a DinoSR, as pre-training leaves it, or its name on the Hub.")
+        return open_dinosr_config(name)
     except ValueError as error:
         raise ArgumentError(f"model={error}") from error
-    if config.model_type != DinoSRConfig.model_type:
-        raise ArgumentError(f"model={name} is a {config.model_type}, not a DinoSR. Give a DinoSR's folder or name.")
-    return config
 
 
 @torch.no_grad()

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import yaml
 
-from ..command_line import ArgumentError, check_ranges, parse_groups
+from ..command_line import ArgumentError, check_ranges, parse_groups, told_names
 from ..configuration_dinosr import DinoSRConfig
+from ..folders import open_dinosr_config
 
 # Fields of DinoSRConfig that pre-training reads; what belongs to fine-tuning is set there.
 MODEL_FIELDS = (
@@ -40,12 +41,14 @@ MODEL_FIELDS = (
     *("mask_prob", "mask_length", "mask_min_spans"),
 )
 
+CODEBOOK_SIZES = ("num_codebooks", "codebook_size")
+
 # Of these, what a checkpoint must agree in: they decide the shapes of the weights and what is computed with them.
 ARCHITECTURE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
     *("feat_extract_activation", "conv_dim", "conv_stride", "conv_kernel", "conv_bias"),
     *("num_conv_pos_embeddings", "conv_pos_kernel_size", "num_conv_pos_embedding_groups"),
-    *("num_codebooks", "codebook_size"),
+    *CODEBOOK_SIZES,
 )
 
 
@@ -156,6 +159,13 @@ class RunArguments:
     """The optimization, and what is left behind."""
 
     output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder for the model and the metrics."})
+    base_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub name of a DinoSR to train on; its sizes count where none are told. Left out: random"
+            " weights."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of weights, masks, crops and order."})
     resume: str = field(
         default="auto",
@@ -278,11 +288,33 @@ def parse_arguments(argv: Sequence[str], default_config: str | Path) -> Pretrain
         The arguments; keys that neither file nor flags have are at the paper's values.
 
     Raises:
-        ArgumentError: For an unknown key (the message names the nearest), a value of the wrong type or out of range.
+        ArgumentError: For an unknown key (the message names the nearest), a value of the wrong type or out of range,
+            a `base_model` that cannot be opened or is not of the sizes told.
     """
     arguments = PretrainingArguments(*parse_groups(argv, GROUPS, default_config))
+    if arguments.run.base_model is not None:
+        _take_sizes(arguments, told_names(argv, GROUPS, default_config))
     _check(arguments)
     return arguments
+
+
+def _take_sizes(arguments: PretrainingArguments, told: set[str]) -> None:
+    """Give the model the sizes of the one that it starts from, but for codebooks: other ones may begin anew."""
+    name = arguments.run.base_model
+    assert name is not None
+    try:
+        base = open_dinosr_config(name)
+    except ValueError as error:
+        raise ArgumentError(f"base_model={error}") from error
+    for field_name in ARCHITECTURE:
+        theirs, ours = getattr(base, field_name), getattr(arguments.model, field_name)
+        if field_name not in told:
+            setattr(arguments.model, field_name, theirs)
+        elif ours != theirs and field_name not in CODEBOOK_SIZES:
+            raise ArgumentError(
+                f"base_model={name} has {field_name} {theirs}, but {ours} is told. Leave {field_name} out, or give the"
+                " configuration that this model was trained with."
+            )
 
 
 def _check(arguments: PretrainingArguments) -> None:

@@ -250,6 +250,7 @@ def _run_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
 
 def _model_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
     options, config = plan.arguments.run, plan.config
+    yield "starts from", "random weights" if options.base_model is None else options.base_model
     yield (
         "codebooks",
         f"{config.num_codebooks} of {config.codebook_size}, moved every {config.codebook_update_steps} update(s); they"

@@ -52,7 +52,7 @@ def begin_record(
     record = RunRecord(
         task="pretraining",
         arguments=arguments.to_dict(),
-        base_model=None,
+        base_model=arguments.run.base_model,
         data=_describe_data(arguments.data, source),
         steps=0,
         evaluation=[],

@@ -37,6 +37,7 @@ from .loop import Pretraining
 from .plan import describe_plan, plan_figure
 from .record import begin_record, finish_record
 from .scaling import Change, changes_table, scale_to_batch
+from .start import initial_model
 from .state import cut_metrics, finished_step
 
 logger = logging.getLogger(__name__)
@@ -314,6 +315,7 @@ def run(arguments: PretrainingArguments) -> DinoSRForPreTraining | None:
     Raises:
         ArgumentError: If `output_dir` has a model and nothing to resume from, is in use or cannot be written to, if a
             span does not fit the shortest utterance, or the data cannot be opened.
+        ArgumentError: If the weights of `base_model` cannot be read.
         CheckpointError: If there are checkpoints but none can be used, or one cannot be written.
         TrainingStopped: If going on would be of no use.
         RunInterrupted: After SIGTERM, SIGINT or SIGHUP; a checkpoint was written.
@@ -353,7 +355,11 @@ def _run(
     if options.dry_run:
         _dry_run(arguments, source, accelerator, changes)
         return None
-    model = DinoSRForPreTraining(arguments.model_config())
+    if checkpoint is None:
+        with accelerator.main_process_first():
+            model = initial_model(arguments)
+    else:  # it has everything; what the run once started from may be gone
+        model = DinoSRForPreTraining(arguments.model_config())
     _describe(model, source, accelerator)
     record = None
     if accelerator.is_main_process:
