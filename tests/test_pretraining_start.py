@@ -28,15 +28,12 @@ def base(tmp_path_factory):
     return save_folder(model, tmp_path_factory.mktemp("base") / "model")
 
 
-def state_of(model):
-    return model.state_dict()
-
-
 def started(tmp_path, name, recordings="synthetic", **changes):
     return initial_model(tiny_arguments(tmp_path, recordings, base_model=str(name), **changes))
 
 
 def same(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -46,7 +43,7 @@ def teacher_is_student(model):
 
 def test_a_pretraining_checkpoint_goes_on_as_a_whole(tmp_path, base):
     model = started(tmp_path, base)
-    assert same(state_of(model), state_of(DinoSRForPreTraining.from_pretrained(base)))
+    assert same(model, DinoSRForPreTraining.from_pretrained(base))
     assert not teacher_is_student(model)
 
 
@@ -64,7 +61,7 @@ def test_codewords_can_begin_to_be_revived(tmp_path, base):
 @pytest.mark.parametrize("changes", [{"codebook_size": 6}, {"num_codebooks": 1}])
 def test_codebooks_of_other_sizes_begin_anew(tmp_path, base, changes):
     model = started(tmp_path, base, **changes)
-    assert same(state_of(model.dinosr), state_of(DinoSRModel.from_pretrained(base)))
+    assert same(model.dinosr, DinoSRModel.from_pretrained(base))
     assert teacher_is_student(model)
     assert model.codebooks.sums.shape == (changes.get("num_codebooks", 2), changes.get("codebook_size", 8), 16)
     assert torch.equal(model.codebooks.counts, torch.ones_like(model.codebooks.counts))
@@ -76,7 +73,7 @@ def test_of_other_models_the_network_is_taken(tmp_path, base, kind, caplog):
     with caplog.at_level("INFO", "dinosr_hf"):
         model = started(tmp_path, folder)
     assert "it has no codebooks, so teacher, heads and codebooks begin anew" in caplog.text
-    assert same(state_of(model.dinosr), state_of(DinoSRModel.from_pretrained(base)))
+    assert same(model.dinosr, DinoSRModel.from_pretrained(base))
     assert teacher_is_student(model)
     assert torch.equal(model.codebooks.counts, torch.ones_like(model.codebooks.counts))
 

@@ -314,8 +314,7 @@ def run(arguments: PretrainingArguments) -> DinoSRForPreTraining | None:
 
     Raises:
         ArgumentError: If `output_dir` has a model and nothing to resume from, is in use or cannot be written to, if a
-            span does not fit the shortest utterance, or the data cannot be opened.
-        ArgumentError: If the weights of `base_model` cannot be read.
+            span does not fit the shortest utterance, or the data or the `base_model` cannot be opened.
         CheckpointError: If there are checkpoints but none can be used, or one cannot be written.
         TrainingStopped: If going on would be of no use.
         RunInterrupted: After SIGTERM, SIGINT or SIGHUP; a checkpoint was written.

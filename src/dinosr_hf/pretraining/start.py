@@ -26,15 +26,15 @@ def initial_model(arguments: PretrainingArguments) -> DinoSRForPreTraining:
         arguments: Of the run.
 
     Raises:
-        ArgumentError: If the weights of `base_model` cannot be read.
+        ArgumentError: If `base_model` cannot be read.
     """
     config, name = arguments.model_config(), arguments.run.base_model
     if name is None:
         return DinoSRForPreTraining(config)
-    base = open_dinosr_config(name)
-    is_pretraining = "DinoSRForPreTraining" in (base.architectures or [])
-    are_alike = all(getattr(base, size) == getattr(config, size) for size in CODEBOOK_SIZES)
     try:
+        base = open_dinosr_config(name)
+        is_pretraining = "DinoSRForPreTraining" in (base.architectures or [])
+        are_alike = all(getattr(base, size) == getattr(config, size) for size in CODEBOOK_SIZES)
         if is_pretraining and are_alike:
             logger.info("Starting from %s, with its teacher, heads and codebooks.", name)
             return DinoSRForPreTraining.from_pretrained(name, config=config, dtype=torch.float32)
