@@ -54,6 +54,7 @@ def run_settings(**changes):
         "save_strategy": "no",
         "logging_steps": 1,
         "use_cpu": True,
+        "num_threads": 1,
         "disable_tqdm": True,
     }
     return {**defaults, **changes}

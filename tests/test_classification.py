@@ -72,7 +72,8 @@ def pretrained(tmp_path_factory):
 
 def run(pretrained, tones, output_dir, *, start=None, classification=None, keep=None, **changes):
     arguments = {"max_steps": 4, "step_seconds": 2.0, "micro_seconds": 1.0, "learning_rate": 1e-2, "seed": 3}
-    arguments |= {"eval_steps": 2, "save_steps": 2, "disable_tqdm": True, "use_cpu": True, **changes}
+    arguments |= {"eval_steps": 2, "save_steps": 2, "disable_tqdm": True, "use_cpu": True}
+    arguments |= {"num_threads": 1, **changes}
     return finetune(
         Classification(ClassificationArguments(**(classification or {}))),
         StartArguments(model=pretrained, **(start or {})),
@@ -364,7 +365,13 @@ def test_a_run_crops_its_training_speech_and_no_other(pretrained, tones, tmp_pat
         StartArguments(model=pretrained, freeze_encoder=True),
         LabelledDataArguments(train_data=[str(tones)], label_column="tone", max_seconds=0.2),
         FinetuningArguments(
-            output_dir=str(tmp_path), max_steps=5, step_seconds=1.6, eval_steps=5, save_steps=5, disable_tqdm=True
+            output_dir=str(tmp_path),
+            max_steps=5,
+            step_seconds=1.6,
+            eval_steps=5,
+            save_steps=5,
+            disable_tqdm=True,
+            num_threads=1,
         ),
         on_trainer=kept.append,
     )
@@ -435,6 +442,7 @@ def load_script():
 def test_script_trains_and_says_how_well(pretrained, tones, tmp_path, capsys, monkeypatch):
     flags = ["--model", pretrained, "--train_data", str(tones), "--label_column", "tone", "--max_steps", "1"]
     flags += ["--output_dir", str(tmp_path / "out"), "--eval_steps", "1", "--save_steps", "1", "--use_cpu", "true"]
+    flags += ["--num_threads", "1"]
     monkeypatch.setattr(sys, "argv", ["finetune_classification.py", *flags, "--disable_tqdm", "true"])
     load_script().main()
     printed = capsys.readouterr().out

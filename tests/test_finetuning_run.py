@@ -343,6 +343,7 @@ def test_the_command_trains_and_says_how_well(script, model, corpus, tmp_path, c
     path, out = tmp_path / "a.yaml", tmp_path / "out"
     path.write_text(f"model: {model}\ntrain_data: [{corpus}]\nmin_seconds: 0.01\nstep_seconds: 1.0\neval_steps: 2\n")
     flags = ["--max_steps", 2, "--save_steps=2", "--micro_seconds", 1, "--use_cpu", "true", "--disable_tqdm", "true"]
+    flags += ["--num_threads", 1]
     script(path, "--output_dir", out, *flags)
     said = capsys.readouterr().out
     figures = read_record(out).evaluation

@@ -33,7 +33,7 @@ LAYERS = (
     ("objective_dinosr", "heads_dinosr"),
     ("units_dinosr",),
     ("modeling_dinosr",),
-    ("_compat", "_extras", "folders", "records", "command_line"),
+    ("_compat", "_extras", "folders", "records", "threads", "command_line"),
     ("schedules",),
     ("data",),
     ("recordings",),

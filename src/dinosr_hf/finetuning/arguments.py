@@ -237,6 +237,9 @@ class FinetuningArguments(TrainingArguments):
     adam_beta2: float = field(default=0.98, metadata={"help": "Decay of the squared gradients' mean."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 (the paper): never."})
+    num_threads: int = field(
+        default=0, metadata={"help": "CPU threads of a process when training on a CPU; 0: its share of the cores."}
+    )
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: steps, epoch or no."})
     eval_steps: float | None = field(default=1000, metadata={"help": "Updates from one evaluation to the next."})
     save_steps: float = field(default=1000, metadata={"help": "Updates from one checkpoint to the next."})
@@ -261,6 +264,10 @@ class FinetuningArguments(TrainingArguments):
                 ),
                 (0 < self.final_lr_scale <= 1, "final_lr_scale", self.final_lr_scale, "more than 0 and at most 1"),
                 (self.freeze_steps >= 0, "freeze_steps", self.freeze_steps, "at least 0"),
+                (
+                    self.num_threads >= 0,
+                    *("num_threads", self.num_threads, "at least 0, which means its share of the cores"),
+                ),
                 (self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}"),
             ]
         )

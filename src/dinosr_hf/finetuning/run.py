@@ -16,6 +16,7 @@ from ..configuration_dinosr import DinoSRConfig
 from ..data import SAMPLING_RATE, LabelledSource
 from ..folders import save_folder
 from ..records import RunRecord, describe_hardware, library_versions, time_now, write_record
+from ..threads import set_cpu_threads
 from .arguments import FinetuningArguments, LabelledDataArguments, StartArguments
 from .batches import LabelledDataset, hours
 from .splits import open_splits
@@ -173,6 +174,8 @@ def finetune(
     started, folder = time_now(), Path(arguments.output_dir)
     resume = _resume_point(arguments)
     set_seed(arguments.seed)
+    if arguments.device.type == "cpu":
+        set_cpu_threads(arguments.num_threads, arguments.world_size)
     try:
         splits = open_splits(data, arguments.seed)
         task.prepare(splits.train)

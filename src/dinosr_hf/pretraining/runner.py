@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from filelock import BaseFileLock, FileLock, Timeout
@@ -29,6 +28,7 @@ from ..data import (
 )
 from ..data.synthetic import SyntheticCorpus
 from ..modeling_dinosr import DinoSRForPreTraining
+from ..threads import set_cpu_threads
 from .arguments import ARCHITECTURE, DataArguments, PretrainingArguments
 from .checkpoint import Checkpoint, choose_checkpoint
 from .evaluation import HeldOut, row_labels
@@ -166,9 +166,7 @@ def _make_accelerator(arguments: PretrainingArguments) -> Accelerator:
     if not accelerator.is_main_process:
         logging.getLogger("dinosr_hf").setLevel(logging.ERROR)
     if accelerator.device.type == "cpu":
-        # `accelerate launch` leaves a process one thread, whatever there is.
-        share = (os.cpu_count() or 1) // accelerator.num_processes
-        torch.set_num_threads(options.num_threads or max(1, share))
+        set_cpu_threads(options.num_threads, accelerator.num_processes)
     return accelerator
 
 
