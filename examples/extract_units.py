@@ -23,6 +23,7 @@ from tqdm import tqdm
 from dinosr_hf.command_line import command
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings, open_source
 from dinosr_hf.recordings import DTYPES
+from dinosr_hf.threads import set_cpu_threads
 from dinosr_hf.units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, load_model
 from dinosr_hf.units.corpus import FORMATS
 
@@ -49,6 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="left out: the GPU of the process, if there is one, else the CPU")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the model (%(default)s)")
+    parser.add_argument("--num_threads", type=int, default=0, help="of a process on a CPU; 0: its share of the cores")
     return parser.parse_args(argv)
 
 
@@ -89,6 +91,8 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
     if kmeans is not None:
         options.layers, options.source = [kmeans.layer], kmeans.source
     model = load_model(options.model, device=options.device or state.device, dtype=options.dtype)
+    if model.device.type == "cpu":
+        set_cpu_threads(options.num_threads, state.num_processes)
     extractor = UnitExtractor(
         model,
         layers=options.layers,

@@ -16,11 +16,12 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps its precision for the life of a process."""
+def fresh_process():
+    """Accelerate keeps its precision for the life of a process, and torch the threads that a run has given it."""
     from accelerate.state import AcceleratorState  # an optional package
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,6 @@ from dinosr_hf.threads import set_cpu_threads
 from finetuning_runs import recognise, write_corpus, write_model
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def eight_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
@@ -27,6 +20,11 @@ def eight_cores(monkeypatch):
 )
 def test_a_process_has_its_share_of_the_cores_or_what_is_asked_for(eight_cores, num_threads, num_processes, expected):
     assert set_cpu_threads(num_threads, num_processes) == torch.get_num_threads() == expected
+
+
+def test_fewer_than_none_are_refused():
+    with pytest.raises(ValueError, match=r"num_threads=-2 must be at least 0, which means a process's share"):
+        set_cpu_threads(-2)
 
 
 def test_without_affinity_all_cores_are_shared(monkeypatch):

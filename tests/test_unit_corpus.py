@@ -54,7 +54,7 @@ def command(model_folder, folder, tmp_path):
     """Layer 2, and a shard for every second recording or so."""
     out = str(tmp_path / "units")
     flags = ["--output_dir", out, "--layers", "2", "--shard_seconds", "0.1", "--device", "cpu"]
-    return [str(model_folder), str(folder), *flags, "--batch_seconds", "0.1"]
+    return [str(model_folder), str(folder), *flags, "--batch_seconds", "0.1", "--num_threads", "1"]
 
 
 def rows_of(out):
@@ -211,6 +211,13 @@ def test_two_processes_write_what_one_writes(script, command, model_folder, fold
     assert {name: [row["units"]] for name, row in rows_of(out).items()} == expected_rows(model_folder, folder)
     assert {shard.name[:9] for shard in shards_of(out)} == {"units-000", "units-001"}
     assert done.stdout.count("23 recordings") == 1
+
+
+def test_a_process_extracts_with_its_share_of_the_cores(script, command):
+    script.main(command)
+    assert torch.get_num_threads() == 1
+    script.main([*command, "--num_threads", "0"])
+    assert torch.get_num_threads() == len(os.sched_getaffinity(0))
 
 
 def test_a_split_of_a_folder(script, command, folder, tmp_path):

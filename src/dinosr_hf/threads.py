@@ -19,7 +19,12 @@ def set_cpu_threads(num_threads: int, num_processes: int = 1) -> int:
 
     Returns:
         How many it has now, at least one.
+
+    Raises:
+        ValueError: If `num_threads` is negative.
     """
+    if num_threads < 0:
+        raise ValueError(f"num_threads={num_threads} must be at least 0, which means a process's share of the cores.")
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows
