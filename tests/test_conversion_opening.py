@@ -93,10 +93,10 @@ def test_hostile_files_are_refused_at_once(tmp_path, monkeypatch, name, form):
         magic = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
         head = magic + pickle.dumps(1001, protocol=2) + pickle.dumps({}, protocol=2)
         file.write_bytes(head + steps + pickle.dumps(["0"], protocol=2) + struct.pack("<q", 4) + bytes(16))
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock, which runs on while neighbours have the cores
     with pytest.raises(CheckpointError, match=f"without running code from it: .*({message})"):
         convert(file, tmp_path / "out")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert [path.name for path in tmp_path.iterdir()] == ["hostile.pt"]
 
 
