@@ -1,4 +1,4 @@
-"""How many threads a training process computes with on a CPU."""
+"""How many threads a process computes with on a CPU, in training and in extraction."""
 
 from __future__ import annotations
 
