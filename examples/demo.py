@@ -75,13 +75,9 @@ def judge_model(
 def judge_kmeans(features, num_clusters: int, train: list[LabelledSpeech], test: list[LabelledSpeech]) -> UnitQuality:
     """Quality of k-means units on any features of a waveform, (S,) to (T, D)."""
     clusters = kmeans_units(np.concatenate([features(waveform) for waveform, _ in train]), num_clusters, seed=0)
-    labels, codes = [], []
-    for waveform, phones in test:
-        frames = clusters.predict(features(waveform))
-        length = min(len(frames), len(phones))  # the windows of MFCCs may fit in once more than the model's
-        labels += phones[:length]
-        codes.append(frames[:length])
-    return unit_quality(labels, np.concatenate(codes), num_codes=num_clusters)
+    labels = [phone for _, phones in test for phone in phones]
+    codes = np.concatenate([clusters.predict(features(waveform)) for waveform, _ in test])
+    return unit_quality(labels, codes, num_codes=num_clusters)
 
 
 def main() -> None:
@@ -122,12 +118,15 @@ def main() -> None:
     def untrained_features(waveform):
         return target_features(untrained, waveform)[-1].numpy()
 
+    def cepstra(waveform):
+        return mfcc(waveform, field=trained.config.receptive_field)
+
     print(f"\n| units, {num_codes} at most | phone purity | PNMI | units in use |\n|---|---|---|---|")
     rows = {
         f"DinoSR, layer {layer}": quality,
         f"untrained model, layer {first_layer}": first,
         "k-means on the untrained model": judge_kmeans(untrained_features, num_codes, train, test),
-        "k-means on MFCCs": judge_kmeans(mfcc, num_codes, train, test),
+        "k-means on MFCCs": judge_kmeans(cepstra, num_codes, train, test),
     }
     for name, row in rows.items():
         print(f"| {name} | {row.phone_purity:.3f} | {row.pnmi:.3f} | {row.num_active_codes} |")

@@ -74,6 +74,21 @@ def test_frames_are_the_models(num_samples, tuned):
     assert np.isfinite(features).all()
 
 
+TINY_CONVOLUTIONS = {  # of examples/configs/tiny_cpu.yaml: frames of 58 ms
+    "conv_dim": [64, 64, 96, 128, 128],
+    "conv_kernel": [20, 8, 4, 4, 4],
+    "conv_stride": [10, 4, 2, 2, 2],
+}
+
+
+@pytest.mark.parametrize("num_samples", [930, 1_249, 1_250, 5_000, 16_000])
+def test_frames_are_those_of_a_model_with_other_convolutions(num_samples):
+    config = DinoSRConfig(**TINY_CONVOLUTIONS)
+    assert config.receptive_field == 930
+    features = mfcc(noise(num_samples), field=config.receptive_field)
+    assert features.shape == (config.num_frames(num_samples), 39)
+
+
 @pytest.mark.parametrize("tuned", [True, False], ids=["tuned", "textbook"])
 @pytest.mark.parametrize("num_samples", [5_000, 5_200], ids=["odd", "even"])
 def test_features_equal_their_definition(num_samples, tuned):
@@ -83,14 +98,25 @@ def test_features_equal_their_definition(num_samples, tuned):
     np.testing.assert_allclose(mfcc(waveform, tuned=tuned), slow_mfcc(waveform, tuned), atol=1e-3)
 
 
+@pytest.mark.parametrize("field", [80, 400, 480, 930], ids=lambda field: f"field {field}")
 @pytest.mark.parametrize("tuned", [True, False], ids=["tuned", "textbook"])
-def test_a_click_is_seen_by_the_frame_centered_on_it(tuned):
+def test_a_click_is_seen_by_the_frame_centered_on_it(tuned, field):
     waveform = 0.01 * noise(16_000)
-    waveform[320 * 20 + 200] = 1.0
-    energy = mfcc(waveform, tuned=tuned)[:, 0]
+    waveform[320 * 20 + field // 2] = 1.0
+    energy = mfcc(waveform, field=field, tuned=tuned)[:, 0]
     assert np.argmax(energy) == 20
     # Symmetric about the click: the frames are centred, not early or late.
     assert energy[19] == pytest.approx(energy[21], abs=0.1 * float(energy[20] - energy[30]))
+    if field == 930:  # the negative control: with the paper's field the frames are early
+        early = mfcc(waveform, tuned=tuned)[:, 0]
+        assert early[21] - early[19] > 0.5 * float(energy[20] - energy[30])
+
+
+def test_features_do_not_depend_on_the_field_but_for_where_they_are():
+    """A field that is wider by two strides has the same features, a frame on: what lies before gives them context."""
+    waveform = noise(16_000)
+    same = mfcc(waveform, tuned=False)
+    np.testing.assert_allclose(mfcc(waveform, field=1040, tuned=False), same[1:-1], atol=1e-5)
 
 
 @pytest.mark.parametrize("tuned", [True, False], ids=["tuned", "textbook"])
@@ -114,7 +140,7 @@ def test_silence_has_finite_features():
     ("waveform", "message"),
     [
         (np.zeros((2, 1_000)), r"shape \(2, 1000\).*mono"),
-        (np.zeros(399), "399 samples, but a frame needs 400"),
+        (np.zeros(399), r"399 samples, but a frame needs 400 \(25 ms\)"),
         (np.full(1_000, np.nan), "nan or infinite"),
     ],
     ids=["stereo", "short", "nan"],
@@ -122,6 +148,13 @@ def test_silence_has_finite_features():
 def test_mfcc_refuses(waveform, message):
     with pytest.raises(ValueError, match=message):
         mfcc(waveform)
+
+
+def test_mfcc_refuses_a_field_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"929 samples, but a frame needs 930 \(58.125 ms\)"):
+        mfcc(np.zeros(929), field=930)
+    with pytest.raises(ValueError, match=r"field=0.*receptive_field"):
+        mfcc(np.zeros(929), field=0)
 
 
 def blobs(num_frames: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

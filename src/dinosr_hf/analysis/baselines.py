@@ -1,8 +1,8 @@
 """
 Units without learning: k-means on MFCCs, what a model's units must beat.
 
-The features have the model's frames (frame `i` is centred on sample `320 i + 200`), and what was tuned was tuned for
-phone purity and PNMI on real speech of other speakers than the reported ones, as hard as one would tune a model.
+The features have the model's frames (frame `i` is centred on sample `320 i + field / 2`), and what was tuned was tuned
+for phone purity and PNMI on real speech of other speakers than the reported ones, as hard as one would tune a model.
 
 `S` samples, `T` frames, `D` feature dimensions, `V` clusters.
 """
@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._extras import import_extra
+from .alignment import FIELD
 
 _SAMPLING_RATE = 16_000
-_FIELD = 400
+_WINDOW = 400
 # Cepstra are made at 100 Hz, every second one at the centre of a frame of the model.
 _STRIDE = 320
 _HOP = _STRIDE // 2
@@ -46,7 +47,7 @@ def _weighted_sum(features: NDArray[np.float64], weights: NDArray[np.float64]) -
 
 
 def _cepstra(waveform: NDArray[np.float64], mel_floor: float) -> NDArray[np.float64]:
-    """Mel-frequency cepstra at 100 Hz, (2 T - 1 or 2 T, 13)."""
+    """Mel-frequency cepstra at 100 Hz, (number of whole windows, 13)."""
     from transformers.audio_utils import mel_filter_bank, spectrogram
 
     mel_filters = mel_filter_bank(
@@ -58,8 +59,8 @@ def _cepstra(waveform: NDArray[np.float64], mel_floor: float) -> NDArray[np.floa
     )
     log_mel = spectrogram(
         waveform,
-        window=np.hamming(_FIELD),
-        frame_length=_FIELD,
+        window=np.hamming(_WINDOW),
+        frame_length=_WINDOW,
         hop_length=_HOP,
         fft_length=_FFT_LENGTH,
         power=2.0,
@@ -74,44 +75,59 @@ def _cepstra(waveform: NDArray[np.float64], mel_floor: float) -> NDArray[np.floa
     return import_extra("scipy.fft", "analysis").dct(log_mel.T, type=2, norm="ortho", axis=1)[:, :_NUM_CEPSTRA]
 
 
-def mfcc(waveform: ArrayLike, *, tuned: bool = True) -> NDArray[np.float32]:
+def mfcc(waveform: ArrayLike, *, field: int = FIELD, tuned: bool = True) -> NDArray[np.float32]:
     """
     Mel-frequency cepstral coefficients with their first and second differences, at the frames of the model.
 
     13 cepstra of 40 mel filters over windows of 25 ms every 10 ms, differences by regression over two frames to each
-    side, then every second frame: frame `i` has the centre of the model's frame `i`. The waveform's level does not
-    matter. Davis and Mermelstein, IEEE Trans. ASSP 28(4), 1980; deltas: Furui, IEEE Trans. ASSP 34(1), 1986.
+    side, then every second frame: frame `i` has the centre of the model's frame `i`, to the sample. A model whose
+    convolutions are not the paper's sees more or less than 25 ms a frame, so its frames are centred elsewhere: without
+    its `field`, features and labels are apart by half of the difference. The waveform's level does not matter. Davis
+    and Mermelstein, IEEE Trans. ASSP 28(4), 1980; deltas: Furui, IEEE Trans. ASSP 34(1), 1986.
 
     Args:
         waveform: One utterance (S,) at 16 kHz, whole: its statistics normalise it.
+        field: Samples that a frame of the model sees, `config.receptive_field`; the default is the paper's.
         tuned: Whether to make the features as good for k-means as they get: a floor under the mel energies, cepstra
             smoothed over 50 ms, the mean over the utterance taken off each dimension, each divided by the square root
             of its standard deviation, and differences weighted by 1.5. False: the textbook's features, in whose
             distances the first few cepstra decide.
 
     Returns:
-        float32 (T, 39), T = (S - 400) // 320 + 1.
+        float32 (T, 39), T = (S - field) // 320 + 1.
 
     Raises:
-        ValueError: If the waveform is not (S,) with at least 400 finite samples.
+        ValueError: If the waveform is not (S,) with at least `field` finite samples, or `field` is less than 1.
         ImportError: If scipy is not installed.
     """
     signal = np.asarray(waveform, dtype=np.float64)
     if signal.ndim != 1:
         raise ValueError(f"waveform has shape {signal.shape}, but must be (S,): one utterance, mono.")
-    if len(signal) < _FIELD:
-        raise ValueError(f"waveform has {len(signal)} samples, but a frame needs {_FIELD} (25 ms). Leave it out.")
+    if field < 1:
+        raise ValueError(f"field={field}, but a frame sees at least 1 sample: give config.receptive_field.")
+    if len(signal) < field:
+        raise ValueError(
+            f"waveform has {len(signal)} samples, but a frame needs {field} ({1000 * field / _SAMPLING_RATE:g} ms). "
+            "Leave it out."
+        )
     if not np.all(np.isfinite(signal)):
         raise ValueError("waveform holds nan or infinite samples. Check how it was read.")
     signal = (signal - signal.mean()) / np.sqrt(signal.var() + 1e-7)
+    num_frames = (len(signal) - field) // _STRIDE + 1
+    # From the start of the model's first frame to that of the window on its centre; silence stands in for what lies
+    # outside of the utterance, which is only seen if a frame is shorter than a window.
+    early = field // 2 - _WINDOW // 2
+    signal = np.pad(signal, max(0, -early))
+    skipped, offset = divmod(max(0, early), _HOP)
 
-    cepstra = _cepstra(signal, _MEL_FLOOR if tuned else 1e-10)
+    cepstra = _cepstra(signal[offset:], _MEL_FLOOR if tuned else 1e-10)
     if tuned:
         cepstra = _weighted_sum(cepstra, _SMOOTHING)
     offsets = np.arange(-_DELTA_REACH, _DELTA_REACH + 1, dtype=np.float64)
     slope = offsets / (offsets**2).sum()
     deltas = _weighted_sum(cepstra, slope)
-    features = np.concatenate([cepstra, deltas, _weighted_sum(deltas, slope)], axis=1)[::2]
+    features = np.concatenate([cepstra, deltas, _weighted_sum(deltas, slope)], axis=1)
+    features = features[skipped::2][:num_frames]
     if tuned:
         features = features - features.mean(axis=0)
         features /= (features.std(axis=0) + 1e-8) ** _SCALE_POWER
