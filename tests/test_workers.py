@@ -1,4 +1,4 @@
-"""Reading processes under signals: they serve on while the run decides, and are gone when it is."""
+"""Worker processes under signals: they serve on while the run decides, and are gone when it is."""
 
 from __future__ import annotations
 
@@ -192,3 +192,45 @@ def test_plain_data_loader_outlives_a_killed_run(start):
         assert not is_gone_within(pid, seconds=2)
     finally:
         os.kill(pid, signal.SIGKILL)
+
+
+SPEAK = '''
+"""Makes more speech than the test has time for, in two processes, which it names on stdout."""
+
+import multiprocessing, threading, time
+
+from dinosr_hf.data.synthetic import SyntheticCorpus
+
+
+def name_workers():
+    while len(workers := multiprocessing.active_children()) < 2:
+        time.sleep(0.01)
+    print(*(worker.pid for worker in workers), flush=True)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=name_workers).start()
+    SyntheticCorpus(num_utterances=100_000).to_dataset(num_proc=2)
+'''
+
+
+@pytest.mark.parametrize("after", [0.0, 5.0], ids=["starting", "speaking"])
+def test_speaking_processes_do_not_outlive_a_run_that_is_ended(tmp_path, after):
+    script = tmp_path / "speak.py"
+    script.write_text(SPEAK)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        pids = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(pids) == 2
+        time.sleep(after)
+        assert all(map(is_running, pids))
+        run.terminate()
+        assert run.wait(60) == -signal.SIGTERM
+        assert all(is_gone_within(pid, seconds=60) for pid in pids)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()

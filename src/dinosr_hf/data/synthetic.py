@@ -44,6 +44,7 @@ from .._extras import import_extra
 from ._espeak import ESPEAK_RATE, Event, synthesize, voice_variants
 from ._grammar import GRAMMARS, digit_string, expand
 from .audio import SAMPLING_RATE
+from .workers import shielded_workers, watch_parent
 
 if TYPE_CHECKING:
     import datasets
@@ -365,8 +366,10 @@ def _in_order(make: Callable[[int], _T], num_items: int, num_proc: int | None) -
         raise ValueError(f"num_proc must be at least 1, or None for this process, got {num_proc}.")
     # Spawned, not forked: threads of torch and of others do not live through a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_proc, mp_context=context) as executor:
-        yield from executor.map(make, range(num_items), chunksize=16)
+    with ProcessPoolExecutor(num_proc, mp_context=context, initializer=watch_parent) as executor:
+        with shielded_workers("spawn"):
+            results = executor.map(make, range(num_items), chunksize=16)
+        yield from results
 
 
 def _record_batch(rows: list[dict[str, Any]], schema: Any) -> Any:

@@ -1,5 +1,5 @@
 """
-Reading processes that neither die of a signal meant for the run nor outlive it.
+Worker processes that neither die of a signal meant for the run nor outlive it.
 
 A terminal, Slurm or a shell sends SIGINT, SIGTERM, SIGHUP or SIGUSR1 to every process of a group. What it means is for
 the training process to decide: it may have a step to finish and a checkpoint to save, and needs its workers for that.
@@ -49,9 +49,11 @@ def shielded_workers(start_method: str | None = None) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def watch_parent(worker_id: int) -> None:
+def watch_parent(worker_id: int = 0) -> None:
     """
-    Make this process a worker that leaves signals to its parent, and ends with it (a `worker_init_fn`).
+    Make this process a worker that leaves signals to its parent, and ends with it.
+
+    A `worker_init_fn` of `DataLoader`, or an `initializer` of `ProcessPoolExecutor`.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 do nothing, unless it is the parent that sends SIGTERM, as `DataLoader` does to
     a worker that does not end by itself. (macOS and Windows do not say who sent it: there it does nothing, too.) When
