@@ -31,7 +31,7 @@ EPOCH = PlanSummary(
 
 
 def tiny(*flags):
-    return parse_arguments(["--save_steps", "100", *flags], CONFIGS / "tiny_cpu.yaml")
+    return parse_arguments(["--max_steps", "600", "--save_steps", "100", *flags], CONFIGS / "tiny_cpu.yaml")
 
 
 def base(*flags):
