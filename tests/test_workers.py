@@ -214,6 +214,7 @@ if __name__ == "__main__":
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0.0, 5.0], ids=["starting", "speaking"])
 def test_speaking_processes_do_not_outlive_a_run_that_is_ended(tmp_path, after):
     script = tmp_path / "speak.py"
