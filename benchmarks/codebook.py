@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from contest import choose_device, headline, time_in_turn
 
-from dinosr_hf.codebook_dinosr import OnlineCodebooks
+from dinosr_hf.model.codebook_dinosr import OnlineCodebooks
 
 NUM_CODEBOOKS, HIDDEN_SIZE, DECAY = 8, 768, 0.9
 # Of the largest value: sums of some thousand frames in another order.

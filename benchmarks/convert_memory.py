@@ -23,13 +23,13 @@ import torch
 import transformers
 
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
-from dinosr_hf.conversion.fairseq import to_fairseq
+from dinosr_hf.hub.conversion.fairseq import to_fairseq
 from dinosr_hf.pretraining import parse_arguments
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 CHILD = """
 import re, sys
-from dinosr_hf.conversion import convert
+from dinosr_hf.hub.conversion import convert
 if len(sys.argv) > 1:
     convert(sys.argv[1], sys.argv[2])
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

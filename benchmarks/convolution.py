@@ -16,7 +16,7 @@ import torch
 from contest import SAMPLING_RATE, SIZES, choose_device, headline, time_in_turn
 from train_step import make_model
 
-from dinosr_hf.encoder_dinosr import DinoSRFeatureEncoder
+from dinosr_hf.model.encoder_dinosr import DinoSRFeatureEncoder
 
 # Relative to the largest value: float32 sums of some thousand products in another order.
 TOLERANCE = 2e-5

@@ -23,8 +23,8 @@ import transformers
 from contest import SAMPLING_RATE, SIZES, headline, model_config
 
 from dinosr_hf import DinoSRForCTC
-from dinosr_hf.export import FolderModel, TorchModel, compare, export_onnx, load_onnx, quantize_onnx
-from dinosr_hf.folders import feature_extractor
+from dinosr_hf.hub.export import FolderModel, TorchModel, compare, export_onnx, load_onnx, quantize_onnx
+from dinosr_hf.utils.model_folder import feature_extractor
 
 # Measured with base: 6e-6.
 TOLERANCE = 1e-4

@@ -39,8 +39,8 @@ import transformers
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.analysis.baselines import kmeans_units
+from dinosr_hf.analysis.model_units import LabelledSpeech, target_features
 from dinosr_hf.analysis.quality import unit_quality
-from dinosr_hf.analysis.units import LabelledSpeech, target_features
 from dinosr_hf.pretraining import (
     CollapseMonitor,
     PretrainingArguments,

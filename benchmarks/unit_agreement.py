@@ -20,7 +20,7 @@ import torch
 
 from dinosr_hf.data import SAMPLING_RATE, DatasetSource, SpeechSource, open_recordings
 from dinosr_hf.data.synthetic import SyntheticCorpus
-from dinosr_hf.recordings import plan_windows
+from dinosr_hf.inference.windowed import plan_windows
 from dinosr_hf.units import UnitExtractor, UnitStreamer, load_model
 
 WHOLE = 1e6  # seconds

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from dinosr_hf import DinoSRForPreTraining
-from dinosr_hf.command_line import command
-from dinosr_hf.conversion import convert, convert_to_fairseq, statistics_table
+from dinosr_hf.hub.conversion import convert, convert_to_fairseq, statistics_table
+from dinosr_hf.utils.command_line import command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

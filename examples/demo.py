@@ -18,12 +18,12 @@ from transformers import set_seed
 from dinosr_hf import DinoSRForPreTraining, perplexity, sample_span_mask
 from dinosr_hf.analysis import UnitQuality, frame_labels, unit_quality
 from dinosr_hf.analysis.baselines import kmeans_units, mfcc
+from dinosr_hf.analysis.model_units import LabelledSpeech, layer_tables, target_features
 from dinosr_hf.analysis.plots import phone_codeword_figure
-from dinosr_hf.analysis.units import LabelledSpeech, layer_tables, target_features
-from dinosr_hf.command_line import command
 from dinosr_hf.data import normalize_waveform
-from dinosr_hf.folders import begin_folder
 from dinosr_hf.pretraining import PretrainingArguments, parse_arguments, synthetic_corpus
+from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.model_folder import begin_folder
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "configs" / "tiny_cpu.yaml"

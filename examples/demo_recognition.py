@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from transformers import pipeline
 
-from dinosr_hf.command_line import command
-from dinosr_hf.ctc import SpeechRecognitionPipeline
 from dinosr_hf.data.synthetic import SyntheticCorpus
-from dinosr_hf.folders import begin_folder
+from dinosr_hf.recognition import SpeechRecognitionPipeline
+from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.model_folder import begin_folder
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "configs" / "ctc_tiny.yaml"

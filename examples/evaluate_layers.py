@@ -30,10 +30,10 @@ from dinosr_hf.analysis.layers import (
 from dinosr_hf.analysis.plots import layer_curves_figure
 from dinosr_hf.analysis.reports import write_report
 from dinosr_hf.analysis.speech import open_reference
-from dinosr_hf.command_line import command
-from dinosr_hf.folders import open_config
-from dinosr_hf.recordings import DTYPES
+from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import UnitExtractor, has_codebooks, load_model, load_peer
+from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.model_folder import open_config
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dinosr_hf.command_line import command
 from dinosr_hf.data import load_audio
-from dinosr_hf.export import FolderModel, TorchModel, compare, export_onnx, load_onnx, quantize_onnx
+from dinosr_hf.hub.export import FolderModel, TorchModel, compare, export_onnx, load_onnx, quantize_onnx
+from dinosr_hf.utils.command_line import command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

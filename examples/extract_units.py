@@ -20,12 +20,12 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from dinosr_hf.command_line import command
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings, open_source
-from dinosr_hf.recordings import DTYPES
-from dinosr_hf.threads import set_cpu_threads
+from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, load_model
 from dinosr_hf.units.corpus import FORMATS
+from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.threads import set_cpu_threads
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -15,9 +15,15 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from dinosr_hf.command_line import ArgumentError, command, parse_groups
-from dinosr_hf.ctc import Recognition, RecognitionArguments
-from dinosr_hf.finetuning import FinetuningArguments, LabelledDataArguments, StartArguments, finetune
+from dinosr_hf.finetuning import (
+    FinetuningArguments,
+    LabelledDataArguments,
+    Recognition,
+    RecognitionArguments,
+    StartArguments,
+    finetune,
+)
+from dinosr_hf.utils.command_line import ArgumentError, command, parse_groups
 
 CONFIG = Path(__file__).parent / "configs" / "ctc_tiny.yaml"
 GROUPS = (StartArguments, LabelledDataArguments, RecognitionArguments, FinetuningArguments)

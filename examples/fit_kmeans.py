@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from dinosr_hf.command_line import command
 from dinosr_hf.data import SAMPLING_RATE, open_recordings
-from dinosr_hf.recordings import DTYPES
+from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import UnitExtractor, fit_kmeans, load_model
+from dinosr_hf.utils.command_line import command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from dinosr_hf.analysis import read_alignments
 from dinosr_hf.analysis.inspection import AUDIO_FORMATS, CodewordInspector, render_page
-from dinosr_hf.command_line import command
 from dinosr_hf.data import SAMPLING_RATE, open_recordings, open_source
-from dinosr_hf.recordings import DTYPES
+from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import load_model, scored_units
+from dinosr_hf.utils.command_line import command
 
 # What the score of a unit is.
 SCORES = {"student": "probability", "teacher": "distance"}

@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from dinosr_hf.command_line import command
 from dinosr_hf.data.scan import MIN_SECONDS, scan_folder, write_manifest
+from dinosr_hf.utils.command_line import command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinosr_hf.analysis.curves import read_run, run_figure
-from dinosr_hf.command_line import command
+from dinosr_hf.utils.command_line import command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

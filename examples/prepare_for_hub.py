@@ -12,8 +12,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dinosr_hf.command_line import command
 from dinosr_hf.hub import prepare, push, read_provenance
+from dinosr_hf.utils.command_line import command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from dinosr_hf.command_line import command
 from dinosr_hf.pretraining import (
     ArgumentError,
     CheckpointError,
@@ -24,6 +23,7 @@ from dinosr_hf.pretraining import (
     parse_arguments,
     run,
 )
+from dinosr_hf.utils.command_line import command
 
 
 def main() -> None:

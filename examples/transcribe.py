@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dinosr_hf.command_line import command
-from dinosr_hf.ctc import FORMATS, Transcriber, Transcript, output_path
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
-from dinosr_hf.recordings import DTYPES
+from dinosr_hf.inference.windowed import DTYPES
+from dinosr_hf.recognition import FORMATS, Transcriber, Transcript, output_path
+from dinosr_hf.utils.command_line import command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

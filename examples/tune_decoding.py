@@ -20,10 +20,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCTC
 
 import dinosr_hf  # registers the model  # noqa: F401
-from dinosr_hf.command_line import command
-from dinosr_hf.ctc import load_processor
-from dinosr_hf.ctc.decoding import BeamSearchDecoder, DecodingOptions, GreedyDecoder
-from dinosr_hf.ctc.tuning import LM_WEIGHTS, WORD_SCORES, Trial, grid, random_pairs, tune
+from dinosr_hf.recognition import load_processor
+from dinosr_hf.recognition.decoding import BeamSearchDecoder, DecodingOptions, GreedyDecoder
+from dinosr_hf.recognition.tuning import LM_WEIGHTS, WORD_SCORES, Trial, grid, random_pairs, tune
+from dinosr_hf.utils.command_line import command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -8,9 +8,15 @@ import soundfile
 import torch
 
 from dinosr_hf import DinoSRForPreTraining
-from dinosr_hf.ctc import Recognition, RecognitionArguments
-from dinosr_hf.finetuning import FinetuningArguments, LabelledDataArguments, StartArguments, finetune
-from dinosr_hf.folders import save_folder
+from dinosr_hf.finetuning import (
+    FinetuningArguments,
+    LabelledDataArguments,
+    Recognition,
+    RecognitionArguments,
+    StartArguments,
+    finetune,
+)
+from dinosr_hf.utils.model_folder import save_folder
 from tiny import NO_DROPOUT, randomize, tiny_config
 
 WORDS = ("oh", "no", "hello", "moon", "noon")

@@ -7,7 +7,7 @@ import torch
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining, DinoSRForSequenceClassification
-from dinosr_hf.folders import feature_extractor, save_folder
+from dinosr_hf.utils.model_folder import feature_extractor, save_folder
 from tiny import randomize, tiny_config, waveforms
 
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"]

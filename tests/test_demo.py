@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dinosr_hf import DinoSRForPreTraining
-from dinosr_hf.folders import save_folder
 from dinosr_hf.pretraining import parse_arguments
+from dinosr_hf.utils.model_folder import save_folder
 from scripts import load_script
 
 ROOT = Path(__file__).parent.parent

@@ -15,10 +15,10 @@ import pytest
 import soundfile
 
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRForSequenceClassification
-from dinosr_hf.command_line import parse_groups
-from dinosr_hf.folders import save_folder
 from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
 from dinosr_hf.pretraining.state import save_model
+from dinosr_hf.utils.command_line import parse_groups
+from dinosr_hf.utils.model_folder import save_folder
 from language_models import write_arpa
 from pretraining_runs import metrics_of, tiny_arguments
 from recognisers import save_recogniser

@@ -10,12 +10,11 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
-from . import modeling_dinosr
-from .codebook_dinosr import OnlineCodebooks, perplexity
-from .configuration_dinosr import DinoSRConfig
-from .folders import FolderTokenizer
-from .masking import sample_span_mask
-from .modeling_dinosr import (
+from .model import modeling_dinosr
+from .model.codebook_dinosr import OnlineCodebooks, perplexity
+from .model.configuration_dinosr import DinoSRConfig
+from .model.masking_dinosr import sample_span_mask
+from .model.modeling_dinosr import (
     AUTO_CLASSES,
     DinoSRForAudioFrameClassification,
     DinoSRForCTC,
@@ -26,6 +25,7 @@ from .modeling_dinosr import (
     DinoSRModel,
     DinoSRPreTrainedModel,
 )
+from .utils.model_folder import FolderTokenizer
 
 __version__ = "0.1.0.dev0"
 

@@ -17,7 +17,6 @@ from .alignment import (
     step_labels,
 )
 from .alignment_files import read_alignments
-from .evaluation import JudgedUnits, Reference, UnitCounts, bootstrap_intervals, count_units, units_csv, units_table
 from .quality import (
     UnitQuality,
     cluster_purity,
@@ -36,6 +35,15 @@ from .segmentation import (
     match_boundaries,
     run_counts,
     unit_boundaries,
+)
+from .unit_evaluation import (
+    JudgedUnits,
+    Reference,
+    UnitCounts,
+    bootstrap_intervals,
+    count_units,
+    units_csv,
+    units_table,
 )
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._extras import import_extra
+from ..utils.extras import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..configuration_dinosr import DinoSRConfig
 from ..data import SAMPLING_RATE, SpeechSource
-from ..recordings import output_path
+from ..inference.windowed import output_path
+from ..model.configuration_dinosr import DinoSRConfig
 from .alignment import SILENCE, label_segments
-from .evaluation import Reference
+from .unit_evaluation import Reference
 
 SPEAKERS = ("within", "across")
 DISTANCES = ("angular", "cosine", "euclidean", "identical")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from .._extras import import_extra
+from ..utils.extras import import_extra
 from .alignment import Labels, Segment, read_labels
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ctm", ".TextGrid")

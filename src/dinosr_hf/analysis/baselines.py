@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._extras import import_extra
+from ..utils.extras import import_extra
 from .alignment import FIELD
 
 _SAMPLING_RATE = 16_000

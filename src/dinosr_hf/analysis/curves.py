@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import yaml
 
-from .._extras import import_extra
+from ..utils.extras import import_extra
 from ._figures import check_width, line_colors, new_figure
 
 if TYPE_CHECKING:

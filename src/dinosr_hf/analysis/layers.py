@@ -19,14 +19,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._extras import import_extra
-from ..configuration_dinosr import DinoSRConfig
 from ..data import SpeechSource
 from ..data.collator import utterance_generator
+from ..model.configuration_dinosr import DinoSRConfig
+from ..utils.extras import import_extra
 from .baselines import kmeans_units
-from .evaluation import Reference
 from .plots.lines import LayerCurves
 from .quality import contingency, phone_normalized_mutual_information, phone_purity
+from .unit_evaluation import Reference
 
 METRICS = {
     "kmeans_phone_purity": "phone purity of k-means",

@@ -10,7 +10,7 @@ from ..data.labelled import METADATA_FILES
 from ..data.synthetic import SyntheticCorpus
 from .alignment import Segment
 from .alignment_files import read_alignments
-from .evaluation import Reference
+from .unit_evaluation import Reference
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._extras import import_extra
+from ..utils.extras import import_extra
 
 ESPEAK_RATE = 22_050  # samples a second of every voice that is not an MBROLA voice
 

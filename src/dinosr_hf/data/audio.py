@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from .._extras import import_extra
+from ..utils.extras import import_extra
 
 SAMPLING_RATE = 16_000
 

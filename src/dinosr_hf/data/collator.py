@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..masking import sample_span_mask
+from ..model.masking_dinosr import sample_span_mask
 from .audio import SAMPLING_RATE, normalize_waveform
 
 

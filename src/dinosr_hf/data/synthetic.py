@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from .._extras import import_extra
+from ..utils.extras import import_extra
 from ._espeak import ESPEAK_RATE, Event, synthesize, voice_variants
 from ._grammar import GRAMMARS, digit_string, expand
 from .audio import SAMPLING_RATE

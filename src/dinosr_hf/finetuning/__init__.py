@@ -1,10 +1,12 @@
 """Fine-tuning with `transformers.Trainer`: what recognition and classification share."""
 
-from .arguments import FinetuningArguments, LabelledDataArguments, StartArguments
 from .batches import LabelledCollator, LabelledDataset, LengthBatchSampler, StepBatchSampler
+from .classification_task import Classification, ClassificationArguments
+from .ctc_task import Recognition, RecognitionArguments
+from .finetuning_arguments import FinetuningArguments, LabelledDataArguments, StartArguments
+from .initial_model import load_model
 from .run import finetune
 from .splits import Splits, open_splits
-from .start import load_model
 from .task import Task
 from .trainer import FreezeCallback, SpeechTrainer
 
@@ -19,6 +21,10 @@ __all__ = [
     "Splits",
     "open_splits",
     "Task",
+    "Recognition",
+    "RecognitionArguments",
+    "Classification",
+    "ClassificationArguments",
     "load_model",
     "SpeechTrainer",
     "FreezeCallback",

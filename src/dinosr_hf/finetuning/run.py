@@ -11,16 +11,16 @@ from typing import Any, cast
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..command_line import ArgumentError
-from ..configuration_dinosr import DinoSRConfig
 from ..data import SAMPLING_RATE, LabelledSource
-from ..folders import save_folder
-from ..records import RunRecord, describe_hardware, library_versions, time_now, write_record
-from ..threads import set_cpu_threads
-from .arguments import FinetuningArguments, LabelledDataArguments, StartArguments
+from ..model.configuration_dinosr import DinoSRConfig
+from ..training.run_record import RunRecord, describe_hardware, library_versions, time_now, write_record
+from ..utils.command_line import ArgumentError
+from ..utils.model_folder import save_folder
+from ..utils.threads import set_cpu_threads
 from .batches import LabelledDataset, hours
+from .finetuning_arguments import FinetuningArguments, LabelledDataArguments, StartArguments
+from .initial_model import add_adapters, load_model, without_adapters
 from .splits import open_splits
-from .start import add_adapters, load_model, without_adapters
 from .task import Task, describe_unusable, num_frames_of
 from .trainer import FreezeCallback, SpeechTrainer
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..command_line import ArgumentError
 from ..data import DatasetSource, LabelledSource, open_labelled
 from ..data.labelled import METADATA_FILES
 from ..data.synthetic import SyntheticCorpus
-from .arguments import LabelledDataArguments
+from ..utils.command_line import ArgumentError
+from .finetuning_arguments import LabelledDataArguments
 
 SYNTHETIC = ["synthetic"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from transformers import EvalPrediction
 
-from ..configuration_dinosr import DinoSRConfig
 from ..data import LabelledSource
-from ..modeling_dinosr import DinoSRPreTrainedModel
+from ..model.configuration_dinosr import DinoSRConfig
+from ..model.modeling_dinosr import DinoSRPreTrainedModel
 
 
 class Task(ABC):

@@ -24,11 +24,11 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerContro
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import ParallelMode
 
-from ..command_line import ArgumentError
 from ..data import SAMPLING_RATE
-from ..schedules import make_schedule
-from .arguments import FinetuningArguments
+from ..training.schedules import make_schedule
+from ..utils.command_line import ArgumentError
 from .batches import LabelledDataset, LengthBatchSampler, StepBatchSampler, make_loader
+from .finetuning_arguments import FinetuningArguments
 
 
 class FreezeCallback(TrainerCallback):

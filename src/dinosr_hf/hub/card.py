@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from ..records import RunRecord
+from ..training.run_record import RunRecord
 from .provenance import UNPUBLISHED, Provenance
 
 TEMPLATE = Path(__file__).with_name("model_card.md")

@@ -15,9 +15,9 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from .. import modeling_dinosr
-from ..folders import feature_extractor, whole_folder
-from ..records import RECORD_NAME, RunRecord
+from ..model import modeling_dinosr
+from ..training.run_record import RECORD_NAME, RunRecord
+from ..utils.model_folder import feature_extractor, whole_folder
 from .card import build_card
 from .provenance import Provenance
 

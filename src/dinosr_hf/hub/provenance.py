@@ -24,8 +24,8 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # imported lazily
 
-from ..command_line import read_yaml, refuse_unknown
-from ..records import RunRecord, read_record, record_of
+from ..training.run_record import RunRecord, read_record, record_of
+from ..utils.command_line import read_yaml, refuse_unknown
 
 UNPUBLISHED = "unpublished"
 

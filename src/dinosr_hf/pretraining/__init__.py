@@ -1,13 +1,13 @@
 """Pre-training with Accelerate: arguments, schedules, loop, checkpoints, what is measured and what is left behind."""
 
-from ..command_line import ArgumentError
-from ..schedules import constant, cosine, make_schedule, tri_stage
-from .arguments import DataArguments, PretrainingArguments, RunArguments, parse_arguments
+from ..training.schedules import constant, cosine, make_schedule, tri_stage
+from ..utils.command_line import ArgumentError
 from .checkpoint import Checkpoint, CheckpointError, choose_checkpoint, find_checkpoints, read_checkpoint
-from .evaluation import HeldOut, row_labels
+from .held_out import HeldOut, row_labels
 from .loop import Pretraining, Progress, TrainingStopped, pretrain
 from .monitor import CollapseMonitor
 from .plan import RunPlan, describe_plan, plan_figure
+from .pretraining_arguments import DataArguments, PretrainingArguments, RunArguments, parse_arguments
 from .runner import open_data, open_held_out, run, synthetic_corpus
 from .scaling import Change, changes_table, scale_to_batch
 from .signals import RunInterrupted

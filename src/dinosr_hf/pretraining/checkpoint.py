@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file
 
-from ..modeling_dinosr import DinoSRForPreTraining
+from ..model.modeling_dinosr import DinoSRForPreTraining
 from .state import save_model
 
 logger = logging.getLogger(__name__)

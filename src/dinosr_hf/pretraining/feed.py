@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..configuration_dinosr import DinoSRConfig
 from ..data import (
     SAMPLING_RATE,
     Crop,
@@ -25,7 +24,8 @@ from ..data import (
     plan_epoch,
     summarize_plan,
 )
-from .arguments import DataArguments
+from ..model.configuration_dinosr import DinoSRConfig
+from .pretraining_arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 

@@ -24,17 +24,17 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .._compat import enable_gradient_checkpointing
-from ..command_line import ArgumentError
 from ..data import MicroBatch, SpeechSource, SpeechStream
-from ..modeling_dinosr import DinoSRForPreTraining
-from ..schedules import make_schedule
-from .arguments import ARCHITECTURE, PretrainingArguments, RunArguments
+from ..model.modeling_dinosr import DinoSRForPreTraining
+from ..training.schedules import make_schedule
+from ..utils.command_line import ArgumentError
+from ..utils.compat import enable_gradient_checkpointing
 from .checkpoint import Checkpoint, CheckpointError, load_model_weights, load_training_state, save_checkpoint
-from .evaluation import HeldOut
 from .feed import Step, StepFeed
+from .held_out import HeldOut
 from .metrics import MetricSums
 from .monitor import CollapseMonitor
+from .pretraining_arguments import ARCHITECTURE, PretrainingArguments, RunArguments
 from .signals import RunInterrupted, SignalWatch
 from .state import append_metrics, mark_finished, save_model
 

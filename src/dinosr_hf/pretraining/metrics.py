@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..codebook_dinosr import perplexity
 from ..data import SAMPLING_RATE
-from ..objective_dinosr import DinoSRForPreTrainingOutput
+from ..model.codebook_dinosr import perplexity
+from ..model.objective_dinosr import DinoSRForPreTrainingOutput
 
 
 class MetricSums:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
-from ..configuration_dinosr import DinoSRConfig
+from ..model.configuration_dinosr import DinoSRConfig
 
 _TOO_FAST = "a lower learning_rate or a greater warmup_share"
 _CODEWORDS = (

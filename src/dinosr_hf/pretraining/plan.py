@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from .._extras import import_extra
-from ..configuration_dinosr import DinoSRConfig
 from ..data import SAMPLING_RATE, PlanSummary
-from ..masking import sample_span_mask
-from ..modeling_dinosr import DinoSRForPreTraining
-from ..schedules import make_schedule
-from .arguments import PretrainingArguments
+from ..model.configuration_dinosr import DinoSRConfig
+from ..model.masking_dinosr import sample_span_mask
+from ..model.modeling_dinosr import DinoSRForPreTraining
+from ..training.schedules import make_schedule
+from ..utils.extras import import_extra
+from .pretraining_arguments import PretrainingArguments
 from .scaling import Change, changes_table, format_value
 
 if TYPE_CHECKING:

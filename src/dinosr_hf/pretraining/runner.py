@@ -16,7 +16,6 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from filelock import BaseFileLock, FileLock, Timeout
 
 from ..analysis import read_alignments
-from ..command_line import ArgumentError
 from ..data import (
     SAMPLING_RATE,
     DatasetSource,
@@ -27,17 +26,18 @@ from ..data import (
     open_source,
 )
 from ..data.synthetic import SyntheticCorpus
-from ..modeling_dinosr import DinoSRForPreTraining
-from ..threads import set_cpu_threads
-from .arguments import ARCHITECTURE, DataArguments, PretrainingArguments
+from ..model.modeling_dinosr import DinoSRForPreTraining
+from ..utils.command_line import ArgumentError
+from ..utils.threads import set_cpu_threads
+from .base_model import initial_model
 from .checkpoint import Checkpoint, choose_checkpoint
-from .evaluation import HeldOut, row_labels
 from .feed import StepFeed
+from .held_out import HeldOut, row_labels
 from .loop import Pretraining
 from .plan import describe_plan, plan_figure
-from .record import begin_record, finish_record
+from .pretraining_arguments import ARCHITECTURE, DataArguments, PretrainingArguments
+from .run_summary import begin_record, finish_record
 from .scaling import Change, changes_table, scale_to_batch
-from .start import initial_model
 from .state import cut_metrics, finished_step
 
 logger = logging.getLogger(__name__)

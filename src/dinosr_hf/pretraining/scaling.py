@@ -27,8 +27,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..command_line import ArgumentError
-from .arguments import PretrainingArguments
+from ..utils.command_line import ArgumentError
+from .pretraining_arguments import PretrainingArguments
 
 
 class Change(NamedTuple):

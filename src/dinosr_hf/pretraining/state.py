@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers.utils import logging as hf_logging
 
-from ..folders import save_folder
-from ..modeling_dinosr import DinoSRForPreTraining
+from ..model.modeling_dinosr import DinoSRForPreTraining
+from ..utils.model_folder import save_folder
 
 
 @contextlib.contextmanager

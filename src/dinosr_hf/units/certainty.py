@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..data import SAMPLING_RATE, SpeechSource
-from ..modeling_dinosr import DinoSRForPreTraining
-from ..units_dinosr import check_layers
+from ..model.modeling_dinosr import DinoSRForPreTraining
+from ..model.units_dinosr import check_layers
 from .extraction import Progress, UnitExtractor
 
 # Rows of a recording that are scored at once.

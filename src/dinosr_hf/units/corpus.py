@@ -21,8 +21,8 @@ import numpy as np
 from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 
-from .._extras import import_extra
 from ..data import SAMPLING_RATE, SpeechSource
+from ..utils.extras import import_extra
 from .extraction import Progress, UnitExtractor, Units
 from .kmeans import LayerKMeans
 

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from ..configuration_dinosr import DinoSRConfig
 from ..data import SpeechSource
-from ..folders import open_config
-from ..modeling_dinosr import DinoSRForPreTraining
-from ..recordings import DTYPES, RecordingRunner, mean_and_variance, pad_batch
-from ..units_dinosr import check_layers, check_source
+from ..inference.windowed import DTYPES, RecordingRunner, mean_and_variance, pad_batch
+from ..model.configuration_dinosr import DinoSRConfig
+from ..model.modeling_dinosr import DinoSRForPreTraining
+from ..model.units_dinosr import check_layers, check_source
+from ..utils.model_folder import open_config
 from .kmeans import LayerKMeans
 
 Progress = Callable[[float], Any] | None

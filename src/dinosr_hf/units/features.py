@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from ..data import SpeechSource
-from ..recordings import output_path
+from ..inference.windowed import output_path
 from .corpus import rename_whole, share_of, write_left_out
 from .extraction import Progress, UnitExtractor
 

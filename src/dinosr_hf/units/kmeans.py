@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .._extras import import_extra
 from ..data import SpeechSource
+from ..utils.extras import import_extra
 
 if TYPE_CHECKING:
     from .extraction import Progress, UnitExtractor

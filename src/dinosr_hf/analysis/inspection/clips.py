@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..._extras import import_extra
 from ...data import AudioFileError, SpeechSource
+from ...utils.extras import import_extra
 from ..alignment import SAMPLING_RATE
 from .codewords import CodewordSummary, Moment
 

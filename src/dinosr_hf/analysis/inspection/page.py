@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..._extras import import_extra
 from ...data import AudioFileError, SpeechSource
+from ...utils.extras import import_extra
 from ..alignment import SAMPLING_RATE
 from ..plots import (
     class_confusion_figure,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..._extras import import_extra
+from ...utils.extras import import_extra
 from .._figures import TEXT_SIZE, LineStyle, check_width, legend_above, line_styles, new_figure, shorten, small_axes
 from ..quality import code_perplexity, num_active_codes
 

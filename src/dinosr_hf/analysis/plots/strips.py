@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..._extras import import_extra
+from ...utils.extras import import_extra
 from .._figures import TEXT_SIZE, TICK_SIZE, check_width, fit_texts, new_figure, small_axes, text_color
 from ..alignment import FIELD, SAMPLING_RATE, STRIDE, Segment, frame_centers
 

@@ -1,0 +1,1 @@
+"""Recordings of any length through a model."""

@@ -1,0 +1,1 @@
+"""The model: the only code that travels in a Hub folder."""

@@ -1,0 +1,34 @@
+"""Speech recognition: transcripts and vocabularies, fine-tuning, error rates, decoding, transcribing."""
+
+from ..inference.windowed import output_path
+from .decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions, GreedyDecoder, Hypothesis, TimedWord
+from .pipeline import SpeechRecognitionPipeline
+from .scoring import ErrorReport, UtteranceErrors, score, speech_errors_metric, texts_of
+from .subtitles import FORMATS, Caption, captions
+from .text import TextNormalization, build_vocabulary, load_processor, make_processor
+from .transcription import Transcriber, Transcript
+
+__all__ = [
+    "TextNormalization",
+    "build_vocabulary",
+    "make_processor",
+    "load_processor",
+    "score",
+    "texts_of",
+    "ErrorReport",
+    "UtteranceErrors",
+    "speech_errors_metric",
+    "CTCDecoder",
+    "GreedyDecoder",
+    "BeamSearchDecoder",
+    "DecodingOptions",
+    "Hypothesis",
+    "TimedWord",
+    "SpeechRecognitionPipeline",
+    "Transcriber",
+    "Transcript",
+    "Caption",
+    "captions",
+    "FORMATS",
+    "output_path",
+]

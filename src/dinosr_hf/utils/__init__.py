@@ -1,0 +1,1 @@
+"""What every room uses: command line, optional packages, folders and files, threads."""

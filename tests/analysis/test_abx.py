@@ -1,0 +1,326 @@
+"""ABX: items from alignments, files of units, and with fastabx (Python 3.12) errors worked by hand."""
+
+import json
+from decimal import Decimal
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
+from dinosr_hf.analysis import Reference, Segment
+from dinosr_hf.analysis import abx as abx_module
+from dinosr_hf.analysis.abx import (
+    Item,
+    abx_error,
+    cosine_distance,
+    frame_rate,
+    items_text,
+    triphone_items,
+    write_unit_files,
+)
+from dinosr_hf.data import open_recordings
+from dinosr_hf.units import FeatureFiles, UnitExtractor
+from dinosr_hf.utils.model_folder import save_folder
+from scripts import load_script
+from tiny import randomize, tiny_config
+
+
+def is_there(module):
+    try:
+        __import__(module)
+    except ImportError:
+        return False
+    return True
+
+
+needs_fastabx = pytest.mark.skipif(not is_there("fastabx"), reason="fastabx needs Python 3.12")
+
+
+class Utterances(NamedTuple):
+    """As much of a source as items ask for."""
+
+    utterances: list
+
+
+# 49 frames.
+RECORDINGS = Utterances([("ann/1.wav", 16_000), ("bob 2.flac", 16_000), ("eve.wav", 16_000)])
+LABELS = {
+    "ann/1.wav": [Segment("k", 0.1, 0.2), Segment("a", 0.2, 0.3), Segment("t", 0.3, 0.4), Segment("s", 0.9, 1.0)],
+    "bob 2.flac": ["k"] * 10 + ["a"] * 10 + ["t"] * 10 + ["s"] * 60 + ["SIL"] * 9,
+}
+
+
+def reference():
+    return Reference([name for name, _ in RECORDINGS.utterances], LABELS, speakers=["ann", None, "eve"])
+
+
+def test_items_are_triphones_between_silences():
+    assert triphone_items(RECORDINGS, reference(), DinoSRConfig()) == [
+        Item("ann/1", "0.1000", "0.4000", "a", "k", "t", "ann"),
+        Item("bob 2", "0.0000", "0.3000", "a", "k", "t", "bob 2.flac"),
+        Item("bob 2", "0.1000", "0.9000", "t", "a", "s", "bob 2.flac"),
+    ]
+    with pytest.raises(ValueError, match=r"no triphone in 2 recordings.* without SIL, a between"):
+        triphone_items(RECORDINGS, reference(), DinoSRConfig(), silence=["SIL", "a"])
+
+
+@pytest.mark.parametrize(("end", "is_there"), [(0.989, True), (0.99, False)])
+def test_items_behind_the_last_frame_are_left_out(end, is_there):
+    # Of 15,760 samples the 49th frame is the last; cut by (i + 1/2) / 50, it is at 0.97, and the 50th at 0.99.
+    recordings = Utterances([("u", 15_760)])
+    labels = {"u": [Segment("k", 0.1, 0.2), Segment("a", 0.2, 0.3), Segment("t", 0.3, end)]}
+    known = Reference(["u", "v"], labels | {"v": LABELS["ann/1.wav"]})
+    more = Utterances([*recordings.utterances, ("v", 16_000)])
+    found = [item.file for item in triphone_items(more, known, DinoSRConfig())]
+    assert found == (["u", "v"] if is_there else ["v"])
+
+
+def test_items_without_a_frame_are_left_out():
+    # Between the times of two frames, 0.11 and 0.13 s.
+    short = [Segment("k", 0.111, 0.117), Segment("a", 0.117, 0.123), Segment("t", 0.123, 0.129)]
+    known = Reference(["u", "v"], {"u": short, "v": LABELS["ann/1.wav"]})
+    found = triphone_items(Utterances([("u", 16_000), ("v", 16_000)]), known, DinoSRConfig())
+    assert [item.file for item in found] == ["v"]
+
+
+def test_item_file():
+    text = items_text(triphone_items(RECORDINGS, reference(), DinoSRConfig()))
+    assert text.splitlines() == [
+        "#file onset offset #phone prev-phone next-phone speaker",
+        "ann/1 0.1000 0.4000 a k t ann",
+        '"bob 2" 0.0000 0.3000 a k t "bob 2.flac"',
+        '"bob 2" 0.1000 0.9000 t a s "bob 2.flac"',
+    ]
+
+
+def test_frames_a_second_are_exact():
+    assert frame_rate(DinoSRConfig()) == Decimal(50)
+    assert frame_rate(tiny_config()) == Decimal(16_000) / 20
+    with pytest.raises(ValueError, match="16,000 samples a second in steps of 30 are no whole number"):
+        frame_rate(tiny_config(conv_stride=[5, 3, 2]))
+
+
+def test_cosine_distance_worked():
+    first, second = torch.tensor([[[1.0, 0.0], [2.0, 2.0]]]), torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]], [[-1.0, 0.0]]])
+    half = 1 - 2**-0.5
+    expected = torch.tensor([[[[0.0], [half]], [[1.0], [half]], [[2.0], [2 - half]]]])
+    torch.testing.assert_close(cosine_distance(first, second), expected)
+
+
+def test_units_are_files_as_features_are(tmp_path):
+    codes = np.array([[1, 2, 2], [4, 4, 0]])
+    write_unit_files([("ann/1.wav", codes)], tmp_path, [2, 3])
+    for layer, row in zip((2, 3), codes, strict=True):
+        found = np.load(tmp_path / f"layer-{layer}" / "ann" / "1.npy")
+        assert found.dtype == np.int64
+        np.testing.assert_array_equal(found, row[:, None])
+
+
+ITEM = Item("u", "0.0000", "0.0800", "a", "k", "t", "ann")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speaker": "any"}, "speaker='any' is unknown. Choose one of within, across"),
+        ({"distance": "dtw"}, "distance='dtw' is unknown. Choose one of angular, cosine, euclidean, identical"),
+        ({}, r"has no .npy file of any of 1 items"),
+    ],
+)
+def test_errors_that_cannot_be(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        abx_error([ITEM], tmp_path, Decimal(50), **options)
+
+
+def test_fastabx_is_asked_for(tmp_path, monkeypatch):
+    np.save(tmp_path / "u.npy", np.zeros((4, 1)))
+    monkeypatch.setitem(__import__("sys").modules, "fastabx", None)
+    with pytest.raises(ImportError, match=r'pip install "dinosr-hf\[abx\]", with Python 3.12'):
+        abx_error([ITEM], tmp_path, Decimal(50))
+
+
+# -- with fastabx
+
+
+def save_tokens(folder, tokens):
+    """A recording of four frames for each (phone, speaker, frames), all of the same neighbours."""
+    items = []
+    for number, (phone, speaker, frames) in enumerate(tokens):
+        np.save(folder / f"u{number}.npy", np.asarray(frames))
+        items.append(Item(f"u{number}", "0.0000", "0.0800", phone, "k", "t", speaker))
+    return items
+
+
+def units(*codes):
+    return np.array(codes, dtype=np.int64)[:, None]
+
+
+@needs_fastabx
+def test_error_of_units_worked(tmp_path):
+    one, two = units(1, 1, 1, 1), units(2, 2, 2, 2)
+    items = save_tokens(tmp_path, [("a", "ann", one), ("a", "ann", two), ("b", "ann", two)])
+    # X = u0: as far from u1 as from u2, a half; X = u1: far from u0, at u2, wrong. There is no second b to be X.
+    assert abx_error(items, tmp_path, Decimal(50), distance="identical") == pytest.approx(0.75)
+    # Another second a, which is as it should be, and a second speaker who is always right.
+    items = save_tokens(
+        tmp_path, [("a", "ann", one), ("a", "ann", one), ("b", "ann", two), ("a", "bob", one), ("b", "bob", two)]
+    )
+    assert abx_error(items, tmp_path, Decimal(50), distance="identical") == 0.0
+    assert abx_error(items, tmp_path, Decimal(50), distance="identical", speaker="across") == 0.0
+    # Who says it decides, and what is said does not.
+    items = save_tokens(
+        tmp_path, [("a", "ann", one), ("b", "ann", one), ("a", "bob", two), ("b", "bob", two), ("a", "bob", two)]
+    )
+    assert abx_error(items, tmp_path, Decimal(50), distance="identical", speaker="across") == pytest.approx(0.5)
+
+
+@needs_fastabx
+def test_units_are_as_good_as_one_hot_vectors(tmp_path):
+    generator = np.random.default_rng(0)
+    tokens = [("ab"[number % 2], "xy"[number // 10], generator.integers(number % 2, 3, 4)) for number in range(20)]
+    (tmp_path / "units").mkdir()
+    (tmp_path / "vectors").mkdir()
+    items = save_tokens(tmp_path / "units", [(phone, speaker, units(*codes)) for phone, speaker, codes in tokens])
+    vectors = np.eye(3, dtype=np.float32)
+    save_tokens(tmp_path / "vectors", [(phone, speaker, vectors[codes]) for phone, speaker, codes in tokens])
+    for speaker in ("within", "across"):
+        by_units = abx_error(items, tmp_path / "units", Decimal(50), distance="identical", speaker=speaker)
+        for distance in ("angular", "cosine", "euclidean"):
+            found = abx_error(items, tmp_path / "vectors", Decimal(50), distance=distance, speaker=speaker)
+            assert found == pytest.approx(by_units, abs=1e-6)
+        assert 0.1 < by_units < 0.6
+
+
+def warped(first, second, distance):
+    """Dynamic time warping: the way with the least sum of distances, over the number of its steps."""
+
+    def ways(i, j):
+        """Sum and steps of the best way to (i, j)."""
+        before = [ways(*place) for place in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if min(place) >= 0]
+        total, steps = min(before, key=lambda way: way[0], default=(0.0, 0))
+        return total + distance(first[i], second[j]), steps + 1
+
+    total, steps = ways(len(first) - 1, len(second) - 1)
+    return total / steps
+
+
+@needs_fastabx
+@pytest.mark.parametrize("name", ["angular", "cosine", "euclidean"])
+def test_error_of_features_is_that_of_all_triples(tmp_path, name):
+    generator = np.random.default_rng(1)
+    frames = generator.standard_normal((6, 4, 5)).astype(np.float32)
+    frames[:3] += 0.5
+    items = save_tokens(tmp_path, [("aaabbb"[number], "ann", row) for number, row in enumerate(frames)])
+
+    def distance(one, other):
+        if name == "euclidean":
+            return np.linalg.norm(one - other)
+        cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+        return 1 - cosine if name == "cosine" else np.arccos(cosine) / np.pi
+
+    wrong = []
+    for phone, others in ((range(3), range(3, 6)), (range(3, 6), range(3))):
+        triples = [(a, b, x) for x in phone for a in phone if a != x for b in others]
+        near = [
+            (warped(frames[x], frames[a], distance), warped(frames[x], frames[b], distance)) for a, b, x in triples
+        ]
+        wrong.append(np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in near]))
+    found = abx_error(items, tmp_path, Decimal(50), distance=name)
+    assert found == pytest.approx(np.mean(wrong), abs=1e-6) and 0 < found < 1
+
+
+@needs_fastabx
+def test_nothing_to_compare(tmp_path):
+    items = save_tokens(tmp_path, [("a", "ann", units(1, 1, 1, 1)), ("b", "ann", units(2, 2, 2, 2))])
+    with pytest.raises(ValueError, match=r"No two of 2 triphones can be compared across speakers: .*by two speakers"):
+        abx_error(items, tmp_path, Decimal(50), distance="identical", speaker="across")
+
+
+# -- from a model
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Twelve recordings of two speakers, in which a phone between the same neighbours has a pitch of its own."""
+    import soundfile  # an optional package
+
+    folder = tmp_path_factory.mktemp("abx")
+    (folder / "speech").mkdir()
+    generator = np.random.default_rng(0)
+    table, labels = ["file_name,speaker_id"], []
+    for number in range(12):
+        phone = "ae"[number % 2]
+        pitch = {"k": 300.0, "a": 1_500.0, "e": 4_000.0, "t": 600.0}
+        names = ["k", phone, "t", phone, "k"]
+        tones = [np.sin(2 * np.pi * pitch[name] * np.arange(1_600) / 16_000) for name in names]
+        samples = 0.5 * np.concatenate(tones) + 0.01 * generator.standard_normal(8_000)
+        soundfile.write(folder / "speech" / f"{number}.wav", np.clip(samples, -0.9, 0.9), 16_000)
+        table.append(f"{number}.wav,s{number // 6}")
+        labels.append({"name": str(number), "phones": [name for name in names for _ in range(10)]})
+    (folder / "speech" / "metadata.csv").write_text("\n".join(table) + "\n")
+    (folder / "phones.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    torch.manual_seed(0)
+    save_folder(randomize(DinoSRForPreTraining(tiny_config())), folder / "model")
+    return folder
+
+
+def words(corpus, output):
+    labels = str(corpus / "phones.jsonl")
+    model, data = str(corpus / "model"), str(corpus / "speech")
+    return [model, "--data", data, "--labels", labels, "--output_dir", str(output), "--layers", "2", "3"]
+
+
+def test_the_script_writes_items_alone(corpus, tmp_path, capsys):
+    load_script("examples/evaluate_abx.py").main([*words(corpus, tmp_path), "--items_only"])
+    assert "24 triphones" in capsys.readouterr().out
+    assert len((tmp_path / "triphones.item").read_text(encoding="utf-8").splitlines()) == 25
+    assert [path.name for path in tmp_path.iterdir()] == ["triphones.item"]
+
+
+def test_the_script_asks_for_fastabx_before_it_begins(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "fastabx", None)
+    with pytest.raises(SystemExit, match=r"evaluate_abx.py: fastabx is needed here"):
+        load_script("examples/evaluate_abx.py").main(words(corpus, tmp_path))
+
+
+def test_the_script_writes_a_table(corpus, tmp_path, capsys, monkeypatch):
+    script = load_script("examples/evaluate_abx.py")
+    asked = []
+
+    def error_of(items, features, rate, *, speaker, distance, **options):
+        asked.append((speaker, distance, np.load(features / "0.npy").shape[1]))
+        return 0.25 if speaker == "within" else 0.5
+
+    if not is_there("fastabx"):
+        monkeypatch.setattr(script, "import_fastabx", lambda: None)
+        monkeypatch.setattr(script, "abx_error", error_of)
+    script.main([*words(corpus, tmp_path), "--sources", "student", "teacher", "--distances", "angular", "cosine"])
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "abx.json").read_text(encoding="utf-8"))
+    kinds = [(row["source"], row["layer"], row["distance"]) for row in rows]
+    distances = ("angular", "cosine", "identical")
+    assert sorted(kinds) == sorted((s, n, d) for s in ("student", "teacher") for n in (2, 3) for d in distances)
+    assert all(0 <= row[speaker] <= 1 for row in rows for speaker in ("within", "across"))
+    assert (tmp_path / "abx.md").read_text(encoding="utf-8") in printed
+    assert len((tmp_path / "abx.csv").read_text(encoding="utf-8").splitlines()) == 13
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["abx.csv", "abx.json", "abx.md", "triphones.item"]
+    assert all((size == 1) == (distance == "identical") for _, distance, size in asked)
+
+
+@needs_fastabx
+def test_what_can_be_heard_is_told_apart(corpus, tmp_path):
+    source, known = open_recordings([corpus / "speech"]), json.loads
+    labels = {row["name"]: row["phones"] for row in map(known, (corpus / "phones.jsonl").read_text().splitlines())}
+    ids = [utterance.id for utterance in source.utterances]
+    right = Reference(ids, labels, speakers=["ann"] * 12)
+    model = DinoSRForPreTraining.from_pretrained(corpus / "model")
+    FeatureFiles(tmp_path, UnitExtractor(model, layers=[1]), source).write()
+    rate = frame_rate(model.config)
+    told = abx_error(triphone_items(source, right, model.config), tmp_path / "layer-1", rate)
+    # The same recordings under names that say nothing about what is in them.
+    wrong = {str(number): labels[str((number * 5 + number // 4) % 12)] for number in range(12)}
+    items = triphone_items(source, Reference(ids, wrong, speakers=["ann"] * 12), model.config)
+    assert told < 0.1 < 0.3 < abx_error(items, tmp_path / "layer-1", rate)
+    assert abx_module.DISTANCES[0] == "angular"

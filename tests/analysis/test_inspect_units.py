@@ -1,0 +1,65 @@
+"""The script from a checkpoint and a folder to a page."""
+
+import re
+
+import pytest
+
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.utils.model_folder import save_folder
+from inspections import write_recordings
+from scripts import load_script
+from tiny import randomize, tiny_config
+
+SCRIPT = load_script("examples/inspect_units.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inspect")
+    (path / "speech").mkdir()
+    write_recordings(path / "speech")
+    save_folder(randomize(DinoSRForPreTraining(tiny_config())), path / "model")
+    words = '"words": [{"label": "ah", "start": 0, "end": 0.2}]'
+    lines = ['{"name": "a", "phones": [{"label": "AA", "start": 0, "end": 0.1}], ' + words + "}"]
+    (path / "phones.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def options(folder, *more):
+    return [str(folder / "model"), str(folder / "speech"), "--output", str(folder / "new" / "page.html"), *more]
+
+
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_writes_a_page(folder, capsys, source):
+    labels = ["--labels", str(folder / "phones.jsonl"), "--words", str(folder / "phones.jsonl")]
+    flags = ["--layer", "2", "--source", source, "--num_moments", "2", "--audio", "ogg", "--device", "cpu"]
+    SCRIPT.main(options(folder, *labels, *flags))
+    html = (folder / "new" / "page.html").read_text(encoding="utf-8")
+    said = capsys.readouterr().out
+    num_clips = int(re.search(r"with ([\d,]+) moments", said)[1])
+    assert num_clips == html.count('class="play"') > 0
+    assert f"<td>layer 2, {source}</td>" in html and "<title>Units of model, layer 2</title>" in html
+    assert {"student": "probability 0.", "teacher": "distance "}[source] in html
+    assert "data:audio/ogg" in html and "data:audio/flac" not in html
+    assert "AA" in html and "SIL" in html
+    assert re.search(r"Spectrogram of a\.wav from .*, with its words, phones, units as boxes below", html)
+
+
+def test_says_what_had_no_room(folder, capsys):
+    SCRIPT.main(options(folder, "--layer", "3", "--max_megabytes", "0", "--title", "<mine>", "--device", "cpu"))
+    assert re.search(r"with 0 moments.*\n[\d,]+ more had no room", capsys.readouterr().out)
+    assert "<title>&lt;mine&gt;</title>" in (folder / "new" / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--layer", "1"], "inspect_units.py: layer=1 has no codebook"),
+        (["--layer", "2", "--labels", "no.txt"], "no.txt is not here"),
+        (["--layer", "2", "--words", "no.txt"], "no.txt is not here"),
+        (["--layer", "2", "--num_moments", "-1"], "num_moments=-1 is out of range"),
+    ],
+)
+def test_mistakes_are_said(folder, more, message):
+    with pytest.raises(SystemExit, match=message):
+        SCRIPT.main(options(folder, "--device", "cpu", *more))

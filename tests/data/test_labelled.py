@@ -1,0 +1,294 @@
+"""Recordings with labels: every form that they come in, what is left out, and errors that say where to look."""
+
+import json
+import logging
+
+import pytest
+
+from audio_files import datasets, flac, manifest, write
+from dinosr_hf.data import DatasetSource, FolderSource, LabelledSource, open_labelled
+from dinosr_hf.finetuning import LabelledDataArguments, open_splits
+from dinosr_hf.utils.command_line import ArgumentError
+
+TEXTS = ["one", "two", "three"]
+
+
+def folder_with_table(root, texts=TEXTS, *, name="metadata.csv", column="transcription", first=1_600):
+    for number, _ in enumerate(texts):
+        write(root / f"{number}.wav", first + 100 * number)
+    if name.endswith(".csv"):
+        lines = [f"file_name,{column}", *(f"{number}.wav,{text}" for number, text in enumerate(texts))]
+    else:
+        lines = [
+            json.dumps({"file_name": f"{number}.wav", **({} if text is None else {column: text})})
+            for number, text in enumerate(texts)
+        ]
+    (root / name).write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return root
+
+
+def rows_of(source):
+    """Label -> number of samples that are read."""
+    return {label: len(source.load(position)) for position, label in enumerate(source.labels)}
+
+
+ROWS = {"one": 1_600, "two": 1_700, "three": 1_800}
+
+
+# -- forms
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_a_folder_with_metadata(tmp_path, name):
+    source = open_labelled(folder_with_table(tmp_path, name=name))
+    assert rows_of(source) == ROWS
+    assert source.num_samples == list(ROWS.values())
+    assert source.ids == ["0.wav", "1.wav", "2.wav"]
+    assert source.skipped == {}
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.jsonl"])
+def test_a_table(tmp_path, name):
+    folder_with_table(tmp_path, name=name, column="sentence")
+    assert rows_of(open_labelled(tmp_path / name)) == ROWS
+
+
+def test_a_split_of_a_folder_is_a_folder_with_its_own_table(tmp_path):
+    for split in ("train", "test"):
+        folder_with_table(tmp_path / split, [f"{split} {text}" for text in TEXTS])
+    source = open_labelled(tmp_path, split="test")
+    assert source.labels == ["test one", "test two", "test three"]
+    assert source.name.startswith(str(tmp_path))
+
+
+def test_transcripts_of_librispeech(tmp_path):
+    for reader, chapter, text in (("19", "198", "ONE"), ("20", "7", "TWO OF THEM")):
+        folder = tmp_path / reader / chapter
+        write(folder / f"{reader}-{chapter}-0000.flac", 1_600)
+        (folder / f"{reader}-{chapter}.trans.txt").write_text(f"{reader}-{chapter}-0000 {text}\n")
+    write(tmp_path / "20" / "7" / "20-7-0001.flac", 1_600)
+    source = open_labelled(tmp_path)
+    assert source.labels == ["ONE", "TWO OF THEM"]
+    assert source.skipped == {"no label": ["20/7/20-7-0001.flac"]}
+    assert open_labelled(tmp_path, split="20").labels == ["TWO OF THEM"]
+
+
+def test_names_that_repeat_have_the_transcript_beside_them(tmp_path):
+    for folder in ("a", "b"):
+        write(tmp_path / folder / "1.wav", 1_600)
+        (tmp_path / folder / "x.trans.txt").write_text(f"1 of {folder}\n")
+    assert open_labelled(tmp_path).labels == ["of a", "of b"]
+
+
+def test_one_file_of_transcripts_for_folders_below_it(tmp_path):
+    write(tmp_path / "a" / "1.wav", 1_600)
+    (tmp_path / "all.trans.txt").write_text("1 one\n")
+    assert open_labelled(tmp_path).labels == ["one"]
+
+
+def test_a_manifest_and_its_words(tmp_path):
+    for number in range(3):
+        write(tmp_path / f"{number}.wav", 1_600 + 100 * number)
+    path = manifest(tmp_path, ("0.wav", 1_600), ("1.wav", 0), ("2.wav", 1_800))
+    path.with_suffix(".wrd").write_text("one\nlost\nthree\u2028too\n", encoding="utf-8")
+    path.with_suffix(".ltr").write_text("o n e |\nl |\nt |\n")
+    source = open_labelled(path)
+    assert rows_of(source) == {"one": 1_600, "three\u2028too": 1_800}
+    assert source.skipped == {"empty": ["1.wav"]}
+    assert open_labelled(path, column="ltr").labels == ["o n e |", "t |"]
+
+
+def dataset(labels, feature=None):
+    columns = {"audio": [flac(1_600 + 100 * number) for number in range(len(labels))], "text": labels}
+    made = datasets.Dataset.from_dict(columns)
+    return made if feature is None else made.cast_column("text", feature)
+
+
+@pytest.mark.parametrize("form", ["parquet", "save_to_disk", "splits"])
+def test_a_dataset_on_disk(tmp_path, form):
+    data, split = dataset(TEXTS), None
+    path = tmp_path / "data"
+    if form == "parquet":
+        path = tmp_path / "data.parquet"
+        data.to_parquet(path)
+    elif form == "save_to_disk":
+        data.save_to_disk(path)
+    else:
+        datasets.DatasetDict({"train": data, "dev": dataset(["four"])}).save_to_disk(path)
+        split = "train"
+    assert rows_of(open_labelled(path, split=split)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "wanted"),
+    [
+        ([1, 0, None], datasets.ClassLabel(names=["no", "yes"]), ["yes", "no", None]),
+        ([1, -1, 0], datasets.ClassLabel(names=["no", "yes"]), ["yes", None, "no"]),
+        ([7, 8, None], None, ["7", "8", None]),
+        (["a", "", None], None, ["a", "", None]),
+    ],
+    ids=["class labels", "unlabelled class", "numbers", "text"],
+)
+def test_columns_of_a_dataset(labels, feature, wanted):
+    source = DatasetSource(dataset(labels, feature))
+    assert source.labels("text") == wanted
+    assert LabelledSource(source, wanted).labels == [label for label in wanted if label]
+
+
+def test_labels_follow_the_rows_that_are_kept():
+    data = datasets.Dataset.from_dict({"audio": [flac(1_600), b"no audio", flac(1_800)], "text": TEXTS})
+    source = DatasetSource(data)
+    assert (len(source), source.labels()) == (2, ["one", "three"])
+
+
+def test_several_at_once(tmp_path):
+    first = folder_with_table(tmp_path / "a", ["one", "", "three"])
+    (tmp_path / "a" / "2.wav").write_bytes(b"no audio")
+    second = folder_with_table(tmp_path / "b", ["four", "five"], name="metadata.jsonl", column="text", first=2_000)
+    source = open_labelled([first, second])
+    assert rows_of(source) == {"one": 1_600, "four": 2_000, "five": 2_100}
+    assert source.ids == ["0:0.wav", "1:0.wav", "1:1.wav"]
+    assert source.skipped == {"unreadable": ["0:2.wav"], "no label": ["0:1.wav"]}
+    part = source.load(1, 100, 50)
+    assert part.tolist() == source.load(1)[100:150].tolist()
+
+
+# -- what is left out
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_missing_and_empty_labels_are_counted_and_reported(tmp_path, name, caplog):
+    empty = "" if name.endswith(".csv") else None
+    folder_with_table(tmp_path, [empty, "two", "   "], name=name)
+    with caplog.at_level(logging.WARNING, "dinosr_hf"):
+        source = open_labelled(tmp_path)
+    assert (source.labels, source.ids) == (["two"], ["1.wav"])
+    assert source.skipped == {"no label": ["0.wav", "2.wav"]}
+    assert "2 of 3 recordings have no label and are left out, for example 0.wav." in caplog.text
+    assert len(source.load(0)) == 1_700  # not the first recording
+
+
+def test_nothing_is_reported_where_nothing_is_missing(tmp_path, caplog):
+    open_labelled(folder_with_table(tmp_path))
+    assert caplog.text == ""
+
+
+# -- errors
+
+
+def test_columns_that_exist_are_named(tmp_path):
+    folder_with_table(tmp_path, column="words")
+    with pytest.raises(ValueError, match=r"has no column of transcripts \(transcription, .*It has file_name, words"):
+        open_labelled(tmp_path)
+    with pytest.raises(ValueError, match=r"has no column 'speech'\. It has file_name, words: name one"):
+        open_labelled(tmp_path, column="speech")
+    assert open_labelled(tmp_path, column="words").labels == TEXTS
+    with pytest.raises(ValueError, match=r"The dataset has no column 'speech'\. It has text"):
+        DatasetSource(dataset(TEXTS)).labels("speech")
+
+
+def test_a_line_with_too_many_fields_is_not_a_column(tmp_path):
+    folder_with_table(tmp_path, ["one", "two,three"], column="words")
+    with pytest.raises(ValueError, match="It has file_name, words: name one"):
+        open_labelled(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "x.trans.txt", "train.wrd"])
+def test_other_encodings_are_refused_by_name(tmp_path, name):
+    write(tmp_path / "0.wav", 1_600)
+    lines = {"metadata.csv": "file_name,text\n0.wav,naïf\n", "x.trans.txt": "0 naïf\n", "train.wrd": "naïf\n"}[name]
+    (tmp_path / name).write_bytes(lines.encode("latin-1"))
+    path = manifest(tmp_path, ("0.wav", 1_600)) if name == "train.wrd" else tmp_path
+    with pytest.raises(ValueError, match=rf"{name}.* is not UTF-8|{name}: .* is not UTF-8"):
+        open_labelled(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: (write(root / "0.wav", 900), root)[1], "has no table of transcripts: .*metadata.csv"),
+        (lambda root: folder_with_table(root, ["", " "]), "none of its 2 recordings has a label"),
+        (lambda root: [], "There is no data"),
+        (lambda root: root / "nowhere", "nowhere is not here"),
+    ],
+    ids=["no table", "no labels", "nothing", "nowhere"],
+)
+def test_data_without_labels(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        open_labelled(make(tmp_path))
+
+
+def test_sources_without_transcripts_say_what_has_them(tmp_path):
+    write(tmp_path / "0.wav", 900)
+    (tmp_path / "1.trans.txt").write_text("0 zero\n")
+    with pytest.raises(ValueError, match=r"column='text': .*has no table of transcripts"):
+        FolderSource(tmp_path).labels("text")
+
+
+def test_words_of_a_manifest_are_one_line_each(tmp_path):
+    write(tmp_path / "0.wav", 1_600)
+    path = manifest(tmp_path, ("0.wav", 1_600))
+    with pytest.raises(ValueError, match=r"train\.wrd is not there: a line of it belongs to each line of train\.tsv"):
+        open_labelled(path)
+    path.with_suffix(".wrd").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match=r"train\.wrd has 2 lines for the 1 recordings of train\.tsv"):
+        open_labelled(path)
+
+
+def test_a_configuration_is_for_the_hub(tmp_path):
+    with pytest.raises(ValueError, match="config_name='clean' belongs to a dataset on the Hub"):
+        open_labelled(folder_with_table(tmp_path), config_name="clean")
+
+
+# -- splits of a run
+
+
+def splits_of(**arguments):
+    return open_splits(LabelledDataArguments(**arguments), seed=1)
+
+
+def labels_of(splits):
+    return [None if source is None else source.labels for source in splits]
+
+
+def test_splits_of_a_folder_are_found(tmp_path):
+    for split in ("train", "validation", "test"):
+        folder_with_table(tmp_path / split, [split])
+    data = [str(tmp_path)]
+    assert labels_of(splits_of(train_data=data)) == [["train"], ["validation"], ["test"]]
+    named = splits_of(train_data=data, eval_split="test", test_split="validation")
+    assert labels_of(named) == [["train"], ["test"], ["validation"]]
+    other = folder_with_table(tmp_path / "other", ["other"])
+    assert labels_of(splits_of(train_data=data, eval_data=[str(other)])) == [["train"], ["other"], ["test"]]
+    assert labels_of(splits_of(train_data=data, train_split="test")) == [["test"], None, None]
+
+
+def test_a_folder_with_one_table_is_training_speech(tmp_path):
+    folder_with_table(tmp_path, ["one"])
+    assert labels_of(splits_of(train_data=[str(tmp_path)])) == [["one"], None, None]
+
+
+@pytest.mark.parametrize("train_split", ["validation", None], ids=["the same split", "all splits"])
+def test_what_is_trained_on_is_not_for_evaluation(tmp_path, train_split):
+    for split in ("a", "validation"):
+        write(tmp_path / split / f"{split}.wav", 1_600)
+        (tmp_path / split / "x.trans.txt").write_text(f"{split} {split}\n")
+    data = [str(tmp_path)]
+    with pytest.raises(ArgumentError, match=r"eval_split or test_split is validation, but .* is what is trained on"):
+        splits_of(train_data=data, train_split=train_split, eval_split="validation")
+    assert labels_of(splits_of(train_data=data, train_split="a", eval_split="validation"))[0] == ["a"]
+
+
+def test_synthetic_speech_and_recordings_go_together(tmp_path):
+    pytest.importorskip("espeakng_loader")
+    folder_with_table(tmp_path, ["one"])
+    sizes = {"synthetic_utterances": 3, "synthetic_eval_utterances": 2}
+    mixed = splits_of(eval_data=[str(tmp_path)], **sizes)
+    assert [len(source) for source in mixed] == [3, 1, 2]
+    assert mixed.eval.labels == ["one"]
+    other = splits_of(train_data=[str(tmp_path)], test_data=["synthetic"], **sizes)
+    assert (other.train.labels, other.eval, len(other.test)) == (["one"], None, 2)
+    assert other.test.labels == mixed.test.labels
+    assert not set(mixed.test.labels) & set(mixed.train.labels)
+    with pytest.raises(ArgumentError, match="eval_split or test_split is train"):
+        splits_of(eval_split="train", **sizes)

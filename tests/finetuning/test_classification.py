@@ -1,0 +1,476 @@
+"""Classes of utterances: what is counted, what is learnt and what stays, and a folder that a pipeline opens."""
+
+import importlib.util
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import EvalPrediction, pipeline
+
+from dinosr_hf import DinoSRForPreTraining, DinoSRForSequenceClassification
+from dinosr_hf.data import LabelledSource, load_audio, open_labelled
+from dinosr_hf.finetuning import (
+    FinetuningArguments,
+    LabelledDataArguments,
+    LabelledDataset,
+    StartArguments,
+    finetune,
+    load_model,
+)
+from dinosr_hf.finetuning.classification_task import (
+    MAX_TABLE_CLASSES,
+    Classification,
+    ClassificationArguments,
+    score_classes,
+)
+from dinosr_hf.utils.command_line import ArgumentError, parse_groups
+from dinosr_hf.utils.model_folder import save_folder
+from tiny import tiny_config, waveforms
+from tolerances import LOSSES
+
+ROOT = Path(__file__).parents[2]
+EVERY_30 = {"eval_steps": 30, "save_steps": 30}
+CLASSES = ["a", "b", "c", "d"]
+TONES = {"high": 3100.0, "low": 190.0, "middle": 800.0}
+
+
+def write_tones(folder, labels, *, seconds=0.2, seed=0):
+    """An audio folder with a tone of random phase in noise for each label; an unknown label is a tone as well."""
+    import soundfile  # an optional package
+
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    lines = ["file_name,tone"]
+    for number, label in enumerate(labels):
+        num_samples = int(16_000 * seconds * generator.uniform(1, 1.5))
+        angle = 2 * np.pi * TONES.get(label, 400.0) * np.arange(num_samples) / 16_000 + generator.uniform(0, 6)
+        soundfile.write(
+            folder / f"{number:02d}.wav", 0.3 * np.sin(angle) + generator.normal(0, 0.02, num_samples), 16_000
+        )
+        lines.append(f"{number:02d}.wav,{label}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory):
+    """Three classes, in a set of splits; the test split has a class more."""
+    root = tmp_path_factory.mktemp("tones")
+    write_tones(root / "train", list(TONES) * 7, seed=1)
+    write_tones(root / "validation", list(TONES) * 3, seed=2)
+    write_tones(root / "test", [*TONES, "siren", "low"], seed=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    torch.manual_seed(0)
+    config = tiny_config(classifier_proj_size=32, num_labels=2)
+    return str(save_folder(DinoSRForPreTraining(config), tmp_path_factory.mktemp("models") / "pretrained"))
+
+
+def run(pretrained, tones, output_dir, *, start=None, classification=None, keep=None, **changes):
+    arguments = {"max_steps": 4, "step_seconds": 2.0, "micro_seconds": 1.0, "learning_rate": 1e-2, "seed": 3}
+    arguments |= {"eval_steps": 2, "save_steps": 2, "disable_tqdm": True, "use_cpu": True}
+    arguments |= {"num_threads": 1, **changes}
+    return finetune(
+        Classification(ClassificationArguments(**(classification or {}))),
+        StartArguments(model=pretrained, **(start or {})),
+        LabelledDataArguments(train_data=[str(tones)], label_column="tone"),
+        FinetuningArguments(output_dir=str(output_dir), **arguments),
+        on_trainer=None if keep is None else keep.append,
+    )
+
+
+@pytest.fixture(scope="module")
+def probed(pretrained, tones, tmp_path_factory):
+    """Folder, record and trainer of a run as SUPERB's: only the head learns."""
+    folder, kept = tmp_path_factory.mktemp("runs") / "probed", []
+    record = run(pretrained, tones, folder, start={"freeze_encoder": True}, keep=kept, max_steps=60, **EVERY_30)
+    return folder, record, kept[0]
+
+
+def test_figures_by_hand():
+    # c is not found, z is of no known class; d does not occur.
+    report = score_classes(list("aabcz"), ["a", "b", "b", "", "a"], CLASSES)
+    assert report.accuracy == 2 / 5
+    assert report.macro_f1 == pytest.approx((2 * 0.5 * 0.5 / 1.0 + 2 * 0.5 * 1.0 / 1.5 + 0) / 3)
+    assert [row.label for row in report.classes] == [*CLASSES, "z"]
+    assert [row.recall for row in report.classes] == [1 / 2, 1, 0, 0, 0]
+    assert [row.precision for row in report.classes] == [1 / 2, 1 / 2, 0, 0, 0]
+    assert report.num_unknown == 1
+    assert report.confusions["c", ""] == report.confusions["z", "a"] == 1
+
+
+def slow_figures(references, predictions, classes):
+    """Accuracy and macro F1 by counting, class by class."""
+    f1 = []
+    for name in classes:
+        right = sum(r == p == name for r, p in zip(references, predictions, strict=True))
+        if name in references:
+            f1.append(2 * right / (references.count(name) + predictions.count(name)))
+    return sum(r == p for r, p in zip(references, predictions, strict=True)) / len(references), sum(f1) / len(f1)
+
+
+def test_figures_are_those_of_counting():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        references = generator.choice(["a", "b", "c", "z"], 17, p=[0.6, 0.2, 0.1, 0.1]).tolist()
+        predictions = generator.choice(["a", "b", "d", ""], 17).tolist()
+        report = score_classes(references, predictions, CLASSES)
+        assert (report.accuracy, report.macro_f1) == pytest.approx(slow_figures(references, predictions, CLASSES))
+    # Rare classes count as much as frequent ones: F1 over all utterances together would be the accuracy.
+    assert report.macro_f1 != pytest.approx(report.accuracy)
+
+
+def test_all_right_and_all_wrong():
+    assert score_classes(CLASSES, CLASSES, CLASSES)[:2] == (1.0, 1.0)
+    assert score_classes(CLASSES, CLASSES[::-1], CLASSES)[:2] == (0.0, 0.0)
+    assert score_classes(["z"], ["a"], CLASSES)[:2] == (0.0, 0.0)
+
+
+def test_what_cannot_be_scored_is_refused():
+    with pytest.raises(ValueError, match="2 references, 1 predictions: give one each"):
+        score_classes(["a", "b"], ["a"], CLASSES)
+    with pytest.raises(ValueError, match="predictions has 'z', which is none of the 4 classes"):
+        score_classes(["z"], ["z"], CLASSES)
+
+
+def test_tables_of_few_classes_have_all_pairs():
+    text = score_classes(list("aabz"), ["a", "b", "b", ""], ["a", "b", "a|b"]).to_markdown("test")
+    assert "| 4 | 50.00% | 66.67% | 1 |" in text
+    assert "| a | 2 | 50.00% | 100.00% | 66.67% |" in text
+    assert "| reference \\ prediction | a | b | a\\|b | z | (not read) |" in text
+    assert "| a | 1 | 1 | 0 | 0 | 0 |\n| b | 0 | 1 | 0 | 0 | 0 |\n| z | 0 | 0 | 0 | 0 | 1 |\n" in text
+
+
+def test_tables_of_many_classes_have_the_most_frequent_confusions():
+    names = [f"speaker-{number:02d}" for number in range(MAX_TABLE_CLASSES + 1)]
+    text = score_classes([*names, names[0], names[0]], [*names, names[1], names[1]], names).to_markdown("test")
+    assert text.endswith("| count | reference | prediction |\n|---|---|---|\n| 2 | speaker-00 | speaker-01 |\n")
+    assert "reference \\ prediction" in score_classes(names[1:], names[1:], names[1:]).to_markdown("test")
+
+
+def test_scikit_learn_is_asked_for_before_the_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(ImportError, match=re.escape('needs sklearn.metrics: pip install "dinosr-hf[asr]"')):
+        Classification(ClassificationArguments())
+
+
+def labelled(labels):
+    """A source of which only labels and ids are looked at."""
+
+    class Silent:
+        skipped = {}
+        utterances = [type("Utterance", (), {"id": f"u{number}", "num_samples": 800}) for number in range(len(labels))]
+
+        def __len__(self):
+            return len(labels)
+
+    return LabelledSource(Silent(), labels, name="toy")
+
+
+def prepared(labels, **changes):
+    task = Classification(ClassificationArguments(**changes))
+    task.prepare(labelled(labels))
+    return task
+
+
+def test_classes_are_the_labels_of_the_training_speech():
+    task = prepared([" no", "yes", "no", "Yes ", "no"])
+    assert task.classes == ["Yes", "no", "yes"]
+    changes = task.config_changes()
+    assert changes["id2label"] == {0: "Yes", 1: "no", 2: "yes"} and changes["label2id"]["yes"] == 2
+    assert changes["num_labels"] == 3 and changes["use_weighted_layer_sum"] is True
+    assert prepared(["a", "b", "a"], use_weighted_layer_sum=False).config_changes()["use_weighted_layer_sum"] is False
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a", "a ", "a"], "toy: all 3 utterances have the label 'a', but there must be at least two classes"),
+        (["0.1", "0.2", "0.3"], "none of the 3 labels occurs twice .*Regression, of numbers, is not offered"),
+    ],
+    ids=["one-class", "regression"],
+)
+def test_labels_that_are_no_classes_are_refused(labels, message):
+    with pytest.raises(ArgumentError, match=message):
+        prepared(labels)
+
+
+def test_a_missing_column_is_named(tones):
+    with pytest.raises(ValueError, match=r"no column 'speaker'\. It has file_name, tone: name one of them"):
+        open_labelled(tones / "train", column="speaker")
+
+
+def test_unknown_labels_are_counted_and_reported(caplog):
+    task = prepared(["a", "b", "a"])
+    with caplog.at_level(logging.WARNING, "dinosr_hf"):
+        assert task.targets(labelled(["b", "z", " a", "z"])) == [1, -100, 0, -100]
+    assert "toy: 2 of 4 utterances have a label that training speech does not have" in caplog.text
+    assert "'z' 2 times" in caplog.text
+    caplog.clear()
+    assert task.targets(labelled(["b", "a"])) == [1, 0] and not caplog.text
+
+
+def objects(*values):
+    array = np.empty(len(values), dtype=object)
+    for position, value in enumerate(values):
+        array[position] = value
+    return array
+
+
+def test_figures_of_an_evaluation_are_those_of_the_report(tmp_path):
+    task = prepared(["a", "b", "a", "b"])
+    source = labelled(["a", "a", "b", "b", "z"])
+    logits = [np.array(row, dtype=np.float32) for row in ([2, 1], [0, 3], [1, 1.5], [0, 0.1])]
+    predictions = objects(*logits[:3], None, logits[3])
+    figures = task.metrics(EvalPrediction(predictions=predictions, label_ids=objects(*task.targets(source))))
+    assert figures["accuracy"] == 2 / 5
+    assert figures["macro_f1"] == pytest.approx((2 / (2 + 1) + 2 / (2 + 3)) / 2)
+    assert task.report(source, predictions, tmp_path, "test") == figures
+    rows = [json.loads(line) for line in (tmp_path / "predictions-test.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["u3", "u4", "u1", "u2", "u0"]  # the worst first
+    assert rows[0] == {"id": "u3", "reference": "b", "prediction": None, "probabilities": {}}
+    assert rows[2]["prediction"] == "b" and rows[1]["reference"] == "z"
+    assert rows[2]["probabilities"]["b"] == pytest.approx(1 / (1 + np.exp(-3)))
+    assert "| z | 1 | 0.00% | 0.00% | 0.00% |" in (tmp_path / "classes-test.md").read_text()
+
+
+def moved(before, after):
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def test_only_the_head_learns_on_a_frozen_encoder(probed, pretrained):
+    folder, _, trainer = probed
+    after = DinoSRForSequenceClassification.from_pretrained(folder).state_dict()
+    encoder = DinoSRForPreTraining.from_pretrained(pretrained).dinosr.state_dict()
+    assert moved({f"dinosr.{name}": value for name, value in encoder.items()}, after) == set()
+    weights = after["layer_weights"]
+    assert len(weights) == 4 and (weights - weights.mean()).abs().min() > 1e-3
+    trained = {name.split(".")[0] for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained == {"layer_weights", "projector", "classifier"}
+
+
+def test_the_encoder_learns_where_it_is_not_frozen(pretrained, tones, tmp_path):
+    kept = []
+    run(pretrained, tones, tmp_path, keep=kept, max_steps=2, classification={"use_weighted_layer_sum": False})
+    after = DinoSRForSequenceClassification.from_pretrained(tmp_path).state_dict()
+    encoder = DinoSRForPreTraining.from_pretrained(pretrained).dinosr.state_dict()
+    changed = moved({f"dinosr.{name}": value for name, value in encoder.items()}, after)
+    assert {name.split(".")[1] for name in changed} >= {"encoder", "feature_projection"}
+    assert "layer_weights" not in after
+
+
+def test_a_frozen_encoder_is_in_evaluation_mode_while_the_head_trains(pretrained):
+    changes = {"hidden_dropout": 0.5, "num_labels": 3, "use_weighted_layer_sum": True}
+    for is_frozen in (True, False):
+        start = StartArguments(model=pretrained, freeze_encoder=is_frozen)
+        model = load_model(DinoSRForSequenceClassification, start, changes).train()
+        output = [model(waveforms(2, 900)).logits for _ in range(2)]
+        assert torch.equal(*output) is is_frozen
+        assert model.training and model.dinosr.training is not is_frozen
+
+
+def test_tones_are_learnt(probed):
+    _, record, _ = probed
+    validation, test = record.evaluation
+    assert record.task == "audio-classification"
+    assert validation["accuracy"] == validation["macro_f1"] == 1.0
+    assert validation["num_utterances"] == 9
+    # The siren is an error, and a false alarm of the class that it was taken for.
+    assert test["accuracy"] == 4 / 5 and 0.7 < test["macro_f1"] < 1
+
+
+def test_chance_is_not_taken_for_learning(pretrained, tones, tmp_path):
+    record = run(pretrained, tones, tmp_path, start={"freeze_encoder": True}, learning_rate=1e-9, max_steps=2)
+    assert record.evaluation[0]["accuracy"] < 0.7
+
+
+def test_loss_of_an_evaluation_is_that_of_known_classes(pretrained, tones, tmp_path):
+    kept = []
+    run(pretrained, tones, tmp_path, keep=kept, start={"freeze_encoder": True}, max_steps=1, eval_strategy="no")
+    (trainer,) = kept
+    task = prepared(list(TONES) * 2)
+    source = open_labelled(tones / "test", column="tone")
+    targets = task.targets(source)
+    known = [position for position, target in enumerate(targets) if target >= 0]
+    assert len(known) == len(source) - 1
+    for micro_seconds in (0.1, 100.0):  # each utterance alone, the unknown one too; all of them together
+        trainer.args.micro_seconds = micro_seconds
+        loss = trainer.evaluate(LabelledDataset(source, targets))["eval_loss"]
+        wanted = trainer.evaluate(LabelledDataset(source, targets, known))["eval_loss"]
+        assert loss == pytest.approx(wanted, rel=LOSSES["rtol"], abs=LOSSES["atol"])
+        assert loss > 0
+
+
+def test_pipeline_opens_the_folder(probed, tones):
+    folder, _, _ = probed
+    classify = pipeline("audio-classification", model=str(folder), top_k=None)
+    assert classify.model.config.id2label == dict(enumerate(sorted(TONES)))
+    assert classify.model.config.label2id["low"] == 1
+    rows = {}
+    for line in (folder / "predictions-test.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows[row["id"]] = row
+    files = [tones / "test" / name for name in sorted(rows)]
+    together = classify([load_audio(file) for file in files], batch_size=len(files))
+    for file, batched in zip(files, together, strict=True):
+        row = rows[file.name]
+        for answer in (batched, classify({"array": load_audio(file), "sampling_rate": 16_000})):
+            assert answer[0]["label"] == row["prediction"]
+            scores = {guess["label"]: guess["score"] for guess in answer}
+            assert scores == pytest.approx(row["probabilities"], abs=1e-4)
+    assert together[0][0]["score"] > 0.5
+    shifted = classify(load_audio(files[0]) * 0.1 + 0.05, top_k=1)  # level and offset are normalised
+    assert shifted[0]["score"] == pytest.approx(together[0][0]["score"], abs=1e-3)
+
+
+def parts_of(dataset, index):
+    return {epoch: at_epoch(dataset, epoch, index) for epoch in range(4)}
+
+
+def at_epoch(dataset, epoch, index):
+    dataset.epoch = epoch
+    return dataset[index].waveform
+
+
+def test_long_utterances_are_cropped_in_training(tmp_path):
+    source = open_labelled(write_tones(tmp_path / "long", ["low", "high"], seconds=0.5), column="tone")
+    dataset = LabelledDataset(source, [0, 1], crop_samples=3001, seed=5)
+    assert dataset.num_samples == [3001, 3001]
+    first = parts_of(dataset, 0)
+    assert all(len(part) == 3001 for part in first.values())
+    assert len({part.tobytes() for part in first.values()}) == 4
+    again = parts_of(LabelledDataset(source, [0, 1], crop_samples=3001, seed=5), 0)
+    assert all(np.array_equal(first[epoch], again[epoch]) for epoch in first)
+    other = parts_of(LabelledDataset(source, [0, 1], crop_samples=3001, seed=6), 0)
+    assert not any(np.array_equal(first[epoch], other[epoch]) for epoch in first)
+    # It is a part of the recording, normalised by itself.
+    whole = source.load(0)
+    windows = np.lib.stride_tricks.sliding_window_view(whole, 3001)
+    normalised = (windows - windows.mean(axis=1, keepdims=True)) / windows.std(axis=1, keepdims=True)
+    assert np.abs(normalised - first[0]).max(axis=1).min() < 1e-2
+    uncropped = LabelledDataset(source, [0, 1], crop_samples=100_000)
+    assert np.array_equal(uncropped[0].waveform, LabelledDataset(source, [0, 1])[0].waveform)
+    assert uncropped.num_samples == source.num_samples
+
+
+def test_a_run_crops_its_training_speech_and_no_other(pretrained, tones, tmp_path):
+    kept = []
+    finetune(
+        Classification(ClassificationArguments(crop_seconds=0.15)),
+        StartArguments(model=pretrained, freeze_encoder=True),
+        LabelledDataArguments(train_data=[str(tones)], label_column="tone", max_seconds=0.2),
+        FinetuningArguments(
+            output_dir=str(tmp_path),
+            max_steps=5,
+            step_seconds=1.6,
+            eval_steps=5,
+            save_steps=5,
+            disable_tqdm=True,
+            num_threads=1,
+        ),
+        on_trainer=kept.append,
+    )
+    (trainer,) = kept
+    assert set(trainer.train_dataset.num_samples) == {2400} and len(trainer.train_dataset) == 21
+    assert min(trainer.eval_dataset.num_samples) >= 3200
+    # 21 parts of 0.15 s are two steps of 1.6 s, about.
+    assert trainer.train_dataset.epoch == trainer.sampler.epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        (ClassificationArguments, {"crop_seconds": 0.0}, "crop_seconds=0.0 is out of range: it must be more than 0"),
+        (StartArguments, {"freeze_encoder": True, "lora_rank": 2}, "lora_rank would count for nothing"),
+        (
+            StartArguments,
+            {"freeze_encoder": True, "mask_time_prob": 0.1, "layerdrop": 0.0},
+            "layerdrop, mask_time_prob would count for nothing with freeze_encoder",
+        ),
+    ],
+    ids=["crop", "adapters", "encoder-fields"],
+)
+def test_arguments_that_cannot_be(group, values, message):
+    with pytest.raises(ArgumentError, match=message):
+        group(**values)
+    assert StartArguments(lora_rank=2, mask_time_prob=0.1) and StartArguments(freeze_encoder=True, final_dropout=0.0)
+
+
+@pytest.mark.parametrize(
+    ("start", "changes", "message"),
+    [
+        ({"freeze_encoder": True}, {"freeze_steps": 2}, "freeze_steps would count for nothing with freeze_encoder"),
+        ({"lora_rank": 2}, {}, "lora_rank does not go with use_weighted_layer_sum"),
+    ],
+    ids=["freeze", "adapters"],
+)
+def test_runs_that_cannot_be(pretrained, tones, tmp_path, start, changes, message):
+    with pytest.raises(ArgumentError, match=message):
+        run(pretrained, tones, tmp_path, start=start, **changes)
+
+
+def test_adapters_of_a_classifier(pretrained, tones, tmp_path):
+    start = {"lora_rank": 2, "lora_targets": ["q_proj"]}
+    run(pretrained, tones, tmp_path, start=start, classification={"use_weighted_layer_sum": False})
+    after = DinoSRForSequenceClassification.from_pretrained(tmp_path).state_dict()
+    encoder = DinoSRForPreTraining.from_pretrained(pretrained).dinosr.state_dict()
+    changed = moved({f"dinosr.{name}": value for name, value in encoder.items()}, after)
+    assert changed and all("q_proj.weight" in name for name in changed)
+
+
+def test_a_classifier_goes_on_with_other_classes(probed, tmp_path):
+    folder, _, _ = probed
+    write_tones(tmp_path / "data" / "train", ["low", "noise"] * 3)
+    start = {"freeze_encoder": True}
+    run(str(folder), tmp_path / "data", tmp_path / "out", start=start, eval_strategy="no", max_steps=1)
+    config = DinoSRForSequenceClassification.from_pretrained(tmp_path / "out").config
+    assert config.num_labels == 2 and config.id2label == {0: "low", 1: "noise"}
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("script", ROOT / "examples" / "finetune_classification.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_script_trains_and_says_how_well(pretrained, tones, tmp_path, capsys, monkeypatch):
+    flags = ["--model", pretrained, "--train_data", str(tones), "--label_column", "tone", "--max_steps", "1"]
+    flags += ["--output_dir", str(tmp_path / "out"), "--eval_steps", "1", "--save_steps", "1", "--use_cpu", "true"]
+    flags += ["--num_threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["finetune_classification.py", *flags, "--disable_tqdm", "true"])
+    load_script().main()
+    printed = capsys.readouterr().out
+    assert re.search(r"^validation: accuracy [\d.]+%, macro F1 [\d.]+%\ntest: accuracy ", printed, re.MULTILINE)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["steps"] == 1
+    monkeypatch.setattr(sys, "argv", ["finetune_classification.py", "--crop_second", "3"])
+    with pytest.raises(SystemExit, match=r"crop_second is no argument\. The nearest is crop_seconds"):
+        load_script().main()
+
+
+CONFIGS = ["classify_tiny", "superb_ks", "superb_sid"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations_open(name):
+    path = ROOT / "examples" / "configs" / f"{name}.yaml"
+    content = yaml.safe_load(path.read_text())
+    parsed = parse_groups([str(path)], load_script().GROUPS)
+    for key, value in content.items():
+        owner = next(group for group in parsed if hasattr(group, key))
+        assert getattr(owner, key) == (["synthetic"] if key == "train_data" else value)
+    start, _, classification, arguments = parsed
+    assert start.freeze_encoder and classification.use_weighted_layer_sum
+    assert arguments.max_steps % arguments.save_steps == arguments.save_steps % arguments.eval_steps == 0
+    if name != "classify_tiny":
+        assert (arguments.learning_rate, arguments.max_grad_norm, arguments.schedule) == (1e-4, 1.0, "constant")

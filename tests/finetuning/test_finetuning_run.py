@@ -1,0 +1,368 @@
+"""A whole run: what it leaves, what it starts from, which checkpoint it ends with, and what it refuses."""
+
+import importlib.util
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCTC, AutoProcessor, BertConfig, TrainerCallback
+
+from dinosr_hf import DinoSRForCTC
+from dinosr_hf.data import open_labelled
+from dinosr_hf.finetuning import Recognition, StartArguments, load_model
+from dinosr_hf.recognition import TextNormalization, texts_of
+from dinosr_hf.training.run_record import read_record
+from dinosr_hf.utils.command_line import ArgumentError
+from finetuning_runs import recognise, write_corpus, write_model
+from tiny import waveforms
+
+ROOT = Path(__file__).parents[2]
+LAYER = "dinosr.encoder.layers.0.attention.q_proj.weight"
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "tiny", mask_feature_prob=0.125, mask_feature_length=5)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Splits; one letter of the test transcripts is in no other."""
+    root = tmp_path_factory.mktemp("corpus")
+    for number, split in enumerate(("train", "validation", "test")):
+        write_corpus(root / split, 12 if split == "train" else 5, seed=number)
+    table = root / "test" / "metadata.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0], "00.wav,zoo,en", *lines[2:], ""]))
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(model, corpus, tmp_path_factory):
+    """A run with all that a run has: its record, its folder and what it said."""
+    out = tmp_path_factory.mktemp("runs") / "out"
+    messages = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    handler = Keep()
+    logging.getLogger("dinosr_hf").addHandler(handler)
+    record = recognise(
+        model, corpus, out, start={"mask_feature_prob": 0.25}, recognition={"case": "upper"}, **EVERY_STEP
+    )
+    logging.getLogger("dinosr_hf").removeHandler(handler)
+    return record, out, messages
+
+
+# -- what is left
+
+
+def test_the_record_says_what_was_done(finished, model, corpus):
+    record, out, _ = finished
+    assert read_record(out) == record
+    assert (record.task, record.steps, record.base_model) == ("automatic-speech-recognition", 3, str(model))
+    (data,) = record.data
+    assert (data["name"], data["split"], data["utterances"], data["unreadable"]) == (str(corpus), "train", 12, 0)
+    assert data["hours"] == pytest.approx(sum(open_labelled(corpus, split="train").num_samples) / 16_000 / 3600)
+    assert [(figures["split"], figures["num_utterances"]) for figures in record.evaluation] == [
+        ("validation", 5),
+        ("test", 5),
+    ]
+    for figures in record.evaluation:
+        assert figures["real_time_factor"] > 0
+    arguments = record.arguments
+    assert (arguments["case"], arguments["mask_feature_prob"], arguments["step_seconds"]) == ("upper", 0.25, 1.0)
+    assert {"dinosr_hf", "torch", "transformers"} <= set(record.versions)
+    assert record.started <= record.finished
+
+
+def test_error_rates_are_sums_over_the_file_of_predictions(finished):
+    record, out, _ = finished
+    for figures, name in zip(record.evaluation, ("eval", "test"), strict=True):
+        rows = [json.loads(line) for line in (out / f"predictions-{name}.jsonl").read_text("utf-8").splitlines()]
+        assert len(rows) == 5
+        assert figures["wer"] == sum(row["word_errors"] for row in rows) / sum(row["num_words"] for row in rows)
+        assert figures["cer"] == sum(row["character_errors"] for row in rows) / sum(
+            row["num_characters"] for row in rows
+        )
+        assert f"# Errors on {name}" in (out / f"errors-{name}.md").read_text("utf-8")
+
+
+def test_letters_of_other_splits_are_reported_and_not_learnt(finished):
+    _, out, messages = finished
+    assert set(AutoProcessor.from_pretrained(out).tokenizer.get_vocab()) == {
+        *("<pad>", "<s>", "</s>", "<unk>", "|"),
+        *"HELOMN",
+    }
+    assert any("1 labels are not in the vocabulary: 'Z' 1 times" in message for message in messages)
+    references = [json.loads(line)["reference"] for line in (out / "predictions-test.jsonl").read_text().splitlines()]
+    assert "ZOO" in references
+
+
+def test_the_folder_opens_and_says_what_the_run_said(finished, corpus):
+    _, out, _ = finished
+    assert TextNormalization.load(out) == TextNormalization(case="upper")
+    processor, model = AutoProcessor.from_pretrained(out), AutoModelForCTC.from_pretrained(out).eval()
+    assert model.config.vocab_size == len(processor.tokenizer)
+    assert model.lm_head.weight.dtype == torch.float32
+    rows = [json.loads(line) for line in (out / "predictions-eval.jsonl").read_text("utf-8").splitlines()]
+    said = {row["id"]: row["prediction"] for row in rows}
+    source = open_labelled(corpus, split="validation")
+    for position, name in enumerate(source.ids):
+        inputs = processor(source.load(position), sampling_rate=16_000, return_tensors="pt")
+        with torch.no_grad():
+            frames = model(**inputs).logits[0].argmax(dim=-1)
+        assert texts_of([frames.numpy()], processor.tokenizer) == [said[name]]
+
+
+def test_the_delay_of_the_labels_is_measured_and_kept(model, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("dinosr_hf.finetuning.ctc_task.emission_delay", lambda utterances: len(list(utterances)) / 100)
+    recognise(model, corpus / "train", tmp_path / "out", data={"eval_data": str(corpus / "validation")}, max_steps=1)
+    rows = (tmp_path / "out" / "predictions-eval.jsonl").read_text("utf-8").splitlines()
+    assert len(rows) > 0
+    config = AutoModelForCTC.from_pretrained(tmp_path / "out").config
+    assert config.emission_delay == len(rows) / 100
+
+
+# -- what it starts from
+
+
+def test_flags_change_the_checkpoint_s_configuration_and_nothing_else_does(finished, model):
+    _, out, _ = finished
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (model, out))
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert after["mask_feature_prob"] == 0.25
+    assert changed <= {
+        *("mask_feature_prob", "vocab_size", "architectures", "ctc_loss_reduction", "auto_map"),
+        *("transformers_version", "use_cache"),  # the latter is Trainer's
+    }
+
+
+def test_from_scratch_takes_the_configuration_alone(model):
+    random, start = (
+        load_model(DinoSRForCTC, StartArguments(model=str(model), from_scratch=flag), {"vocab_size": 9})
+        for flag in (True, False)
+    )
+    assert random.config.mask_feature_prob == 0.125
+    assert random.config.hidden_size == start.config.hidden_size
+    assert {name: value.shape for name, value in random.named_parameters()} == {
+        name: value.shape for name, value in start.named_parameters()
+    }
+    assert not torch.equal(random.state_dict()[LAYER], start.state_dict()[LAYER])
+    assert torch.equal(start.state_dict()[LAYER], load_file(model / "model.safetensors")[LAYER])
+    # Random convolutions learn; those of a checkpoint do not.
+    assert all(value.requires_grad for value in random.parameters())
+    assert not any(value.requires_grad for value in start.dinosr.feature_extractor.parameters())
+
+
+def test_a_recogniser_can_go_on_with_its_own_labels(finished, corpus, tmp_path):
+    _, out, _ = finished
+    processor = {"processor": str(out)}
+    recognise(out, corpus, tmp_path / "again", recognition=processor, learning_rate=1e-12, max_steps=1)
+    before, after = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "again"))
+    torch.testing.assert_close(after["lm_head.weight"], before["lm_head.weight"], atol=1e-6, rtol=0)
+    assert (tmp_path / "again" / "vocab.json").read_text() == (out / "vocab.json").read_text()
+    assert TextNormalization.load(tmp_path / "again").case == "upper"
+
+
+def test_a_recogniser_can_learn_other_labels(finished, corpus, tmp_path):
+    _, out, _ = finished
+    phones = corpus / "phones.csv"
+    phones.write_text("path,phones\ntrain/00.wav,HH AH L OW\ntrain/01.wav,M UW N\n")
+    options = {"data": {"label_column": "phones"}, "recognition": {"units": "phonemes"}, "max_steps": 1}
+    recognise(out, phones, tmp_path / "phones", **options)
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "phones").tokenizer
+    assert {"HH", "OW", "UW"} < set(tokenizer.get_vocab())
+    assert AutoModelForCTC.from_pretrained(tmp_path / "phones").lm_head.out_features == len(tokenizer)
+
+
+# -- which checkpoint it ends with
+
+
+@pytest.mark.parametrize("is_best", [True, False], ids=["the best", "the last"])
+def test_the_checkpoint_with_the_fewest_word_errors_is_kept(model, corpus, tmp_path, monkeypatch, is_best):
+    rates = iter([0.5, 0.2, 0.9, *[0.4] * 9])
+    monkeypatch.setattr(Recognition, "metrics", lambda self, prediction: {"wer": next(rates), "cer": 0.0})
+    seen = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(model.lm_head.weight.detach().clone())
+
+    recognise(
+        *(model, corpus, tmp_path / "out"),
+        on_trainer=lambda trainer: trainer.add_callback(Keep()),
+        load_best_model_at_end=is_best,
+        **EVERY_STEP,
+    )
+    kept = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
+    assert [torch.equal(kept, weight) for weight in seen] == [False, is_best, not is_best]
+
+
+def test_epochs_can_decide(model, corpus, tmp_path):
+    record = recognise(
+        *(model, corpus, tmp_path / "out"),
+        max_steps=-1,
+        num_train_epochs=2,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+    )
+    hours = record.data[0]["hours"]
+    assert record.steps == 2 * max(1, round(hours * 3600 / 1.0))
+    assert (tmp_path / "out" / f"checkpoint-{record.steps}").is_dir()
+
+
+# -- adapters
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(waveforms(2, 700)).logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16 and recomputation"])
+def test_adapters_learn_alone_are_merged_and_go_on(model, corpus, tmp_path, mixed):
+    train = corpus / "train"
+    start = {"lora_rank": 2, "hidden_dropout": 0.1}
+    options = {"start": start, "max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
+    options |= {"bf16": True, "gradient_checkpointing": True} if mixed else {}
+    last = {}
+
+    class Keep(TrainerCallback):
+        def __init__(self, stop=None):
+            self.stop = stop
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            control.should_training_stop = state.global_step == (self.stop or 99)
+            last.update({name: value.detach().clone() for name, value in model.named_parameters()})
+            if state.global_step == 4:
+                last["logits"] = logits_of(model)
+
+    recognise(model, train, tmp_path / "whole", on_trainer=lambda t: t.add_callback(Keep()), **options)
+    start_weights = load_file(model / "model.safetensors")
+    learnt = {name for name, value in last.items() if "lora_B" in name and value.any()}
+    assert len(learnt) == 2 * 3  # q_proj and v_proj of three layers
+    for name, value in last.items():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if plain.startswith("dinosr.") and "lora" not in name:
+            assert torch.equal(value, start_weights[plain]), name
+    merged = AutoModelForCTC.from_pretrained(tmp_path / "whole")
+    assert not [name for name in merged.state_dict() if "lora" in name or "base_layer" in name]
+    tolerance = 5e-2 if mixed else 1e-4
+    torch.testing.assert_close(logits_of(merged), last["logits"], atol=tolerance, rtol=tolerance)
+    assert not torch.equal(merged.state_dict()[LAYER], start_weights[LAYER])
+
+    cut = tmp_path / "cut"
+    recognise(model, train, cut, on_trainer=lambda t: t.add_callback(Keep(2)), **options)
+    shutil.move(cut / "config.json", tmp_path / "unfinished.json")
+    recognise(model, train, cut, resume_from_checkpoint="true", **options)
+    resumed = load_file(cut / "model.safetensors")
+    for name, value in load_file(tmp_path / "whole" / "model.safetensors").items():
+        assert torch.equal(value, resumed[name]), name
+
+
+# -- what is refused
+
+
+def refused(message, *arguments, **options):
+    with pytest.raises(ArgumentError, match=message):
+        recognise(*arguments, **options)
+
+
+def test_folders_that_have_something_are_not_written_over(finished, model, corpus, tmp_path):
+    _, out, _ = finished
+    refused("has checkpoint-3. Go on from it with --resume_from_checkpoint true", model, corpus, out)
+    refused("has checkpoint-3. Go on", model, corpus, out, resume_from_checkpoint="False")
+    refused(f"output_dir={model} has a model already. Give another output_dir", model, corpus, model)
+    refused("has no checkpoint. Leave it out", model, corpus, tmp_path, resume_from_checkpoint="true")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"eval_strategy": "steps", "load_best_model_at_end": False},
+            "There is no speech to evaluate on: give eval_data or eval_split",
+        ),
+        ({"start": {"lora_rank": 2, "lora_targets": ["query"]}}, "lora_targets has query, but no layer is called so"),
+        ({"start": {"mask_time_prob": 2.0}}, r"mask_time_prob=2\.0 is out of range: .*at most 1"),
+        ({"start": {"mask_feature_length": 0}}, "mask_feature_length=0 is out of range: it must be at least 1"),
+        ({"start": {"hidden_dropout": -1.0}}, r"hidden_dropout=-1\.0 is out of range"),
+        ({"start": {"lora_rank": -1}}, "lora_rank=-1 is out of range"),
+        ({"data": {"max_seconds": 0.001}}, r"max_seconds=0\.001 is out of range: it must be more than min_seconds"),
+        ({"data": {"speed_change": 1.0}}, r"speed_change=1\.0 is out of range"),
+        ({"data": {"synthetic_utterances": 0}}, "synthetic_utterances=0 is out of range"),
+        ({"data": {"label_column": "words"}}, "has no column 'words'. It has file_name, transcription, language"),
+        ({"recognition": {"processor": "nowhere"}}, "processor=nowhere has no processor with a tokenizer"),
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model=loss counts for nothing: the task says"),
+        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0\.1 counts for nothing"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last=True counts for nothing"),
+    ],
+)
+def test_runs_that_cannot_be(model, corpus, tmp_path, options, message):
+    refused(message, model, corpus / "train", tmp_path / "out", **options)
+
+
+def test_models_that_are_none_of_ours(model, corpus, tmp_path):
+    refused("model=.*nowhere cannot be opened", tmp_path / "nowhere", corpus, tmp_path / "out")
+    BertConfig().save_pretrained(tmp_path / "bert")
+    refused("model=.*bert is a bert, not a DinoSR", tmp_path / "bert", corpus, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    shutil.copy(model / "config.json", tmp_path / "empty")
+    refused("model=.*empty.*no file named|model=.*empty: ", tmp_path / "empty", corpus, tmp_path / "out")
+
+
+# -- the command
+
+
+@pytest.fixture
+def script(monkeypatch):
+    spec = importlib.util.spec_from_file_location("finetune_ctc", ROOT / "examples" / "finetune_ctc.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(logging.getLogger("dinosr_hf"), "level", logging.INFO)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["finetune_ctc.py", *map(str, words)])
+        module.main()
+
+    return call
+
+
+def test_the_command_trains_and_says_how_well(script, model, corpus, tmp_path, capsys):
+    path, out = tmp_path / "a.yaml", tmp_path / "out"
+    path.write_text(f"model: {model}\ntrain_data: [{corpus}]\nmin_seconds: 0.01\nstep_seconds: 1.0\neval_steps: 2\n")
+    flags = ["--max_steps", 2, "--save_steps=2", "--micro_seconds", 1, "--use_cpu", "true", "--disable_tqdm", "true"]
+    flags += ["--num_threads", 1]
+    script(path, "--output_dir", out, *flags)
+    said = capsys.readouterr().out
+    figures = read_record(out).evaluation
+    for entry in figures:
+        assert f"{entry['split']}: word error rate {entry['wer']:.2%}" in said
+    assert f"pipeline(model={str(out)!r})" in said
+    assert np.isfinite([entry["wer"] for entry in figures]).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rat", "1"], r"finetune_ctc\.py: learning_rat is no argument\. The nearest is learning_rate"),
+        (["--train_data", "nowhere"], r"finetune_ctc\.py: nowhere is not here"),
+        (["--warmup_steps", "9"], r"finetune_ctc\.py: warmup_steps=9.* counts for nothing"),
+        (["--save_steps", "3", "--eval_steps", "2"], r"finetune_ctc\.py: .*multiple of the evaluation steps"),
+    ],
+    ids=["flag", "data", "warm-up", "best of what is not saved"],
+)
+def test_the_command_says_what_is_wrong_in_a_line(script, tmp_path, words, message):
+    with pytest.raises(SystemExit, match=message):
+        script("--output_dir", tmp_path / "out", *words)

@@ -1,0 +1,426 @@
+"""Steps mean the same however they are cut up, the encoder waits for its update, and runs go on where they stopped."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dinosr_hf import DinoSRForCTC
+from dinosr_hf.finetuning import FinetuningArguments, LabelledCollator, SpeechTrainer
+from dinosr_hf.training.run_record import read_record
+from dinosr_hf.utils.command_line import ArgumentError
+from finetuning_runs import recognise, run_settings, write_corpus, write_model
+from tiny import deterministic_config, waveforms
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"), 17)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+class Watch(TrainerCallback):
+    """What a run logs, and the weights of a name after each update."""
+
+    def __init__(self, name="encoder.layers.0.attention.q_proj.weight"):
+        self.name, self.losses, self.weights, self.rates, self.evaluations = name, [], [], [], []
+
+    def __call__(self, trainer):
+        trainer.add_callback(self)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        named = dict(model.named_parameters())
+        self.weights.append({key: value.detach().clone() for key, value in named.items()})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "eval_loss" in logs:
+            self.evaluations.append(dict(logs))
+        if "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal_weights(first, second, tolerance):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], atol=tolerance, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_accumulated_micro_batches_are_one_batch(tmp_path, model, corpus, reduction):
+    whole, cut = Watch(), Watch()
+    options = {"recognition": {"ctc_loss_reduction": reduction}}
+    recognise(model, corpus, tmp_path / "whole", micro_seconds=9.0, on_trainer=whole, **options)
+    recognise(model, corpus, tmp_path / "cut", micro_seconds=0.2, on_trainer=cut, **options)
+    assert len(whole.losses) == 3
+    assert cut.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert_equal_weights(weights(tmp_path / "cut"), weights(tmp_path / "whole"), 1e-5)
+
+
+def test_means_of_means_are_noticed(tmp_path, model, corpus, monkeypatch):
+    # The control of the test above: utterances are unevenly spread over micro-batches.
+    from dinosr_hf.finetuning import SpeechTrainer
+
+    whole, cut = Watch(), Watch()
+    recognise(model, corpus, tmp_path / "whole", micro_seconds=9.0, on_trainer=whole)
+
+    def mean_of_means(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        count = int((inputs.pop("index") >= 0).sum())
+        return model(**inputs).loss / max(1, count) / self.args.gradient_accumulation_steps
+
+    monkeypatch.setattr(SpeechTrainer, "compute_loss", mean_of_means)
+    recognise(model, corpus, tmp_path / "cut", micro_seconds=0.2, on_trainer=cut)
+    difference = max(
+        float((first - second).abs().max())
+        for first, second in zip(weights(tmp_path / "whole").values(), weights(tmp_path / "cut").values(), strict=True)
+    )
+    assert difference > 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path, model, corpus):
+    judged = {"eval_data": [str(corpus)]}
+    settings = {"max_steps": 4, "freeze_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    settings |= {"save_strategy": "steps", "load_best_model_at_end": False}
+    one = recognise(model, corpus, tmp_path / "one", data=judged, micro_seconds=9.0, **settings)
+    options = run_settings(micro_seconds=0.3, **settings)
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    script = [str(ROOT / "examples" / "finetune_ctc.py"), "--model", str(model), "--train_data", str(corpus)]
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("{}")
+    script.insert(1, str(empty))
+    done = subprocess.run(
+        [
+            *launch,
+            *script,
+            "--eval_data",
+            str(corpus),
+            "--min_seconds",
+            "0.01",
+            "--output_dir",
+            tmp_path / "two",
+            *flags,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal_weights(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-5)
+    start = weights(model)
+    two = read_record(tmp_path / "two")
+    assert "2 process(es)" in two.hardware
+    names = ("wer", "cer", "num_utterances")
+    assert [{name: figures[name] for name in names} for figures in two.evaluation] == [
+        {name: figures[name] for name in names} for figures in one.evaluation
+    ]
+    said = [(tmp_path / name / "predictions-eval.jsonl").read_text() for name in ("one", "two")]
+    assert said[0] == said[1]
+    assert len(said[0].splitlines()) == 17
+    moved = weights(tmp_path / "two")["dinosr.encoder.layers.0.attention.q_proj.weight"]
+    assert (moved - start["dinosr.encoder.layers.0.attention.q_proj.weight"]).abs().max() > 1e-4
+
+
+def test_plain_trainer_averages_accumulated_batches(tmp_path):
+    torch.manual_seed(0)
+    model = DinoSRForCTC(deterministic_config(ctc_loss_reduction="mean"))
+    rows = [{"input_values": wave, "labels": torch.tensor([3, 4])} for wave in waveforms(4, 400)]
+
+    def gradients(batch_size, accumulated):
+        found = {}
+
+        class Keep(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+                found.update(
+                    {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+                )
+
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulated,
+            max_steps=1,
+            learning_rate=0.0,
+            max_grad_norm=0.0,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model, arguments, train_dataset=rows, callbacks=[Keep()]).train()
+        return found
+
+    whole, cut = gradients(4, 1), gradients(2, 2)
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_encoder_waits_and_the_convolutions_stay(tmp_path, model, corpus):
+    watch = Watch()
+    recognise(model, corpus, tmp_path / "out", freeze_steps=2, max_steps=3, on_trainer=watch)
+    first, second, third = watch.weights
+    layer, conv = (
+        "dinosr.encoder.layers.0.attention.q_proj.weight",
+        "dinosr.feature_extractor.conv_layers.0.conv.weight",
+    )
+    start = weights(model)
+    torch.testing.assert_close(second[layer], start[layer], atol=0, rtol=0)
+    assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
+    assert not torch.equal(third[layer], start[layer])
+    torch.testing.assert_close(third[conv], start[conv], atol=0, rtol=0)
+
+
+def test_the_head_can_have_a_rate_of_its_own(tmp_path, model, corpus):
+    watch = Watch()
+    recognise(model, corpus, tmp_path / "out", learning_rate=1e-12, head_learning_rate=0.1, on_trainer=watch)
+    layer = "dinosr.encoder.layers.0.attention.q_proj.weight"
+    assert (watch.weights[-1][layer] - weights(model)[layer]).abs().max() < 1e-9
+    assert (watch.weights[-1]["lm_head.weight"] - watch.weights[0]["lm_head.weight"]).abs().max() > 1e-3
+
+
+def test_rates_are_those_of_the_schedule(tmp_path, model, corpus):
+    watch = Watch()
+    settings = {"warmup_share": 0.2, "hold_share": 0.4, "final_lr_scale": 0.05, "max_steps": 10}
+    recognise(model, corpus, tmp_path / "out", on_trainer=watch, **settings)
+    from dinosr_hf.training.schedules import tri_stage
+
+    assert watch.rates == pytest.approx([1e-3 * tri_stage(step, **settings) for step in range(10)])
+
+
+@pytest.mark.parametrize("stop", [2, 4], ids=["within_an_epoch", "in_the_next_epoch"])
+def test_a_resumed_run_is_the_undisturbed_one(tmp_path, model, corpus, stop):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == stop
+
+    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "freeze_steps": 3}
+    start = {"start": {"hidden_dropout": 0.2, "mask_time_prob": 0.3, "mask_time_length": 3}}
+    recognise(model, corpus, tmp_path / "whole", **options, **start)
+    out = tmp_path / "cut"
+    recognise(model, corpus, out, on_trainer=lambda trainer: trainer.add_callback(Stop()), **options, **start)
+    with pytest.raises(ArgumentError, match=r"has checkpoint-\d\. Go on from it with --resume_from_checkpoint true"):
+        recognise(model, corpus, out, **options, **start)
+    recognise(model, corpus, out, resume_from_checkpoint="true", **options, **start)
+    assert_equal_weights(weights(out), weights(tmp_path / "whole"), 0.0)
+
+
+def test_a_base_model_is_no_checkpoint_to_resume_from(tmp_path, model, corpus):
+    with pytest.raises(ArgumentError, match="is no checkpoint of a fine-tuning run: it has no trainer_state"):
+        recognise(model, corpus, tmp_path / "out", resume_from_checkpoint=str(model))
+
+
+@pytest.mark.slow
+def test_adapters_train_and_are_merged(tmp_path, model, corpus):
+    watch = Watch()
+    recognise(
+        model,
+        corpus,
+        tmp_path / "out",
+        on_trainer=watch,
+        start={"lora_rank": 2, "lora_targets": ["q_proj", "output_dense"]},
+        learning_rate=1e-2,
+        bf16=True,
+        gradient_checkpointing=True,
+    )
+    final, start = weights(tmp_path / "out"), weights(model)
+    layer = "dinosr.encoder.layers.0.attention.{}.weight"
+    assert torch.equal(final[layer.format("k_proj")], start[layer.format("k_proj")])
+    assert not torch.equal(final[layer.format("q_proj")], start[layer.format("q_proj")])
+    assert not any("lora" in name for name in final)
+    DinoSRForCTC.from_pretrained(tmp_path / "out")
+
+
+def test_the_teacher_can_be_what_is_fine_tuned(tmp_path, model, corpus):
+    layer = "dinosr.encoder.layers.0.attention.q_proj.weight"
+    start = weights(model)
+    teacher = start["teacher.layers.0.attention.q_proj.weight"]
+    assert not torch.equal(teacher, start[layer])
+    for network, wanted in (("student", start[layer]), ("teacher", teacher)):
+        recognise(model, corpus, tmp_path / network, start={"network": network}, freeze_steps=3)
+        assert torch.equal(weights(tmp_path / network)[layer], wanted)
+    with pytest.raises(ArgumentError, match="network=teacher needs a pre-training checkpoint"):
+        recognise(tmp_path / "student", corpus, tmp_path / "again", start={"network": "teacher"})
+
+
+def test_what_no_flag_names_stays_as_the_checkpoint_has_it(tmp_path, corpus):
+    model = write_model(tmp_path / "model", mask_feature_prob=0.125, mask_feature_length=5)
+    recognise(model, corpus, tmp_path / "kept")
+    recognise(model, corpus, tmp_path / "changed", start={"mask_feature_prob": 0.25})
+    kept, changed = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("kept", "changed"))
+    assert (kept["mask_feature_prob"], changed["mask_feature_prob"]) == (0.125, 0.25)
+    assert kept["hidden_dropout"] == 0.0
+
+
+def test_an_unreadable_recording_is_left_out(tmp_path, model):
+    corpus = write_corpus(tmp_path / "corpus", 6)
+
+    def spoil(trainer):
+        for name in ("00.wav", "03.wav"):
+            (corpus / name).write_bytes(b"nothing")
+
+    watch = Watch()
+
+    def both(trainer):
+        spoil(trainer)
+        watch(trainer)
+
+    record = recognise(model, corpus, tmp_path / "out", micro_seconds=0.05, max_steps=2, on_trainer=both)
+    assert np.isfinite(watch.losses).all()
+    assert record.data[0]["unreadable"] == 2
+
+
+def trainer_of(model, tmp_path, **changes):
+    """A trainer of the tiny model, with nothing to train on."""
+    loaded = DinoSRForCTC.from_pretrained(model, vocab_size=9)
+    return SpeechTrainer(loaded, FinetuningArguments(output_dir=str(tmp_path), **run_settings(**changes)))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_micro_batch_of_nothing_gives_no_gradient(tmp_path, model, reduction):
+    trainer = trainer_of(model, tmp_path)
+    trainer.model.config.update({"ctc_loss_reduction": reduction, "apply_spec_augment": True, "mask_time_prob": 0.9})
+    trainer.model.train()
+    silence = LabelledCollator(trainer.model.config.receptive_field)([])
+    silence.pop("unreadable")
+    for count in (torch.tensor(0), torch.tensor(5)):
+        loss = trainer.compute_loss(trainer.model, dict(silence), num_items_in_batch=count)
+        loss.backward()
+        assert loss == 0
+    touched = [value.grad for value in trainer.model.parameters() if value.grad is not None]
+    assert touched  # other processes wait for them
+    assert not any(gradient.any() for gradient in touched)
+
+
+def test_losses_do_not_become_infinite(tmp_path, corpus):
+    model = write_model(tmp_path / "model", ctc_zero_infinity=False)
+    short = write_corpus(tmp_path / "short", 3)
+    soundfile.write(short / "01.wav", np.random.default_rng(0).normal(size=100) * 0.1, 16_000)  # a few frames
+    soundfile.write(short / "02.wav", np.random.default_rng(0).normal(size=30) * 0.1, 16_000)  # not even one
+    data = {"eval_data": [str(short)]}
+    figures = []
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "load_best_model_at_end": False}
+    for micro_seconds in (9.0, 0.01):  # together, and each alone
+        logged = Watch()
+        out = tmp_path / str(micro_seconds)
+        recognise(model, corpus, out, data=data, micro_seconds=micro_seconds, on_trainer=logged, **options)
+        figures.append(logged.evaluations[0])
+    assert np.isfinite(figures[0]["eval_loss"])
+    assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=1e-4)
+    assert figures[0]["eval_wer"] == figures[1]["eval_wer"]
+
+
+def test_short_and_long_and_empty_ones_are_left_out_of_training(tmp_path, model, caplog):
+    train = write_corpus(tmp_path / "train", 8)
+    table = (train / "metadata.csv").read_text().splitlines()
+    table[1] = "00.wav,...,en"
+    table[2] = "01.wav," + "hello moon " * 60 + ",en"
+    (train / "metadata.csv").write_text("\n".join(table) + "\n")
+    for name, seconds in (("02", 0.02), ("03", 0.9)):
+        soundfile.write(
+            train / f"{name}.wav", np.random.default_rng(0).normal(size=int(16_000 * seconds)) * 0.1, 16_000
+        )
+    data = {"min_seconds": 0.03, "max_seconds": 0.8}
+    with caplog.at_level("WARNING", "dinosr_hf"):
+        record = recognise(model, train, tmp_path / "out", data=data, max_steps=1)
+    assert record.data[0]["utterances"] == 4
+    assert (
+        "4 of 8 utterances are not trained on: 1 too long (as 03.wav), 1 too short (as 02.wav),"
+        " 1 too short for their transcript (as 01.wav), 1 with an empty transcript (as 00.wav)."
+    ) in caplog.text
+    with pytest.raises(ArgumentError, match=r"no utterance can be trained on. Look at min_seconds and max_seconds"):
+        recognise(model, train, tmp_path / "none", data={"min_seconds": 5.0})
+
+
+def test_padding_changes_no_prediction(tmp_path, model, corpus):
+    said = []
+    for name, micro_seconds in (("together", 60.0), ("alone", 0.01)):
+        recognise(
+            *(model, corpus, tmp_path / name),
+            data={"eval_data": [str(corpus)]},
+            max_steps=1,
+            micro_seconds=micro_seconds,
+            learning_rate=1e-9,
+            eval_strategy="steps",
+            load_best_model_at_end=False,
+        )
+        said.append((tmp_path / name / "predictions-eval.jsonl").read_text())
+    assert said[0] == said[1]
+    assert any(json.loads(line)["prediction"] for line in said[0].splitlines())
+
+
+def test_processes_that_do_not_know_of_each_other_are_noticed(tmp_path, model, monkeypatch):
+    arguments = FinetuningArguments(output_dir=str(tmp_path), **run_settings())
+    assert arguments.world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ArgumentError, match=r"2 processes were started, but do not know of each other. Name the ddp_backend"
+    ):
+        SpeechTrainer(DinoSRForCTC.from_pretrained(model), arguments)
+
+
+@pytest.mark.parametrize("step_seconds", [1.0, 1.001, 7.0])
+def test_a_pass_is_never_more_than_it_may_be(tmp_path, model, step_seconds):
+    trainer = trainer_of(model, tmp_path, step_seconds=step_seconds, micro_seconds=0.5)
+    assert trainer.args.gradient_accumulation_steps == math.ceil(step_seconds / 0.5)
+
+
+@pytest.mark.slow
+def test_compiled_models_unfreeze(tmp_path, corpus):
+    model = write_model(tmp_path / "model", num_hidden_layers=1, num_codebooks=1)  # each layer takes seconds to trace
+    watch = Watch()
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    recognise(model, corpus, tmp_path / "out", freeze_steps=1, max_steps=2, on_trainer=watch, **compiled)
+    recognise(model, corpus, tmp_path / "plain", freeze_steps=1, max_steps=2)
+    assert_equal_weights(weights(tmp_path / "out"), weights(tmp_path / "plain"), 1e-6)
+    layer = "encoder.layers.0.attention.q_proj.weight"
+    before = load_file(model / "model.safetensors")[f"dinosr.{layer}"]
+    first, second = [next(value for name, value in step.items() if name.endswith(layer)) for step in watch.weights]
+    assert torch.equal(before, first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size=4 counts for nothing.*step_seconds"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4 counts for nothing"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type=.*counts for nothing.*schedule"),
+        ({"warmup_steps": 4}, "warmup_steps=4 counts for nothing.*warmup_share"),
+        ({"step_seconds": 0}, "step_seconds=0 is out of range"),
+        ({"hold_share": 0.7, "warmup_share": 0.5}, "hold_share=0.7 is out of range"),
+        ({"schedule": "linear"}, "schedule=linear is out of range: it must be one of tri_stage"),
+    ],
+    ids=["batch", "accumulation", "scheduler", "warmup", "step", "hold", "schedule"],
+)
+def test_arguments_that_cannot_be(changes, message):
+    with pytest.raises(ArgumentError, match=message):
+        FinetuningArguments(**changes)

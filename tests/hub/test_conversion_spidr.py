@@ -1,0 +1,208 @@
+"""Conversion of spidr's layout: outputs equal to a recorded run of that package, and what is refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import FIXTURES
+from dinosr_hf import DinoSRForPreTraining, DinoSRModel
+from dinosr_hf.hub.conversion import CheckpointError, convert
+from dinosr_hf.hub.conversion.spidr import read_spidr
+from tolerances import ACTIVATIONS, LOSSES
+
+CASE = FIXTURES / "spidr_tiny"
+
+
+@pytest.fixture(scope="module")
+def original():
+    return torch.load(CASE / "checkpoint.pt", weights_only=True)
+
+
+@pytest.fixture
+def checkpoint(original):
+    return copy.deepcopy(original)
+
+
+@pytest.fixture
+def settings():
+    return json.loads((CASE / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spidr") / "out"
+    convert(CASE / "checkpoint.pt", folder, config=CASE / "config.json")
+    return DinoSRForPreTraining.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def differences(model):
+    """Every recorded tensor of the case without padding, and ours."""
+    inputs = load_file(CASE / "inputs.safetensors")
+    source, mask = inputs["nopad.source"], inputs["nopad.mask_indices"]
+    got = model.dinosr(source, output_hidden_states=True)
+    features = got.extract_features
+    targets = model.compute_targets(source, features)[:, mask]
+    masked = model(source, None, mask)
+    return {
+        "x": got.last_hidden_state,
+        "layer_out": torch.stack(got.hidden_states[1:]),
+        "codebook_probs": torch.stack([head(got.last_hidden_state).softmax(dim=-1) for head in model.heads]),
+        "pretrain.targets": targets,
+        "pretrain.assign": model.codebooks.assign(targets),
+        "pretrain.loss_sum": masked.loss * mask.sum() if masked.loss.ndim == 0 else masked.loss,
+    }
+
+
+@pytest.mark.parametrize("name", ["x", "layer_out", "codebook_probs", "pretrain.targets"])
+def test_outputs_are_those_of_the_recorded_run(model, name):
+    wanted = load_file(CASE / "outputs.safetensors")[f"nopad.{name}"]
+    torch.testing.assert_close(differences(model)[name], wanted, **ACTIVATIONS)
+
+
+def test_codewords_and_loss_are_those_of_the_recorded_run(model):
+    wanted = load_file(CASE / "outputs.safetensors")
+    got = differences(model)
+    assert torch.equal(got["pretrain.assign"], wanted["nopad.pretrain.assign"])
+    torch.testing.assert_close(got["pretrain.loss_sum"], wanted["nopad.pretrain.loss_sum"], **LOSSES)
+
+
+@torch.no_grad()
+def test_padded_utterances_are_those_of_the_recorded_run(model):
+    # Like us, that package zeroes the padding in front of every positional convolution; in the padding itself it has
+    # numbers that nobody uses. Its targets are normalised with them, so those are not compared.
+    inputs, wanted = (load_file(CASE / f"{name}.safetensors") for name in ("inputs", "outputs"))
+    source, frames = inputs["pad.source"], ~inputs["pad.frame_padding_mask"]
+    lengths = torch.tensor([row.nonzero().max() + 1 for row in source])
+    attention_mask = (torch.arange(source.shape[1]) < lengths[:, None]).long()
+    assert torch.equal(model.config.num_frames(lengths), frames.sum(dim=1)) and not frames.all()
+    got = model.dinosr(source, attention_mask, output_hidden_states=True)
+    probabilities = torch.stack([head(got.last_hidden_state).softmax(dim=-1) for head in model.heads])
+    pairs = {
+        "x": got.last_hidden_state[None],
+        "layer_out": torch.stack(got.hidden_states[1:]),
+        "codebook_probs": probabilities,
+        "pretrain.teacher_layer_ffn": model.layer_features(
+            source, attention_mask, model.config.codebook_layers, "teacher"
+        ),
+    }
+    for name, ours in pairs.items():
+        recorded = wanted[f"pad.{name}"].view(ours.shape)
+        torch.testing.assert_close(ours[:, frames], recorded[:, frames], **ACTIVATIONS)
+        assert (ours - recorded).abs().max() > 0.01  # in the padding
+
+
+def test_parts_of_the_fused_matrix_in_another_order_differ(model):
+    # the negative control
+    other = copy.deepcopy(model)
+    for layer in other.dinosr.encoder.layers:
+        q, k = layer.attention.q_proj, layer.attention.v_proj
+        q.weight.data, k.weight.data = k.weight.data, q.weight.data
+    wanted = load_file(CASE / "outputs.safetensors")["nopad.x"]
+    assert (differences(other)["x"] - wanted).abs().max() > 0.01
+
+
+def test_configuration_is_the_file_s(model, settings):
+    wanted = settings["model"]
+    config = model.config
+    assert config.freeze_mode == "frozen" and not config.reference_padding
+    assert config.freeze_teacher_step == wanted["freeze_step"]
+    assert config.conv_pos_kernel_size == wanted["encoder_pos_conv_kernel"] // wanted["encoder_pos_conv_depth"]
+    assert (config.ema_decay, config.ema_end_decay, config.ema_anneal_steps) == (0.9, 0.99, 3)
+
+
+def test_without_a_configuration_sizes_come_from_shapes(checkpoint, settings):
+    derived = read_spidr(checkpoint, None, num_attention_heads=4)
+    wanted = read_spidr(checkpoint, settings).config
+    assert len(derived.notes) == 3 and "attention heads: 4, as given" in derived.notes[1]
+    for name in (
+        *("conv_dim", "conv_kernel", "conv_stride", "conv_bias", "hidden_size", "intermediate_size"),
+        *("num_hidden_layers", "num_attention_heads", "num_conv_pos_embeddings", "conv_pos_kernel_size"),
+        *("num_conv_pos_embedding_groups", "codebook_size", "num_codebooks"),
+    ):
+        assert list(map(str, [getattr(derived.config, name)])) == list(map(str, [getattr(wanted, name)])), name
+
+
+def test_heads_that_shapes_cannot_tell_are_asked_for(checkpoint):
+    with pytest.raises(CheckpointError, match=r"do not tell the number of attention heads.*--num_attention_heads"):
+        read_spidr(checkpoint, None)
+
+
+def test_strides_that_shapes_cannot_tell_are_asked_for(checkpoint):
+    key = "feature_extractor.conv_layers.0.conv.weight"
+    checkpoint["model"][key] = torch.zeros(16, 1, 9)
+    with pytest.raises(CheckpointError, match=r"kernels \[9, 3.*shapes do not tell their strides.*--config"):
+        read_spidr(checkpoint, None, num_attention_heads=4)
+
+
+def test_shapes_of_other_dimensions_are_refused(checkpoint):
+    checkpoint["model"]["student.pos_conv_embed.convs.0.weight"] = torch.zeros(3)
+    with pytest.raises(CheckpointError, match=r"convs\.0\.weight has the shape \(3,\), but must have 3 dimensions"):
+        read_spidr(checkpoint, None, num_attention_heads=4)
+
+
+def test_biases_of_the_fused_matrix_are_split(checkpoint, settings, tmp_path):
+    for side in ("student", "teacher"):
+        for layer in range(4):
+            checkpoint["model"][f"{side}.layers.{layer}.attention.qkv.bias"] = torch.arange(96.0)
+    settings["model"]["encoder_qkv_bias"] = True
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    torch.save(checkpoint, tmp_path / "biased.pt")
+    model = convert(tmp_path / "biased.pt", tmp_path / "out", config=tmp_path / "config.json")
+    attention = model.dinosr.encoder.layers[3].attention
+    assert torch.equal(attention.q_proj.bias, torch.arange(32.0))
+    assert torch.equal(attention.v_proj.bias, torch.arange(64.0, 96.0))
+
+
+def test_a_checkpoint_of_the_spidr_objective_gives_its_encoder(checkpoint, settings, tmp_path, caplog):
+    settings["model"]["ema_another_schedule"] = 20_000
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    torch.save(checkpoint, tmp_path / "spidr.pt")
+    options = {"config": tmp_path / "config.json"}
+    with pytest.raises(CheckpointError, match=r"ema_another_schedule=20000, which is not known.*--objective spidr"):
+        convert(tmp_path / "spidr.pt", tmp_path / "out", **options)
+    model = convert(tmp_path / "spidr.pt", tmp_path / "out", objective="spidr", **options)
+    assert type(model) is DinoSRModel
+    assert "heads.0.0.weight (not part of the encoder)" in caplog.text and "teacher.layer_norm.bias" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"encoder_layer_norm_first": True}, "encoder_layer_norm_first=True, which this", id="pre-norm"),
+        pytest.param({"extractor_mode": "group_norm"}, "extractor_mode='group_norm'", id="group-norm"),
+        pytest.param({"extractor_conv_layer_config": [[1, 2]]}, "must be a list of .channels, kernel", id="convs"),
+        pytest.param({"encoder_num_layers": "x"}, "encoder_num_layers=x, which is no count", id="no-count"),
+        pytest.param({"codebook_size": "x"}, "configuration cannot be used: (?s:.)*codebook_size", id="type"),
+        pytest.param({"new": 1}, "has new=1, which is not known", id="unknown"),
+    ],
+)
+def test_settings_that_the_model_has_not_are_named(checkpoint, settings, change, message):
+    settings["model"].update(change)
+    with pytest.raises(CheckpointError, match=message):
+        read_spidr(checkpoint, settings)
+
+
+def test_missing_settings_are_named(checkpoint, settings):
+    del settings["model"]["encoder_num_heads"]
+    with pytest.raises(CheckpointError, match="configuration lacks encoder_num_heads"):
+        read_spidr(checkpoint, settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("student.extra", torch.zeros(1), "has a weight that this model has not: student.extra"),
+        ("student.layers.0.attention.qkv.weight", torch.zeros(95, 32), r"shape \(95, 32\).*three parts"),
+        ("heads.0.0.bias", torch.zeros(7), r"heads.0.0.bias has the shape \(7,\), but must have \(16,\)"),
+    ],
+)
+def test_wrong_weights_are_named(checkpoint, tmp_path, key, value, message):
+    checkpoint["model"][key] = value
+    torch.save(checkpoint, tmp_path / "edited.pt")
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "edited.pt", tmp_path / "out", config=CASE / "config.json")
+    assert not (tmp_path / "out").exists()

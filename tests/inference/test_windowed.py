@@ -1,0 +1,70 @@
+"""Recordings through a model, whatever the model: what is joined, where it waits, what is read when."""
+
+import numpy as np
+import pytest
+
+from audio_files import noise, sf
+from dinosr_hf import recordings as module
+from dinosr_hf.data import FileSource
+from dinosr_hf.inference.windowed import RecordingRunner
+from tiny import tiny_config
+
+LENGTHS = {"a": 1_234, "long": 9_871, "b": 2_345}
+
+
+@pytest.fixture
+def source(tmp_path):
+    for seed, (name, length) in enumerate(LENGTHS.items()):
+        sf.write(tmp_path / f"{name}.wav", noise(length, seed), 16_000, subtype="FLOAT")
+    return FileSource([tmp_path / f"{name}.wav" for name in LENGTHS])
+
+
+def first_samples(config):
+    """A stand-in for a model, whose rows are the first sample of each frame."""
+
+    def compute(waves):
+        hop = config.inputs_to_logits_ratio
+        return [wave[: config.num_frames(len(wave)) * hop : hop, None] for wave in waves]
+
+    return compute
+
+
+def run(source, **options):
+    config = tiny_config()
+    settings = {"window_seconds": 0.1, "context_seconds": 0.02, "batch_seconds": 0.15, "normalizes": False}
+    runner = RecordingRunner(config, **{**settings, **options})
+    return dict(runner.run(source, first_samples(config)))
+
+
+@pytest.mark.parametrize("batch_seconds", [0.05, 0.15, 3.0])
+def test_rows_are_in_their_places(source, batch_seconds):
+    found = run(source, batch_seconds=batch_seconds)
+    hop = tiny_config().inputs_to_logits_ratio
+    for index, rows in found.items():
+        wave = source.load(index)
+        assert len(rows) == tiny_config().num_frames(len(wave))
+        np.testing.assert_array_equal(rows[:, 0], wave[: len(rows) * hop : hop])
+    assert sorted(found) == [0, 1, 2]
+
+
+def test_rows_of_hours_wait_in_a_file(source, monkeypatch):
+    plain = run(source)
+    monkeypatch.setattr(module, "_MAX_BYTES_IN_MEMORY", 1_000)
+    found = run(source)
+    assert isinstance(found[1], np.memmap) and not isinstance(plain[1], np.memmap)
+    np.testing.assert_array_equal(found[1], plain[1])
+
+
+def test_only_what_is_asked_for(source):
+    config = tiny_config()
+    runner = RecordingRunner(config, window_seconds=0.1, context_seconds=0.02)
+    assert [index for index, _ in runner.run(source, first_samples(config), indices=[0, 2])] == [2, 0]
+
+
+def test_an_error_of_the_model_ends_the_run(source):
+    def compute(waves):
+        raise RuntimeError("out of memory")
+
+    runner = RecordingRunner(tiny_config(), window_seconds=0.1, context_seconds=0.02)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(runner.run(source, compute))

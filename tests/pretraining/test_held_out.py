@@ -1,0 +1,274 @@
+"""Held-out speech: the same figures for any batches and processes, from a model that is left as it was."""
+
+import contextlib
+import logging
+import types
+
+import numpy as np
+import pytest
+import torch
+from test_pretraining_model import pretraining_model, state_of
+
+from dinosr_hf.analysis import Segment, unit_quality
+from dinosr_hf.analysis.model_units import frame_units, layer_qualities
+from dinosr_hf.data import AudioFileError, SpeechSource, Utterance, normalize_waveform, utterance_generator
+from dinosr_hf.model.masking_dinosr import sample_span_mask
+from dinosr_hf.pretraining.held_out import HeldOut, row_labels
+from tiny import tiny_config
+
+# 20 samples a frame, 40 in the first; 16,000 a second.
+LENGTHS = {"a/1.flac": 1601, "a/2.flac": 990, "b/3.flac": 2405, "b/4.flac": 700}
+SECONDS = {"batch_seconds": 0.35, "limit_seconds": 10.0, "max_seconds": 0.125}  # of b/3 only 2,000 samples
+CLOSE = {"rel": 1e-5}
+
+
+class MemorySource(SpeechSource):
+    """Noise of given lengths; some of it broken."""
+
+    def __init__(self, lengths=LENGTHS, broken=()):
+        self.utterances = [Utterance(name, length) for name, length in lengths.items()]
+        self.skipped = {}
+        self.broken = broken
+
+    def load(self, index, start=0, num_samples=None):
+        name, length = self.utterances[index]
+        if name in self.broken:
+            raise AudioFileError(f"{name} has gone bad.", "broken")
+        samples = np.random.default_rng(length).normal(size=length).astype(np.float32)
+        return samples[start:][:num_samples]
+
+
+def model_in_training(**changes):
+    return pretraining_model(tiny_config(**changes)).train()
+
+
+def held_out(model, source=None, **changes):
+    return HeldOut(source or MemorySource(), model.config, **{**SECONDS, "step_seconds": 20 / 16_000, **changes})
+
+
+def labels_of(lengths=LENGTHS, num_phones=3):
+    """A phone a step of 20 samples; 16 steps running are the same phone."""
+    return {name: [f"P{step // 16 % num_phones}" for step in range(length // 20)] for name, length in lengths.items()}
+
+
+def assert_same(figures, expected):
+    assert figures.keys() == expected.keys()
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value, **CLOSE), name
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_each_utterance_by_itself():
+    model = model_in_training()
+    figures = held_out(model).evaluate(model)
+    model.eval()
+    total, frames, counts = torch.zeros(2), 0, 0
+    for index, (name, length) in enumerate(LENGTHS.items()):
+        waveform = normalize_waveform(MemorySource().load(index, 0, min(length, 2000)))
+        generator = utterance_generator(0, 0, name, "mask")
+        shape = (1, model.config.num_frames(len(waveform)))
+        mask = sample_span_mask(shape, model.config.mask_prob, model.config.mask_length, generator=generator)
+        output = model(torch.from_numpy(waveform)[None], mask_time_indices=torch.from_numpy(mask))
+        total += output.codebook_losses * mask.sum()
+        frames, counts = frames + mask.sum(), counts + output.code_counts
+    assert figures["codebook_losses"] == pytest.approx((total / frames).tolist(), **CLOSE)
+    assert figures["loss"] == pytest.approx((total / frames).mean().item(), **CLOSE)
+    assert figures["codebook_active_codewords"] == (counts > 0).sum(dim=1).tolist()
+    assert figures["seconds"] == (1601 + 990 + 2000 + 700) / 16_000
+    assert figures["skipped_files"] == 0
+    assert "pnmi" not in figures and "padded_share" not in figures
+
+
+def test_nothing_changes_but_the_time_taken():
+    model = model_in_training()
+    model.dinosr.encoder.eval()  # a mode of its own
+    speech = held_out(model, labels=labels_of())
+    before, modes = state_of(model), [module.training for module in model.modules()]
+    random_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = speech.evaluate(model)
+    assert speech.seconds_taken > 0
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state[0])
+    assert np.array_equal(np.random.get_state()[1], random_state[1])
+    model.update_targets(1)  # nothing was gathered for it
+    for name in ("codebooks.sums", "codebooks.counts"):
+        assert torch.equal(model.state_dict()[name], before[name])
+    model.load_state_dict(before)
+    assert speech.evaluate(model) == first
+
+
+def test_a_model_that_moves_gets_other_figures():
+    model = model_in_training()
+    speech = held_out(model)
+    first = speech.evaluate(model)
+    with torch.no_grad():
+        model.heads[0].weight.mul_(1.5)
+    assert speech.evaluate(model)["loss"] != pytest.approx(first["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("batch_seconds", [0.01, 0.2, 100.0], ids=["alone", "some", "together"])
+def test_batches_do_not_matter(batch_seconds):
+    model = model_in_training()
+    expected = held_out(model, labels=labels_of()).evaluate(model)
+    speech = held_out(model, labels=labels_of(), batch_seconds=batch_seconds)
+    assert_same(speech.evaluate(model), expected)
+
+
+class Processes:
+    """Stands in for the accelerators of several processes: what each would add up is kept, and given to the last."""
+
+    def __init__(self, num_processes):
+        self.num_processes = num_processes
+        self.seen = []
+
+    def of_rank(self, rank):
+        calls = iter(range(10))
+
+        def reduce(tensor, reduction):
+            assert reduction == "sum"
+            call = next(calls)
+            if rank == 0:
+                self.seen.append(tensor.clone())
+            else:
+                self.seen[call] += tensor
+            return self.seen[call].clone()
+
+        cpu = torch.autocast("cpu", enabled=False)
+        return types.SimpleNamespace(
+            process_index=rank, num_processes=self.num_processes, reduce=reduce, autocast=lambda: cpu
+        )
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 5], ids=["two", "three", "more-than-batches"])
+def test_processes_do_not_matter(num_processes):
+    model = model_in_training()
+    speech = held_out(model, MemorySource(broken=["a/2.flac"]), labels=labels_of(), batch_seconds=0.13)
+    expected = speech.evaluate(model)
+    processes = Processes(num_processes)
+    for rank in range(num_processes - 1):
+        # the first ones have all that was read so far, which may be nothing
+        with contextlib.suppress(ValueError):
+            speech.evaluate(model, processes.of_rank(rank))
+    assert_same(speech.evaluate(model, processes.of_rank(num_processes - 1)), expected)
+    assert expected["skipped_files"] == 1
+
+
+def test_autocast_is_the_accelerator_s():
+    model = model_in_training()
+    accelerator = Processes(1).of_rank(0)
+    expected = held_out(model).evaluate(model, accelerator)
+    accelerator = Processes(1).of_rank(0)
+    accelerator.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    low = held_out(model, labels=labels_of()).evaluate(model, accelerator)
+    assert low["loss"] == pytest.approx(expected["loss"], abs=0.05)
+    assert low["loss"] != expected["loss"]
+
+
+def test_the_choice_is_of_whole_utterances_and_does_not_depend_on_their_order():
+    model = model_in_training()
+    lengths = {f"{number}.wav": 400 + 37 * number for number in range(30)}
+    limits = {"limit_seconds": 6000 / 16_000, "batch_seconds": 1.0}
+    figures = held_out(model, MemorySource(lengths), **limits).evaluate(model)
+    assert 5000 / 16_000 < figures["seconds"] <= 6000 / 16_000
+    turned = dict(reversed(lengths.items()))
+    assert_same(held_out(model, MemorySource(turned), **limits).evaluate(model), figures)
+    other = held_out(model, MemorySource(lengths), **limits, seed=1).evaluate(model)
+    assert other["loss"] != pytest.approx(figures["loss"], rel=1e-4)
+
+
+def test_phone_purity_is_that_of_all_frames_of_the_teacher_s_codes():
+    model = model_in_training()
+    figures = held_out(model, labels=labels_of()).evaluate(model)
+    model.eval()
+    phones, units = [], []
+    for index, length in enumerate(LENGTHS.values()):
+        waveform = normalize_waveform(MemorySource().load(index, 0, min(length, 2000)))
+        num_frames = model.config.num_frames(len(waveform))
+        # the centre of frame i is sample 20 i + 20, where step i + 1 begins
+        phones += [f"P{(i + 1) // 16 % 3}" for i in range(num_frames)]
+        units.append(frame_units(model, waveform).numpy())
+    qualities = [unit_quality(phones, codes, num_codes=7) for codes in np.concatenate(units, axis=1)]
+    assert figures["pnmis"] == pytest.approx([quality.pnmi for quality in qualities])
+    assert figures["phone_purities"] == pytest.approx([quality.phone_purity for quality in qualities])
+    best = max((0, 1), key=lambda number: qualities[number].pnmi)
+    assert figures["pnmi"] == figures["pnmis"][best] and figures["phone_purity"] == figures["phone_purities"][best]
+    assert figures["best_layer"] == 2 + best
+
+
+def test_labelled_speech_is_what_phone_purity_is_of():
+    model = model_in_training()
+    labels = {name: phones for name, phones in labels_of().items() if name != "a/1.flac"}
+    broken = held_out(model, MemorySource(broken=["b/4.flac"]), labels=labels)
+    speech = list(broken.labelled_speech())
+    # longest first; b/3 has its first 2,000 samples
+    for index, (waveform, phones) in zip((2, 1), speech, strict=True):
+        assert torch.equal(
+            torch.from_numpy(waveform), torch.from_numpy(normalize_waveform(MemorySource().load(index, 0, 2000)))
+        )
+        assert len(phones) == model.config.num_frames(len(waveform))
+    pnmis = broken.evaluate(model)["pnmis"]
+    assert [quality.pnmi for quality in layer_qualities(model.eval(), speech)] == pytest.approx(pnmis)
+    assert [quality.pnmi for quality in layer_qualities(model, speech[:1])] != pytest.approx(pnmis)
+
+
+def test_labels_are_found_by_the_name_of_the_file():
+    model = model_in_training()
+    expected = held_out(model, labels=labels_of()).evaluate(model)
+    by_stem = {name[2]: labels for name, labels in labels_of().items()}
+    assert_same(held_out(model, labels=by_stem).evaluate(model), expected)
+
+
+def test_utterances_without_labels_count_for_the_loss_alone(caplog):
+    model = model_in_training()
+    some = {name: labels for name, labels in labels_of().items() if name != "b/3.flac"}
+    with caplog.at_level(logging.INFO, "dinosr_hf"):
+        figures = held_out(model, labels=some).evaluate(model)
+    assert "4 of 4 utterances" in caplog.text and "3 with labels of 3 phones" in caplog.text
+    everything = held_out(model, labels=labels_of()).evaluate(model)
+    assert figures["loss"] == pytest.approx(everything["loss"])
+    assert figures["pnmi"] != pytest.approx(everything["pnmi"])
+
+
+def test_segments_of_rows_are_labels():
+    rows = [
+        {"id": name, "phones": [{"label": "x", "start": 0.0, "end": 0.03}, {"label": "y", "start": 0.03, "end": 1.0}]}
+        for name in LENGTHS
+    ]
+    labels = row_labels(rows)
+    assert labels["a/1.flac"] == [Segment("x", 0.0, 0.03), Segment("y", 0.03, 1.0)]
+    model = model_in_training()
+    figures = held_out(model, labels=labels).evaluate(model)
+    assert 0 <= figures["pnmi"] <= 1 and figures["phone_purity"] > 0.5
+
+
+def test_what_cannot_be_read_is_left_out_and_counted(caplog):
+    model = model_in_training()
+    broken = MemorySource(broken=["a/2.flac", "b/4.flac"])
+    figures = held_out(model, broken, labels=labels_of()).evaluate(model)
+    whole = MemorySource({name: length for name, length in LENGTHS.items() if name not in broken.broken})
+    expected = held_out(model, whole, labels=labels_of()).evaluate(model)
+    assert figures.pop("skipped_files") == 2 and expected.pop("skipped_files") == 0
+    assert_same(figures, expected)
+    assert "a/2.flac is left out: a/2.flac has gone bad." in caplog.text
+
+
+def test_nothing_could_be_read():
+    model = model_in_training()
+    with pytest.raises(ValueError, match="None of 4 held-out utterances could be read"):
+        held_out(model, MemorySource(broken=list(LENGTHS))).evaluate(model)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "labels", "message"),
+    [
+        ({"a": 50}, None, r"None of 1 held-out utterances can be masked: each needs 80 samples \(0.01 s\)"),
+        (LENGTHS, {"z": ["A"]}, r"None of 4 .* has labels. They are named like '.*flac', the labels like 'z'"),
+        (LENGTHS, {}, "the labels like 'nothing'"),
+        ({"a/1.wav": 900, "b/1.wav": 900}, {"1": ["A"] * 5}, "labels of '1' fit two recordings, './1.wav' and"),
+        ({"a": 1600}, {"a": ["A"]}, "labels of the held-out utterance 'a': 1 labels of 0.00125 s cover 0.001 s"),
+    ],
+    ids=["too-short", "no-match", "no-labels", "ambiguous", "labels-of-something-else"],
+)
+def test_what_does_not_fit_is_refused(lengths, labels, message):
+    with pytest.raises(ValueError, match=message):
+        held_out(pretraining_model(), MemorySource(lengths), labels=labels)

@@ -1,0 +1,199 @@
+"""The sums of a run: any grouping of utterances gives the numbers of one big batch; and the variation over time."""
+
+import pytest
+import torch
+from test_pretraining_model import every_third, pretraining_model
+
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.model.objective_dinosr import energy_sums
+from dinosr_hf.pretraining.metrics import MetricSums
+from tiny import deterministic_config, padded, tiny_config, waveforms
+
+LENGTHS = (801, 390, 241)
+EXACT = {"masked_frames", "seconds", "padded_share", "active_codewords", "codebook_active_codewords"}
+
+
+def variation_by_hand(utterances) -> float:
+    """The twin: one utterance and channel at a time."""
+    changing = energy = 0.0
+    for utterance in utterances:
+        for channel in utterance.double().T:
+            changing += sum((value - channel.mean()).square().item() for value in channel)
+            energy += sum(value.square().item() for value in channel)
+    return changing / energy
+
+
+def share(energies):
+    return (energies[..., 0] / energies[..., 1]).tolist()
+
+
+def test_variation_is_that_of_the_definition():
+    features = torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(0)) + 0.7
+    expected = [variation_by_hand(layer) for layer in features]
+    assert share(energy_sums(features, None)) == pytest.approx(expected, rel=1e-5)
+    assert not energy_sums(features.requires_grad_(), None).requires_grad
+
+
+def test_padding_does_not_vary():
+    features = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0)) + 0.7
+    frame_mask = torch.arange(7) < torch.tensor([[4], [7]])
+    expected = variation_by_hand([features[0, :4], features[1]])
+    assert share(energy_sums(features, frame_mask)) == pytest.approx(expected, rel=1e-5)
+    assert share(energy_sums(features, None)) != pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (torch.arange(4.0)[:, None, None].expand(4, 6, 5), 0.0),
+        (torch.tensor([1.0, -1.0]).repeat(3)[None, :, None].expand(4, 6, 5), 1.0),
+        (torch.tensor([2.0, 0.0]).repeat(3)[None, :, None].expand(4, 6, 5), 0.5),
+    ],
+    ids=["utterances-differ-frames-do-not", "no-mean", "half"],
+)
+def test_what_the_variation_is_of(features, expected):
+    assert share(energy_sums(features, None)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_model_gives_the_energies_of_teacher_and_convolutions():
+    model = pretraining_model().eval()
+    waves = [waveforms(1, length, seed=length)[0] for length in LENGTHS]
+    x, attention_mask = padded(waves)
+    output = model(x, attention_mask, every_third(3, model.config.num_frames(801)))
+    layers, convolutions = [], []
+    for wave in waves:
+        features = model.dinosr(wave[None]).extract_features
+        layers.append(model.teacher(model.dinosr.feature_projection.projection(features))[:, 0])
+        convolutions.append(features[0])
+    for number in range(2):
+        expected = variation_by_hand([layer[number].detach() for layer in layers])
+        assert share(output.target_energies[number]) == pytest.approx(expected, rel=1e-4)
+    expected = variation_by_hand([features.detach() for features in convolutions])
+    assert share(output.feature_energies) == pytest.approx(expected, rel=1e-4)
+    assert output.target_energies.dtype == output.feature_energies.dtype == torch.float32
+
+
+def test_padding_that_the_reference_counts_does_not_vary_either():
+    model = pretraining_model(reference_padding=True).eval()
+    x, attention_mask = padded([waveforms(1, length)[0] for length in LENGTHS])
+    num_frames = [model.config.num_frames(length) for length in LENGTHS]
+    frame_mask = torch.arange(num_frames[0]) < torch.tensor(num_frames)[:, None]
+    with torch.no_grad():
+        energies = model(x, attention_mask, every_third(3, num_frames[0])).target_energies
+        features = model.dinosr(x, attention_mask).extract_features
+        layers = model.teacher(model.dinosr.feature_projection.projection(features), frame_mask)
+    for layer, energy in zip(layers, energies, strict=True):
+        utterances = [row[:length] for row, length in zip(layer, num_frames, strict=True)]
+        assert share(energy) == pytest.approx(variation_by_hand(utterances), rel=1e-4)
+        assert share(energy) != pytest.approx(variation_by_hand(layer), rel=1e-4)
+
+
+def test_where_nothing_is_masked_there_are_no_energies():
+    output = DinoSRForPreTraining(tiny_config()).eval()(waveforms(1, 400))
+    assert output.target_energies is None and output.feature_energies is None
+
+
+def sums_of(model, groups):
+    """The sums over groups of waveforms, each padded into one batch; every frame of theirs has its own mask."""
+    sums = MetricSums(model.config.num_codebooks, model.config.codebook_size, torch.device("cpu"))
+    for waves in groups:
+        x, attention_mask = padded(waves)
+        num_samples = sum(map(len, waves))
+        with torch.no_grad():
+            output = model(x, attention_mask, every_third(len(waves), model.config.num_frames(x.shape[1])))
+        sums.add(output, num_samples, x.numel() - num_samples)
+    return sums
+
+
+def same(tensor):
+    return tensor
+
+
+def test_any_grouping_gives_the_numbers_of_one_batch():
+    model = pretraining_model().eval()
+    waves = [waveforms(1, length, seed=length)[0] for length in LENGTHS]
+    together = sums_of(model, [waves]).compute(same)
+    apart = sums_of(model, [[wave] for wave in waves])
+    merged = sums_of(model, [waves[:1]])
+    merged.merge(sums_of(model, [waves[1:]]))
+    for figures in (apart.compute(same), merged.compute(same)):
+        assert figures.keys() == together.keys()
+        for name in together.keys() - {"padded_share"}:
+            tolerance = 0 if name in EXACT else 1e-5
+            assert figures[name] == pytest.approx(together[name], rel=tolerance), name
+    assert together["padded_share"] == pytest.approx(1 - sum(LENGTHS) / (3 * 801))
+    assert apart.compute(same)["padded_share"] == 0
+    # the negative control: means of means are something else
+    means = [sums_of(model, [[wave]]).compute(same) for wave in waves]
+    for name in ("loss", "target_variation", "feature_variation", "target_perplexity"):
+        assert sum(mean[name] for mean in means) / 3 != pytest.approx(together[name], rel=1e-4), name
+
+
+def test_processes_are_added_up_before_anything_is_divided():
+    model = pretraining_model().eval()
+    waves = [waveforms(1, length, seed=length)[0] for length in LENGTHS]
+    here, there = sums_of(model, [waves[:1]]), sums_of(model, [waves[1:]])
+    figures = here.compute(lambda sums: sums + there.state_dict())
+    expected = sums_of(model, [waves[:1], waves[1:]]).compute(same)
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value), name
+
+
+def test_the_means_are_those_of_the_lists():
+    figures = sums_of(pretraining_model().eval(), [[waveforms(1, 801)[0]]]).compute(same)
+    for mean, each in [
+        ("loss", "codebook_losses"),
+        ("target_perplexity", "target_perplexities"),
+        ("prediction_perplexity", "prediction_perplexities"),
+        ("active_codewords", "codebook_active_codewords"),
+        ("target_variation", "target_variations"),
+    ]:
+        assert len(figures[each]) == 2
+        assert figures[mean] == pytest.approx(sum(figures[each]) / 2), mean
+    assert 0 < figures["target_variation"] < 1 and 0 < figures["feature_variation"] < 1
+
+
+def test_silence_that_stands_in_for_a_batch_does_not_count():
+    model = pretraining_model().eval()
+    sums = sums_of(model, [[waveforms(1, 801)[0]]])
+    expected = sums.compute(same)
+    with torch.no_grad():
+        silent = model(torch.zeros(1, 801), mask_time_indices=torch.zeros(1, model.config.num_frames(801)).bool())
+    assert silent.target_energies.sum() > 0
+    sums.add(silent, 0, 0)
+    assert sums.compute(same) == expected
+
+
+def test_an_empty_interval_divides_by_nothing():
+    figures = MetricSums(2, 7, torch.device("cpu")).compute(same)
+    assert figures["loss"] == figures["target_variation"] == figures["masked_frames"] == figures["padded_share"] == 0
+
+
+def test_an_interval_goes_on_from_its_state():
+    model = pretraining_model().eval()
+    waves = [waveforms(1, length, seed=length)[0] for length in LENGTHS]
+    first = sums_of(model, [waves[:2]])
+    resumed = MetricSums(2, 7, torch.device("cpu"))
+    resumed.load_state_dict(first.state_dict())
+    for sums in (first, resumed):
+        sums.merge(sums_of(model, [waves[2:]]))
+    assert resumed.compute(same) == first.compute(same)
+
+
+def test_the_state_of_another_model_is_refused():
+    state = MetricSums(3, 7, torch.device("cpu")).state_dict()
+    with pytest.raises(ValueError, match=r"has 56 sums, but 2 codebooks of 7 codewords have 39\. Give the state of"):
+        MetricSums(2, 7, torch.device("cpu")).load_state_dict(state)
+
+
+def test_energies_in_half_precision_are_summed_in_float32():
+    features = 30 + torch.randn(2, 4000, 64, generator=torch.Generator().manual_seed(0))
+    expected = share(energy_sums(features.bfloat16().double().float(), None))
+    assert share(energy_sums(features.bfloat16(), None)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_do_not_know_of_the_energies():
+    model = pretraining_model(deterministic_config()).train()
+    output = model(waveforms(2, 801), mask_time_indices=every_third(2, model.config.num_frames(801)))
+    assert not output.target_energies.requires_grad and not output.feature_energies.requires_grad
+    assert output.loss.requires_grad

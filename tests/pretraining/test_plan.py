@@ -1,0 +1,243 @@
+"""The plan of a run: its numbers against the run's own functions, its words, its picture."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.data import PlanSummary
+from dinosr_hf.pretraining import parse_arguments, tri_stage
+from dinosr_hf.pretraining.plan import describe_plan, format_seconds, plan_figure
+from dinosr_hf.pretraining.scaling import scale_to_batch
+from dinosr_hf.pretraining.state import save_model
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+# 10 steps of 80 s, of 64 utterances of 12.5 s in all, on 2 processes that take 2 passes each.
+EPOCH = PlanSummary(
+    num_steps=10,
+    num_utterances=64,
+    num_too_short=1,
+    num_dropped=2,
+    num_micro_batches=40,
+    hours=800 / 3600,
+    seconds_per_step=80.0,
+    cropped_share=0.1,
+    padded_share=0.0123,
+)
+
+
+def tiny(*flags):
+    return parse_arguments(["--max_steps", "600", "--save_steps", "100", *flags], CONFIGS / "tiny_cpu.yaml")
+
+
+def base(*flags):
+    return parse_arguments([str(CONFIGS / "base_ls960.yaml"), *flags], "unused")
+
+
+@pytest.fixture(scope="module")
+def tiny_plan():
+    return describe_plan(tiny(), EPOCH, world_size=2)
+
+
+def test_audio_and_epochs(tiny_plan):
+    assert tiny_plan.seconds_per_step == 80.0
+    assert tiny_plan.utterance_seconds == pytest.approx(12.5)
+    assert tiny_plan.micro_batches == 2.0
+    assert tiny_plan.epochs == 60.0
+    assert tiny_plan.hours == pytest.approx(600 * 80 / 3600)
+
+
+def test_masked_frames_are_those_that_masks_come_to(tiny_plan):
+    config = tiny_plan.config
+    # 0.65 of the frames would be masked if no span met another; starts are spread evenly, so about 1 - exp(-0.65) are.
+    assert tiny_plan.masked_share == pytest.approx(1 - math.exp(-config.mask_prob), abs=0.03)
+    frames = 6.4 * config.num_frames(int(12.5 * 16_000))
+    assert tiny_plan.masked_frames == pytest.approx(frames * tiny_plan.masked_share)
+    assert tiny_plan.frames_per_codeword == tiny_plan.masked_frames / 128
+
+
+def test_paper_s_figures():
+    plan = describe_plan(base(), None, world_size=16)
+    assert plan.masked_share == pytest.approx(0.566, abs=0.01)  # docs/parity.md
+    assert plan.frames_per_codeword == pytest.approx(420, rel=0.05)
+    assert plan.first_move == pytest.approx(0.98, abs=0.01)
+    assert plan.hours == pytest.approx(422_222, rel=1e-3)
+    assert plan.micro_batches == 1
+    assert plan.notes == []
+
+
+def test_without_a_summary_steps_are_full():
+    plan = describe_plan(tiny("--micro_seconds", "16"), None)
+    assert (plan.seconds_per_step, plan.utterance_seconds, plan.micro_batches) == (40.0, 10.0, 3)
+    assert plan.epochs is None
+    assert plan.padded_share is None
+    assert "a stream" in str(plan)
+
+
+def test_points_are_what_the_run_will_do(tiny_plan):
+    options, config = tiny_plan.arguments.run, tiny_plan.config
+    assert [point.step for point in tiny_plan.points] == [1, 150, 300, 450, 600]
+    for point in tiny_plan.points:
+        factor = tri_stage(
+            point.step - 1,
+            max_steps=600,
+            warmup_share=options.warmup_share,
+            hold_share=options.hold_share,
+            final_lr_scale=options.final_lr_scale,
+        )
+        assert point.learning_rate == options.learning_rate * factor
+        assert point.hours == pytest.approx(point.step * 80 / 3600)
+    torch.manual_seed(0)
+    model = DinoSRForPreTraining(config)
+    for point in tiny_plan.points:
+        decays = model.update_targets(point.step)
+        assert decays == {"codebook_decay": point.codebook_decay, "ema_decay": point.ema_decay}
+
+
+def test_weights_and_disk_are_those_of_the_files(tiny_plan, tmp_path):
+    model = DinoSRForPreTraining(tiny_plan.config)
+    assert tiny_plan.num_trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    save_model(model, tmp_path)
+    weights = (tmp_path / "model.safetensors").stat().st_size
+    assert tiny_plan.model_bytes == pytest.approx(weights, rel=0.02)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
+    mask = torch.ones(1, model.config.num_frames(16_000), dtype=torch.bool)
+    model(torch.randn(1, 16_000), mask_time_indices=mask).loss.backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    written = weights + (tmp_path / "optimizer.pt").stat().st_size
+    assert tiny_plan.checkpoint_bytes == pytest.approx(written, rel=0.05)
+    # Saved at 100, 200, ..., 500 and at the end; two checkpoints, and the one that is being written.
+    assert tiny_plan.num_saved_models == 6
+    assert tiny_plan.disk_bytes == 6 * tiny_plan.model_bytes + 3 * tiny_plan.checkpoint_bytes
+
+
+@pytest.mark.parametrize(("save_steps", "expected"), [(0, 1), (100, 6), (599, 2), (600, 1), (1000, 1)])
+def test_saved_models_are_counted(save_steps, expected):
+    assert describe_plan(tiny("--save_steps", str(save_steps)), EPOCH).num_saved_models == expected
+
+
+def test_text_has_it_all(tiny_plan):
+    text = str(tiny_plan)
+    for words in (
+        "step            80 s of audio, at most 40 s: 6.4 utterances of 12.5 s, 1.2% padding",
+        "2.0 a step in each of 2 process(es), at most 40 s each",
+        "for each of 128 codewords",
+        "600: 13.3 hours of audio, 60.0 epochs of 10 steps",
+        "0.001 after 60 updates of warm-up; tri_stage; at last 0.0001",
+        "betas 0.9, 0.98; epsilon 1e-06; weight decay 0.01; clipping off",
+        "2 of 128, moved every 1 update(s); they remember 2 updates, 2.67 min of audio at first",
+        "remembers 100 updates, 2.23 h of audio at first; never stands still",
+        "6 model(s) of 4.7 MB, 2 checkpoint(s) of 10.2 MB and one being written",
+    ):
+        assert words in text
+    table = [line.split() for line in text.splitlines() if line.lstrip()[:1].isdigit()]
+    assert [row[:3] for row in table] == [["0", "%", "1"], *([str(25 * n), "%", str(150 * n)] for n in range(1, 5))]
+    assert table[0][3:] == ["0.0", "1e-05", "0.99002", "0.5"]
+    assert table[-1][3:] == ["13.3", "0.000101", "0.999", "0.9"]
+
+
+def test_text_says_what_was_scaled():
+    arguments, changes = scale_to_batch(base("--scale_to_batch", "--step_seconds", "475"))
+    text = str(describe_plan(arguments, None, changes=changes))
+    assert "a step is 0.125 (kappa) of the reference step" in text
+    assert "max_steps" in text.split("(kappa)")[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--freeze_teacher_step", "601"], "not frozen in this run: freeze_teacher_step=601"),
+        (["--ema_anneal_steps", "1200"], r"EMA decay ends at 0\.9945 and not at 0\.999: ema_anneal_steps=1,200"),
+        (["--codebook_end_decay_step", "1200"], r"codebook decay ends at 0\.7 and not at 0\.9: codebook_end"),
+        (["--ema_decay", "0.999"], "remembers 1,000 updates, and the run has 600"),
+        (
+            ["--codebook_decay", "0.99", "--codebook_end_decay", "0.99"],
+            r"14% of the way .* codebook_update_steps, or let .* codebook_revival_share",
+        ),
+        (
+            ["--codebook_decay", "0.9", "--ema_decay", "0.999", "--ema_end_decay", "0.9999"],
+            r"0\.0105 of the paper's, and the decays are the paper's.* scale_to_batch adapts",
+        ),
+    ],
+    ids=["freeze", "anneal", "codebook_anneal", "long_memory", "slow_codewords", "unscaled"],
+)
+def test_notes_say_what_is_unusual(flags, message):
+    notes = describe_plan(tiny(*flags), EPOCH).notes
+    assert any(re.search(message, note) for note in notes), notes
+    assert f"Note: {notes[0]}" in str(describe_plan(tiny(*flags), EPOCH))
+
+
+def test_usual_runs_have_no_notes(tiny_plan):
+    assert tiny_plan.notes == []
+    assert "Note" not in str(tiny_plan)
+
+
+def test_frozen_teacher_is_no_unfinished_annealing():
+    # Its decay is 1 at the end, which is not the end of annealing either.
+    notes = describe_plan(tiny("--freeze_teacher_step", "500", "--ema_anneal_steps", "1200"), EPOCH).notes
+    assert not any("EMA decay ends" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(9.5, "9.5 s"), (80, "80 s"), (3760, "62.7 min"), (38_000, "10.6 h"), (3.8e6, "1,056 h")],
+)
+def test_seconds_are_written_to_be_read(seconds, expected):
+    assert format_seconds(seconds) == expected
+
+
+def curves(figure):
+    return [axes.get_lines()[0].get_xydata() for axes in figure.axes[:3]]
+
+
+def test_figure_shows_rates_and_decays(tiny_plan):
+    rate, ema, codebook = curves(plan_figure(tiny_plan))
+    for curve, value in (
+        (rate, lambda point: point.learning_rate),
+        (ema, lambda point: 1 - point.ema_decay),
+        (codebook, lambda point: 1 - point.codebook_decay),
+    ):
+        assert (curve[0, 0], curve[-1, 0]) == (1, 600)
+        for step, height in curve[::50]:
+            assert height == pytest.approx(value(tiny_plan.at(int(step))))
+
+
+def test_figure_marks_what_changes():
+    figure = plan_figure(describe_plan(tiny("--freeze_teacher_step", "500"), EPOCH))
+    words = [text.get_text().strip() for axes in figure.axes for text in axes.texts]
+    assert sorted(words) == [
+        "EMA decay reaches its end: 400",
+        "codebook decay reaches its end: 200",
+        "rate begins to fall: 360",
+        "teacher frozen: 500",
+        "warm-up ends: 60",
+    ]
+
+
+def test_figure_leaves_a_frozen_teacher_out():
+    _, ema, _ = curves(plan_figure(describe_plan(tiny("--freeze_teacher_step", "500"), EPOCH)))
+    assert np.isfinite(ema[ema[:, 0] < 500, 1]).all()
+    assert np.isnan(ema[ema[:, 0] >= 500, 1]).all()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--max_steps", "1"],
+        ["--freeze_teacher_step", "0"],
+        ["--codebook_decay", "0"],
+        ["--schedule", "constant", "--hold_share", "0.47"],
+    ],
+    ids=["one_step", "frozen_from_the_start", "no_memory", "constant"],
+)
+@pytest.mark.filterwarnings("error")
+def test_odd_runs_are_described_and_drawn(flags, tmp_path):
+    plan = describe_plan(tiny(*flags), EPOCH)
+    assert str(plan)
+    plan_figure(plan).savefig(tmp_path / "plan.png", dpi=50)
+    assert (tmp_path / "plan.png").stat().st_size > 1000

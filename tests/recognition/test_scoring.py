@@ -1,0 +1,139 @@
+"""Error rates: sums of edits by hand and by a plain dynamic programme, tables, and the metric of `evaluate`."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dinosr_hf.recognition import score, speech_errors_metric
+
+pytest.importorskip("jiwer")
+
+# One substitution; one deletion and one insertion of words; a perfect one; all wrong, and more said than there was.
+REFERENCES = ["the ship sails", "a b", "moon", "oh"]
+PREDICTIONS = ["the sheep sails", "b c", "moon", "no no no"]
+
+
+def edits(reference, prediction):
+    """Levenshtein's distance, cell by cell."""
+    table = np.zeros((len(reference) + 1, len(prediction) + 1), dtype=int)
+    table[:, 0], table[0] = range(len(reference) + 1), range(len(prediction) + 1)
+    for row, left in enumerate(reference, 1):
+        for column, right in enumerate(prediction, 1):
+            replaced = table[row - 1, column - 1] + (left != right)
+            table[row, column] = min(replaced, table[row - 1, column] + 1, table[row, column - 1] + 1)
+    return int(table[-1, -1])
+
+
+def test_rates_are_sums_of_edits():
+    report = score(REFERENCES, PREDICTIONS)
+    assert [row.word_errors for row in report.utterances] == [1, 2, 0, 3]
+    assert report.wer == 6 / 7
+    # The control: a mean over utterances is another figure.
+    means = [row.word_errors / row.num_words for row in report.utterances]
+    assert np.mean(means) == pytest.approx(4.3333 / 4, abs=1e-3)
+    assert report.wer != pytest.approx(np.mean(means))
+
+
+def test_edits_are_those_of_a_plain_programme():
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(["a", "bc", "d"], size)) for size in (1, 2, 3, 5, 8, 13)]
+    references, predictions = texts * 6, [text for text in [*texts[:5], ""] for _ in range(6)]
+    report = score(references, predictions)
+    for row in report.utterances:
+        assert row.word_errors == edits(row.reference.split(), row.prediction.split())
+        assert row.character_errors == edits(row.reference, row.prediction)
+        assert (row.num_words, row.num_characters) == (len(row.reference.split()), len(row.reference))
+    characters = sum(map(len, references))
+    assert report.cer == sum(map(edits, references, predictions)) / characters
+
+
+def test_empty_texts_count():
+    report = score(["", "a b", ""], ["oh no", "", ""], ["x", "y", "z"])
+    assert [(row.id, row.word_errors, row.character_errors) for row in report.utterances] == [
+        ("x", 2, 5),
+        ("y", 2, 3),
+        ("z", 0, 0),
+    ]
+    assert (report.wer, report.cer) == (4 / 2, 8 / 3)
+    assert report.confusions == {("", "oh"): 1, ("", "no"): 1, ("a", ""): 1, ("b", ""): 1}
+
+
+def test_confusions_are_words():
+    report = score(REFERENCES, PREDICTIONS)
+    assert report.confusions[("ship", "sheep")] == 1
+    assert sum(report.confusions.values()) == 6
+    substitutions = score(["a b c"] * 3, ["a x c", "a x y", "a b"])
+    assert substitutions.confusions == {("b", "x"): 2, ("c", "y"): 1, ("c", ""): 1}
+
+
+@pytest.mark.parametrize(
+    ("references", "predictions", "ids", "message"),
+    [
+        (["a"], ["a", "b"], None, "1 references, 2 predictions, 1 ids: give one each"),
+        (["a"], ["a"], ["x", "y"], "1 references, 1 predictions, 2 ids"),
+        (["", ""], ["a", "b"], None, "None of the references has a word"),
+        ([], [], None, "None of the references has a word"),
+    ],
+)
+def test_what_cannot_be_scored(references, predictions, ids, message):
+    with pytest.raises(ValueError, match=message):
+        score(references, predictions, ids)
+
+
+def test_files_of_predictions_and_errors(tmp_path):
+    score(REFERENCES, PREDICTIONS, ["p", "q", "r", "ß"]).save(tmp_path, "test")
+    lines = [json.loads(line) for line in (tmp_path / "predictions-test.jsonl").read_text("utf-8").splitlines()]
+    assert [line["id"] for line in lines] == ["ß", "q", "p", "r"]  # worst first
+    assert lines[2] == {
+        "id": "p",
+        "reference": "the ship sails",
+        "prediction": "the sheep sails",
+        "word_errors": 1,
+        "num_words": 3,
+        "character_errors": 2,
+        "num_characters": 14,
+    }
+    table = (tmp_path / "errors-test.md").read_text("utf-8")
+    assert "# Errors on test" in table
+    assert "| 4 | 7 | 6 | 85.71% |" in table
+    assert "| 2 | (nothing) | no |" in table
+    assert "| 1 | a | b |" in table
+
+
+def test_tables_have_the_most_frequent_first():
+    report = score(["a", "a", "b"], ["x", "x", "y"])
+    table = report.to_markdown("dev", num_confusions=1)
+    assert "| 2 | a | x |" in table
+    assert "| b | y |" not in table
+
+
+def test_bars_do_not_break_the_table():
+    table = score(["a|b"], ["c"]).to_markdown("dev")
+    assert "| 1 | a\\|b | c |" in table
+
+
+def test_metric_adds_up_batches():
+    whole = speech_errors_metric().compute(references=REFERENCES, predictions=PREDICTIONS)
+    report = score(REFERENCES, PREDICTIONS)
+    assert (whole["wer"], whole["cer"]) == (report.wer, report.cer)
+    assert (whole["word_errors"], whole["num_words"]) == (6, 7)
+    assert whole["num_characters"] == sum(map(len, REFERENCES))
+    metric = speech_errors_metric()
+    for first, last in ((0, 1), (1, 4)):
+        metric.add_batch(references=REFERENCES[first:last], predictions=PREDICTIONS[first:last])
+    assert metric.compute() == whole
+    means = [score(REFERENCES[:1], PREDICTIONS[:1]).wer, score(REFERENCES[1:], PREDICTIONS[1:]).wer]
+    assert whole["wer"] != pytest.approx(np.mean(means))
+
+
+def test_metric_can_be_used_again_and_needs_no_network(monkeypatch):
+    import socket
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a metric that goes online")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    metric = speech_errors_metric()
+    assert metric.compute(references=["a b"], predictions=["a c"])["wer"] == 0.5
+    assert metric.compute(references=["a"], predictions=["a"])["wer"] == 0.0

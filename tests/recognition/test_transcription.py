@@ -1,0 +1,347 @@
+"""Recordings of any length to text: windows, normalisation, joining, batches, bad files, the script."""
+
+import importlib.util
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from audio_files import noise, sf
+from dinosr_hf import DinoSRForCTC
+from dinosr_hf.data import FileSource, normalize_waveform, open_recordings
+from dinosr_hf.inference.windowed import mean_and_variance, plan_windows
+from dinosr_hf.recognition import Transcriber
+from dinosr_hf.recognition.decoding import DecodingOptions, GreedyDecoder
+from dinosr_hf.recognition.transcription import (
+    cut_at_pauses,
+    decode_in_pieces,
+    part_words_at_pauses,
+    pauses,
+)
+from recognisers import LABELS, save_models
+from tolerances import SAME_ARITHMETIC
+
+LENGTHS = {"short": 30, "a": 1_234, "b": 2_345, "long": 9_871}
+
+# Frames that reach into a frame of the tiny model: three convolutions with a kernel of 5.
+REACH = 6
+
+
+@pytest.fixture(scope="module")
+def recogniser(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder / "recogniser"
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Noise that becomes louder, so that parts normalised by themselves would not fit."""
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    for seed, (name, length) in enumerate(LENGTHS.items()):
+        sf.write(folder / f"{name}.wav", noise(length, seed) * np.linspace(0.1, 3, length), 16_000, subtype="FLOAT")
+    return folder
+
+
+def local(model):
+    """Without attention a frame depends on its neighbours only."""
+    with torch.no_grad():
+        for layer in model.dinosr.encoder.layers:
+            layer.attention.out_proj.weight.zero_()
+    return model
+
+
+class Listening(GreedyDecoder):
+    """Keeps the emissions that it is given."""
+
+    def decode(self, log_probs, num_best=1):
+        self.heard = np.array(log_probs)
+        return super().decode(log_probs, num_best)
+
+
+def transcriber(folder, model=None, **seconds):
+    model = model or DinoSRForCTC.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    decoder = Listening.from_tokenizer(processor.tokenizer, model.config)
+    return Transcriber(model, processor, decoder, **seconds)
+
+
+def emissions_of(folder, path, model=None, **seconds):
+    reader = transcriber(folder, model, **seconds)
+    (transcript,) = reader.transcribe(FileSource([path]))
+    return reader.decoder.heard, transcript
+
+
+@torch.no_grad()
+def in_one_pass(model, path):
+    samples, _ = sf.read(path, dtype="float32")
+    return model(torch.from_numpy(normalize_waveform(samples))[None]).logits.log_softmax(-1)[0].numpy()
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "window", "context"), [(0, 9, 2), (9, 9, 2), (10, 9, 2), (101, 9, 4), (77, 9, 0)]
+)
+def test_windows_are_the_recording(num_frames, window, context):
+    windows = plan_windows(num_frames, window, context)
+    assert [frame for w in windows for frame in range(w.first, w.last)] == list(range(num_frames))
+    for w in windows:
+        assert w.end - w.begin <= window
+        assert w.begin == (0 if len(windows) == 1 else max(0, w.first - context))
+        assert w.end == (num_frames if len(windows) == 1 else min(num_frames, w.last + context))
+    assert (len(windows) == 1) == (num_frames <= window)
+
+
+def test_mean_and_variance_of_parts():
+    samples = noise(1_001).astype(np.float64) * 3 + 100
+    mean, variance = mean_and_variance(np.split(samples, [1, 7, 500]))
+    assert mean == pytest.approx(samples.mean(), rel=1e-12)
+    assert variance == pytest.approx(samples.var(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pieces"),
+    [
+        ("aaa", ["aaa"]),
+        ("aaaaaa.aaa", ["aaaaaa.", "aaa"]),  # the only pause
+        ("aaaa...a.aaaa", ["aaaa..", ".a.aaaa"]),  # the longest of the second half
+        ("..a.aaaaaaaaa", ["..a.", "aaaaaaaa", "a"]),  # the last of the first half
+        ("aaaaaaaaaaa", ["aaaaaaaa", "aaa"]),  # none
+        ("..........", ["......", "...."]),
+        ("", [""]),
+    ],
+)
+def test_pieces_are_cut_at_pauses(pattern, pieces):
+    cuts = cut_at_pauses(np.array([letter == "." for letter in pattern], dtype=bool), 8)
+    assert [pattern[start:stop] for start, stop in cuts] == pieces
+
+
+@pytest.mark.parametrize("max_frames", [2, 3, 8, 50])
+def test_pieces_are_the_recording(max_frames):
+    for seed in range(20):
+        is_pause = np.random.default_rng(seed).random(97) < 0.4
+        cuts = cut_at_pauses(is_pause, max_frames)
+        assert cuts[0][0] == 0 and cuts[-1][1] == 97
+        assert all(left[1] == right[0] for left, right in pairwise(cuts))
+        assert all(0 < stop - start <= max_frames for start, stop in cuts)
+
+
+def path_emissions(labels):
+    rows = np.full((len(labels), len(LABELS)), -20.0, dtype=np.float32)
+    rows[np.arange(len(labels)), [LABELS.index(label) for label in labels]] = 0.0
+    return rows
+
+
+def test_pauses_have_a_delimiter():
+    decoder = GreedyDecoder(LABELS, blank_id=0, word_delimiter_id=4, special_ids=[1, 2, 3])
+    blank, line = "<pad>", "|"
+    found = pauses(path_emissions([blank, "A", blank, "B", blank, line, blank, "C", line, line, "D"]), decoder)
+    assert found.tolist() == [c == "." for c in "aaaa...a..a"]
+    phones = GreedyDecoder(LABELS, blank_id=0, special_ids=[1, 2, 3])
+    assert pauses(path_emissions([blank, "A", blank, "B"]), phones).tolist() == [True, False, True, False]
+
+
+def test_words_part_at_long_pauses():
+    decoder = GreedyDecoder(LABELS, blank_id=0, word_delimiter_id=4, special_ids=[1, 2, 3])
+    blank = "<pad>"
+    labels = [*[blank] * 5, "A", "B", *[blank] * 2, "A", *[blank] * 3, "C", "|", *[blank] * 4, "D", *[blank] * 9]
+    before = path_emissions(labels)
+
+    def text(pause_frames):
+        changed = part_words_at_pauses(before, decoder, pause_frames)
+        np.testing.assert_allclose(np.exp(changed).sum(axis=1), 1, atol=1e-4)
+        return decoder.decode(changed)[0].text, np.flatnonzero((changed != before).any(axis=1)).tolist()
+
+    assert text(5) == ("ABAC D", [])
+    assert text(4) == ("ABAC D", [16])  # beside a delimiter
+    assert text(3) == ("ABA C D", [11, 16])
+    assert text(2) == ("AB A C D", [7, 11, 16])
+    np.testing.assert_array_equal(before, path_emissions(labels))
+    phones = GreedyDecoder(LABELS, blank_id=0, special_ids=[1, 2, 3])
+    np.testing.assert_array_equal(part_words_at_pauses(before, phones, 2), before)
+
+
+def test_the_transcriber_parts_words_at_pauses(recogniser, recordings):
+    options = {"window_seconds": 1.0, "context_seconds": 0.0}
+    _, calm = emissions_of(recogniser, recordings / "long.wav", **options)
+    _, hasty = emissions_of(recogniser, recordings / "long.wav", pause_seconds=0.0025, **options)
+    assert calm.text.replace(" ", "") == hasty.text.replace(" ", "")
+    assert len(calm.words) < len(hasty.words)
+
+
+def test_pieces_are_read_as_the_whole():
+    generator = np.random.default_rng(3)
+    labels = [str(label) for label in generator.choice(["<pad>", "<pad>", "|", "A", "B"], 400)]
+    decoder = GreedyDecoder(LABELS, blank_id=0, word_delimiter_id=4, special_ids=[1, 2, 3], tail_seconds=0.0)
+    log_probs = path_emissions(labels)
+    whole, found = decoder.decode(log_probs)[0], decode_in_pieces(decoder, log_probs, 60)
+    assert found.text == whole.text and found.score == pytest.approx(whole.score)
+    for left, right in zip(found.words, whole.words, strict=True):
+        assert left.end == pytest.approx(right.end)
+        assert left.start == pytest.approx(right.start, abs=decoder.lead_seconds)  # cut by the piece's beginning
+    blind = [decoder.decode(log_probs[at : at + 60])[0].text for at in range(0, 400, 60)]
+    assert " ".join(blind) != whole.text
+
+
+def test_a_recording_of_one_window_is_what_the_model_says(recogniser, recordings):
+    model = DinoSRForCTC.from_pretrained(recogniser).eval()
+    found, transcript = emissions_of(recogniser, recordings / "b.wav", model)
+    expected = in_one_pass(model, recordings / "b.wav")
+    np.testing.assert_array_equal(found, expected)
+    tokenizer = AutoProcessor.from_pretrained(recogniser).tokenizer
+    assert transcript.text == " ".join(tokenizer.decode(expected.argmax(-1)).split()) != ""
+    assert transcript.id == "b.wav" and transcript.seconds == 2_345 / 16_000
+    assert " ".join(word.word for word in transcript.words) == transcript.text
+
+
+@pytest.mark.parametrize("window_seconds", [0.051, 0.1])
+def test_windows_are_joined_to_the_whole(recogniser, recordings, window_seconds):
+    model = local(DinoSRForCTC.from_pretrained(recogniser).eval())
+    expected = in_one_pass(model, recordings / "long.wav")
+
+    def found(context_frames):
+        seconds = {"window_seconds": window_seconds, "context_seconds": context_frames * 20 / 16_000}
+        return emissions_of(recogniser, recordings / "long.wav", model, **seconds)
+
+    emissions, transcript = found(REACH)
+    np.testing.assert_allclose(np.exp(emissions), np.exp(expected), **SAME_ARITHMETIC)
+    assert transcript == emissions_of(recogniser, recordings / "long.wav", model)[1]._replace(score=transcript.score)
+    without, other = found(0)
+    assert np.abs(np.exp(without) - np.exp(expected)).max() > 0.1 and other.text != transcript.text
+
+
+def test_context_brings_windows_near_the_whole(recogniser, recordings):
+    # With attention they cannot be equal.
+    model = DinoSRForCTC.from_pretrained(recogniser).eval()
+    expected = in_one_pass(model, recordings / "long.wav")
+    errors = []
+    for context_seconds in (0.0, 0.02, 0.1):
+        found, _ = emissions_of(
+            recogniser, recordings / "long.wav", model, window_seconds=0.3, context_seconds=context_seconds
+        )
+        errors.append(np.abs(np.exp(found) - np.exp(expected)).mean())
+    assert errors[2] < errors[1] < errors[0] and errors[2] < 0.9 * errors[0]
+
+
+def test_no_more_audio_at_once_than_a_batch(recogniser, recordings):
+    source, sizes = open_recordings([recordings]), []
+    load = source.load
+    source.load = lambda index, start=0, num_samples=None: sizes.append(num_samples) or load(index, start, num_samples)
+    list(transcriber(recogniser, window_seconds=0.05, context_seconds=0.01, batch_seconds=0.06).transcribe(source))
+    assert max(sizes) <= 0.06 * 16_000 < max(LENGTHS.values())
+
+
+def test_batches_change_nothing_but_the_order(recogniser, recordings):
+    source, seconds = open_recordings([recordings]), []
+    options = {"window_seconds": 0.2, "context_seconds": 0.02}
+    alone = list(transcriber(recogniser, batch_seconds=0.01, **options).transcribe(source))
+    together = list(
+        transcriber(recogniser, batch_seconds=5.0, **options).transcribe(source, on_progress=seconds.append)
+    )
+    assert [found.id for found in alone] == ["long.wav", "b.wav", "a.wav", "short.wav"]
+    for left, right in zip(alone, together, strict=True):
+        assert left._replace(score=0) == right._replace(score=0)
+        assert left.score == pytest.approx(right.score, abs=1e-2)
+    assert sum(seconds) == pytest.approx(sum(LENGTHS.values()) / 16_000)
+    assert alone[-1].text == "" and alone[-1].words == []  # less than a frame
+
+
+def test_what_has_gone_bad_is_left_out(recogniser, recordings, caplog):
+    source = open_recordings([recordings])
+    (recordings / "long.wav").write_bytes(b"gone")
+    reader = transcriber(recogniser, window_seconds=0.1, context_seconds=0.01)
+    assert [found.id for found in reader.transcribe(source)] == ["b.wav", "a.wav", "short.wav"]
+    assert list(reader.unreadable) == ["long.wav"] and "cannot be read" in reader.unreadable["long.wav"]
+    assert caplog.text.count("long.wav is left out") == 1
+
+
+def test_what_cannot_be_is_refused(recogniser):
+    with pytest.raises(ValueError, match=r"context_seconds=5.0 on both sides leaves nothing of window_seconds=10"):
+        transcriber(recogniser, window_seconds=10.0)
+    with pytest.raises(ValueError, match="context_seconds=-1"):
+        transcriber(recogniser, context_seconds=-1)
+    with pytest.raises(ValueError, match=r"batch_seconds=0.* must be at least .*two frames"):
+        transcriber(recogniser, batch_seconds=0)
+    with pytest.raises(ValueError, match=r"pause_seconds=0.* must be at least"):
+        transcriber(recogniser, pause_seconds=0)
+    with pytest.raises(ValueError, match=r"dtype='int8' is unknown. Choose one of float32"):
+        Transcriber.from_folder(recogniser, dtype="int8")
+    with pytest.raises(ValueError, match=r"decoding=x.json is for beam search, and greedy"):
+        Transcriber.from_folder(recogniser, decoding="x.json", greedy=True)
+    with pytest.raises(ValueError, match=r"x.json is not a file"):
+        Transcriber.from_folder(recogniser, decoding="x.json")
+
+
+def test_half_precision(recogniser, recordings):
+    source = FileSource([recordings / "b.wav"])
+    (exact,) = Transcriber.from_folder(recogniser).transcribe(source)
+    (half,) = Transcriber.from_folder(recogniser, dtype="bfloat16").transcribe(source)
+    assert half.text and half.score != exact.score
+    assert half.score == pytest.approx(exact.score, rel=0.1)
+
+
+def test_the_folder_says_how_to_decode(recogniser, recordings, tmp_path):
+    pytest.importorskip("flashlight")
+    source = FileSource([recordings / "b.wav"])
+    words = tmp_path / "words.txt"
+    words.write_text("a\nb\n" if AutoProcessor.from_pretrained(recogniser).tokenizer.do_lower_case else "A\nB\n")
+    options = DecodingOptions(lexicon=str(words), beam_size=20).save(recogniser / "decoding.json")
+    try:
+        (beam,) = Transcriber.from_folder(recogniser, search_seconds=0.05).transcribe(source)
+        (greedy,) = Transcriber.from_folder(recogniser, greedy=True).transcribe(source)
+    finally:
+        options.unlink()
+    assert set(beam.text.split()) <= {"A", "B"} and beam.text != greedy.text
+    assert greedy == next(Transcriber.from_folder(recogniser).transcribe(source))
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "transcribe.py"
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("transcribe", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_script_prints_in_order(main, recogniser, recordings, capsys):
+    main([str(recogniser), str(recordings)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["a.wav", "b.wav", "long.wav", "short.wav"]
+    main([str(recogniser), str(recordings / "b.wav"), "--format", "json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"] == lines[1].split("\t")[1]
+
+
+def test_script_writes_files(main, recogniser, recordings, tmp_path, capsys):
+    (recordings / "deep").mkdir()
+    (recordings / "a.wav").rename(recordings / "deep" / "a.wav")
+    out = tmp_path / "out"
+    command = [str(recogniser), str(recordings), "--format", "srt", "--output_dir", str(out)]
+    main(command)
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*.*")}
+    assert files == {"deep/a.srt", "b.srt", "long.srt", "short.srt"}
+    assert (out / "b.srt").read_text().startswith("1\n00:00:00,")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit, match=r"4 transcripts exist, such as .*Give --overwrite"):
+        main(command)
+    main([*command, "--overwrite"])
+
+
+def test_script_complains(main, recogniser, recordings, tmp_path):
+    (recordings / "bad.wav").write_text("no audio")
+    with pytest.raises(SystemExit, match=r"transcribe.py: 1 recordings could not be read"):
+        main([str(recogniser), str(recordings)])
+    with pytest.raises(SystemExit, match=r"4 recordings make as many .vtt files. Give --output_dir"):
+        main([str(recogniser), str(recordings), "--format", "vtt"])
+    sf.write(recordings / "b.flac", noise(1_000), 16_000)
+    with pytest.raises(SystemExit, match=r"b.flac, b.wav would all be written to"):
+        main([str(recogniser), str(recordings), "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"has no processor with a tokenizer|has no tokenizer|no tokenizer"):
+        main([str(recogniser.parent / "pretrained"), str(recordings)])

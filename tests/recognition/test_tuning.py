@@ -1,0 +1,176 @@
+"""Tuning of decoding: what is tried, how errors are counted, and the script from a folder to decoding.json."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from dinosr_hf import DinoSRForCTC
+from dinosr_hf.recognition import make_processor
+from dinosr_hf.recognition.decoding import BeamSearchDecoder, DecodingOptions
+from dinosr_hf.recognition.tuning import Trial, grid, random_pairs, tune
+from language_models import write_arpa
+from tiny import deterministic_config
+
+LABELS = ["<pad>", "|", "a", "b"]
+NAMED = {"blank_id": 0, "word_delimiter_id": 1}
+SCRIPT = Path(__file__).parents[2] / "examples" / "tune_decoding.py"
+
+
+def emissions(text, doubt=0.0):
+    """Emissions of a text with a blank after each label; `doubt` goes from a to b and back."""
+    logits = np.full((2 * len(text), len(LABELS)), -9.0)
+    logits[1::2, 0] = 0
+    for frame, label in enumerate(text.replace(" ", "|")):
+        logits[2 * frame, LABELS.index(label)] = 0
+        if label in "ab":
+            logits[2 * frame, 5 - LABELS.index(label)] = doubt
+    return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_grid():
+    assert grid([0.0, 2.0], [-1.0, 1.0]) == [(0.0, -1.0), (0.0, 1.0), (2.0, -1.0), (2.0, 1.0)]
+
+
+def test_random_pairs():
+    pairs = random_pairs(200, lm_weights=(1.0, 3.0), word_scores=(-2.0, 0.0), seed=3)
+    weights, scores = np.transpose(pairs)
+    assert 1 <= weights.min() < 1.2 and 2.8 < weights.max() <= 3
+    assert -2 <= scores.min() < -1.8 and -0.2 < scores.max() <= 0
+    assert random_pairs(7, lm_weights=(1.0, 3.0), word_scores=(-2.0, 0.0), seed=3) == pairs[:7]
+    assert random_pairs(7, lm_weights=(1.0, 3.0), word_scores=(-2.0, 0.0), seed=4) != pairs[:7]
+    with pytest.raises(ValueError, match=r"lm_weights=\(3, 1\) must be the least and the greatest"):
+        random_pairs(7, lm_weights=(3, 1))
+    with pytest.raises(ValueError, match="num_pairs=0 must be at least 1"):
+        random_pairs(0)
+
+
+class Parrot:
+    """Says what it is given, where the weights are right, else something else."""
+
+    def __init__(self, lm_weight, word_score):
+        self.right = lm_weight == 2.0
+
+    def decode(self, text):
+        return [type("Said", (), {"text": text if self.right else "a x"})]
+
+
+def test_errors_are_summed():
+    # "a x" for "a b a" is 2 errors, for "b" 2, for "" 2: 6 of 4 words, where the mean of rates would be another.
+    seen = []
+    said = ["A b a", "b", ""]
+    trials = tune(Parrot, said, ["a b A", "b", ""], [(1.0, 0.5), (2.0, 0.0), (3.0, 0.0)], normalize=str.lower)
+    assert trials == [Trial(2.0, 0.0, 0, 4), Trial(1.0, 0.5, 6, 4), Trial(3.0, 0.0, 6, 4)]
+    assert trials[1].word_error_rate == 1.5
+    trials = tune(Parrot, said, ["a b A", "b", ""], [(2.0, 0.0)], on_trial=seen.append)
+    assert seen == trials == [Trial(2.0, 0.0, 2, 4)], "without normalisation, A is not a"
+
+
+@pytest.mark.parametrize(
+    ("said", "references", "pairs", "message"),
+    [
+        (["a"], ["a", "b"], [(1.0, 0.0)], "1 utterances and 2 references"),
+        (["a"], ["a"], [], "no pairs of weights"),
+        (["a"], [""], [(1.0, 0.0)], "None of the references has a word"),
+    ],
+    ids=["numbers", "pairs", "words"],
+)
+def test_what_cannot_be_tuned_is_refused(said, references, pairs, message):
+    with pytest.raises(ValueError, match=message):
+        tune(Parrot, said, references, pairs)
+
+
+def test_the_weight_that_is_needed_is_found(tmp_path):
+    # The ear hears b for a as often as not; the model has never seen b.
+    texts = ["a aa", "aa a aa", "a"]
+    model = str(write_arpa(tmp_path / "lm.arpa", texts * 3, order=2))
+    rows = [emissions(text, doubt=0.2) for text in texts]
+    decoder = BeamSearchDecoder(LABELS, words=["a", "aa", "b", "bb"], options=DecodingOptions(model), **NAMED)
+    trials = tune(decoder.reweighted, rows, texts, grid([0.0, 1.0], [0.0]))
+    assert [trial[:2] for trial in trials] == [(1.0, 0.0), (0.0, 0.0)]
+    assert trials[0].word_errors == 0 < trials[1].word_errors
+    assert trials == tune(decoder.reweighted, rows, texts, grid([0.0, 1.0], [0.0]))
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("tune_decoding", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def recogniser(tmp_path_factory):
+    """A folder with a model, another with recordings and transcripts, and a language model."""
+    folder = tmp_path_factory.mktemp("recogniser")
+    labels = ["<pad>", "<s>", "</s>", "<unk>", "|", "a", "b"]
+    processor = make_processor({label: index for index, label in enumerate(labels)})
+    torch.manual_seed(0)
+    config = deterministic_config(vocab_size=len(labels), pad_token_id=0)
+    DinoSRForCTC(config).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    (folder / "dev").mkdir()
+    generator = np.random.default_rng(0)
+    with open(folder / "dev" / "metadata.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file_name", "text"])
+        for number, text in enumerate(["ab a", "b ab", "a"]):
+            soundfile.write(
+                folder / "dev" / f"{number}.wav", 0.1 * generator.standard_normal(900 - 130 * number), 16_000
+            )
+            rows.writerow([f"{number}.wav", text])
+    write_arpa(folder / "model" / "lm.arpa", ["ab a", "b ab", "a b"], order=2)
+    write_arpa(folder / "labels.arpa", ["a b | a", "b | a b"], order=2)
+    return folder
+
+
+def test_the_script_writes_what_it_found(recogniser, script, capsys):
+    arguments = [str(recogniser / name) for name in ("model", "dev", "model/lm.arpa")]
+    script.main([*arguments, "--lm_weights", "0", "1", "--word_scores", "-9", "9", "--batch_seconds", "0.1"])
+    printed = capsys.readouterr().out
+    options = DecodingOptions.load(recogniser / "model" / "decoding.json")
+    assert options.language_model == options.lexicon == arguments[2]
+    assert json.loads((recogniser / "model" / "decoding.json").read_text())["language_model"] == "lm.arpa"
+    assert (options.lm_weight, options.word_score) in {(0, -9), (0, 9), (1, -9), (1, 9)}
+    table = [line.split() for line in printed.splitlines() if line.endswith("%") and "search" not in line]
+    assert len(table) == 4
+    assert [float(value) for value in table[0][:2]] == [options.lm_weight, options.word_score]
+    rates = [float(value.rstrip("%")) for *_, value in table]
+    assert rates == sorted(rates) and rates[0] < rates[-1]
+
+
+def test_the_script_without_a_lexicon(recogniser, script, capsys, tmp_path):
+    arguments = [str(recogniser / name) for name in ("model", "dev", "labels.arpa")]
+    script.main(
+        [*arguments, "--no_lexicon", "--trials", "3", "--max_utterances", "2", "--output", str(tmp_path / "d.json")]
+    )
+    assert DecodingOptions.load(tmp_path / "d.json").lexicon is None
+    assert DecodingOptions.load(tmp_path / "d.json").word_score == 0
+
+
+def test_emissions_do_not_depend_on_the_batch(recogniser, script):
+    from dinosr_hf.data import open_labelled
+
+    model = DinoSRForCTC.from_pretrained(recogniser / "model").eval()
+    data = open_labelled(recogniser / "dev")
+    processor, _ = script.load_processor(recogniser / "model")
+    found = [
+        script.compute_emissions(model, processor.feature_extractor, data, 3, seconds) for seconds in (0.001, 1.0)
+    ]
+    assert [len(rows) for rows in found[0]] == [model.config.num_frames(length) for length in data.num_samples]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_script_says_what_is_wrong(recogniser, script):
+    arguments = [str(recogniser / name) for name in ("model", "dev")]
+    with pytest.raises(SystemExit, match=r"tune_decoding\.py: The language model .* is not a file"):
+        script.main([*arguments, str(recogniser / "nothing.arpa")])
+    with pytest.raises(SystemExit, match="does not fit: it knows"):
+        script.main([*arguments, str(recogniser / "model" / "lm.arpa"), "--no_lexicon"])

@@ -1,0 +1,142 @@
+"""`run.json`: complete or refused, and what pre-training writes into it."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from dinosr_hf.pretraining import run
+from dinosr_hf.pretraining.checkpoint import CheckpointError
+from dinosr_hf.training.run_record import (
+    RunRecord,
+    describe_hardware,
+    library_versions,
+    read_record,
+    time_now,
+    write_record,
+)
+from pretraining_runs import metrics_of, tiny_arguments
+
+RECORD = RunRecord(
+    task="automatic-speech-recognition",
+    arguments={"learning_rate": 5e-5, "data": ["/home/jo/corpus/train"], "output_dir": "/home/jo/runs/asr"},
+    base_model="/home/jo/runs/base",
+    data=[{"name": "/home/jo/corpus/train", "split": None, "hours": 9.81, "utterances": 2763}],
+    steps=20_000,
+    evaluation=[
+        {"dataset": "/home/jo/corpus/test", "split": None, "wer": 0.0823, "cer": 0.0217, "num_utterances": 410}
+    ],
+    versions={"dinosr_hf": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+    started="2026-11-25T09:00:00+00:00",
+    finished="2026-11-25T15:30:00+00:00",
+    hardware="1 x NVIDIA H100",
+)
+
+
+def test_record_is_read_as_it_was_written(tmp_path):
+    (tmp_path / "run.json").write_text("of an earlier run")
+    assert write_record(tmp_path, RECORD) == tmp_path / "run.json"
+    assert read_record(str(tmp_path)) == RECORD
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_what_a_record_says_of_this_machine_is_of_the_right_form(tmp_path):
+    record = dataclasses.replace(
+        RECORD, versions=library_versions(), hardware=describe_hardware(2), started=time_now(), finished=time_now()
+    )
+    write_record(tmp_path, record)
+    assert {"dinosr_hf", "torch", "transformers", "python"} <= set(read_record(tmp_path).versions)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "translation"}, "task must be one of pretraining"),
+        ({"arguments": []}, "arguments must be arguments by their names"),
+        ({"base_model": 3}, "base_model must be a name or null"),
+        ({"data": [{"name": "corpus"}]}, "data must be a list, each with name, split, hours and utterances"),
+        ({"steps": "many"}, "steps must be a number of updates"),
+        ({"evaluation": [{"wer": 0.1}]}, "evaluation must be a list, each with dataset, split and num_utterances"),
+        (
+            {"evaluation": [{"dataset": "a", "split": None, "num_utterances": 2, "bleu": 3}]},
+            "evaluation has bleu, which is none of wer, cer, accuracy",
+        ),
+        ({"versions": "new ones"}, "versions must be versions by the libraries' names"),
+        ({"started": "yesterday"}, "started must be a time"),
+        ({"started": "2026-11-25T09:00:00"}, "started must be a time"),  # where?
+        ({"finished": None}, "finished is not a time: the run was not seen to its end"),
+        ({"hardware": ""}, "hardware must say what the run ran on"),
+        ({"mood": "good"}, "mood is no field of it"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_record_that_cannot_be_so_is_refused(tmp_path, changes, message):
+    (tmp_path / "run.json").write_text(json.dumps(dataclasses.asdict(RECORD) | changes))
+    with pytest.raises(ValueError, match=message):
+        read_record(tmp_path)
+
+
+def test_all_that_is_missing_is_named(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"task": "pretraining"}))
+    with pytest.raises(ValueError, match=r"run\.json is no complete record") as caught:
+        read_record(tmp_path)
+    missing = set(re.findall(r"- (\w+) is missing", str(caught.value)))
+    assert missing == {field.name for field in dataclasses.fields(RunRecord)} - {"task"}
+
+
+def test_no_record_or_none_that_can_be_read(tmp_path):
+    with pytest.raises(ValueError, match=r"has no run\.json, the record that a run leaves"):
+        read_record(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        read_record(tmp_path)
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list"):
+        read_record(tmp_path)
+
+
+def test_a_wrong_record_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="This record is no complete record of a run"):
+        write_record(tmp_path, dataclasses.replace(RECORD, task="sleep"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pretraining_records_itself(tmp_path, recordings):
+    arguments = tiny_arguments(tmp_path, recordings, max_steps=2, eval_steps=2, eval_data=str(recordings))
+    run(arguments)
+    record = read_record(tmp_path / "out")
+    assert record.task == "pretraining" and record.base_model is None and record.steps == 2
+    assert record.arguments == arguments.to_dict()
+    (data,) = record.data
+    assert data["name"] == str(recordings) and data["utterances"] == 15
+    assert data["hours"] == pytest.approx(sum(0.8 + 0.15 * number for number in range(15)) / 3600, rel=1e-3)
+    (figures,) = record.evaluation
+    last = metrics_of(tmp_path / "out")[-1]
+    assert figures["loss"] == last["eval_loss"] and figures["num_utterances"] == 15
+    assert record.finished >= record.started
+
+
+def test_a_run_that_was_stopped_is_not_finished_and_goes_on_with_its_record(tmp_path, recordings, monkeypatch):
+    arguments = tiny_arguments(tmp_path, recordings, max_steps=2, checkpoint_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("dinosr_hf.pretraining.loop.save_model", lambda *_: 1 / 0)
+        with pytest.raises(CheckpointError, match="could not be written"):
+            run(arguments)
+    with pytest.raises(ValueError, match="the run was not seen to its end"):
+        read_record(tmp_path / "out")
+    path = tmp_path / "out" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "2026-01-01T00:00:00+00:00"}))
+    run(arguments)
+    record = read_record(tmp_path / "out")
+    assert record.started == "2026-01-01T00:00:00+00:00" and record.evaluation == []
+
+
+def test_each_source_of_a_mixture_is_recorded(tmp_path, recordings):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in sorted(recordings.iterdir())[:5]:
+        (other / path.name).symlink_to(path)
+    run(tiny_arguments(tmp_path, recordings, max_steps=1, data=[str(recordings), str(other)]))
+    data = read_record(tmp_path / "out").data
+    assert [(entry["name"], entry["utterances"]) for entry in data] == [(str(recordings), 15), (str(other), 5)]

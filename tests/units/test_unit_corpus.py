@@ -1,0 +1,320 @@
+"""A corpus of units on disk: the script, shards, several processes, kills, and what is refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+
+from audio_files import noise, sf
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.data import open_recordings
+from dinosr_hf.units import LayerKMeans, UnitCorpus, UnitExtractor, corpus, deduplicate, load_units
+from dinosr_hf.units.corpus import shards_of, share_of
+from dinosr_hf.utils.model_folder import save_folder
+from scripts import load_script
+from tiny import randomize, tiny_config
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "extract_units.py"
+NUM_RECORDINGS = 23
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    model = randomize(DinoSRForPreTraining(tiny_config(num_hidden_layers=3))).eval()
+    return save_folder(model, tmp_path_factory.mktemp("model") / "pretrained")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recordings")
+    for number in range(NUM_RECORDINGS):
+        sf.write(path / f"{number:02}.wav", noise(800 + 37 * number, number), 16_000)
+    return path
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script(SCRIPT)
+
+
+@pytest.fixture
+def command(model_folder, folder, tmp_path):
+    """Layer 2, and a shard for every second recording or so."""
+    out = str(tmp_path / "units")
+    flags = ["--output_dir", out, "--layers", "2", "--shard_seconds", "0.1", "--device", "cpu"]
+    return [str(model_folder), str(folder), *flags, "--batch_seconds", "0.1", "--num_threads", "1"]
+
+
+def rows_of(out):
+    """id -> row; every line is whole, and no id comes twice."""
+    found = [json.loads(line) for shard in shards_of(out) for line in shard.read_text().splitlines()]
+    counts = Counter(row["id"] for row in found)
+    assert not counts or max(counts.values()) == 1
+    return {row["id"]: row for row in found}
+
+
+def expected_rows(model_folder, folder, layers=(2,), source="student"):
+    model = DinoSRForPreTraining.from_pretrained(model_folder)
+    found = UnitExtractor(model, layers=layers, source=source).units(open_recordings([folder]))
+    return {units.id: units.codes.tolist() for units in found}
+
+
+@pytest.mark.parametrize(
+    ("codes", "units", "durations"),
+    [([3, 3, 1, 3], [3, 1, 3], [2, 1, 1]), ([0], [0], [1]), ([], [], []), ([5, 5], [5], [2])],
+    ids=str,
+)
+def test_runs_are_one(codes, units, durations):
+    codes = np.array(codes, dtype=np.int64)
+    found, lasting = deduplicate(codes)
+    assert found.tolist() == units and lasting.tolist() == durations
+    np.testing.assert_array_equal(np.repeat(found, lasting), codes)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 5, 30])
+def test_every_recording_is_of_one_process(folder, num_processes):
+    recordings = open_recordings([folder])
+    shares = [share_of(recordings, process, num_processes) for process in range(num_processes)]
+    assert sorted(index for share in shares for index in share) == list(range(NUM_RECORDINGS))
+    seconds = [sum(recordings.utterances[index].num_samples for index in share) for share in shares]
+    longest = max(utterance.num_samples for utterance in recordings.utterances)
+    assert max(seconds) - min(seconds) <= longest
+
+
+def test_the_script_writes_units(script, command, model_folder, folder, tmp_path, capsys):
+    script.main(command)
+    out = tmp_path / "units"
+    expected = expected_rows(model_folder, folder)
+    assert {name: [row["units"]] for name, row in rows_of(out).items()} == expected
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["num_recordings"] == NUM_RECORDINGS and summary["num_units"] == 7 and summary["left_out"] == {}
+    assert summary["files"] == [shard.name for shard in shards_of(out)] and len(summary["files"]) > 5
+    assert re.search(r"23 recordings, 0.00 hours, .* s of audio at [\d,]+ hours an hour", capsys.readouterr().out)
+    before = {path: path.stat().st_mtime_ns for path in shards_of(out)}
+    script.main(command)  # nothing is left to do
+    assert {path: path.stat().st_mtime_ns for path in shards_of(out)} == before
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_units_load_as_a_dataset(script, command, model_folder, folder, tmp_path, form):
+    script.main([*command, "--format", form, "--deduplicate", "--source", "teacher"])
+    dataset = load_units(tmp_path / "units")
+    assert set(dataset.column_names) == {"id", "units", "durations"} and len(dataset) == NUM_RECORDINGS
+    expected = expected_rows(model_folder, folder, source="teacher")
+    for row in dataset:
+        assert np.repeat(row["units"], row["durations"]).tolist() == expected[row["id"]][0]
+    assert any(max(row["durations"]) > 1 for row in dataset)
+
+
+def test_several_layers_are_columns(script, command, model_folder, folder, tmp_path):
+    script.main([*command, "--layers", "3", "2", "--deduplicate"])
+    expected = expected_rows(model_folder, folder, (3, 2))
+    for name, row in rows_of(tmp_path / "units").items():
+        assert list(row) == ["id", "units_3", "durations_3", "units_2", "durations_2"]
+        for layer, codes in zip((3, 2), expected[name], strict=True):
+            assert np.repeat(row[f"units_{layer}"], row[f"durations_{layer}"]).tolist() == codes
+
+
+def kill_when(words, out, num_shards):
+    """Start a process, and kill it as soon as there are so many shards. Returns whether it was still at work."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        until = time.monotonic() + 120
+        while process.poll() is None and len(shards_of(out)) < num_shards and time.monotonic() < until:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        printed = process.communicate()[0].decode()
+    assert len(shards_of(out)) >= num_shards, printed
+    return process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(script, command, model_folder, folder, tmp_path):
+    out = tmp_path / "units"
+    # Slow enough to be killed within a shard: the write of each takes a while, between the file and its name.
+    slow = (
+        "import os, sys, time, runpy; sync = os.fsync; os.fsync = lambda file: (time.sleep(0.05), sync(file));"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    words = [sys.executable, "-c", slow, str(SCRIPT), *command]
+    assert kill_when(words, out, 2)
+    first = rows_of(out)
+    assert 0 < len(first) < NUM_RECORDINGS
+    assert kill_when(words, out, 6)
+    second = rows_of(out)
+    assert len(first) < len(second) < NUM_RECORDINGS and first.items() <= second.items()
+    script.main(command)
+    assert {name: [row["units"]] for name, row in rows_of(out).items()} == expected_rows(model_folder, folder)
+    assert not list(out.glob(".unfinished-*"))
+
+
+def test_what_is_half_written_does_not_count(script, command, model_folder, folder, tmp_path, monkeypatch):
+    out, calls = tmp_path / "units", []
+
+    def rename(aside, path):
+        calls.append(path)
+        if len(calls) == 4:
+            raise OSError("the disk is full")
+        original(aside, path)
+
+    original = corpus.rename_whole
+    monkeypatch.setattr(corpus, "rename_whole", rename)
+    with pytest.raises(SystemExit, match=r"extract_units\.py: the disk is full"):
+        script.main(command)
+    monkeypatch.undo()
+    assert list(out.glob(".unfinished-*")) and 0 < len(rows_of(out)) < NUM_RECORDINGS
+    script.main(command)
+    assert {name: [row["units"]] for name, row in rows_of(out).items()} == expected_rows(model_folder, folder)
+    assert not list(out.glob(".unfinished-*"))
+
+
+def test_what_is_there_is_written_before_an_error_goes_on(model_folder, folder, tmp_path):
+    recordings = open_recordings([folder])
+    extractor = UnitExtractor(DinoSRForPreTraining.from_pretrained(model_folder), layers=[2], batch_seconds=0.1)
+    seconds = []
+
+    def interrupt(amount):
+        seconds.append(amount)
+        if len(seconds) == 5:
+            raise KeyboardInterrupt
+
+    with UnitCorpus(tmp_path, {}) as units, pytest.raises(KeyboardInterrupt):
+        units.write(extractor, recordings, on_progress=interrupt)
+    assert len(shards_of(tmp_path)) == 1 and 0 < len(rows_of(tmp_path)) < NUM_RECORDINGS
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(script, command, model_folder, folder, tmp_path):
+    # Several processes on a CPU: torchrun starts them (with --cpu, accelerate wants MPI, and starts a single one).
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", str(29500 + os.getpid() % 2000)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "ACCELERATE_USE_CPU": "true"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        [*launch, str(SCRIPT), *command], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "units"
+    assert {name: [row["units"]] for name, row in rows_of(out).items()} == expected_rows(model_folder, folder)
+    assert {shard.name[:9] for shard in shards_of(out)} == {"units-000", "units-001"}
+    assert done.stdout.count("23 recordings") == 1
+
+
+def test_a_process_extracts_with_its_share_of_the_cores(script, command):
+    script.main(command)
+    assert torch.get_num_threads() == 1
+    script.main([*command, "--num_threads", "0"])
+    assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+
+
+def test_a_split_of_a_folder(script, command, folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "data" / name).symlink_to(folder, target_is_directory=True)
+    script.main([command[0], str(tmp_path / "data"), *command[2:], "--split", "test"])
+    assert len(rows_of(tmp_path / "units")) == NUM_RECORDINGS
+
+
+def test_another_number_of_processes_goes_on(model_folder, folder, tmp_path):
+    recordings = open_recordings([folder])
+    extractor = UnitExtractor(DinoSRForPreTraining.from_pretrained(model_folder), layers=[2])
+    with UnitCorpus(tmp_path, {}, process=1, num_processes=3) as units:
+        assert units.write(extractor, recordings) == len(rows_of(tmp_path)) == 8
+    for process in range(2):
+        with UnitCorpus(tmp_path, {}, process=process, num_processes=2) as units:
+            units.write(extractor, recordings)
+    assert len(rows_of(tmp_path)) == NUM_RECORDINGS
+
+
+def test_bad_recordings_are_listed(script, model_folder, tmp_path, capsys, monkeypatch):
+    for name in ("good", "bad", "worse"):
+        sf.write(tmp_path / f"{name}.wav", noise(900), 16_000)
+    (tmp_path / "worse.wav").write_bytes(b"no audio")
+
+    def open_then_spoil(names):
+        source = open_recordings(names)
+        (tmp_path / "bad.wav").write_bytes(b"gone")
+        return source
+
+    monkeypatch.setattr(script, "open_recordings", open_then_spoil)
+    words = [str(model_folder), str(tmp_path), "--layers", "2", "--device", "cpu", "--output_dir"]
+    script.main([*words, str(tmp_path / "units")])
+    summary = json.loads((tmp_path / "units" / "summary.json").read_text())
+    assert summary["left_out"]["worse.wav"] == "unreadable" and "cannot be read" in summary["left_out"]["bad.wav"]
+    assert "2 recordings could not be read" in capsys.readouterr().err
+    sf.write(tmp_path / "bad.wav", noise(900), 16_000)
+    monkeypatch.undo()
+    script.main([*words, str(tmp_path / "units")])  # it is good again
+    assert set(rows_of(tmp_path / "units")) == {"good.wav", "bad.wav"}
+    assert list(json.loads((tmp_path / "units" / "summary.json").read_text())["left_out"]) == ["worse.wav"]
+
+
+def test_the_script_writes_features(script, command, tmp_path, capsys):
+    script.main([*command, "--features", "npy", "--layers", "1", "3"])
+    assert f"{NUM_RECORDINGS} recordings, of each 2 file(s), in {tmp_path / 'units'}" in capsys.readouterr().out
+    files = sorted(path.relative_to(tmp_path / "units").as_posix() for path in (tmp_path / "units").rglob("*.npy"))
+    assert len(files) == 2 * NUM_RECORDINGS and files[0] == "layer-1/00.npy"
+
+
+def test_the_scripts_cluster(script, command, model_folder, folder, tmp_path, capsys):
+    file = str(tmp_path / "kmeans.safetensors")
+    fit = load_script("examples/fit_kmeans.py")
+    words = [str(model_folder), str(folder), "--output", file, "--num_clusters", "11", "--device", "cpu"]
+    fit.main([*words, "--layer", "1", "--source", "teacher"])
+    assert capsys.readouterr().out.strip() == file
+    script.main([*command, "--kmeans", file])
+    found = rows_of(tmp_path / "units")
+    extractor = UnitExtractor(DinoSRForPreTraining.from_pretrained(model_folder), layers=[1], source="teacher")
+    expected = extractor.units(open_recordings([folder]), kmeans=LayerKMeans.load(file))
+    assert {name: row["units"] for name, row in found.items()} == {u.id: u.codes[0].tolist() for u in expected}
+    assert json.loads((tmp_path / "units" / "summary.json").read_text())["num_units"] == 11
+    with pytest.raises(SystemExit, match=r"fit_kmeans.py: num_clusters=9999"):
+        fit.main([*words, "--num_clusters", "9999", "--layer", "1"])
+
+
+def test_other_settings_want_another_folder(script, command):
+    script.main(command)
+    with pytest.raises(SystemExit, match=r"has units with layers=\[2\], and now it is \[3\]"):
+        script.main([*command, "--layers", "3"])
+    with pytest.raises(SystemExit, match="has units with format='jsonl', and now it is 'parquet'"):
+        script.main([*command, "--format", "parquet"])
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    with UnitCorpus(tmp_path, {}), pytest.raises(ValueError, match="is being written by another run"):
+        UnitCorpus(tmp_path, {}).open()
+    orphan = FileLock(tmp_path / ".lock-001").acquire()  # its launcher was killed, and it was not
+    with pytest.raises(ValueError, match=r"another run \(.lock-001\). Wait for it, or stop all"):
+        UnitCorpus(tmp_path, {}).open()
+    orphan.lock.release()
+    UnitCorpus(tmp_path, {}).open()
+
+
+def test_what_cannot_be_is_refused(script, command, tmp_path):
+    with pytest.raises(ValueError, match=r"form='csv' is unknown. Choose one of jsonl, parquet"):
+        UnitCorpus(tmp_path, {}, form="csv")
+    with pytest.raises(ValueError, match="shard_seconds=0 must be more than 0"):
+        UnitCorpus(tmp_path, {}, shard_seconds=0)
+    with pytest.raises(ValueError, match="process=2 must be at least 0 and below num_processes=2"):
+        UnitCorpus(tmp_path, {}, process=2, num_processes=2)
+    with pytest.raises(ValueError, match="has no units"):
+        load_units(tmp_path)
+    with pytest.raises(SystemExit, match="--split is of one input, but there are 2"):
+        script.main([command[0], command[1], *command[1:], "--split", "train"])
+    with pytest.raises(SystemExit, match=r"--features writes no units. Leave out --kmeans and --deduplicate"):
+        script.main([*command, "--features", "npy", "--deduplicate"])
+    with pytest.raises(SystemExit, match=r"extract_units.py: layer=1 has no codebook"):
+        script.main([*command, "--layers", "1"])

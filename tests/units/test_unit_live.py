@@ -1,0 +1,142 @@
+"""A live signal to units: however it is cut, with bounded memory and delay, and near what is found offline."""
+
+import numpy as np
+import pytest
+import torch
+
+from audio_files import noise
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.data import normalize_waveform
+from dinosr_hf.units import UnitStreamer
+from dinosr_hf.units.live import RunningMoments
+from tiny import randomize, tiny_config
+
+SOURCES = ("student", "teacher")
+SETTINGS = {"context_seconds": 0.05, "lookahead_seconds": 0.01, "step_seconds": 0.01}
+SIGNAL = noise(5_003) * 0.3 + 0.02
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return randomize(DinoSRForPreTraining(tiny_config(num_hidden_layers=3))).eval()
+
+
+def offline(model, signal, layers, source):
+    values = torch.from_numpy(normalize_waveform(signal))[None]
+    return model.encode_units(values, layers=layers, source=source)[0][:, 0].numpy()
+
+
+def streamed(streamer, pieces):
+    return np.concatenate([*(streamer.push(piece) for piece in pieces), streamer.flush()], axis=-1)
+
+
+def cuts(kind):
+    if kind == "at random":
+        return np.split(SIGNAL, np.sort(np.random.default_rng(0).integers(0, len(SIGNAL), 40)))
+    return np.split(SIGNAL, range(kind, len(SIGNAL), kind))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_chunks_do_not_matter(model, source):
+    streamer = UnitStreamer(model, layers=[2, 3], source=source, **SETTINGS)
+    whole = streamed(streamer, [SIGNAL])
+    assert whole.shape == (2, model.config.num_frames(len(SIGNAL))) and whole.dtype == np.int64
+    for kind in (7, 160, 1_000, "at random"):  # and the same streamer begins anew after each flush
+        np.testing.assert_array_equal(streamed(streamer, cuts(kind)), whole)
+    single = streamed(UnitStreamer(model, 3, source, **SETTINGS), [SIGNAL])
+    np.testing.assert_array_equal(single, whole[1])
+    other = streamed(UnitStreamer(model, 3, source, **{**SETTINGS, "step_seconds": 0.02}), [SIGNAL])
+    assert not np.array_equal(single, other)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_signal_within_a_step_is_as_offline(model, source):
+    streamer = UnitStreamer(model, 2, source, step_seconds=1.0)
+    np.testing.assert_array_equal(streamed(streamer, cuts(333)), offline(model, SIGNAL, [2], source)[0])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_more_context_brings_units_near_offline(model, source):
+    expected = offline(model, SIGNAL, [2], source)[0]
+    agreement = []
+    for seconds in (0.0, 0.02, 0.3):
+        settings = {"context_seconds": seconds, "lookahead_seconds": min(seconds, 0.1), "step_seconds": 0.02}
+        found = streamed(UnitStreamer(model, 2, source, **settings), [SIGNAL])
+        agreement.append((found == expected).mean())
+    assert agreement[0] < agreement[2] and agreement[2] > 0.6, agreement
+
+
+def test_a_level_known_in_advance(model):
+    level = (float(SIGNAL.mean()), float(SIGNAL.var()))
+    settings = {"context_seconds": 1.0, "lookahead_seconds": 0.1, "step_seconds": 0.01}
+    expected = offline(model, SIGNAL, [2], "student")[0]
+    loud = np.concatenate([SIGNAL[:500] * 1e-3, SIGNAL[500:]])
+    with_level, without = (
+        streamed(UnitStreamer(model, 2, level=known, **settings), [SIGNAL if known else loud])
+        for known in (level, None)
+    )
+    assert (with_level == expected).mean() > (without == offline(model, loud, [2], "student")[0]).mean()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_delay_is_kept(model, source):
+    streamer = UnitStreamer(model, 2, source, **SETTINGS)
+    hop, done = model.config.inputs_to_logits_ratio, 0
+    for heard, sample in enumerate(SIGNAL, start=1):
+        done += len(streamer.push([sample]))
+        assert heard - done * hop <= streamer.delay_seconds * 16_000
+    assert streamer.delay_seconds < 0.03
+
+
+def test_memory_does_not_grow(model):
+    streamer = UnitStreamer(model, 2, **SETTINGS)
+    sizes = []
+    for _ in range(4):
+        streamer.push(SIGNAL)
+        sizes.append(sum(map(len, streamer._pieces)))
+    assert max(sizes) <= (0.05 + 0.01 + 0.01) * 16_000 + model.config.receptive_field
+    assert streamer.push(np.zeros(0)).shape == (0,)
+
+
+def test_the_buffer_may_be_filled_again(model):
+    streamer, buffer = UnitStreamer(model, 2, **SETTINGS), np.empty(100, np.float32)
+    found = []
+    for start in range(0, 5_000, 100):
+        buffer[:] = SIGNAL[start : start + 100]
+        found.append(streamer.push(buffer))
+        buffer[:] = 9.0
+    found = np.concatenate([*found, streamer.flush()])
+    np.testing.assert_array_equal(found, streamed(streamer, [SIGNAL[:5_000]]))
+
+
+def test_nothing_heard(model):
+    streamer = UnitStreamer(model, 2)
+    assert streamer.flush().shape == (0,)
+    streamer.push(SIGNAL[:30])  # less than a frame
+    assert streamer.flush().shape == (0,)
+
+
+def test_running_moments_are_those_of_all():
+    rows = noise(999).reshape(111, 9).astype(np.float64) * 3 + 100
+    moments = RunningMoments()
+    for part in np.split(rows, [0, 1, 7, 50]):
+        moments.add(part)
+    expected = (rows - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5)
+    np.testing.assert_allclose(moments.normalize(rows), expected, atol=1e-5)
+
+
+def test_what_cannot_be_is_refused(model):
+    streamer = UnitStreamer(model, 2, **SETTINGS)
+    for samples in (np.zeros((2, 3)), [0.0, np.nan]):
+        with pytest.raises(ValueError, match="Give one channel of audio at 16 kHz as finite numbers"):
+            streamer.push(samples)
+    np.testing.assert_array_equal(streamed(streamer, [SIGNAL]), streamed(streamer, [SIGNAL]))
+    with pytest.raises(ValueError, match=r"step_seconds=0 must be at least 0.00125, one frame"):
+        UnitStreamer(model, 2, step_seconds=0)
+    with pytest.raises(ValueError, match="lookahead_seconds=-1"):
+        UnitStreamer(model, 2, lookahead_seconds=-1)
+    with pytest.raises(ValueError, match="layer=1 has no codebook"):
+        UnitStreamer(model, 1)
+    with pytest.raises(ValueError, match="source='both' is unknown"):
+        UnitStreamer(model, 2, "both")

@@ -1,0 +1,129 @@
+"""Arguments from a file and flags over it: what the tests of pre-training's arguments do not cover."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers import TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from dinosr_hf.utils.command_line import ArgumentError, check_ranges, command, parse_groups
+
+
+@dataclass
+class Sound:
+    rate: int = 16
+    names: list[str] = field(default_factory=lambda: ["a"])
+    marks: str = "'"
+    limit: int | None = 5
+    is_loud: bool = False
+    options: dict | str | None = None
+
+
+@dataclass
+class Place:
+    town: str = field(default="Bonn", metadata={"choices": ["Bonn", "Rome"]})
+
+
+def parse(tmp_path, content, *flags):
+    path = tmp_path / "a.yaml"
+    path.write_text(content, encoding="utf-8")
+    return parse_groups([str(path), *flags], (Sound, Place))
+
+
+def test_without_a_file_only_flags_count():
+    assert parse_groups(["--rate=8", "--town", "Rome"], (Sound, Place)) == [Sound(rate=8), Place("Rome")]
+
+
+def test_flags_go_over_the_file(tmp_path):
+    sound, place = parse(tmp_path, "rate: 3\ntown: Rome\nnames: [x, y]\n", "--rate", "4", "--names", "z")
+    assert (sound.rate, sound.names, place.town) == (4, ["z"], "Rome")
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "value"),
+    [
+        ('marks: "-\'"', "marks", "-'"),  # not a flag
+        ('marks: "--rate=1"', "marks", "--rate=1"),
+        ('marks: ""', "marks", ""),
+        ("marks: a b = c", "marks", "a b = c"),
+        ("limit: null", "limit", None),
+        ("limit: -3", "limit", -3),
+        ("names: []", "names", []),
+        ("names: one", "names", ["one"]),
+        ("is_loud: true", "is_loud", True),
+        ("is_loud: no", "is_loud", False),
+        ("", "rate", 16),
+    ],
+)
+def test_values_of_a_file_arrive_as_they_are(tmp_path, content, name, value):
+    assert getattr(parse(tmp_path, content)[0], name) == value
+
+
+@pytest.mark.parametrize("flags", [["--limit", "7"], ["--limit=7"]], ids=["two words", "one word"])
+def test_flags_go_over_an_empty_line_of_the_file(tmp_path, flags):
+    assert parse(tmp_path, "limit: null\n", *flags)[0].limit == 7
+
+
+def test_tables_of_a_file_become_those_of_training_arguments(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"output_dir: {tmp_path}\naccelerator_config: {{split_batches: true}}\n")
+    (arguments,) = parse_groups([str(path)], (TrainingArguments,))
+    assert arguments.accelerator_config.split_batches is True
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ("rat: 1", [], r"a\.yaml: rat is no argument\. The nearest is rate"),
+        ("", ["--tow=Rome"], r"tow is no argument\. The nearest is town"),
+        ("", ["--rat", "1"], r"rat is no argument\. The nearest is rate"),  # and no abbreviation
+        ("rate: fast", [], "rate.*fast"),
+        ("town: Paris", [], "town.*Paris"),
+        ("3: 4", [], "3 is no argument"),
+        ("text", [], "must be lines of `key: value`, but holds a str"),
+    ],
+    ids=["key", "flag", "abbreviation", "type", "choice", "number", "no table"],
+)
+def test_what_cannot_be_read_is_named(tmp_path, content, flags, message):
+    with pytest.raises(ArgumentError, match=message):
+        parse(tmp_path, content, *flags)
+
+
+def test_what_a_dataclass_refuses_is_an_error_of_arguments(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--load_best_model_at_end", "true", "--eval_strategy", "epoch"]
+    with pytest.raises(ArgumentError, match="save and eval strategy to match"):
+        parse_groups(flags, (TrainingArguments,))
+
+
+def test_the_first_value_out_of_range_is_named():
+    rules = [(True, "a", 1, "odd"), (False, "b", 2, "odd"), (False, "c", 4, "odd")]
+    with pytest.raises(ArgumentError, match=r"b=2 is out of range: it must be odd\."):
+        check_ranges(rules)
+    check_ranges(rules[:1])
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, ImportError, ArgumentError])
+def test_an_error_that_its_user_can_mend_is_one_line_of_a_script(error):
+    with pytest.raises(SystemExit, match=r"^say\.py: give another$"), command("/somewhere/say.py"):
+        raise error("give another")
+
+
+def test_other_errors_of_a_script_keep_their_traceback():
+    with pytest.raises(KeyError), command("say.py"):
+        raise KeyError("a bug")
+    with pytest.raises(ValueError, match="a bug"), command("say.py", ArgumentError):
+        raise ValueError("a bug")
+
+
+@pytest.mark.parametrize("are_shown", [True, False])
+def test_a_script_hides_the_bars_of_loading_weights_and_leaves_those_of_downloads(are_shown, monkeypatch):
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    (enable_progress_bars if are_shown else disable_progress_bars)()
+    try:
+        with command("say.py"):
+            pass
+        assert not transformers_logging.is_progress_bar_enabled()
+        assert are_progress_bars_disabled() != are_shown
+    finally:
+        enable_progress_bars()

@@ -1,0 +1,45 @@
+"""Threads of a training process on a CPU."""
+
+import os
+
+import pytest
+import torch
+
+from dinosr_hf.utils.command_line import ArgumentError
+from dinosr_hf.utils.threads import set_cpu_threads
+from finetuning_runs import recognise, write_corpus, write_model
+
+
+@pytest.fixture
+def eight_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "num_processes", "expected"), [(0, 1, 8), (0, 3, 2), (0, 9, 1), (3, 1, 3), (3, 8, 3)]
+)
+def test_a_process_has_its_share_of_the_cores_or_what_is_asked_for(eight_cores, num_threads, num_processes, expected):
+    assert set_cpu_threads(num_threads, num_processes) == torch.get_num_threads() == expected
+
+
+def test_fewer_than_none_are_refused():
+    with pytest.raises(ValueError, match=r"num_threads=-2 must be at least 0, which means a process's share"):
+        set_cpu_threads(-2)
+
+
+def test_without_affinity_all_cores_are_shared(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert set_cpu_threads(0, 2) == 3
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert set_cpu_threads(0) == 1
+
+
+def test_fine_tuning_has_the_threads_asked_for_or_all_there_are(tmp_path):
+    model, corpus = write_model(tmp_path / "model"), write_corpus(tmp_path / "corpus", 4, seed=0)
+    recognise(model, corpus, tmp_path / "one", max_steps=1, num_threads=1)
+    assert torch.get_num_threads() == 1
+    recognise(model, corpus, tmp_path / "all", max_steps=1, num_threads=0)
+    assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+    with pytest.raises(ArgumentError, match=r"num_threads=-1 is out of range: .* its share of the cores"):
+        recognise(model, corpus, tmp_path / "none", num_threads=-1)
