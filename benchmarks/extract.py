@@ -33,14 +33,14 @@ from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 # Outputs of the last layer are about 1; measured with base, 3 x 1 to 4 s: 9e-6.
 TOLERANCE = 1e-3
 OURS = ("ours", "ours units", "ours teacher")
-PEERS = ("data2vec", "hubert", "spidr", "spidr units")
+BASELINES = ("data2vec", "hubert", "spidr", "spidr units")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = contest_parser("Time features and units of a padded batch.", batch=8, repeats=5)
     parser.add_argument("--shortest", type=float, default=2.0, help="seconds of the shortest, at least 0.5")
     parser.add_argument("--longest", type=float, default=12.0, help="seconds; the lengths are spread evenly")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=["data2vec", "hubert"])
+    parser.add_argument("--peers", nargs="+", choices=BASELINES, default=["data2vec", "hubert"])
     options = parse_contest(parser, argv, smallest_batch=1)
     if not 0.5 <= options.shortest <= options.longest:
         parser.error("--shortest must be at least 0.5 and at most --longest.")

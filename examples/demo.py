@@ -23,7 +23,7 @@ from dinosr_hf.analysis.plots import phone_codeword_figure
 from dinosr_hf.data import normalize_waveform
 from dinosr_hf.pretraining import PretrainingArguments, parse_arguments, synthetic_corpus
 from dinosr_hf.utils.command_line import command
-from dinosr_hf.utils.model_folder import begin_folder
+from dinosr_hf.utils.files import claim_output_folder
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "configs" / "tiny_cpu.yaml"
@@ -61,7 +61,7 @@ def best_layer(qualities: list[UnitQuality]) -> int:
     return max(range(len(qualities)), key=lambda layer: qualities[layer].pnmi)
 
 
-def judge_model(
+def evaluate_model(
     model: DinoSRForPreTraining, validation: list[LabelledSpeech], test: list[LabelledSpeech]
 ) -> tuple[UnitQuality, np.ndarray, list[str], int]:
     """Test quality, table and phones of the codebook that is best on the validation split, and its layer."""
@@ -72,7 +72,9 @@ def judge_model(
     return UnitQuality.from_table(tables[best]), tables[best], phones, first + best
 
 
-def judge_kmeans(features, num_clusters: int, train: list[LabelledSpeech], test: list[LabelledSpeech]) -> UnitQuality:
+def evaluate_kmeans(
+    features, num_clusters: int, train: list[LabelledSpeech], test: list[LabelledSpeech]
+) -> UnitQuality:
     """Quality of k-means units on any features of a waveform, (S,) to (T, D)."""
     clusters = kmeans_units(np.concatenate([features(waveform) for waveform, _ in train]), num_clusters, seed=0)
     labels = [phone for _, phones in test for phone in phones]
@@ -89,7 +91,7 @@ def main() -> None:
     flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
     with command(__file__):
         arguments = parse_arguments(flags, CONFIG)
-        out = begin_folder(options.output_dir, MARKER)
+        out = claim_output_folder(options.output_dir, MARKER)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE / "pretrain.py"), *flags]
     if subprocess.run(launch).returncode:
@@ -112,8 +114,8 @@ def main() -> None:
         )
 
     num_codes = trained.config.codebook_size
-    quality, table, phones, layer = judge_model(trained, validation, test)
-    first, _, _, first_layer = judge_model(untrained, validation, test)
+    quality, table, phones, layer = evaluate_model(trained, validation, test)
+    first, _, _, first_layer = evaluate_model(untrained, validation, test)
 
     def untrained_features(waveform):
         return target_features(untrained, waveform)[-1].numpy()
@@ -125,8 +127,8 @@ def main() -> None:
     rows = {
         f"DinoSR, layer {layer}": quality,
         f"untrained model, layer {first_layer}": first,
-        "k-means on the untrained model": judge_kmeans(untrained_features, num_codes, train, test),
-        "k-means on MFCCs": judge_kmeans(cepstra, num_codes, train, test),
+        "k-means on the untrained model": evaluate_kmeans(untrained_features, num_codes, train, test),
+        "k-means on MFCCs": evaluate_kmeans(cepstra, num_codes, train, test),
     }
     for name, row in rows.items():
         print(f"| {name} | {row.phone_purity:.3f} | {row.pnmi:.3f} | {row.num_active_codes} |")

@@ -18,7 +18,7 @@ from transformers import pipeline
 from dinosr_hf.data.synthetic import SyntheticCorpus
 from dinosr_hf.recognition import SpeechRecognitionPipeline
 from dinosr_hf.utils.command_line import command
-from dinosr_hf.utils.model_folder import begin_folder
+from dinosr_hf.utils.files import claim_output_folder
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "configs" / "ctc_tiny.yaml"
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options, flags = parser.parse_known_args()
     with command(__file__):
-        out = begin_folder(options.output_dir, MARKER)
+        out = claim_output_folder(options.output_dir, MARKER)
     print("\nFine-tuning on transcribed digits ...", flush=True)
     fine_tune(options.model, out, [*flags, "--seed", str(options.seed)])
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))

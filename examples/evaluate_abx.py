@@ -33,7 +33,7 @@ from dinosr_hf.analysis.reports import write_report
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.data import SpeechSource
 from dinosr_hf.inference.windowed import DTYPES
-from dinosr_hf.units import FeatureFiles, UnitExtractor, has_codebooks, load_model, load_peer
+from dinosr_hf.units import FeatureFiles, UnitExtractor, has_codebooks, load_baseline, load_model
 from dinosr_hf.utils.command_line import command
 from dinosr_hf.utils.model_folder import open_config
 
@@ -73,7 +73,7 @@ def write_representations(
     model = load_model(name, **where) if is_ours else None
     for kind in options.sources if is_ours else ["student"]:
         if model is None:
-            extractor = load_peer(name, layers=options.layers, **where)
+            extractor = load_baseline(name, layers=options.layers, **where)
         else:
             extractor = UnitExtractor(model, layers=options.layers, source=kind)
         FeatureFiles(folder / kind, extractor, source).write()
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, name in enumerate(options.models):
-        config = load_peer(name, layers=[1]).config
+        config = load_baseline(name, layers=[1]).config
         items = triphone_items(source, reference, config, silence=options.silence)
         if number == 0:
             (out / "triphones.item").write_text(items_text(items), encoding="utf-8")

@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from dinosr_hf.analysis.layers import (
-    JudgedLayer,
+    EvaluatedLayer,
     Recordings,
     check_apart,
     draw_frames,
-    judge_layer,
+    evaluate_layer,
     layers_csv,
     layers_curves,
     layers_table,
@@ -31,7 +31,7 @@ from dinosr_hf.analysis.plots import layer_curves_figure
 from dinosr_hf.analysis.reports import write_report
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.inference.windowed import DTYPES
-from dinosr_hf.units import UnitExtractor, has_codebooks, load_model, load_peer
+from dinosr_hf.units import UnitExtractor, has_codebooks, load_baseline, load_model
 from dinosr_hf.utils.command_line import command
 from dinosr_hf.utils.model_folder import open_config
 
@@ -75,7 +75,7 @@ def extractors(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Un
         for source in options.sources:
             yield source, UnitExtractor(model, layers=layers, source=source)
     else:
-        yield "student", load_peer(name, layers=layers, **where)
+        yield "student", load_baseline(name, layers=layers, **where)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -86,14 +86,14 @@ def run(options: argparse.Namespace) -> None:
     else:
         fit, judged = judged.split(options.seed)
     print(f"Fitted on {len(fit.speakers)} speakers, judged on {len(judged.speakers)} others.")
-    rows: list[JudgedLayer] = []
+    rows: list[EvaluatedLayer] = []
     for name in options.models:
         for source, extractor in extractors(name, options):
             draw = {"max_frames": options.max_frames, "seed": options.seed}
             train, test = (draw_frames(extractor, recordings, **draw) for recordings in (fit, judged))
             for position, layer in enumerate(tqdm(extractor.layers, f"{name}, {source}", disable=None)):
-                figures = judge_layer(train, test, position, num_clusters=options.num_clusters, seed=options.seed)
-                rows.append(JudgedLayer(name, source, layer, figures))
+                figures = evaluate_layer(train, test, position, num_clusters=options.num_clusters, seed=options.seed)
+                rows.append(EvaluatedLayer(name, source, layer, figures))
     table = layers_table(rows)
     print(table, end="")
     print(

@@ -1,7 +1,7 @@
 """
 How well units agree with phones: every figure for every layer of one or several models, as a table and a picture.
 
-    python examples/evaluate_units.py runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/judged
+    python examples/evaluate_units.py runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/evaluated
     python examples/evaluate_units.py runs/base hubert --data dev-clean --labels textgrids --kmeans_data train-clean \
         --kmeans_layers 6 9 --output_dir runs/compared
 
@@ -20,10 +20,10 @@ from tqdm import tqdm
 from dinosr_hf.analysis.plots import layer_curves_figure
 from dinosr_hf.analysis.reports import write_report
 from dinosr_hf.analysis.speech import open_reference
-from dinosr_hf.analysis.unit_evaluation import JudgedUnits, units_csv, units_curves, units_table
+from dinosr_hf.analysis.unit_evaluation import EvaluatedUnits, units_csv, units_curves, units_table
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
 from dinosr_hf.inference.windowed import DTYPES
-from dinosr_hf.units import UnitExtractor, Units, fit_kmeans, has_codebooks, load_model, load_peer
+from dinosr_hf.units import UnitExtractor, Units, fit_kmeans, has_codebooks, load_baseline, load_model
 from dinosr_hf.utils.command_line import command
 from dinosr_hf.utils.model_folder import open_config
 
@@ -69,7 +69,7 @@ def contestants(
         raise ValueError(f"{name} has no codebooks. Give --kmeans_data and --kmeans_layers for units by k-means.")
     num_clusters = options.num_clusters or getattr(config, "codebook_size", None) or 256
     for layer in options.kmeans_layers if fit is not None else []:
-        peer = load_peer(name, layers=[layer], **where)
+        peer = load_baseline(name, layers=[layer], **where)
         yield "k-means", peer, peer.units(source, kmeans=fit_kmeans(peer, fit, num_clusters)), num_clusters
 
 
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     seconds = sum(utterance.num_samples for utterance in source.utterances) / SAMPLING_RATE
     print(f"{len(reference.ids):,} of {len(source):,} recordings have labels; {seconds / 60:.1f} minutes in all.")
     fit = open_recordings(options.kmeans_data) if options.kmeans_data else None
-    rows: list[JudgedUnits] = []
+    rows: list[EvaluatedUnits] = []
     for name in options.models:
         for kind, extractor, units, num_codes in contestants(name, source, fit, options):
             counts = reference.judge(
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
                 field=extractor.config.receptive_field,
             )
             for layer, speakers in zip(extractor.layers, counts, strict=True):
-                rows.append(JudgedUnits.of(name, layer, kind, speakers, num_samples=options.num_samples))
+                rows.append(EvaluatedUnits.of(name, layer, kind, speakers, num_samples=options.num_samples))
     table = units_table(rows)
     print(table, end="")
     print(

@@ -15,13 +15,13 @@ from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.analysis import Reference, Segment
 from dinosr_hf.analysis.layers import (
     METRICS,
-    JudgedLayer,
+    EvaluatedLayer,
     LayerFrames,
     Recordings,
     canonical_correlations,
     check_apart,
     draw_frames,
-    judge_layer,
+    evaluate_layer,
     layers_csv,
     layers_table,
     probe_accuracy,
@@ -251,7 +251,7 @@ def known_frames(seed, speakers, num_frames=400):
 
 def test_figures_say_what_a_layer_knows():
     train, test = known_frames(0, ["p", "q"]), known_frames(1, ["r", "s", "t"])
-    phones, voices, nothing = (judge_layer(train, test, layer, num_clusters=3) for layer in range(3))
+    phones, voices, nothing = (evaluate_layer(train, test, layer, num_clusters=3) for layer in range(3))
     assert list(phones) == list(METRICS)
     assert phones["kmeans_phone_purity"] == phones["kmeans_pnmi"] == phones["phone_probe"] == 1.0
     assert phones["phone_cca"] > 0.99 and voices["speaker_cca"] > 0.9
@@ -264,12 +264,12 @@ def test_speakers_of_one_recording_have_no_correlation():
     train, test = (
         frames._replace(recordings=frames.speakers) for frames in (known_frames(0, ["p", "q"]), known_frames(1, ["r"]))
     )
-    assert math.isnan(judge_layer(train, test, 0, num_clusters=3)["speaker_cca"])
+    assert math.isnan(evaluate_layer(train, test, 0, num_clusters=3)["speaker_cca"])
 
 
 def test_tables_say_the_same():
     figures = dict(zip(METRICS, (0.5, 0.25, 0.75, 0.125, math.nan), strict=True))
-    rows = [JudgedLayer("runs/a|b", "student", 2, figures)]
+    rows = [EvaluatedLayer("runs/a|b", "student", 2, figures)]
     lines = layers_table(rows).splitlines()
     assert lines[2] == "| runs/a\\|b | student | 2 | 0.500 | 0.250 | 0.750 | 0.125 | nan |"
     assert lines[0].count("|") == lines[1].count("|") == 9

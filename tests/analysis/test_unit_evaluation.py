@@ -16,7 +16,7 @@ from dinosr_hf.analysis.segmentation import SegmentCounts
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.analysis.unit_evaluation import (
     HEADINGS,
-    JudgedUnits,
+    EvaluatedUnits,
     Reference,
     bootstrap_intervals,
     count_units,
@@ -26,7 +26,7 @@ from dinosr_hf.analysis.unit_evaluation import (
     units_table,
 )
 from dinosr_hf.data import normalize_waveform, open_recordings
-from dinosr_hf.units import PeerExtractor, fit_kmeans, load_peer
+from dinosr_hf.units import BaselineExtractor, fit_kmeans, load_baseline
 from dinosr_hf.utils.model_folder import save_folder
 from scripts import load_script
 from tiny import randomize, tiny_config
@@ -150,8 +150,8 @@ def test_references_that_cannot_be():
 def rows():
     counts = speakers(300, 200)
     return [
-        JudgedUnits.of("runs/a|b", 5, "student", counts, num_samples=50),
-        JudgedUnits.of("runs/c", 6, "k-means", {"all": total(counts.values())}),
+        EvaluatedUnits.of("runs/a|b", 5, "student", counts, num_samples=50),
+        EvaluatedUnits.of("runs/c", 6, "k-means", {"all": total(counts.values())}),
     ]
 
 
@@ -170,7 +170,7 @@ def test_tables_say_the_same():
     assert second["pnmi_low"] == ""
     assert unsure.to_dict()["intervals"]["pnmi"] == [low, high]
     assert unsure.to_dict()["num_frames"] == 500
-    assert JudgedUnits.of("m", 1, "student", speakers(30, 30), num_samples=0).intervals == {}
+    assert EvaluatedUnits.of("m", 1, "student", speakers(30, 30), num_samples=0).intervals == {}
 
 
 # -- opened together
@@ -242,7 +242,7 @@ def peer(folder, kind):
 @pytest.mark.parametrize("kind", ["hubert", "data2vec"])
 def test_features_of_peers_are_their_hidden_states(tmp_path, corpus, kind):
     model = peer(tmp_path / kind, kind)
-    extractor = load_peer(tmp_path / kind, layers=[2, 1])
+    extractor = load_baseline(tmp_path / kind, layers=[2, 1])
     recordings = open_recordings([corpus / "speech"])
     for name, features in extractor.features(recordings):
         samples, _ = soundfile.read(corpus / "speech" / name, dtype="float32")
@@ -251,19 +251,19 @@ def test_features_of_peers_are_their_hidden_states(tmp_path, corpus, kind):
             hidden = model(torch.from_numpy(values)[None], output_hidden_states=True).hidden_states
         wanted = torch.stack([hidden[2][0], hidden[1][0]], dim=1)
         torch.testing.assert_close(torch.from_numpy(features), wanted, **SAME_ARITHMETIC)
-    kmeans = fit_kmeans(PeerExtractor(model, layers=[1]), recordings, 5)
-    codes = [units.codes for units in PeerExtractor(model, layers=[1]).units(recordings, kmeans=kmeans)]
+    kmeans = fit_kmeans(BaselineExtractor(model, layers=[1]), recordings, 5)
+    codes = [units.codes for units in BaselineExtractor(model, layers=[1]).units(recordings, kmeans=kmeans)]
     assert {code for row in codes for code in row[0].tolist()} <= set(range(5))
 
 
 def test_peers_that_cannot_be(tmp_path):
     model = peer(tmp_path / "hubert", "hubert")
     with pytest.raises(ValueError, match=r"layers=\[3\]: this model has the layers 1 to 2"):
-        PeerExtractor(model, layers=[3])
+        BaselineExtractor(model, layers=[3])
     with pytest.raises(ValueError, match="dtype='int8' is unknown"):
-        load_peer(tmp_path / "hubert", layers=[1], dtype="int8")
+        load_baseline(tmp_path / "hubert", layers=[1], dtype="int8")
     with pytest.raises(ValueError, match="cannot be opened"):
-        load_peer(tmp_path / "nothing", layers=[1])
+        load_baseline(tmp_path / "nothing", layers=[1])
 
 
 # -- the script
@@ -302,8 +302,8 @@ def test_the_script_judges_ours_and_peers_in_one_table(corpus, trained, tmp_path
 def test_curves_have_the_layers_in_order_and_their_intervals():
     counts = {"ann": count_units([0, 0, 1], ["x", "x", "y"], ["x", "y"], num_codes=2, step_seconds=0.02)}
     both = {**counts, "bob": count_units([1, 1, 1], ["x", "x", "y"], ["x", "y"], num_codes=2, step_seconds=0.02)}
-    rows = [JudgedUnits.of("m", layer, "teacher", both, num_samples=9) for layer in (3, 2)]
-    rows.append(JudgedUnits.of("m", 1, "k-means", counts))
+    rows = [EvaluatedUnits.of("m", layer, "teacher", both, num_samples=9) for layer in (3, 2)]
+    rows.append(EvaluatedUnits.of("m", 1, "k-means", counts))
     teacher, kmeans = units_curves(rows)
     assert (teacher.name, list(teacher.layers)) == ("m, teacher", [2, 3])
     assert (kmeans.name, list(kmeans.layers), kmeans.intervals) == ("m, k-means", [1], {})

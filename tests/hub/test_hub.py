@@ -18,7 +18,7 @@ from transformers import pipeline
 
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
 from dinosr_hf.hub import Dataset, build_card, prepare, push, read_provenance
-from dinosr_hf.hub.card import MEASURES, without_places
+from dinosr_hf.hub.card import MEASURES, redact_paths
 from dinosr_hf.training.run_record import METRICS, write_record
 from dinosr_hf.utils.model_folder import save_folder
 from hub_server import TOKEN, hub_server
@@ -252,7 +252,7 @@ def test_same_data_under_two_names_needs_configurations(saved, tmp_path):
     ],
 )
 def test_places_and_keys_are_left_out_of_arguments(name, value, public):
-    assert without_places(value, name) == public
+    assert redact_paths(value, name) == public
 
 
 def test_prepared_folder_is_whole_and_has_no_more(saved, gathered, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from audio_files import noise, sf
 from dinosr_hf import recordings as module
 from dinosr_hf.data import FileSource
-from dinosr_hf.inference.windowed import RecordingRunner
+from dinosr_hf.inference.windowed import WindowedInference
 from tiny import tiny_config
 
 LENGTHS = {"a": 1_234, "long": 9_871, "b": 2_345}
@@ -32,7 +32,7 @@ def first_samples(config):
 def run(source, **options):
     config = tiny_config()
     settings = {"window_seconds": 0.1, "context_seconds": 0.02, "batch_seconds": 0.15, "normalizes": False}
-    runner = RecordingRunner(config, **{**settings, **options})
+    runner = WindowedInference(config, **{**settings, **options})
     return dict(runner.run(source, first_samples(config)))
 
 
@@ -57,7 +57,7 @@ def test_rows_of_hours_wait_in_a_file(source, monkeypatch):
 
 def test_only_what_is_asked_for(source):
     config = tiny_config()
-    runner = RecordingRunner(config, window_seconds=0.1, context_seconds=0.02)
+    runner = WindowedInference(config, window_seconds=0.1, context_seconds=0.02)
     assert [index for index, _ in runner.run(source, first_samples(config), indices=[0, 2])] == [2, 0]
 
 
@@ -65,6 +65,6 @@ def test_an_error_of_the_model_ends_the_run(source):
     def compute(waves):
         raise RuntimeError("out of memory")
 
-    runner = RecordingRunner(tiny_config(), window_seconds=0.1, context_seconds=0.02)
+    runner = WindowedInference(tiny_config(), window_seconds=0.1, context_seconds=0.02)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(runner.run(source, compute))

@@ -5,7 +5,8 @@ import torch
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.data import SAMPLING_RATE
-from dinosr_hf.utils.model_folder import begin_folder, feature_extractor, open_config, save_folder
+from dinosr_hf.utils.files import claim_output_folder
+from dinosr_hf.utils.model_folder import feature_extractor, open_config, save_folder
 from tiny import tiny_config
 
 
@@ -23,11 +24,11 @@ def test_extractor_is_for_the_rate_that_audio_is_read_at():
 
 
 def test_a_folder_of_ones_own_begins_anew(tmp_path):
-    folder = begin_folder(tmp_path / "deep" / "runs", ".mine")
+    folder = claim_output_folder(tmp_path / "deep" / "runs", ".mine")
     (folder / "old").mkdir()
-    assert begin_folder(folder, ".mine") == folder and names(folder) == [".mine"]
+    assert claim_output_folder(folder, ".mine") == folder and names(folder) == [".mine"]
     with pytest.raises(ValueError, match="runs has files of something else, which stay"):
-        begin_folder(folder, ".others")
+        claim_output_folder(folder, ".others")
     assert names(folder) == [".mine"]
 
 

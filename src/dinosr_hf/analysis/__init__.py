@@ -37,7 +37,7 @@ from .segmentation import (
     unit_boundaries,
 )
 from .unit_evaluation import (
-    JudgedUnits,
+    EvaluatedUnits,
     Reference,
     UnitCounts,
     bootstrap_intervals,
@@ -47,7 +47,7 @@ from .unit_evaluation import (
 )
 
 __all__ = [
-    "JudgedUnits",
+    "EvaluatedUnits",
     "Labels",
     "Reference",
     "Segment",

@@ -42,7 +42,7 @@ REGULARIZATION = 1e-3
 
 
 class FeatureExtractor(Protocol):
-    """What `units.UnitExtractor` and `units.PeerExtractor` have in common."""
+    """What `units.UnitExtractor` and `units.BaselineExtractor` have in common."""
 
     config: DinoSRConfig
     layers: list[int]
@@ -328,7 +328,7 @@ def _speaker_correlation(train: LayerFrames, test: LayerFrames, features: tuple[
     ).projection_weighted
 
 
-def judge_layer(
+def evaluate_layer(
     train: LayerFrames, test: LayerFrames, position: int, *, num_clusters: int = 100, seed: int = 0
 ) -> dict[str, float]:
     """
@@ -363,7 +363,7 @@ def judge_layer(
     }
 
 
-class JudgedLayer(NamedTuple):
+class EvaluatedLayer(NamedTuple):
     """
     A row of the table of layers.
 
@@ -385,7 +385,7 @@ class JudgedLayer(NamedTuple):
         return {"model": self.model, "source": self.source, "layer": self.layer, **figures}
 
 
-def layers_table(rows: Sequence[JudgedLayer]) -> str:
+def layers_table(rows: Sequence[EvaluatedLayer]) -> str:
     """Markdown: a line a layer."""
     heads = ["model", "features", "layer", *METRICS.values()]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -396,7 +396,7 @@ def layers_table(rows: Sequence[JudgedLayer]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def layers_csv(rows: Iterable[JudgedLayer]) -> str:
+def layers_csv(rows: Iterable[EvaluatedLayer]) -> str:
     """A line a layer."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -405,7 +405,7 @@ def layers_csv(rows: Iterable[JudgedLayer]) -> str:
     return text.getvalue()
 
 
-def layers_curves(rows: Sequence[JudgedLayer]) -> list[LayerCurves]:
+def layers_curves(rows: Sequence[EvaluatedLayer]) -> list[LayerCurves]:
     """A curve for each model and source, for `layer_curves_figure`."""
     curves = []
     for model, source in dict.fromkeys((row.model, row.source) for row in rows):

@@ -324,7 +324,7 @@ class Reference:
         return layers
 
 
-class JudgedUnits(NamedTuple):
+class EvaluatedUnits(NamedTuple):
     """
     A row of the table of units.
 
@@ -347,7 +347,7 @@ class JudgedUnits(NamedTuple):
     @classmethod
     def of(
         cls, model: str, layer: int, units: str, counts: dict[str, UnitCounts], *, num_samples: int = 1_000
-    ) -> JudgedUnits:
+    ) -> EvaluatedUnits:
         """Add up the speakers' counts; with two or more, and `num_samples` above 0, with intervals."""
         has_intervals = len(counts) > 1 and num_samples > 0
         intervals = bootstrap_intervals(counts, num_samples=num_samples) if has_intervals else {}
@@ -384,7 +384,7 @@ HEADINGS = {
 }
 
 
-def _cell(name: str, row: JudgedUnits) -> str:
+def _cell(name: str, row: EvaluatedUnits) -> str:
     digits = {"code_perplexity": 1, "active_codes": 0, "bitrate": 0, "deduplicated_bitrate": 0}.get(name, 3)
     text = f"{row.figures[name]:.{digits}f}"
     if name not in row.intervals:
@@ -393,7 +393,7 @@ def _cell(name: str, row: JudgedUnits) -> str:
     return f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def units_table(rows: Sequence[JudgedUnits]) -> str:
+def units_table(rows: Sequence[EvaluatedUnits]) -> str:
     """Markdown: a line a row, figures with their intervals in brackets."""
     heads = ["model", "layer", "units", *HEADINGS.values()]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -403,7 +403,7 @@ def units_table(rows: Sequence[JudgedUnits]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def units_csv(rows: Sequence[JudgedUnits]) -> str:
+def units_csv(rows: Sequence[EvaluatedUnits]) -> str:
     """A line a row, with a column for each figure and the two ends of its interval."""
     text = io.StringIO()
     ends = [f"{name}_{end}" for name in HEADINGS for end in ("low", "high")]
@@ -420,7 +420,7 @@ def units_csv(rows: Sequence[JudgedUnits]) -> str:
 _DRAWN = [name for name in HEADINGS if name not in ("boundary_precision", "boundary_recall", "over_segmentation")]
 
 
-def units_curves(rows: Sequence[JudgedUnits]) -> list[LayerCurves]:
+def units_curves(rows: Sequence[EvaluatedUnits]) -> list[LayerCurves]:
     """A curve for each model and kind of units, with intervals where there are any, for `layer_curves_figure`."""
     curves = []
     for model, units in dict.fromkeys((row.model, row.units) for row in rows):

@@ -114,7 +114,7 @@ def without_wrapper(model: Any) -> PreTrainedModel:
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
-def _judge(trainer: SpeechTrainer, task: Task, dataset: LabelledDataset | None, name: str) -> dict[str, Any] | None:
+def _evaluate(trainer: SpeechTrainer, task: Task, dataset: LabelledDataset | None, name: str) -> dict[str, Any] | None:
     """Figures of a split, with files of predictions and errors in the output folder."""
     if dataset is None:
         return None
@@ -193,7 +193,7 @@ def finetune(
         on_trainer(trainer)
     trainer.train(resume_from_checkpoint=resume)
 
-    figures = [_judge(trainer, task, evaluation, "eval"), _judge(trainer, task, test, "test")]
+    figures = [_evaluate(trainer, task, evaluation, "eval"), _evaluate(trainer, task, test, "test")]
     final = without_adapters(trainer.accelerator.unwrap_model(trainer.model))
     told = (dataclasses.asdict(start), dataclasses.asdict(data), dataclasses.asdict(task.arguments), arguments.told())
     record = RunRecord(

@@ -76,7 +76,7 @@ def _is_path(name: str, value: str) -> bool:
     return looks_so or is_deep or is_place
 
 
-def without_places(value: Any, name: str = "") -> Any:
+def redact_paths(value: Any, name: str = "") -> Any:
     """
     Arguments as they can be published: paths become the name at their end, keys to accounts are left out.
 
@@ -86,9 +86,9 @@ def without_places(value: Any, name: str = "") -> Any:
     """
     if isinstance(value, Mapping):
         secret = re.compile(r"(hub|auth|access|api).*(token|key)")
-        return {key: without_places(item, str(key)) for key, item in value.items() if not secret.search(str(key))}
+        return {key: redact_paths(item, str(key)) for key, item in value.items() if not secret.search(str(key))}
     if isinstance(value, list | tuple):
-        return [without_places(item, name) for item in value]
+        return [redact_paths(item, name) for item in value]
     if isinstance(value, str) and _is_path(name, value):
         return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     return value
@@ -157,7 +157,7 @@ def _made_by(record: RunRecord, provenance: Provenance) -> str:
 
 
 def _unpublished_base(record: RunRecord) -> str:
-    return f"{without_places(record.base_model, 'base_model_path')}, which is not published,"
+    return f"{redact_paths(record.base_model, 'base_model_path')}, which is not published,"
 
 
 def _data_rows(record: RunRecord, provenance: Provenance) -> list[list[str]]:
@@ -231,7 +231,7 @@ def build_card(record: RunRecord, provenance: Provenance, model: PreTrainedModel
         started=record.started,
         finished=record.finished,
         versions=", ".join(f"{name} {version}" for name, version in record.versions.items()),
-        arguments=yaml.safe_dump(without_places(record.arguments), sort_keys=False, allow_unicode=True),
+        arguments=yaml.safe_dump(redact_paths(record.arguments), sort_keys=False, allow_unicode=True),
         figures=_figure_rows(record, provenance),
         license=license_text + (f". {provenance.license_reason.rstrip('.')}" if provenance.license_reason else ""),
     )

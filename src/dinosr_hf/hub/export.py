@@ -35,7 +35,7 @@ from ..data import SAMPLING_RATE
 from ..model import modeling_dinosr
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.extras import import_extra
-from ..utils.model_folder import whole_folder
+from ..utils.files import atomic_folder
 
 NETWORK = "model.onnx"
 
@@ -419,7 +419,7 @@ def export_onnx(
     own.set_attn_implementation("eager")
     own.config.architectures = [type(source).__name__]
     vars(own.config).pop("auto_map", None)  # the code it names does not come along
-    with whole_folder(folder) as aside:
+    with atomic_folder(folder) as aside:
         own.config.to_json_file(aside / "config.json")
         processor.save_pretrained(aside)
         _export_network(own, head, aside / NETWORK)
@@ -454,7 +454,7 @@ def quantize_onnx(source: str | os.PathLike, folder: str | os.PathLike, *, overw
     nodes = onnx.load(source / NETWORK, load_external_data=False).graph.node
     if any(node.op_type == "MatMulInteger" for node in nodes):
         raise ValueError(f"{source} is in int8 already. Give the folder that export_onnx wrote.")
-    with whole_folder(folder) as aside:
+    with atomic_folder(folder) as aside:
         for file in source.iterdir():
             if file.is_file() and not file.name.startswith(NETWORK):
                 shutil.copyfile(file, aside / file.name)

@@ -17,7 +17,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..model import modeling_dinosr
 from ..training.run_record import RECORD_NAME, RunRecord
-from ..utils.model_folder import feature_extractor, whole_folder
+from ..utils.files import atomic_folder
+from ..utils.model_folder import feature_extractor
 from .card import build_card
 from .provenance import Provenance
 
@@ -127,7 +128,7 @@ def prepare(
     model = _open_model(folder, record)
     processor = _open_processor(folder, record, model)
     card = build_card(record, provenance, model)
-    with whole_folder(out) as whole:
+    with atomic_folder(out) as whole:
         model.save_pretrained(whole)
         processor.save_pretrained(whole)
         card.save(whole / "README.md")

@@ -132,7 +132,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
-class RecordingRunner:
+class WindowedInference:
     """
     Recordings through a model, in windows and batches; the next batch is read meanwhile.
 

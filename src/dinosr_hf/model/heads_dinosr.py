@@ -10,7 +10,7 @@ from torch import nn
 from .configuration_dinosr import DinoSRConfig
 
 
-def certain_blanks(config: DinoSRConfig, logits: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
+def mask_padding_logits(config: DinoSRConfig, logits: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
     """
     Logits (B, T, vocab_size) whose frames of padding, from `num_frames` int64 (B,) on, are certainly the blank.
 

@@ -45,8 +45,8 @@ from .encoder_dinosr import (
 from .heads_dinosr import (
     DinoSRMarginLoss,
     DinoSRTimeDelayLayers,
-    certain_blanks,
     ctc_loss,
+    mask_padding_logits,
     mean_and_deviation_over_time,
     mean_over_time,
 )
@@ -441,7 +441,7 @@ class DinoSRForCTC(DinoSRPreTrainedModel):
         outputs = self.dinosr(input_values, attention_mask, **kwargs)
         samples = torch.ones_like(input_values) if attention_mask is None else attention_mask
         num_frames = self.config.num_frames(samples.long().sum(dim=-1))
-        logits = certain_blanks(self.config, self.lm_head(self.dropout(outputs.last_hidden_state)), num_frames)
+        logits = mask_padding_logits(self.config, self.lm_head(self.dropout(outputs.last_hidden_state)), num_frames)
         loss = None if labels is None else ctc_loss(self.config, logits, labels, num_frames)
         return CausalLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from ..model.configuration_dinosr import DinoSRConfig
-from ..utils.command_line import ArgumentError, check_ranges, parse_groups, told_names
+from ..utils.command_line import ArgumentError, check_ranges, explicit_names, parse_groups
 from ..utils.model_folder import open_dinosr_config
 
 # Fields of DinoSRConfig that pre-training reads; what belongs to fine-tuning is set there.
@@ -293,7 +293,7 @@ def parse_arguments(argv: Sequence[str], default_config: str | Path) -> Pretrain
     """
     arguments = PretrainingArguments(*parse_groups(argv, GROUPS, default_config))
     if arguments.run.base_model is not None:
-        _take_sizes(arguments, told_names(argv, GROUPS, default_config))
+        _take_sizes(arguments, explicit_names(argv, GROUPS, default_config))
     _check(arguments)
     return arguments
 

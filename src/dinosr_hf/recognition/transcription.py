@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..data import SAMPLING_RATE, SpeechSource
-from ..inference.windowed import DTYPES, RecordingRunner, pad_batch
+from ..inference.windowed import DTYPES, WindowedInference, pad_batch
 from ..model.modeling_dinosr import DinoSRForCTC
 from .decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions, GreedyDecoder, Hypothesis, TimedWord
 from .text import load_processor
@@ -84,7 +84,7 @@ def cut_at_pauses(is_pause: np.ndarray, max_frames: int) -> list[tuple[int, int]
     return [*pieces, (start, len(is_pause))]
 
 
-def part_words_at_pauses(log_probs: np.ndarray, decoder: CTCDecoder, pause_frames: int) -> np.ndarray:
+def split_words_at_pauses(log_probs: np.ndarray, decoder: CTCDecoder, pause_frames: int) -> np.ndarray:
     """
     Put a delimiter into the middle of each long run of blanks between two labels.
 
@@ -153,7 +153,7 @@ class Transcriber:
         context_seconds: Audio on each side of a part of a recording that is longer than a window.
         batch_seconds: Audio of a batch, padding included; a longer window is a batch of its own.
         search_seconds: Beam search reads longer recordings piece by piece, see `decode_in_pieces`.
-        pause_seconds: Without a label for so long, a word has ended, see `part_words_at_pauses`.
+        pause_seconds: Without a label for so long, a word has ended, see `split_words_at_pauses`.
 
     Raises:
         ValueError: If a number of seconds cannot be.
@@ -173,7 +173,7 @@ class Transcriber:
     ) -> None:
         self.model = model.eval()
         self.decoder = decoder or GreedyDecoder.from_tokenizer(processor.tokenizer, model.config)
-        self._runner = RecordingRunner(
+        self._runner = WindowedInference(
             model.config,
             normalizes=bool(processor.feature_extractor.do_normalize),
             window_seconds=window_seconds,
@@ -267,7 +267,7 @@ class Transcriber:
     def _transcript(self, name: str, seconds: float, emissions: np.ndarray | None) -> Transcript:
         if emissions is None:  # too short for a frame
             return Transcript(name, "", [], seconds, 0.0)
-        emissions = part_words_at_pauses(emissions, self.decoder, self._pause_frames)
+        emissions = split_words_at_pauses(emissions, self.decoder, self._pause_frames)
         if isinstance(self.decoder, GreedyDecoder):
             found = self.decoder.decode(emissions)[0]
         else:

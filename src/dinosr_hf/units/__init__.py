@@ -1,6 +1,6 @@
 """Acoustic units: of a corpus, of hours-long recordings, of a live signal; by k-means; features of layers as files."""
 
-from .baseline_models import PeerExtractor, load_peer
+from .baseline_models import BaselineExtractor, load_baseline
 from .certainty import ScoredUnits, scored_units
 from .corpus import UnitCorpus, deduplicate, load_units
 from .extraction import UnitExtractor, Units, has_codebooks, load_model
@@ -23,6 +23,6 @@ __all__ = [
     "LayerKMeans",
     "fit_kmeans",
     "UnitStreamer",
-    "PeerExtractor",
-    "load_peer",
+    "BaselineExtractor",
+    "load_baseline",
 ]

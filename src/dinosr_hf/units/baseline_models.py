@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from ..inference.windowed import DTYPES, RecordingRunner
+from ..inference.windowed import DTYPES, WindowedInference
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.model_folder import open_config
 from .extraction import UnitExtractor
 
-PEERS = ("hubert", "wav2vec2", "data2vec-audio", "wavlm", DinoSRConfig.model_type)
+BASELINES = ("hubert", "wav2vec2", "data2vec-audio", "wavlm", DinoSRConfig.model_type)
 
 
-def frames_of_peer(config: PreTrainedConfig) -> DinoSRConfig:
+def frame_config(config: PreTrainedConfig) -> DinoSRConfig:
     """A configuration with the same frames, width and number of layers, for what asks for these alone."""
     return DinoSRConfig(
         conv_dim=list(config.conv_dim),
@@ -35,7 +35,7 @@ def frames_of_peer(config: PreTrainedConfig) -> DinoSRConfig:
     )
 
 
-class PeerExtractor(UnitExtractor):
+class BaselineExtractor(UnitExtractor):
     """
     As `UnitExtractor`, for any model of transformers with convolutions in front and hidden states.
 
@@ -63,7 +63,7 @@ class PeerExtractor(UnitExtractor):
         context_seconds: float = 5.0,
     ) -> None:
         self.peer = model.eval()
-        self.config = frames_of_peer(model.config)
+        self.config = frame_config(model.config)
         wrong = [layer for layer in layers if not 1 <= layer <= self.config.num_hidden_layers]
         if wrong or not layers:
             raise ValueError(
@@ -72,7 +72,7 @@ class PeerExtractor(UnitExtractor):
             )
         self.layers = list(layers)
         self.source = "student"
-        self._runner = RecordingRunner(
+        self._runner = WindowedInference(
             self.config,
             normalizes=normalizes,
             window_seconds=window_seconds,
@@ -89,11 +89,11 @@ class PeerExtractor(UnitExtractor):
         return found.permute(1, 2, 0, 3).float(), [found.shape[2]]
 
 
-def load_peer(
+def load_baseline(
     name: str | Path, *, layers: Sequence[int], device: str | torch.device = "cpu", dtype: str = "float32"
-) -> PeerExtractor:
+) -> BaselineExtractor:
     """
-    Open an encoder: one of `PEERS`, as `AutoModel` opens it, a DinoSR among them.
+    Open an encoder: one of `BASELINES`, as `AutoModel` opens it, a DinoSR among them.
 
     Args:
         name: Folder, or name on the Hub; its feature extractor says whether it expects normalised samples.
@@ -113,7 +113,7 @@ def load_peer(
         raise ValueError(
             f"{name} cannot be opened ({error}). Give a folder with model and feature extractor."
         ) from error
-    if config.model_type not in PEERS:
-        raise ValueError(f"{name} is a {config.model_type}, which is none of {', '.join(PEERS)}.")
+    if config.model_type not in BASELINES:
+        raise ValueError(f"{name} is a {config.model_type}, which is none of {', '.join(BASELINES)}.")
     model = AutoModel.from_pretrained(name, dtype=DTYPES[dtype]).to(device)
-    return PeerExtractor(model, layers=layers, normalizes=bool(extractor.do_normalize))
+    return BaselineExtractor(model, layers=layers, normalizes=bool(extractor.do_normalize))

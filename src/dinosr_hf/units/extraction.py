@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
 from ..data import SpeechSource
-from ..inference.windowed import DTYPES, RecordingRunner, mean_and_variance, pad_batch
+from ..inference.windowed import DTYPES, WindowedInference, mean_and_variance, pad_batch
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..model.units_dinosr import check_layers, check_source
@@ -127,7 +127,7 @@ class UnitExtractor:
         self.model, self.config = model.eval(), model.config
         self.layers = check_layers(model.config, layers, with_codebooks=False)
         self.source = source
-        self._runner = RecordingRunner(
+        self._runner = WindowedInference(
             model.config,
             window_seconds=window_seconds,
             context_seconds=context_seconds,

@@ -124,7 +124,7 @@ def _names_of(flags: Sequence[str]) -> set[str]:
     return {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
 
 
-def told_names(argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None = None) -> set[str]:
+def explicit_names(argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None = None) -> set[str]:
     """
     The arguments that a command line has, in its file or its flags; others are at their defaults.
 

@@ -1,12 +1,8 @@
-"""A folder that `from_pretrained` opens, written so that what is there is whole."""
+"""Model folders: read their configuration, save them atomically."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2
 from transformers.utils.hub import has_file
 
 from ..model.configuration_dinosr import DinoSRConfig
+from .files import atomic_folder
 
 
 class FolderTokenizer(Wav2Vec2CTCTokenizer):
@@ -77,71 +74,18 @@ def feature_extractor() -> Wav2Vec2FeatureExtractor:
     )
 
 
-def begin_folder(folder: str | os.PathLike, marker: str) -> Path:
-    """
-    A folder for the results of a script, empty but for a marker; an earlier one of the script makes room for it.
-
-    Args:
-        folder: Made if it does not exist.
-        marker: Name of a file that says that all of the folder is the script's.
-
-    Raises:
-        ValueError: If the folder has files and no marker: then it is somebody else's, and stays as it is.
-    """
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / marker).is_file():
-            raise ValueError(f"{folder} has files of something else, which stay. Give another --output_dir.")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / marker).touch()
-    return folder
-
-
-@contextlib.contextmanager
-def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """
-    A folder to write into, whose files appear in `folder` when the block ends, and not at all if it fails.
-
-    It stands aside first, under a name that begins with `.unfinished-`, which is gone afterwards. A new folder then
-    appears as a whole; in one that is there, each file does, and files of other names stay.
-
-    Args:
-        folder: Where the files go; made if it does not exist.
-
-    Yields:
-        The folder aside, empty.
-    """
-    folder = Path(folder)
-    is_new = not folder.exists()
-    place = folder.parent if is_new else folder  # on the same disk as the folder, even if that is a mount or a link
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, prefix=".unfinished-", ignore_cleanup_errors=True) as aside:
-        whole = Path(aside) / "model"
-        whole.mkdir()
-        yield whole
-        mode = (whole / "config.json").stat().st_mode  # safetensors writes for the owner alone
-        for file in whole.iterdir():
-            file.chmod(mode)
-        if is_new:
-            whole.rename(folder)
-        else:
-            for file in sorted(whole.iterdir()):
-                file.replace(folder / file.name)
-
-
 def save_folder(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
     """
     Write weights, configuration, the model's code and the feature extractor, all of it or nothing.
 
     Args:
         model: What to save.
-        folder: Where to, as for `whole_folder`.
+        folder: Where to, as for `atomic_folder`.
 
     Returns:
         The folder.
     """
-    with whole_folder(folder) as whole:
-        model.save_pretrained(whole)
-        feature_extractor().save_pretrained(whole)
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        feature_extractor().save_pretrained(temporary)
     return Path(folder)

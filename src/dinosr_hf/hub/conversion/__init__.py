@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from ...model.modeling_dinosr import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from ...recognition.text import make_processor
-from ...utils.model_folder import feature_extractor, whole_folder
+from ...utils.files import atomic_folder
+from ...utils.model_folder import feature_extractor
 from .checkpoint_file import CheckpointError, open_checkpoint
 from .converted_card import converted_card
 from .data2vec import read_data2vec_folder
@@ -156,7 +157,7 @@ def convert(
     model = build(CLASSES[layout.architecture], layout.config, layout.weights)
     _say(layout)
     processor = feature_extractor() if layout.vocabulary is None else make_processor(layout.vocabulary)
-    with whole_folder(out_dir) as whole:
+    with atomic_folder(out_dir) as whole:
         model.save_pretrained(whole)
         processor.save_pretrained(whole)
         converted_card(model, layout, Path(file).name, license).save(whole / "README.md")

@@ -1,0 +1,148 @@
+"""Files and folders that appear complete or not at all, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+# Files being written have names that begin with this, in the folder of the finished file.
+TEMPORARY_PREFIX = ".unfinished-"
+
+
+def flush_to_disk(path: str | os.PathLike) -> None:
+    """Flush a file's content, or the names in a folder, to the disk; a no-op for folders that have no flush."""
+    is_folder = os.path.isdir(path)
+    if is_folder and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks flush no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def temporary_path(path: str | os.PathLike) -> Path:
+    """
+    Return the name under which a file or folder is written before it gets its own.
+
+    The name is short whatever the length of the final one, and always the same, so a killed process leaves at most
+    one such file, which the next attempt replaces.
+
+    Args:
+        path: Path of the finished file or folder.
+    """
+    path = Path(path)
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
+    return path.with_name(f"{TEMPORARY_PREFIX}{digest}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Write a file atomically: on the disk it is complete, or as it was before the block.
+
+    Args:
+        path: Path of the file; its folder must exist.
+
+    Yields:
+        Path of an empty temporary file in the same folder, to write to. It is created exclusively, never through a
+        link, with the permissions that the umask leaves. When the block ends it is flushed and renamed to `path`; if
+        the block raises, it is removed.
+    """
+    path = Path(path)
+    temporary = temporary_path(path)
+    remove(temporary)  # from a process that was killed
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    permissions = temporary.stat().st_mode
+    try:
+        yield temporary
+        temporary.chmod(permissions)  # safetensors makes a file of its own, which only the owner can read
+        flush_to_disk(temporary)
+        temporary.replace(path)
+        flush_to_disk(path.parent)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> Path:
+    """Write text (as UTF-8) or bytes to a file that is complete or as it was before; return its path."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """
+    Write files into a folder atomically: a new folder appears complete or not at all.
+
+    In a folder that exists, each file is replaced atomically when the block ends, and files of other names stay.
+
+    Args:
+        folder: Path of the folder; its parents are created.
+
+    Yields:
+        Path of an empty temporary folder on the same disk, to write files to. If the block raises, it is removed and
+        `folder` is unchanged.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    # Inside an existing folder: it may be a mount or a link, on another disk than its parent.
+    temporary = temporary_path(folder) if is_new else folder / temporary_path(folder).name
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    remove(temporary)  # from a process that was killed
+    temporary.mkdir()
+    permissions = temporary.stat().st_mode & 0o666
+    try:
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            if file.is_file():
+                file.chmod(permissions)  # safetensors makes files that only the owner can read
+                flush_to_disk(file)
+        if is_new:
+            temporary.rename(folder)
+            flush_to_disk(folder.parent)
+        else:
+            for file in sorted(temporary.iterdir()):
+                file.replace(folder / file.name)
+            flush_to_disk(folder)
+    finally:
+        remove(temporary)
+
+
+def claim_output_folder(folder: str | os.PathLike, marker: str) -> Path:
+    """
+    Empty a folder for a script's results, or create it; only a folder that the script made before is emptied.
+
+    Args:
+        folder: Path of the folder.
+        marker: Name of the file that marks a folder as the script's.
+
+    Raises:
+        ValueError: If the folder has files and no marker.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / marker).is_file():
+            raise ValueError(f"{folder} has files of something else, which stay. Give another --output_dir.")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / marker).touch()
+    return folder
