@@ -45,9 +45,10 @@ $(OLDEST)/constraints.txt: constraints.txt
 test-oldest: $(OLDEST)/constraints.txt ## `make test` under the oldest transformers, in an environment of its own
 	@$(MAKE) --no-print-directory test VENV=$(OLDEST) CONSTRAINTS=$<
 
-lint: $(INSTALLED) ## ruff: rules and format
+lint: $(INSTALLED) ## ruff: rules and format; transformers' linter of model files
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mlinter --no-progress --no-cache src/dinosr_hf/model
 
 types: $(INSTALLED) ## mypy
 	$(VENV)/bin/mypy

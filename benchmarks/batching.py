@@ -1,12 +1,12 @@
 """
-What do duration buckets save: how much is padding, how much is cropped away, and how fast is it read?
+Measure what duration buckets save: padding, cropped audio, and reading time.
 
     python benchmarks/batching.py my_recordings --step_seconds 600 --micro_seconds 120 --epochs 3 --workers 2
     python benchmarks/batching.py --step_seconds 200 --micro_seconds 50      # the synthetic corpus (extra `demo`)
 
-Steps of both ways of batching, with buckets and without (one bucket: any order), are read in turn, epoch by epoch; no
-model is run. Before, the shares of two processes must be the step of one, and the padding read must be the
-padding planned, or nothing is timed.
+Steps of both modes of batching, with and without buckets (one bucket: random order), are read in turn, epoch by epoch;
+no model is run. Nothing is timed unless the shares of two processes make up the step of one, and the padding read is
+the padding planned.
 """
 
 import argparse
@@ -48,14 +48,14 @@ class Case(NamedTuple):
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare steps with and without duration buckets.")
-    parser.add_argument("data", nargs="?", help="folder, manifest, ... of recordings; left out: the synthetic corpus")
-    parser.add_argument("--utterances", type=int, default=300, help="of the synthetic corpus")
+    parser.add_argument("data", nargs="?", help="folder, manifest, ... of recordings; default: the synthetic corpus")
+    parser.add_argument("--utterances", type=int, default=300, help="utterances of the synthetic corpus")
     parser.add_argument("--step_seconds", type=float, default=600.0, help="audio of an optimizer step")
     parser.add_argument("--micro_seconds", type=float, default=120.0, help="audio of a forward pass, with padding")
     parser.add_argument("--min_seconds", type=float, default=2.0, help="leave out shorter utterances")
-    parser.add_argument("--max_seconds", type=float, default=20.0, help="take a part of longer ones")
-    parser.add_argument("--num_buckets", type=int, default=20, help="to compare with one")
-    parser.add_argument("--epochs", type=int, default=3, help="of each kind to read")
+    parser.add_argument("--max_seconds", type=float, default=20.0, help="crop longer ones")
+    parser.add_argument("--num_buckets", type=int, default=20, help="number of buckets, compared with one")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs to read of each case")
     parser.add_argument("--workers", type=int, default=0, help="reading processes")
     options = parser.parse_args(argv)
     if options.epochs < 1 or options.num_buckets < 2 or options.workers < 0:
@@ -94,7 +94,7 @@ def make_steps(source: SpeechSource, case: Case, epoch: int, options: argparse.N
 
 
 def count(batches: Sequence[MicroBatch]) -> tuple[int, int]:
-    """Samples of speech, and with padding."""
+    """Return the number of samples of speech, and with padding."""
     inputs = [batch.inputs for batch in batches]
     read = sum(each["input_values"].numel() for each in inputs)
     speech = sum(int(each.get("attention_mask", torch.ones_like(each["input_values"])).sum()) for each in inputs)
@@ -102,7 +102,7 @@ def count(batches: Sequence[MicroBatch]) -> tuple[int, int]:
 
 
 def rows(batches: Sequence[MicroBatch]) -> list[tuple[float, ...]]:
-    """What tells utterances and their masks, whatever they are batched with."""
+    """Return numbers that identify utterances and their masks, whatever they are batched with."""
     return sorted(
         (*values[:50].tolist(), float(values.double().square().sum()), float(mask.sum()))
         for batch in batches
@@ -110,8 +110,8 @@ def rows(batches: Sequence[MicroBatch]) -> list[tuple[float, ...]]:
     )
 
 
-def complaints(source: SpeechSource, case: Case, options: argparse.Namespace) -> list[str]:
-    """What is wrong with the steps: nothing, it is hoped."""
+def find_errors(source: SpeechSource, case: Case, options: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the steps, if anything."""
     found = []
     dataset, summary = make_steps(source, case, 0, options)
     shares = [
@@ -128,7 +128,7 @@ def complaints(source: SpeechSource, case: Case, options: argparse.Namespace) ->
 
 
 def time_epoch(dataset: StepDataset, num_workers: int) -> float:
-    """Seconds of speech a second."""
+    """Return the seconds of speech read per second."""
     since = time.perf_counter()
     speech = sum(count(batches)[0] for batches in StepLoader(dataset, num_workers=num_workers))
     return speech / SAMPLING_RATE / (time.perf_counter() - since)
@@ -140,8 +140,8 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)
     source = open_data(options)
     cases = [Case(mode, buckets) for mode in get_args(Mode) for buckets in (options.num_buckets, 1)]
-    if found := [complaint for case in cases for complaint in complaints(source, case, options)]:
-        sys.exit("Not timed, because it is wrong: " + "; ".join(found))
+    if found := [error for case in cases for error in find_errors(source, case, options)]:
+        sys.exit("Nothing was timed: " + "; ".join(found))
 
     summaries: dict[Case, list[PlanSummary]] = defaultdict(list)
     speeds: dict[Case, list[float]] = defaultdict(list)

@@ -1,10 +1,10 @@
 """
-How long do the codebooks take a step: nearest codewords and their update by index, and with one-hot matrices?
+Time one step of the codebooks: assignment and update by index, compared with one-hot matrices.
 
     python benchmarks/codebook.py --frames 2000 --sizes 256 2048 --repeats 9 --threads 2
 
-Base model's codebooks (8 of 768 dimensions) on random frames, on a GPU if there is one, in float32. Codes and
-codewords of the two must be the same, or nothing is timed.
+Uses the base model's codebooks (8 of 768 dimensions) and random frames in float32, on a GPU if there is one. Both
+implementations must give the same codes and codewords, or nothing is timed.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from contest import choose_device, headline, time_in_turn
 from dinosr_hf.model.codebook_dinosr import OnlineCodebooks
 
 NUM_CODEBOOKS, HIDDEN_SIZE, DECAY = 8, 768, 0.9
-# Of the largest value: sums of some thousand frames in another order.
+# Relative to the largest value: sums of some thousand frames in a different order.
 TOLERANCE = 2e-5
 
 
-def by_index(codebooks: OnlineCodebooks, targets: torch.Tensor) -> torch.Tensor:
-    """What the model does."""
+def update_by_index(codebooks: OnlineCodebooks, targets: torch.Tensor) -> torch.Tensor:
+    """Assign, accumulate and commit as the model does."""
     codes = codebooks.assign(targets)
     codebooks.accumulate(targets, codes)
     codebooks.commit(DECAY)
@@ -32,22 +32,22 @@ def by_index(codebooks: OnlineCodebooks, targets: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def one_hot(codebooks: OnlineCodebooks, targets: torch.Tensor) -> torch.Tensor:
-    """Distances from `cdist`, sums as the product of a one-hot matrix (N, V, M) with the frames."""
+def update_by_one_hot(codebooks: OnlineCodebooks, targets: torch.Tensor) -> torch.Tensor:
+    """Assign by `cdist`; compute sums as the product of a one-hot matrix (N, V, M) with the frames."""
     codes = torch.cdist(targets, codebooks.codewords).argmin(dim=-1)
-    chosen = torch.nn.functional.one_hot(codes, codebooks.sums.shape[1]).to(targets.dtype).mT
-    counts = chosen.sum(dim=-1)
+    assigned = torch.nn.functional.one_hot(codes, codebooks.sums.shape[1]).to(targets.dtype).mT
+    counts = assigned.sum(dim=-1)
     weight = torch.where(counts > 0, 1 - DECAY, 0.0)
-    codebooks.sums.lerp_(chosen @ targets, weight[..., None])
+    codebooks.sums.lerp_(assigned @ targets, weight[..., None])
     codebooks.counts.lerp_(counts, weight)
     return codes
 
 
-FORMS = {"by index": by_index, "one-hot": one_hot}
+FORMS = {"by index": update_by_index, "one-hot": update_by_one_hot}
 
 
 def make_codebooks(size: int, device: torch.device) -> OnlineCodebooks:
-    """The same ones every time."""
+    """Return codebooks with the same initial codewords at each call."""
     torch.manual_seed(0)
     codebooks = OnlineCodebooks(NUM_CODEBOOKS, size, HIDDEN_SIZE).to(device)
     codebooks.sums.copy_(codebooks.initial_sums())
@@ -55,19 +55,21 @@ def make_codebooks(size: int, device: torch.device) -> OnlineCodebooks:
 
 
 def largest_difference(size: int, targets: torch.Tensor) -> float:
-    """Between the codewords of both forms after a step, relative to the largest; infinite if codes differ."""
+    """Return the relative difference of the codewords after one step of each form, or infinity if codes differ."""
     first, second = (make_codebooks(size, targets.device) for _ in FORMS)
-    if not torch.equal(by_index(first, targets), one_hot(second, targets)):
+    if not torch.equal(update_by_index(first, targets), update_by_one_hot(second, targets)):
         return float("inf")
     return ((first.codewords - second.codewords).abs().max() / second.codewords.abs().max()).item()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time the codebooks of a base model.")
-    parser.add_argument("--frames", type=int, default=2_000, help="masked frames of a step")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1_024, 2_048], help="codewords of each")
-    parser.add_argument("--repeats", type=int, default=9, help="timed steps of each form")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser = argparse.ArgumentParser(description="Time one step of the base model's codebooks.")
+    parser.add_argument("--frames", type=int, default=2_000, help="masked frames per step (%(default)s)")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[256, 512, 1_024, 2_048], help="codebook sizes (%(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="timed steps of each form (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -85,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
     for size in options.sizes:
         difference = largest_difference(size, targets)
         if not difference <= TOLERANCE:
-            sys.exit(f"Not timed, because it is wrong: with {size} codewords the forms differ by {difference:.1e}.")
+            sys.exit(f"Nothing was timed: with {size} codewords the two forms differ by {difference:.1e}.")
         codebooks = make_codebooks(size, device)
         forms = {name: partial(form, codebooks, targets) for name, form in FORMS.items()}
         times = time_in_turn(forms, options.repeats, device)

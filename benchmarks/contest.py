@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes of models, contestants that take turns, and the line about machine and versions."""
+"""Code that benchmarks share: model sizes, contestants that take turns, and a headline of hardware and versions."""
 
 import argparse
 import datetime
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from dinosr_hf import DinoSRConfig
 from dinosr_hf.pretraining import parse_arguments
@@ -27,24 +29,26 @@ SIZES = ("tiny", "base")
 
 
 def model_config(size: str) -> DinoSRConfig:
-    """Of the paper's model, "base", or of the demo's, "tiny"."""
+    """Return the configuration of the paper's model, "base", or of the demo's, "tiny"."""
     return DinoSRConfig() if size == "base" else parse_arguments([], CONFIGS / "tiny_cpu.yaml").model_config()
 
 
 def contest_parser(description: str | None, *, batch: int, repeats: int) -> argparse.ArgumentParser:
-    """What every benchmark takes whose contestants are processes of their own."""
+    """Return a parser of the options that all benchmarks with contestants in processes of their own have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's")
-    parser.add_argument("--batch", type=int, default=batch, help="utterances")
-    parser.add_argument("--repeats", type=int, default=repeats, help="timed steps of each contestant")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's (%(default)s)")
+    parser.add_argument("--batch", type=int, default=batch, help="number of utterances (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed steps of each contestant (%(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads (%(default)s)"
+    )
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)  # what a contestant's own process is told
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # the contestant that a process is
     return parser
 
 
 def parse_contest(parser: argparse.ArgumentParser, argv: Sequence[str], *, smallest_batch: int) -> argparse.Namespace:
-    """The options, checked as far as all have them."""
+    """Parse the command line, and check the options that all benchmarks have."""
     options = parser.parse_args(argv)
     if options.batch < smallest_batch or options.repeats < 1 or options.threads < 1:
         parser.error(f"--batch must be at least {smallest_batch}, --repeats and --threads 1.")
@@ -52,19 +56,19 @@ def parse_contest(parser: argparse.ArgumentParser, argv: Sequence[str], *, small
 
 
 def choose_device(threads: int) -> torch.device:
-    """A GPU if there is one, else so many threads of the CPU."""
+    """Return a GPU if there is one, otherwise the CPU; set the number of its threads."""
     torch.set_num_threads(threads)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was told."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def headline(device: torch.device, threads: int, *packages: str, precision: str = "float32") -> str:
-    """Date, hardware and versions: of Python, torch and further packages."""
+    """Return date, hardware, precision, and versions of Python, torch and further packages."""
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     versions += [f"{package} {importlib.metadata.version(package)}" for package in packages]
@@ -72,15 +76,27 @@ def headline(device: torch.device, threads: int, *packages: str, precision: str 
 
 
 def require_spidr(peers: Sequence[str], size: str) -> None:
-    """End the program, with what to do, where spidr is a peer and cannot be one."""
+    """Exit if spidr is asked for as a baseline and cannot be one."""
     if "spidr" in peers and size != "base":
-        sys.exit("--peers spidr is for --size base, the size that it has.")
+        sys.exit("--peers spidr needs --size base, the only size that spidr has.")
     if "spidr" in peers and importlib.util.find_spec("spidr") is None:
-        sys.exit("spidr is not installed: pip install spidr (Python 3.12 or newer), or leave it out of --peers.")
+        sys.exit("spidr is not installed: pip install spidr (Python 3.12 or newer), or remove it from --peers.")
+
+
+class CountOperations(TorchDispatchMode):
+    """`FlopCounterMode` without its hooks on all modules, which switch the model's fast forms off."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=output)
+        return output
 
 
 def time_in_turn(forms: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each run of each form, in this process: A B A B."""
+    """Run functions in turn in this process, A B A B; return the seconds of each run."""
     times: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(repeats):
         for name, form in forms.items():
@@ -91,14 +107,14 @@ def time_in_turn(forms: Mapping[str, Callable[[], Any]], repeats: int, device: t
     return times
 
 
-def serve(step: Callable[[], Any], device: torch.device, about: Callable[[], Mapping[str, Any]] = dict) -> None:
+def serve(step: Callable[[], Any], device: torch.device, summarize: Callable[[], Mapping[str, Any]] = dict) -> None:
     """
-    A contestant in a process of its own: it takes a step for each line it reads and answers with the seconds.
+    Serve as a contestant in a process of its own: take a step for each line of stdin, and answer with the seconds.
 
     Args:
-        step: Taken once before for warming up.
-        device: Where it runs.
-        about: What else is told at the end, beside the peak of memory.
+        step: Function that takes a step; it is called once before, for warming up.
+        device: Device that it runs on.
+        summarize: Function that returns what to report at the end besides peak memory.
     """
     step()
     print(json.dumps({"ready": True}), flush=True)
@@ -112,15 +128,15 @@ def serve(step: Callable[[], Any], device: torch.device, about: Callable[[], Map
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
-    print(json.dumps({"gib": peak, **about()}), flush=True)
+    print(json.dumps({"gib": peak, **summarize()}), flush=True)
 
 
 def compete(script: str, names: Sequence[str], argv: Sequence[str], repeats: int) -> dict[str, dict[str, Any]]:
     """
-    Run contestants, each the script in a process of its own with `--serve NAME`, step by step in turn.
+    Run contestants step by step in turn, each the script in a process of its own with `--serve NAME`.
 
     Returns:
-        What each told: `times` of its steps in seconds, `gib` of memory at its peak, and what else it says.
+        For each, the `times` of its steps in seconds, its peak memory `gib`, and what its `summarize` returned.
     """
     gc.collect()
     command = [sys.executable, script, *argv]
@@ -128,7 +144,7 @@ def compete(script: str, names: Sequence[str], argv: Sequence[str], repeats: int
     running = {name: subprocess.Popen([*command, "--serve", name], **pipes) for name in names}
     found: dict[str, dict[str, Any]] = {name: {"times": []} for name in names}
     try:
-        for name, process in running.items():  # one after the other is ready
+        for name, process in running.items():
             if not process.stdout.readline():
                 sys.exit(f"The contestant {name} did not start; its message is above.")
         for _ in range(repeats):
@@ -147,7 +163,7 @@ def compete(script: str, names: Sequence[str], argv: Sequence[str], repeats: int
 
 
 def print_times(found: Mapping[str, Mapping[str, Any]], audio: float) -> None:
-    """A table of what `compete` found, with `audio` seconds a step; all are set beside the contestant "ours"."""
+    """Print a table of the results of `compete`, for steps of `audio` seconds, with ratios to "ours"."""
     ours = statistics.median(found["ours"]["times"])
     print("| contestant | median (s) | min | max | audio s/s | peak GiB | ours / it |")
     print("|---|---|---|---|---|---|---|")

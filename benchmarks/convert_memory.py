@@ -1,12 +1,12 @@
 """
-How much memory does converting a checkpoint need, beside the size of its file?
+Measure the peak memory of converting a checkpoint, relative to the size of its file.
 
     python benchmarks/convert_memory.py --size base
 
-A checkpoint of random weights in the authors' layout is written first, with the optimizer's state if asked for. Each
-conversion then runs in a process of its own, whose peak is read at its end (from /proc: Linux only); one that does
-nothing but import the same code is measured beside it. The converted weights are compared with the file's before
-anything is printed.
+The script writes a checkpoint of random weights in the authors' layout, with the optimizer's state if asked for. It
+converts it in a separate process and reads that process's peak at its end (from /proc: Linux only); for comparison, it
+measures a process that only imports the same code. The converted weights are compared with the file's before anything
+is printed.
 """
 
 import argparse
@@ -38,13 +38,13 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the memory of a conversion.")
-    parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="the demo's model or the paper's")
-    parser.add_argument("--optimizer", action="store_true", help="with the optimizer's two moments in the file")
+    parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="model of the demo or of the paper")
+    parser.add_argument("--optimizer", action="store_true", help="add the optimizer's two moments to the file")
     return parser.parse_args(argv)
 
 
 def write_checkpoint(size: str, optimizer: bool, file: Path) -> dict[str, torch.Tensor]:
-    """Random weights in the authors' layout; returns them by our names."""
+    """Write random weights in the authors' layout; return them by this package's names."""
     config = DinoSRConfig()
     if size == "tiny":
         config = parse_arguments([], CONFIGS / "tiny_cpu.yaml").model_config()
@@ -59,7 +59,7 @@ def write_checkpoint(size: str, optimizer: bool, file: Path) -> dict[str, torch.
 
 
 def peak_bytes(*arguments: str) -> int:
-    """Peak resident memory of a process, mapped pages of files included."""
+    """Return the peak resident memory of a process, which includes mapped pages of files."""
     done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1]) * 1024
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
         seconds = time.perf_counter() - start
         converted = DinoSRForPreTraining.from_pretrained(out).state_dict()
         if not all(torch.equal(tensor, converted[name]) for name, tensor in weights.items()):
-            sys.exit("The converted weights are not the file's: nothing is reported.")
+            sys.exit("The converted weights differ from the file's, so nothing is reported.")
         size = file.stat().st_size
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{datetime.date.today()}, {platform.machine()}, {versions}")

@@ -1,9 +1,9 @@
 """
-How long do the convolutions take, forward and backward: as matrix products of pieces, and in the usual form?
+Time the convolutional feature encoder, forward and backward: its fast form for CPUs, compared with the plain layers.
 
     python benchmarks/convolution.py --size base --batch 4 --seconds 5 --repeats 5 --threads 2
 
-Runs on a GPU if there is one, in float32. Outputs and gradients of the two must be the same, or nothing is timed.
+Runs in float32. Both forms must give the same outputs and gradients, or nothing is timed.
 """
 
 import argparse
@@ -16,31 +16,33 @@ import torch
 from contest import SAMPLING_RATE, SIZES, choose_device, headline, time_in_turn
 from train_step import make_model
 
-from dinosr_hf.model.encoder_dinosr import DinoSRFeatureEncoder
+from dinosr_hf import set_fast_cpu
+from dinosr_hf.model.modeling_dinosr import DinoSRFeatureEncoder
 
-# Relative to the largest value: float32 sums of some thousand products in another order.
+# Relative to the largest value: float32 sums of some thousand products in a different order.
 TOLERANCE = 2e-5
 
 
-def pieces(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> torch.Tensor:
-    """What the model does."""
+def fast(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> torch.Tensor:
+    """Convolve as the model does on a CPU."""
     return encoder(waveforms)
 
 
-def usual(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> torch.Tensor:
-    """`torch.nn.Conv1d` on (B, C, T), with a transpose before and after each layer norm."""
-    signal = waveforms[..., None]
-    for layer in encoder.conv_layers:
-        signal = layer(signal)
-    return signal.transpose(1, 2)
+def plain(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> torch.Tensor:
+    """Convolve layer by layer, with a transpose before and after each layer norm."""
+    before = set_fast_cpu(False)
+    try:
+        return encoder(waveforms)
+    finally:
+        set_fast_cpu(before)
 
 
-FORMS = {"pieces": pieces, "usual": usual}
+FORMS = {"fast": fast, "plain": plain}
 Form = Callable[[DinoSRFeatureEncoder, torch.Tensor], torch.Tensor]
 
 
 def forward_backward(form: Form, encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and the gradients of all parameters."""
+    """Return the output and the gradients of all parameters."""
     encoder.zero_grad()
     output = form(encoder, waveforms)
     output.square().sum().backward()
@@ -48,18 +50,18 @@ def forward_backward(form: Form, encoder: DinoSRFeatureEncoder, waveforms: torch
 
 
 def largest_difference(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -> float:
-    """Between the forms, relative to the largest value of each tensor."""
+    """Return the largest difference between the forms, relative to the largest value of each tensor."""
     pairs = zip(*(forward_backward(form, encoder, waveforms) for form in FORMS.values()), strict=True)
-    return max(((mine - theirs).abs().max() / theirs.abs().max()).item() for mine, theirs in pairs)
+    return max(((first - second).abs().max() / second.abs().max()).item() for first, second in pairs)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the convolutional feature encoder.")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's")
-    parser.add_argument("--batch", type=int, default=4, help="utterances")
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of each")
-    parser.add_argument("--repeats", type=int, default=10, help="timed runs of each form")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's (%(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="number of utterances (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each utterance (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs of each form (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     waveforms = torch.randn(options.batch, int(options.seconds * SAMPLING_RATE), device=device)
     difference = largest_difference(encoder, waveforms)
     if not difference <= TOLERANCE:
-        sys.exit(f"Not timed, because it is wrong: the forms differ by {difference:.1e} of the largest value.")
+        sys.exit(f"Nothing was timed: the forms differ by {difference:.1e} of the largest value.")
 
     forms = {name: partial(forward_backward, form, encoder, waveforms) for name, form in FORMS.items()}
     times = time_in_turn(forms, options.repeats, device)
@@ -82,8 +84,8 @@ def main(argv: Sequence[str]) -> None:
     print("| form | median (s) | min | max |\n|---|---|---|---|")
     for name, seconds in times.items():
         print(f"| {name} | {statistics.median(seconds):.3f} | {min(seconds):.3f} | {max(seconds):.3f} |")
-    ratio = statistics.median(times["usual"]) / statistics.median(times["pieces"])
-    print(f"\nusual / pieces: {ratio:.2f}")
+    ratio = statistics.median(times["plain"]) / statistics.median(times["fast"])
+    print(f"\nplain / fast: {ratio:.2f}")
 
 
 if __name__ == "__main__":

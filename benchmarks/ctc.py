@@ -1,12 +1,12 @@
 """
-How long does a fine-tuning step for recognition take, beside `Data2VecAudioForCTC` of transformers?
+Time a CTC fine-tuning step, compared with `Data2VecAudioForCTC` of transformers.
 
     python benchmarks/ctc.py --size base --batch 4 --shortest 3 --longest 8 --repeats 5 --threads 2
 
-A step is forward, CTC loss, backward and AdamW on a padded batch of random labels, with dropout and masks as
-configured for both alike; the convolutions are frozen, as in the paper's protocol, unless `--train_convolutions`.
-Contestants are processes of their own that take turns. Before, loss and gradients without dropout must be the same as
-the peer's for each utterance alone, or nothing is timed.
+A step is forward, CTC loss, backward and AdamW on a padded batch with random labels. Both models have the same dropout
+and masks; the convolutions are frozen, as in the paper's protocol, unless `--train_convolutions`. Each contestant runs
+in its own process, and they take turns. Nothing is timed unless our loss and gradients without dropout equal those of
+the baseline on each utterance alone.
 """
 
 import argparse
@@ -24,16 +24,16 @@ from contest import (
     print_times,
     serve,
 )
-from extract import SAMPLING_RATE, make_batch, num_samples, peer_config
+from extract import SAMPLING_RATE, baseline_config, make_batch, num_samples
 from transformers import Data2VecAudioConfig, Data2VecAudioForCTC
 
 from dinosr_hf import DinoSRForCTC
 
 VOCABULARY = 32
 CHARACTERS_PER_SECOND = 14  # of LibriSpeech
-# Relative; measured with base, 3 x 1 to 4 s: 5e-8.
+# Relative to the loss. Measured with the base model and 3 utterances of 1 to 4 s: 5e-8.
 LOSS_TOLERANCE = 1e-4
-# Of the norm of each parameter's gradient; measured likewise: 2e-5.
+# Relative to the norm of each parameter's gradient. Measured in the same way: 2e-5.
 GRADIENT_TOLERANCE = 1e-3
 
 DROPOUTS = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout")
@@ -42,18 +42,18 @@ Recogniser = DinoSRForCTC | Data2VecAudioForCTC
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = contest_parser("Time a step of fine-tuning for recognition.", batch=4, repeats=5)
+    parser = contest_parser(__doc__, batch=4, repeats=5)
     parser.add_argument("--shortest", type=float, default=3.0, help="seconds of the shortest, at least 0.5")
-    parser.add_argument("--longest", type=float, default=8.0, help="seconds; the lengths are spread evenly")
-    parser.add_argument("--train_convolutions", action="store_true", help="instead of freezing them")
+    parser.add_argument("--longest", type=float, default=8.0, help="seconds of the longest; lengths are spaced evenly")
+    parser.add_argument("--train_convolutions", action="store_true", help="train the convolutions too")
     options = parse_contest(parser, argv, smallest_batch=1)
     if not 0.5 <= options.shortest <= options.longest:
-        parser.error("--shortest must be at least 0.5 and at most --longest.")
+        parser.error(f"--shortest={options.shortest:g} must be between 0.5 and --longest={options.longest:g}.")
     return options
 
 
 def make_recogniser(name: str, options: argparse.Namespace, device: torch.device, **changes: float) -> Recogniser:
-    """One of the two with what both are configured by: dropouts, masks, layerdrop, and the mean over labels."""
+    """Build one of the two models, with the same dropout, masks, layerdrop and loss reduction for both."""
     torch.manual_seed(0)
     config = model_config(options.size)
     names = [*DROPOUTS, "layerdrop", "mask_time_prob", "mask_time_length", "apply_spec_augment"]
@@ -63,7 +63,7 @@ def make_recogniser(name: str, options: argparse.Namespace, device: torch.device
     if name == "ours":
         model: Recogniser = ours
     else:
-        theirs = peer_config(Data2VecAudioConfig, config).to_diff_dict()
+        theirs = baseline_config(Data2VecAudioConfig, config).to_diff_dict()
         model = Data2VecAudioForCTC(Data2VecAudioConfig(**{**theirs, **both}))
         weights = {key.replace("dinosr.", "data2vec_audio."): value for key, value in ours.state_dict().items()}
         model.load_state_dict(weights)
@@ -73,19 +73,19 @@ def make_recogniser(name: str, options: argparse.Namespace, device: torch.device
 
 
 def make_labels(options: argparse.Namespace, device: torch.device) -> torch.Tensor:
-    """Random (B, L), none the blank, as many as people speak; -100 behind."""
+    """Return random labels (B, L) without blanks, at the rate of speech, padded with -100."""
     lengths = (num_samples(options) / SAMPLING_RATE * CHARACTERS_PER_SECOND).long()
     labels = torch.randint(
         1, VOCABULARY, (len(lengths), int(lengths.max())), generator=torch.Generator().manual_seed(0)
     )
-    behind = torch.arange(labels.shape[1]) >= lengths[:, None]
-    return labels.masked_fill(behind, -100).to(device)
+    is_padding = torch.arange(labels.shape[1]) >= lengths[:, None]
+    return labels.masked_fill(is_padding, -100).to(device)
 
 
-def complaints(options: argparse.Namespace, device: torch.device) -> list[str]:
-    """What is wrong with our loss and gradients: nothing, it is hoped."""
-    quiet = {**dict.fromkeys([*DROPOUTS, "layerdrop"], 0.0), "apply_spec_augment": False}
-    ours, theirs = (make_recogniser(name, options, device, **quiet) for name in ("ours", "data2vec"))
+def find_errors(options: argparse.Namespace, device: torch.device) -> list[str]:
+    """Compare our loss and gradients with the baseline's; return what differs."""
+    without_dropout = {**dict.fromkeys([*DROPOUTS, "layerdrop"], 0.0), "apply_spec_augment": False}
+    ours, theirs = (make_recogniser(name, options, device, **without_dropout) for name in ("ours", "data2vec"))
     waveforms, mask = make_batch(options, device)
     labels = make_labels(options, device)
     loss = ours(waveforms, attention_mask=mask, labels=labels).loss
@@ -103,8 +103,8 @@ def complaints(options: argparse.Namespace, device: torch.device) -> list[str]:
         right = gradients[name]
         if right is None or parameter.grad is None:
             if right is not parameter.grad:
-                found.append(f"one of the two has no gradient of {name}")
-        # The key's bias has no gradient but by rounding: it moves all scores of a query alike.
+                found.append(f"only one of the models has a gradient of {name}")
+        # The bias of the keys adds the same to all scores of a query: its gradient is zero but for rounding.
         elif not name.endswith("k_proj.bias"):
             difference = ((parameter.grad - right).norm() / right.norm()).item()
             if not difference <= GRADIENT_TOLERANCE:
@@ -134,8 +134,8 @@ def main(argv: Sequence[str]) -> None:
     if options.serve:
         run_contestant(options, device)
         return
-    if found := complaints(options, device):
-        sys.exit("Not timed, because it is wrong: " + "; ".join(found))
+    if errors := find_errors(options, device):
+        sys.exit("Nothing was timed: " + "; ".join(errors))
     found = compete(__file__, ["ours", "data2vec"], argv, options.repeats)
     print(headline(device, options.threads, "transformers", precision="bf16" if options.bf16 else "float32"))
     audio = num_samples(options).sum().item() / SAMPLING_RATE

@@ -1,11 +1,11 @@
 """
-How fast and how large is a recogniser in PyTorch, in onnxruntime, and there with int8 weights?
+Compare speed and size of a recogniser in PyTorch, in onnxruntime, and in onnxruntime with int8 weights.
 
     python benchmarks/deploy.py --size base --seconds 10 --repeats 5 --threads 1
 
-Weights are random, speech is noise: times and sizes are those of a trained model, and the differences of outputs show
-the arithmetic's error, but no word error rate. The forms are timed in turn; before, the float32 network must give
-torch's output, or nothing is timed.
+Weights are random and speech is noise: times and sizes are those of a trained model, and the differences of the
+outputs show numerical errors, but not word error rates. The three forms are timed in turn. Nothing is timed unless the
+output of the float32 network equals torch's.
 """
 
 import argparse
@@ -23,33 +23,33 @@ import transformers
 from contest import SAMPLING_RATE, SIZES, headline, model_config
 
 from dinosr_hf import DinoSRForCTC
-from dinosr_hf.hub.export import FolderModel, TorchModel, compare, export_onnx, load_onnx, quantize_onnx
+from dinosr_hf.hub.export import FolderModel, OnnxModel, TorchModel, compare, export_onnx, quantize_onnx
 from dinosr_hf.utils.model_folder import feature_extractor
 
-# Measured with base: 6e-6.
+# Measured with the base model: 6e-6.
 TOLERANCE = 1e-4
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time a recogniser in PyTorch and in onnxruntime.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of the utterance, at least 0.1")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each form")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed runs of each form")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads")
     options = parser.parse_args(argv)
     if options.seconds < 0.1 or options.repeats < 1 or options.threads < 1:
-        parser.error("--seconds must be at least 0.1, --repeats and --threads 1.")
+        parser.error("--seconds must be at least 0.1, --repeats and --threads at least 1.")
     return options
 
 
 def save_model(size: str, folder: Path) -> None:
-    """A recogniser of random weights with a vocabulary of 32 signs."""
+    """Save a recogniser with random weights and a vocabulary of 32 characters."""
     torch.manual_seed(0)
     model = DinoSRForCTC(model_config(size))
     model.save_pretrained(folder)
-    signs = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
-    (folder / "signs.json").write_text(json.dumps({sign: number for number, sign in enumerate(signs)}))
-    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(folder / "signs.json"))
+    labels = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
+    (folder / "labels.json").write_text(json.dumps({label: number for number, label in enumerate(labels)}))
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(folder / "labels.json"))
     transformers.Wav2Vec2Processor(feature_extractor(), tokenizer).save_pretrained(folder)
 
 
@@ -65,13 +65,13 @@ def main(argv: Sequence[str]) -> None:
         quantize_onnx(folder / "onnx", folder / "int8")
         models: dict[str, FolderModel] = {
             "torch": TorchModel(folder / "torch"),
-            "onnx": load_onnx(folder / "onnx", num_threads=options.threads),
-            "onnx int8": load_onnx(folder / "int8", num_threads=options.threads),
+            "onnx": OnnxModel(folder / "onnx", num_threads=options.threads),
+            "onnx int8": OnnxModel(folder / "int8", num_threads=options.threads),
         }
         found = {name: compare(models["torch"], model, [waveform]) for name, model in models.items()}
     if not found["onnx"].max_difference <= TOLERANCE:
         difference = found["onnx"].max_difference
-        sys.exit(f"Not timed, because it is wrong: the network's output differs from torch's by {difference:.1e}")
+        sys.exit(f"Nothing was timed: the network's output differs from torch's by {difference:.1e}")
 
     times: dict[str, list[float]] = {name: [] for name in models}
     cpu_times: dict[str, list[float]] = {name: [] for name in models}
@@ -94,9 +94,9 @@ def main(argv: Sequence[str]) -> None:
             f" {comparison.max_difference:.1e} | {comparison.changed_decisions:.1%} |"
         )
     print()
-    for clock, measured in (("by the clock", times), ("in CPU seconds, which other programs change less", cpu_times)):
-        middle = {name: statistics.median(seconds) for name, seconds in measured.items()}
-        ratios = (f"torch / {name}: {middle['torch'] / middle[name]:.2f}" for name in list(middle)[1:])
+    for clock, measured in (("wall time", times), ("CPU time, which depends less on other programs", cpu_times)):
+        medians = {name: statistics.median(seconds) for name, seconds in measured.items()}
+        ratios = (f"torch / {name}: {medians['torch'] / medians[name]:.2f}" for name in list(medians)[1:])
         print(f"{', '.join(ratios)} ({clock})")
 
 

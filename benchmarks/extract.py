@@ -1,12 +1,12 @@
 """
-How long do units and features of a batch of unequal lengths take, beside models of transformers and package spidr?
+Time features and units of a padded batch, compared with models of transformers and the package spidr.
 
     python benchmarks/extract.py --size base --batch 8 --shortest 2 --longest 12 --repeats 5 --threads 2
 
-Contestants are processes of their own that take turns, in evaluation mode, on the same padded batch with its
-attention mask. Features: `ours`, `data2vec` and `hubert` (transformers, the same sizes), `spidr` (the outputs of all
-layers). Units of layer 5 by the student's head: `ours units`, `spidr units`; by the teacher: `ours teacher`. Before,
-our features must be those of `Data2VecAudioModel` with our weights on each utterance alone, or nothing is timed.
+Each contestant runs in its own process, in evaluation mode, and they take turns on the same padded batch with its
+attention mask. Features: `ours`, `data2vec` and `hubert` (transformers, the same sizes), `spidr` (outputs of all
+layers). Units of layer 5: `ours units` and `spidr units` by the student's head, `ours teacher` by the teacher. Nothing
+is timed unless our features equal those of `Data2VecAudioModel` with our weights on each utterance alone.
 """
 
 import argparse
@@ -30,38 +30,51 @@ from transformers import Data2VecAudioConfig, Data2VecAudioModel, HubertConfig, 
 
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 
-# Outputs of the last layer are about 1; measured with base, 3 x 1 to 4 s: 9e-6.
+# Outputs of the last layer are about 1. Measured with the base model and 3 utterances of 1 to 4 s: 9e-6.
 TOLERANCE = 1e-3
 OURS = ("ours", "ours units", "ours teacher")
 BASELINES = ("data2vec", "hubert", "spidr", "spidr units")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = contest_parser("Time features and units of a padded batch.", batch=8, repeats=5)
-    parser.add_argument("--shortest", type=float, default=2.0, help="seconds of the shortest, at least 0.5")
-    parser.add_argument("--longest", type=float, default=12.0, help="seconds; the lengths are spread evenly")
-    parser.add_argument("--peers", nargs="+", choices=BASELINES, default=["data2vec", "hubert"])
+    parser = contest_parser(__doc__, batch=8, repeats=5)
+    parser.add_argument(
+        "--shortest", type=float, default=2.0, help="seconds of the shortest, at least 0.5 (%(default)s)"
+    )
+    parser.add_argument(
+        "--longest",
+        type=float,
+        default=12.0,
+        help="seconds of the longest; lengths are spaced evenly (%(default)s)",
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=BASELINES,
+        default=["data2vec", "hubert"],
+        help="baselines to compare with (%(default)s)",
+    )
     options = parse_contest(parser, argv, smallest_batch=1)
     if not 0.5 <= options.shortest <= options.longest:
-        parser.error("--shortest must be at least 0.5 and at most --longest.")
+        parser.error(f"--shortest={options.shortest:g} must be between 0.5 and --longest={options.longest:g}.")
     return options
 
 
 def num_samples(options: argparse.Namespace) -> torch.Tensor:
-    """Of each utterance, int64 (B,)."""
+    """Return the length of each utterance, int64 (B,)."""
     return (torch.linspace(options.shortest, options.longest, options.batch) * SAMPLING_RATE).long()
 
 
 def make_batch(options: argparse.Namespace, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise (B, S), zero where the attention mask (B, S) is."""
+    """Return noise (B, S), zero in the padding, and the attention mask (B, S)."""
     lengths = num_samples(options)
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     waveforms = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)) * mask
     return waveforms.to(device), mask.to(device)
 
 
-def peer_config(kind: type, config: DinoSRConfig) -> Data2VecAudioConfig | HubertConfig:
-    """Of the same sizes."""
+def baseline_config(kind: type, config: DinoSRConfig) -> Data2VecAudioConfig | HubertConfig:
+    """Return a baseline's configuration with the same sizes."""
     names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_dim"]
     names += ["conv_kernel", "conv_stride", "conv_bias", "num_conv_pos_embedding_groups"]
     sizes = {name: getattr(config, name) for name in names}
@@ -70,8 +83,8 @@ def peer_config(kind: type, config: DinoSRConfig) -> Data2VecAudioConfig | Huber
     return kind(**sizes)
 
 
-def frames_of(config: DinoSRConfig, mask: torch.Tensor) -> torch.Tensor:
-    """attention_mask (B, S) to bool (B, T)."""
+def frame_mask(config: DinoSRConfig, mask: torch.Tensor) -> torch.Tensor:
+    """Return the frame mask, bool (B, T), for an attention mask (B, S)."""
     num_frames = config.num_frames(mask.sum(dim=1))
     return torch.arange(int(num_frames.max()), device=mask.device) < num_frames[:, None]
 
@@ -79,7 +92,7 @@ def frames_of(config: DinoSRConfig, mask: torch.Tensor) -> torch.Tensor:
 def make_contestant(
     name: str, options: argparse.Namespace, device: torch.device
 ) -> Callable[[torch.Tensor, torch.Tensor], object]:
-    """A function of waveforms and attention mask."""
+    """Return a function that runs the contestant on waveforms and attention mask."""
     torch.manual_seed(0)
     config = model_config(options.size)
     if name in OURS:
@@ -90,36 +103,36 @@ def make_contestant(
         source = "student" if name == "ours units" else "teacher"
         return lambda waveforms, mask: model.encode_units(waveforms, mask, layer=layer, source=source)
     if name.startswith("spidr"):
-        from spidr.config import DinoSRConfig as PeerConfig  # type: ignore[import-not-found]
+        from spidr.config import DinoSRConfig as SpidrConfig  # type: ignore[import-not-found]
         from spidr.models import DinoSR
 
-        peer = DinoSR(PeerConfig()).to(device).eval()
-        get = peer.get_codebooks if name == "spidr units" else peer.get_intermediate_outputs
-        return lambda waveforms, mask: get(waveforms, attention_mask=frames_of(config, mask)[:, None, None])
+        spidr_model = DinoSR(SpidrConfig()).to(device).eval()
+        encode = spidr_model.get_codebooks if name == "spidr units" else spidr_model.get_intermediate_outputs
+        return lambda waveforms, mask: encode(waveforms, attention_mask=frame_mask(config, mask)[:, None, None])
     kind, build = (Data2VecAudioConfig, Data2VecAudioModel) if name == "data2vec" else (HubertConfig, HubertModel)
-    other = build(peer_config(kind, config)).to(device).eval()
-    return lambda waveforms, mask: other(waveforms, attention_mask=mask).last_hidden_state
+    baseline = build(baseline_config(kind, config)).to(device).eval()
+    return lambda waveforms, mask: baseline(waveforms, attention_mask=mask).last_hidden_state
 
 
 @torch.no_grad()
-def complaints(options: argparse.Namespace, device: torch.device) -> list[str]:
-    """What is wrong with our features: nothing, it is hoped."""
+def find_errors(options: argparse.Namespace, device: torch.device) -> list[str]:
+    """Return what is wrong with our features; an empty list if nothing is."""
     torch.manual_seed(0)
     config = model_config(options.size)
     ours = DinoSRForPreTraining(config).dinosr.to(device).eval()
-    theirs = Data2VecAudioModel(peer_config(Data2VecAudioConfig, config)).to(device).eval()
+    theirs = Data2VecAudioModel(baseline_config(Data2VecAudioConfig, config)).to(device).eval()
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
     if missing or unexpected:
-        return [f"the peer has other weights: {missing}, {unexpected}"]
+        return [f"Data2VecAudioModel has different weights: missing {missing}, unexpected {unexpected}"]
     waveforms, mask = make_batch(options, device)
     features = ours(waveforms, mask).last_hidden_state
-    found = []
+    errors = []
     for row, length in enumerate(num_samples(options).tolist()):
         alone = theirs(waveforms[row : row + 1, :length]).last_hidden_state[0]
         difference = (features[row, : len(alone)] - alone).abs().max().item()
         if not difference <= TOLERANCE:
-            found.append(f"features of utterance {row} differ by {difference:.1e} from those of it alone")
-    return found
+            errors.append(f"features of utterance {row} differ by {difference:.1e} from those of the utterance alone")
+    return errors
 
 
 def run_contestant(options: argparse.Namespace, device: torch.device) -> None:
@@ -140,10 +153,10 @@ def main(argv: Sequence[str]) -> None:
     if options.serve:
         run_contestant(options, device)
         return
-    require_spidr([peer.split()[0] for peer in options.peers], options.size)
-    if found := complaints(options, device):
-        sys.exit("Not timed, because it is wrong: " + "; ".join(found))
-    found = compete(__file__, [*OURS, *options.peers], argv, options.repeats)
+    require_spidr([name.split()[0] for name in options.peers], options.size)
+    if errors := find_errors(options, device):
+        sys.exit("Nothing was timed: " + "; ".join(errors))
+    results = compete(__file__, [*OURS, *options.peers], argv, options.repeats)
     packages = ["transformers", *(["spidr"] if {"spidr", "spidr units"} & {*options.peers} else [])]
     print(headline(device, options.threads, *packages, precision="bf16" if options.bf16 else "float32"))
     seconds = num_samples(options) / SAMPLING_RATE
@@ -153,7 +166,7 @@ def main(argv: Sequence[str]) -> None:
         f"{options.size}: {options.batch} utterances of {options.shortest:g} to {options.longest:g} s in a batch,"
         f" {padding:.0%} of it padding; {options.repeats} runs of each in turn\n"
     )
-    print_times(found, audio)
+    print_times(results, audio)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """
-Is pre-training worth it? The same model, pre-trained and from scratch, fine-tuned on little labelled speech.
+Compare a pre-trained model with random weights, fine-tuned on little labelled speech.
 
     python benchmarks/few_labels.py --output_dir runs/few_labels
 
 For each seed it pre-trains the tiny model on synthetic sentences, then fine-tunes it, and the same model with random
-weights, on about one and ten minutes of transcribed digits through examples/finetune_ctc.py, and prints word error
-rates on held-out voices. The seed decides corpus, voices, weights and order. Runs that are there are not made again.
+weights, on about one and ten minutes of transcribed digits with examples/finetune_ctc.py, and prints word error rates
+on held-out voices. The seed determines corpus, voices, weights and order. Finished runs are not repeated.
 """
 
 import argparse
@@ -18,35 +18,39 @@ from pathlib import Path
 import numpy as np
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-# About 2.3 s of speech each.
+# Of about 2.3 s each.
 UTTERANCES = {"1 minute": 26, "10 minutes": 260}
 STARTS = {"pre-trained": [], "from scratch": ["--from_scratch", "true", "--freeze_steps", "0"]}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/few_labels", help="folder of all runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pretraining_steps", type=int, default=600)
-    parser.add_argument("--max_steps", type=int, default=1_200, help="updates of fine-tuning, the same for all")
-    parser.add_argument("--scratch_learning_rates", type=float, nargs="+", default=[1e-3])
+    parser.add_argument(
+        "--output_dir", default="runs/few_labels", help="path to the folder for all runs (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run for each (%(default)s)")
+    parser.add_argument("--pretraining_steps", type=int, default=600, help="number of updates (%(default)s)")
+    parser.add_argument("--max_steps", type=int, default=1_200, help="number of updates of fine-tuning (%(default)s)")
+    parser.add_argument(
+        "--scratch_learning_rates", type=float, nargs="+", default=[1e-3], help="for random weights (%(default)s)"
+    )
     return parser.parse_args(argv)
 
 
-def command(script: str, *flags: str | Path) -> None:
+def run_script(script: str, *flags: str | Path) -> None:
     subprocess.run([sys.executable, str(EXAMPLES / script), *map(str, flags)], check=True)
 
 
 def pretrained(folder: Path, seed: int, steps: int) -> Path:
     out = folder / f"pretrained-{seed}"
     if not (out / "model.safetensors").exists():
-        command("pretrain.py", "--output_dir", out, "--seed", str(seed), "--max_steps", str(steps))
+        run_script("pretrain.py", "--output_dir", out, "--seed", str(seed), "--max_steps", str(steps))
     return out
 
 
 def word_error_rate(out: Path, flags: Sequence[str | Path]) -> float:
     if not (out / "run.json").exists():
-        command("finetune_ctc.py", EXAMPLES / "configs" / "ctc_tiny.yaml", "--output_dir", out, *flags)
+        run_script("finetune_ctc.py", EXAMPLES / "configs" / "ctc_tiny.yaml", "--output_dir", out, *flags)
     figures = json.loads((out / "run.json").read_text(encoding="utf-8"))["evaluation"]
     return next(figure["wer"] for figure in figures if figure["split"] == "test")
 
@@ -68,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     name = f"{start}-{labels}-{rate}-{seed}".replace(" ", "_")
                     found.append(word_error_rate(folder / name, flags))
                 cells = " | ".join(f"{wer:.1%}" for wer in found)
-                named = start if start == "pre-trained" else f"{start}, learning rate {rate:g}"
-                print(f"| {labels} | {named} | {cells} | {np.mean(found):.1%} |", flush=True)
+                described = start if start == "pre-trained" else f"{start}, learning rate {rate:g}"
+                print(f"| {labels} | {described} | {cells} | {np.mean(found):.1%} |", flush=True)
 
 
 if __name__ == "__main__":

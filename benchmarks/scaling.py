@@ -1,12 +1,11 @@
 """
-How do time and memory of a training step grow: with the batch, seconds, layers, codewords, processes?
+Measure how time and memory of a training step grow with batch, seconds, layers, codewords and processes.
 
     python benchmarks/scaling.py --size base --seconds 4 --repeats 3 --threads 2 --axes batch seconds layers codewords
 
-Along each axis all else stays; each value is a process of its own, and they take steps in turn. Before, what
-`train_step.py` checks must hold, or nothing is timed. Beside the time stand the operations, counted, both relative to
-the first value: time should grow no faster. Along `processes` batch and threads are shared by all of them (gloo on
-CPUs, nccl on GPUs).
+One axis changes at a time. Each value runs in its own process, and they take steps in turn. Nothing is timed unless
+the checks of `train_step.py` hold. The table has the time and the counted operations relative to the first value: time
+should grow no faster. Along `processes`, all processes share batch and threads (gloo on CPUs, nccl on GPUs).
 """
 
 import argparse
@@ -19,10 +18,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from contest import choose_device, compete, contest_parser, headline, parse_contest, serve
+from contest import CountOperations, choose_device, compete, contest_parser, headline, parse_contest, serve
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
-from train_step import complaints, make_inputs, our_step
+from train_step import find_errors, make_inputs, our_step
 
 AXES = {
     "batch": (1, 2, 4, 8),
@@ -35,18 +33,20 @@ ENVIRONMENT = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = contest_parser("Time a training step along axes.", batch=4, repeats=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of each, where the axis is another")
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser = contest_parser(__doc__, batch=4, repeats=5)
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="length of an utterance along the other axes (%(default)s)"
+    )
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what to vary (all)")
+    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     options = parse_contest(parser, argv, smallest_batch=2)
     if options.seconds < 0.5:
-        parser.error("--seconds must be at least 0.5.")
+        parser.error(f"--seconds={options.seconds:g} must be at least 0.5.")
     return options
 
 
 def at(options: argparse.Namespace, axis: str, value: int) -> tuple[argparse.Namespace, dict[str, int]]:
-    """Options and changes of the configuration at a value of an axis."""
+    """Return the options and the changes of the configuration at a value of an axis."""
     options = copy.copy(options)
     if axis in ("batch", "seconds"):
         setattr(options, axis, value)
@@ -55,7 +55,7 @@ def at(options: argparse.Namespace, axis: str, value: int) -> tuple[argparse.Nam
 
 
 def rank_step(rank: int, world_size: int, port: int, options: argparse.Namespace) -> Callable[..., bool]:
-    """A step of one of several processes, with its share of the batch, if the first is told to go on and says so."""
+    """Return a function that takes a step of one of several processes, or ends, as the first process decides."""
     os.environ |= dict(zip(ENVIRONMENT, ("127.0.0.1", str(port), str(rank), str(world_size)), strict=True))
     device = choose_device(max(1, options.threads // world_size))
     if device.type == "cuda":
@@ -68,15 +68,15 @@ def rank_step(rank: int, world_size: int, port: int, options: argparse.Namespace
 
     def step_together(go: bool = True) -> bool:
         dist.broadcast(signal.fill_(go), 0)
-        if is_told := bool(signal):
+        if goes_on := bool(signal):
             step()
-        return is_told
+        return goes_on
 
     return step_together
 
 
 def follow(rank: int, world_size: int, port: int, options: argparse.Namespace) -> None:
-    """A further process: it takes a step whenever the first does."""
+    """Take a step in a further process whenever the first process does."""
     step = rank_step(rank, world_size, port, options)
     while step():
         pass
@@ -98,16 +98,16 @@ def run_contestant(options: argparse.Namespace) -> None:
             start(target=follow, args=(rank, world_size, port, here), daemon=True).start()
         step = rank_step(0, world_size, port, here)
         device = choose_device(max(1, options.threads // world_size))
-    with FlopCounterMode(display=False) as counter:
+    with CountOperations() as counter:
         step()
-    operations = counter.get_total_flops() * world_size
+    operations = counter.total * world_size
 
-    def about() -> dict[str, int]:
+    def summarize() -> dict[str, int]:
         if world_size > 1:
             step(False)
         return {"operations": operations}
 
-    serve(step, device, about)
+    serve(step, device, summarize)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -116,11 +116,11 @@ def main(argv: Sequence[str]) -> None:
         run_contestant(options)
         return
     device = choose_device(options.threads)
-    if found := complaints(options.size, *make_inputs(options, device)):
-        sys.exit("Not timed, because it is wrong: " + "; ".join(found))
+    if found := find_errors(options.size, *make_inputs(options, device)):
+        sys.exit("Nothing was timed: " + "; ".join(found))
     print(headline(device, options.threads, "transformers", precision="bf16" if options.bf16 else "float32"))
-    print(f"{options.size}: {options.batch} x {options.seconds:g} s where not said; {options.repeats} steps in turn\n")
-    print("| axis | value | median (s) | min | max | time | operations | time an operation | peak GiB |")
+    print(f"{options.size}: {options.batch} x {options.seconds:g} s unless varied; {options.repeats} steps in turn\n")
+    print("| axis | value | median (s) | min | max | time | operations | time per operation | peak GiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for axis in options.axes:
         names = {f"{axis}={value}": value for value in AXES[axis]}

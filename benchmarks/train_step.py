@@ -1,12 +1,12 @@
 """
-How long does an optimizer step of pre-training take: student, teacher, loss, backward, AdamW, codebooks, average?
+Time an optimizer step of pre-training: student, teacher, loss, backward pass, AdamW, codebooks and EMA.
 
     python benchmarks/train_step.py --size base --batch 4 --seconds 5 --repeats 5 --threads 2 --peers spidr
 
-Before anything is timed, eager and sdpa attention must give the same loss, and two halves of a batch the same
-codebooks as the whole. Then each contestant is a process of its own, and they take steps in turn. Peers: `spidr`,
-Meta's package (`pip install spidr`, Python 3.12; its licence is CC BY-NC 4.0), with its own optimizer; `conv1d`, our
-model with transformers' Data2VecAudio convolutions in place of ours; `eager`, ours with eager attention.
+Nothing is timed unless eager and sdpa attention give the same loss, and two halves of a batch the same codebooks as
+the whole batch. Each contestant runs in its own process, and they take steps in turn. Baselines: `spidr`, Meta's
+package (`pip install spidr`, Python 3.12; its licence is CC BY-NC 4.0), with its own optimizer; `conv1d`, our model
+with transformers' Data2VecAudio convolutions; `eager`, our model with eager attention.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from contest import (
     SAMPLING_RATE,
+    CountOperations,
     choose_device,
     compete,
     contest_parser,
@@ -30,17 +31,16 @@ from contest import (
     serve,
     wait_for,
 )
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.data2vec.modeling_data2vec_audio import Data2VecAudioConfig, Data2VecAudioFeatureEncoder
 
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 
 # Losses are a few nats; kernels differ by about 1e-5 (tests/tolerances.py).
 LOSS_TOLERANCE = 1e-4
-# Of the norm. A frame between two codewords may change sides by rounding, a wrong update moves many.
+# Relative to the norm. Rounding may move a frame between two codewords; a wrong update moves many.
 CODEBOOK_TOLERANCE = 1e-2
 MASKED_SHARE = 0.57
-# Names of torch's operations, by what they do; the first that fits counts.
+# Name of a part -> words in the names of torch's operations. The first part that matches counts.
 PARTS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "linear"),
     "attention": ("attention", "softmax"),
@@ -54,12 +54,20 @@ PARTS = {
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = contest_parser(__doc__, batch=4, repeats=10)
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of each, at least 0.5")
-    parser.add_argument("--compile", action="store_true", help="torch.compile all contestants")
-    parser.add_argument("--peers", nargs="+", choices=("spidr", "conv1d", "eager"), default=["eager"])
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="length of an utterance, at least 0.5 (%(default)s)"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile all contestants with torch.compile")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=("spidr", "conv1d", "eager"),
+        default=["eager"],
+        help="baselines to compare with (%(default)s)",
+    )
     options = parse_contest(parser, argv, smallest_batch=2)
     if options.seconds < 0.5:
-        parser.error("--seconds must be at least 0.5.")
+        parser.error(f"--seconds={options.seconds:g} must be at least 0.5.")
     return options
 
 
@@ -72,7 +80,7 @@ def make_model(size: str, attention: str, device: torch.device, **changes: Any) 
 
 
 def make_inputs(options: argparse.Namespace, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise (B, S) and a mask (B, T), the same for all; each utterance has as many masked frames."""
+    """Return noise (B, S) and a mask (B, T) with equally many masked frames per utterance, the same at each call."""
     generator = torch.Generator().manual_seed(0)
     waveforms = torch.randn(options.batch, int(options.seconds * SAMPLING_RATE), generator=generator)
     num_frames = model_config(options.size).num_frames(waveforms.shape[1])
@@ -81,8 +89,8 @@ def make_inputs(options: argparse.Namespace, device: torch.device) -> tuple[torc
     return waveforms.to(device), mask.to(device)
 
 
-def without_noise(model: DinoSRForPreTraining) -> DinoSRForPreTraining:
-    """In training mode, so that the codebooks learn, but with neither dropout nor layerdrop."""
+def disable_dropout(model: DinoSRForPreTraining) -> DinoSRForPreTraining:
+    """Set training mode, so that codebooks are updated, without dropout and layerdrop."""
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -93,30 +101,30 @@ def without_noise(model: DinoSRForPreTraining) -> DinoSRForPreTraining:
     return model
 
 
-def complaints(size: str, waveforms: torch.Tensor, mask: torch.Tensor) -> list[str]:
-    """What is wrong with the step: nothing, it is hoped."""
+def find_errors(size: str, waveforms: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    """Return what is wrong with the step; an empty list if nothing is."""
     losses, models = {}, {}
     for attention in ("eager", "sdpa"):
-        models[attention] = without_noise(make_model(size, attention, waveforms.device))
+        models[attention] = disable_dropout(make_model(size, attention, waveforms.device))
         losses[attention] = models[attention](waveforms, mask_time_indices=mask).loss.item()
-    halves = without_noise(make_model(size, "sdpa", waveforms.device))
+    halves = disable_dropout(make_model(size, "sdpa", waveforms.device))
     for half, half_mask in zip(waveforms.tensor_split(2), mask.tensor_split(2), strict=True):
         halves(half, mask_time_indices=half_mask)
     whole = models["sdpa"]
     whole.update_targets(1)
     halves.update_targets(1)
-    found = []
+    errors = []
     if not abs(losses["eager"] - losses["sdpa"]) <= LOSS_TOLERANCE:
-        found.append(f"eager and sdpa attention give different losses: {losses}")
-    for name, right in whole.codebooks.named_parameters():
-        difference = (right - halves.codebooks.get_parameter(name)).norm() / right.norm()
+        errors.append(f"eager and sdpa attention give different losses: {losses}")
+    for name, expected in whole.codebooks.named_parameters():
+        difference = (expected - halves.codebooks.get_parameter(name)).norm() / expected.norm()
         if not difference <= CODEBOOK_TOLERANCE:
-            found.append(f"two halves of a batch give other codebooks than the whole: {name} by {difference:.1e}")
-    return found
+            errors.append(f"two halves of a batch give other codebooks than the whole: {name} by {difference:.1e}")
+    return errors
 
 
-class _UsualConvolutions(torch.nn.Module):
-    """transformers' convolutions under our names: the input of each layer is (B, C, T)."""
+class _Data2VecConvolutions(torch.nn.Module):
+    """Wrap transformers' convolutions, whose layers take (B, C, T), in our interface."""
 
     def __init__(self, config: DinoSRConfig) -> None:
         super().__init__()
@@ -135,12 +143,16 @@ def our_step(
     wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model,
     **changes: Any,
 ) -> Callable[[], None]:
-    """A function that takes a step, of a model with changes to its configuration, in what may be wrapped around it."""
+    """
+    Return a function that takes one optimizer step of our model.
+
+    `wrap` is applied to the model, for example by DistributedDataParallel; `changes` override its configuration.
+    """
     model = make_model(options.size, "eager" if name == "eager" else "sdpa", device, **changes).train()
     if name == "conv1d":
-        model.dinosr.feature_extractor = _UsualConvolutions(model.config).to(device)
+        model.dinosr.feature_extractor = _Data2VecConvolutions(model.config).to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # as pretraining does
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # as in pre-training
     waveforms, mask = make_inputs(options, device)
     masked_frames = mask.flatten().nonzero()[:, 0]
     wrapped = wrap(model)
@@ -161,18 +173,18 @@ def our_step(
 
 
 def spidr_step(options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    """The same of package spidr, by its public interface, with the optimizer that it builds itself."""
-    from spidr.config import DinoSRConfig as PeerConfig  # type: ignore[import-not-found]
+    """Return a function that takes one step of spidr's model, by its public interface and with its own optimizer."""
+    from spidr.config import DinoSRConfig as SpidrConfig  # type: ignore[import-not-found]
     from spidr.config import OptimizerConfig
     from spidr.models import DinoSR
     from spidr.optimizer import build_optimizer
 
     torch.manual_seed(0)
-    model = DinoSR(PeerConfig()).to(device).train()
+    model = DinoSR(SpidrConfig()).to(device).train()
     settings = OptimizerConfig(dtype="bfloat16" if options.bf16 else "float32")
     optimizer, _, _ = build_optimizer(model, settings)
     waveforms, mask = make_inputs(options, device)
-    indices = mask.nonzero()[:, 1].view(options.batch, -1)  # it takes the numbers of the masked frames
+    indices = mask.nonzero()[:, 1].view(options.batch, -1)  # spidr takes the indices of the masked frames
     forward = torch.compile(model) if options.compile else model
     taken = 0
 
@@ -190,8 +202,8 @@ def spidr_step(options: argparse.Namespace, device: torch.device) -> Callable[[]
     return step
 
 
-def share_of_parts(step: Callable[[], None]) -> dict[str, float]:
-    """Of the time of a step, by torch's profiler."""
+def profile_parts(step: Callable[[], None]) -> dict[str, float]:
+    """Return the share of a step's time that each part takes, by torch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     is_cuda = torch.cuda.is_available()
     if is_cuda:
@@ -216,20 +228,20 @@ def share_of_parts(step: Callable[[], None]) -> dict[str, float]:
 
 
 def run_contestant(options: argparse.Namespace, device: torch.device) -> None:
-    """In a process of its own; ours also tells where the time goes."""
+    """Serve one contestant in its own process; ours also reports its operations and the time per part."""
     name = options.serve
     step = spidr_step(options, device) if name == "spidr" else our_step(name, options, device)
-    with FlopCounterMode(display=False) if name == "ours" else contextlib.nullcontext() as counter:
+    with CountOperations() if name == "ours" else contextlib.nullcontext() as counter:
         step()
 
     def about() -> Mapping[str, Any]:
-        return {"operations": counter.get_total_flops(), "parts": share_of_parts(step)} if counter else {}
+        return {"operations": counter.total, "parts": profile_parts(step)} if counter else {}
 
     serve(step, device, about)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product, at its fastest."""
+    """Return the operations per second of the fastest of ten large matrix products."""
     size = 8_192 if device.type == "cuda" else 2_048
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = []
@@ -249,7 +261,7 @@ def report(found: dict[str, dict], options: argparse.Namespace, device: torch.de
     print("|---|---|---|---|---|---|---|---|---|")
     for name, one in found.items():
         middle = statistics.median(one["times"])
-        # Each has the same work to do; what ours counts is taken for all.
+        # All do the same work, so our count of operations is used for all.
         speed = found["ours"]["operations"] / middle
         print(
             f"| {name} | {middle:.3f} | {min(one['times']):.3f} | {max(one['times']):.3f} | {audio / middle:.1f}"
@@ -268,8 +280,8 @@ def main(argv: Sequence[str]) -> None:
         run_contestant(options, device)
         return
     require_spidr(options.peers, options.size)
-    if found := complaints(options.size, *make_inputs(options, device)):
-        sys.exit("Not timed, because it is wrong: " + "; ".join(found))
+    if errors := find_errors(options.size, *make_inputs(options, device)):
+        sys.exit("Nothing was timed: " + "; ".join(errors))
     results = compete(__file__, ["ours", *options.peers], argv, options.repeats)
     packages = ["transformers", *(["spidr"] if "spidr" in options.peers else [])]
     print(headline(device, options.threads, *packages, precision="bf16" if options.bf16 else "float32"))

@@ -1,12 +1,12 @@
 """
-How far do units from windows, and units of a live signal, agree with those of whole recordings in one pass?
+Measure how well units of windows and of a live signal agree with those of whole recordings in a single pass.
 
     python benchmarks/unit_agreement.py runs/tiny --layer 3
     python benchmarks/unit_agreement.py runs/base my_talks --layer 5 --sources teacher
 
-Left out, the recordings are synthetic, 16 texts each (extra `demo`). Prints the share of frames with the same unit:
-of all frames, of those within 0.2 s of a seam between windows, of the first 5 s of a stream. Before, a stream of a
-single step must have the units of the whole, or nothing is measured.
+Without INPUT, the recordings are synthetic, with 16 texts each (extra `demo`). Prints the share of frames with the
+same unit: of all frames, of those within 0.2 s of a seam between windows, and of the first 5 s of a stream. Nothing is
+measured unless a stream of a single step gives the units of the whole recording.
 """
 
 import argparse
@@ -23,32 +23,59 @@ from dinosr_hf.data.synthetic import SyntheticCorpus
 from dinosr_hf.inference.windowed import plan_windows
 from dinosr_hf.units import UnitExtractor, UnitStreamer, load_model
 
-WHOLE = 1e6  # seconds
+WHOLE = 1e6  # seconds: longer than any recording
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="folder that pre-training leaves")
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="recordings; left out: synthetic ones")
-    parser.add_argument("--num_recordings", type=int, default=4, help="synthetic ones (%(default)s)")
-    parser.add_argument("--layer", type=int, default=5, help="(%(default)s)")
-    parser.add_argument("--sources", nargs="+", default=["student", "teacher"], choices=["student", "teacher"])
-    parser.add_argument("--windows", type=float, nargs="+", default=[10.0, 30.0], help="seconds (%(default)s)")
-    parser.add_argument("--contexts", type=float, nargs="+", default=[0.0, 0.5, 2.0, 4.0], help="seconds")
-    parser.add_argument("--stream_contexts", type=float, nargs="+", default=[1.0, 5.0, 15.0], help="seconds")
-    parser.add_argument("--lookaheads", type=float, nargs="+", default=[0.0, 0.1, 0.5, 1.0], help="seconds")
-    parser.add_argument("--step_seconds", type=float, default=0.5, help="of a stream (%(default)s)")
+    parser.add_argument("model", metavar="MODEL", help="folder written by pre-training")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="recordings (synthetic ones)")
+    parser.add_argument("--num_recordings", type=int, default=4, help="number of synthetic recordings (%(default)s)")
+    parser.add_argument("--layer", type=int, default=5, help="layer, counted from 1 (%(default)s)")
+    parser.add_argument(
+        "--sources",
+        nargs="+",
+        default=["student", "teacher"],
+        choices=["student", "teacher"],
+        help="networks that give the units (%(default)s)",
+    )
+    parser.add_argument(
+        "--windows", type=float, nargs="+", default=[10.0, 30.0], help="seconds of a window (%(default)s)"
+    )
+    parser.add_argument(
+        "--contexts",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.5, 2.0, 4.0],
+        help="context of a window in seconds, on each side (%(default)s)",
+    )
+    parser.add_argument(
+        "--stream_contexts",
+        type=float,
+        nargs="+",
+        default=[1.0, 5.0, 15.0],
+        help="context of a stream in seconds (%(default)s)",
+    )
+    parser.add_argument(
+        "--lookaheads",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.1, 0.5, 1.0],
+        help="lookahead of a stream in seconds (%(default)s)",
+    )
+    parser.add_argument("--step_seconds", type=float, default=0.5, help="step of a stream (%(default)s)")
     return parser.parse_args(argv)
 
 
-def recordings_of(options: argparse.Namespace) -> SpeechSource:
+def open_inputs(options: argparse.Namespace) -> SpeechSource:
     if options.inputs:
         return open_recordings(options.inputs)
     corpus = SyntheticCorpus(options.num_recordings, seed=1, split="test", noise=False, num_texts=(16, 16))
     return DatasetSource(corpus.to_dataset())
 
 
-def share(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], last: int | None = None) -> float:
+def percent_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], last: int | None = None) -> float:
+    """Return the percentage of equal units, of the first `last` frames of each recording or of all."""
     same = np.concatenate([found[name][:last] == expected[name][:last] for name in expected])
     return 100 * float(same.mean())
 
@@ -56,7 +83,7 @@ def share(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], last: i
 class Study:
     def __init__(self, options: argparse.Namespace, source: str) -> None:
         self.model = load_model(options.model)
-        self.recordings, self.layer, self.source = recordings_of(options), options.layer, source
+        self.recordings, self.layer, self.source = open_inputs(options), options.layer, source
         self.whole = self.windowed(WHOLE, 0.0)
 
     def windowed(self, window_seconds: float, context_seconds: float) -> dict[str, np.ndarray]:
@@ -65,7 +92,7 @@ class Study:
         return {units.id: units.codes[0] for units in extractor.units(self.recordings)}
 
     def at_seams(self, found: dict[str, np.ndarray], window_seconds: float, context_seconds: float) -> float:
-        """Share of frames with the same unit that are within 0.2 s of a seam."""
+        """Return the percentage of frames within 0.2 s of a seam that have the same unit."""
         config, same = self.model.config, []
         frames = SAMPLING_RATE / config.inputs_to_logits_ratio
         for name, codes in self.whole.items():
@@ -87,8 +114,8 @@ class Study:
 
     def check(self) -> None:
         found, _ = self.streamed(step_seconds=WHOLE)
-        if share(found, self.whole) < 99.9:
-            raise SystemExit("A stream of a single step has other units than the whole: nothing is measured.")
+        if percent_equal(found, self.whole) < 99.9:
+            raise SystemExit("Nothing was measured: a stream of a single step has other units than the whole.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -103,14 +130,14 @@ def main(argv: Sequence[str]) -> None:
         for window, context in product(options.windows, options.contexts):
             if 2 * context < window:
                 found = study.windowed(window, context)
-                figures = f"{share(found, study.whole):.1f} | {study.at_seams(found, window, context):.1f}"
+                figures = f"{percent_equal(found, study.whole):.1f} | {study.at_seams(found, window, context):.1f}"
                 print(f"| {window:g} | {context:g} | {figures} |", flush=True)
         print("\n| context, s | lookahead, s | delay, s | level known | same units, % | in the first 5 s, % |")
         print("|---|---|---|---|---|---|")
         for context, lookahead, known in product(options.stream_contexts, options.lookaheads, [False, True]):
             settings = {"context_seconds": context, "lookahead_seconds": lookahead}
             found, delay = study.streamed(known, step_seconds=options.step_seconds, **settings)
-            figures = f"{share(found, study.whole):.1f} | {share(found, study.whole, early):.1f}"
+            figures = f"{percent_equal(found, study.whole):.1f} | {percent_equal(found, study.whole, early):.1f}"
             print(
                 f"| {context:g} | {lookahead:g} | {delay:.2f} | {'yes' if known else 'no'} | {figures} |", flush=True
             )

@@ -1,9 +1,9 @@
 """
-Make a Transformers folder of a public DinoSR checkpoint, without running anything of the file.
+Convert a DinoSR checkpoint to a Transformers folder, without running any code of the file.
 
     python examples/convert_checkpoint.py dinosr.ckpt runs/converted --verify speech.wav
 
-docs/converting.md says which files it takes, and which licences they have.
+docs/converting.md lists the supported files and their licences.
 """
 
 import argparse
@@ -17,19 +17,23 @@ from dinosr_hf.utils.command_line import command
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Convert a checkpoint to a Transformers folder, or back.")
-    parser.add_argument("file", help="checkpoint (.pt, .ckpt) or data2vec folder; with --to, a folder of this package")
-    parser.add_argument("out", help="folder to write; with --to, file")
-    parser.add_argument("--as", dest="as_", choices=("pretraining", "model", "ctc"), help="model: the encoder alone")
-    parser.add_argument("--dictionary", metavar="dict.ltr.txt", help="labels of a recogniser fine-tuned by fairseq")
+    parser.add_argument("file", help="checkpoint (.pt, .ckpt) or data2vec folder; with --to, a DinoSR folder")
+    parser.add_argument("out", help="folder to write; with --to, the checkpoint to write")
+    parser.add_argument(
+        "--as", dest="as_", choices=("pretraining", "model", "ctc"), help="what to convert: model is the encoder alone"
+    )
+    parser.add_argument("--dictionary", metavar="dict.ltr.txt", help="dictionary of a fairseq recogniser")
     parser.add_argument("--config", metavar="config.json", help="configuration of a spidr checkpoint")
-    parser.add_argument("--num_attention_heads", type=int, help="of a spidr checkpoint without a configuration")
-    parser.add_argument("--objective", choices=("dinosr", "spidr"), default="dinosr", help="of a spidr checkpoint")
+    parser.add_argument("--num_attention_heads", type=int, help="for a spidr checkpoint without --config")
+    parser.add_argument(
+        "--objective", choices=("dinosr", "spidr"), default="dinosr", help="objective of a spidr checkpoint"
+    )
     parser.add_argument("--license", help="licence of the weights for the card, such as cc-by-nc-4.0")
     parser.add_argument("--to", choices=("fairseq",), help="write the authors' layout instead")
-    parser.add_argument("--verify", metavar="AUDIO", help="print how a recording spreads over the codewords")
+    parser.add_argument("--verify", metavar="AUDIO", help="print how many codewords a recording uses in each layer")
     options = parser.parse_args(argv)
     if options.to and (options.as_ or options.verify or options.dictionary or options.config or options.license):
-        parser.error("--to takes a folder and a file, and no other flag.")
+        parser.error("--to takes only a folder and a file. Leave out the other flags.")
     return options
 
 
@@ -39,21 +43,13 @@ def main(argv: Sequence[str]) -> None:
         if options.to:
             print("Written:", convert_to_fairseq(options.file, options.out))
             return
-        model = convert(
-            options.file,
-            options.out,
-            as_=options.as_,
-            dictionary=options.dictionary,
-            config=options.config,
-            num_attention_heads=options.num_attention_heads,
-            objective=options.objective,
-            license=options.license,
-        )
+        names = ("as_", "dictionary", "config", "num_attention_heads", "objective", "license")
+        model = convert(options.file, options.out, **{name: getattr(options, name) for name in names})
         print(f"Written: {options.out}, a {type(model).__name__}")
         if options.verify and isinstance(model, DinoSRForPreTraining):
             print(statistics_table(model, options.verify))
         elif options.verify:
-            print("--verify needs the codebooks, and this model has none.")
+            print("--verify was ignored: it needs codebooks, and this model has none.")
 
 
 if __name__ == "__main__":

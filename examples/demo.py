@@ -1,9 +1,9 @@
 """
-A DinoSR learns acoustic units of synthetic speech in minutes, and shows what it has learnt. `make demo` runs it.
+Pre-train a tiny DinoSR on synthetic speech in minutes, and show the acoustic units that it learnt (`make demo`).
 
-It pre-trains the tiny model of examples/configs/tiny_cpu.yaml through the real command, then judges it on held-out
-synthetic voices: loss, perplexity and active codewords before and after, and how well units tell phones apart, beside
-an untrained model and k-means on MFCCs.
+It pre-trains the model of examples/configs/tiny_cpu.yaml with examples/pretrain.py, then evaluates it on held-out
+synthetic voices: loss, perplexity and active codewords before and after, and how well its units tell phones apart,
+compared with an untrained model and k-means on MFCCs.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from transformers import set_seed
 
 from dinosr_hf import DinoSRForPreTraining, perplexity, sample_span_mask
 from dinosr_hf.analysis import UnitQuality, frame_labels, unit_quality
-from dinosr_hf.analysis.baselines import kmeans_units, mfcc
+from dinosr_hf.analysis.baselines import mfcc
+from dinosr_hf.analysis.kmeans import fit_kmeans
 from dinosr_hf.analysis.model_units import LabelledSpeech, layer_tables, target_features
 from dinosr_hf.analysis.plots import phone_codeword_figure
 from dinosr_hf.data import normalize_waveform
@@ -27,11 +28,11 @@ from dinosr_hf.utils.files import claim_output_folder
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "configs" / "tiny_cpu.yaml"
-MARKER = ".dinosr-demo"  # only a folder that has it is emptied
+MARKER = ".dinosr-demo"  # only a folder with this file is emptied
 
 
 def labelled_speech(arguments: PretrainingArguments, split: str, num_utterances: int) -> list[LabelledSpeech]:
-    """Synthetic utterances with a phone for each frame of the model."""
+    """Return synthetic utterances with a phone for each frame of the model."""
     config, speech = arguments.model_config(), []
     for row in synthetic_corpus(arguments.data, num_utterances=num_utterances, seed=arguments.run.seed, split=split):
         waveform = normalize_waveform(row["audio"]["array"])
@@ -43,7 +44,7 @@ def labelled_speech(arguments: PretrainingArguments, split: str, num_utterances:
 
 @torch.no_grad()
 def held_out_loss(model: DinoSRForPreTraining, speech: list[LabelledSpeech]) -> tuple[float, float, float, float]:
-    """Loss, target and prediction perplexity, active codewords on held-out speech with fixed masks."""
+    """Return loss, target and prediction perplexity, and active codewords on held-out speech with fixed masks."""
     config, total, frames, codes, predictions = model.config, 0.0, 0, 0, 0
     generator = np.random.default_rng(0)
     for waveform, labels in speech:
@@ -57,26 +58,25 @@ def held_out_loss(model: DinoSRForPreTraining, speech: list[LabelledSpeech]) -> 
 
 
 def best_layer(qualities: list[UnitQuality]) -> int:
-    """Position of the codebook with the highest PNMI."""
+    """Return the index of the codebook with the highest PNMI."""
     return max(range(len(qualities)), key=lambda layer: qualities[layer].pnmi)
 
 
 def evaluate_model(
     model: DinoSRForPreTraining, validation: list[LabelledSpeech], test: list[LabelledSpeech]
 ) -> tuple[UnitQuality, np.ndarray, list[str], int]:
-    """Test quality, table and phones of the codebook that is best on the validation split, and its layer."""
+    """Return test quality, table and phones of the codebook that is best on the validation split, and its layer."""
     tables, _ = layer_tables(model, validation)
     best = best_layer([UnitQuality.from_table(table) for table in tables])
     tables, phones = layer_tables(model, test)
-    first = model.config.num_hidden_layers - model.config.num_codebooks + 1
-    return UnitQuality.from_table(tables[best]), tables[best], phones, first + best
+    return UnitQuality.from_table(tables[best]), tables[best], phones, model.config.codebook_layers[best]
 
 
 def evaluate_kmeans(
     features, num_clusters: int, train: list[LabelledSpeech], test: list[LabelledSpeech]
 ) -> UnitQuality:
-    """Quality of k-means units on any features of a waveform, (S,) to (T, D)."""
-    clusters = kmeans_units(np.concatenate([features(waveform) for waveform, _ in train]), num_clusters, seed=0)
+    """Return the quality of k-means units on features, a function of a waveform (S,) to (T, D)."""
+    clusters = fit_kmeans(np.concatenate([features(waveform) for waveform, _ in train]), num_clusters, seed=0)
     labels = [phone for _, phones in test for phone in phones]
     codes = np.concatenate([clusters.predict(features(waveform)) for waveform, _ in test])
     return unit_quality(labels, codes, num_codes=num_clusters)
@@ -84,9 +84,11 @@ def evaluate_kmeans(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/demo", help="folder of the results; an earlier demo's goes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--test_utterances", type=int, default=50, help="held-out utterances to judge on")
+    parser.add_argument(
+        "--output_dir", default="runs/demo", help="path to the folder for the results; an earlier demo's is replaced"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of speech, weights and masks (%(default)s)")
+    parser.add_argument("--test_utterances", type=int, default=50, help="number of held-out utterances to evaluate on")
     options, flags = parser.parse_known_args()
     flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
     with command(__file__):
@@ -95,9 +97,9 @@ def main() -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE / "pretrain.py"), *flags]
     if subprocess.run(launch).returncode:
-        sys.exit("demo.py: the pre-training did not come to its end; the reason is above.")
+        sys.exit("demo.py: the pre-training failed; the reason is above.")
 
-    print("\nJudging on held-out voices ...", flush=True)
+    print("\nEvaluating on held-out voices ...", flush=True)
     num_test = options.test_utterances
     train, test = labelled_speech(arguments, "train", num_test), labelled_speech(arguments, "test", num_test)
     validation = labelled_speech(arguments, "validation", max(1, num_test // 2))
@@ -123,7 +125,7 @@ def main() -> None:
     def cepstra(waveform):
         return mfcc(waveform, field=trained.config.receptive_field)
 
-    print(f"\n| units, {num_codes} at most | phone purity | PNMI | units in use |\n|---|---|---|---|")
+    print(f"\n| units (at most {num_codes}) | phone purity | PNMI | units in use |\n|---|---|---|---|")
     rows = {
         f"DinoSR, layer {layer}": quality,
         f"untrained model, layer {first_layer}": first,
@@ -136,7 +138,7 @@ def main() -> None:
         table, phones, title=f"P(phone | codeword), layer {layer}, held-out synthetic voices"
     )
     figure.savefig(out / "phone_by_codeword.png", dpi=150)
-    print(f"\nThe picture is {out / 'phone_by_codeword.png'}, the model is in {out}.")
+    print(f"\nThe picture is {out / 'phone_by_codeword.png'}. The model is in {out}.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """
-The model of examples/demo.py becomes a recogniser of spoken digits, and reads what voices say that it never heard.
-`make demo` runs it after the other.
+Fine-tune the model of examples/demo.py to recognise spoken digits (`make demo` runs it after the other).
 
-It fine-tunes through the real command with examples/configs/ctc_tiny.yaml, then opens the folder with transformers'
-`pipeline`, prints a transcript with its times, and the error rates on all held-out voices.
+It runs examples/finetune_ctc.py with examples/configs/ctc_tiny.yaml, opens the folder with transformers' `pipeline`,
+and prints the error rates on held-out voices and a transcript with its word times.
 """
 
 import argparse
@@ -19,10 +18,11 @@ from dinosr_hf.data.synthetic import SyntheticCorpus
 from dinosr_hf.recognition import SpeechRecognitionPipeline
 from dinosr_hf.utils.command_line import command
 from dinosr_hf.utils.files import claim_output_folder
+from dinosr_hf.utils.model_folder import open_dinosr_config
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "configs" / "ctc_tiny.yaml"
-MARKER = ".dinosr-demo"  # only a folder that has it is emptied
+MARKER = ".dinosr-demo"  # only a folder with this file is emptied
 
 
 def fine_tune(model: str, out: Path, flags: list[str]) -> None:
@@ -31,11 +31,11 @@ def fine_tune(model: str, out: Path, flags: list[str]) -> None:
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE / "finetune_ctc.py"), str(CONFIG)]
     launch += ["--model", model, "--output_dir", str(out), *flags]
     if subprocess.run(launch).returncode:
-        sys.exit("demo_recognition.py: the fine-tuning did not come to its end; the reason is above.")
+        sys.exit("demo_recognition.py: the fine-tuning failed; the reason is above.")
 
 
 def word_times(recognise, corpus: SyntheticCorpus) -> tuple[float, int]:
-    """Mean error of starts and ends of words, in seconds, in utterances where all words are right; how many words."""
+    """Return the mean error of word starts and ends in seconds, over correct utterances, and the number of words."""
     errors: list[float] = []
     for row in corpus:
         found = recognise(row["audio"]["array"], return_timestamps="word")
@@ -48,13 +48,16 @@ def word_times(recognise, corpus: SyntheticCorpus) -> tuple[float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/demo", help="what examples/demo.py has left")
+    parser.add_argument("--model", default="runs/demo", help="path to the folder that examples/demo.py wrote")
     parser.add_argument(
-        "--output_dir", default="runs/demo/recogniser", help="folder of the recogniser; an earlier demo's goes"
+        "--output_dir",
+        default="runs/demo/recogniser",
+        help="path to the folder for the recogniser; an earlier demo's is replaced",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of speech, weights and batches (%(default)s)")
     options, flags = parser.parse_known_args()
     with command(__file__):
+        open_dinosr_config(options.model)
         out = claim_output_folder(options.output_dir, MARKER)
     print("\nFine-tuning on transcribed digits ...", flush=True)
     fine_tune(options.model, out, [*flags, "--seed", str(options.seed)])
@@ -73,7 +76,7 @@ def main() -> None:
         print(f"  {chunk['timestamp'][0]:5.2f} to {chunk['timestamp'][1]:5.2f} s  {chunk['text']}")
     error, count = word_times(recognise, corpus)
     if count:
-        print(f"\nWords begin and end {error * 1000:.0f} ms from where they should, on average over {count} words.")
+        print(f"\nMean error of word starts and ends: {error * 1000:.0f} ms over {count} words.")
     print(f"The recogniser is in {out}.")
 
 

@@ -1,18 +1,16 @@
-"""
-ABX error of features and units of chosen layers, within and across speakers: one table.
+r"""
+Evaluate the ABX error of features and units of selected layers, within and across speakers, in a table.
 
     python examples/evaluate_abx.py runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/abx
     python examples/evaluate_abx.py runs/base hubert --data dev-clean --labels textgrids --output_dir runs/abx \
         --layers 5 9 --distances angular cosine
 
-Models are folders that pre-training leaves, or encoders of transformers (HuBERT, wav2vec 2.0, data2vec), of which
-features are judged. Triphones are cut from the labels and written to triphones.item. Needs the extras `train` and
-`abx`, the latter Python 3.12; with --items_only neither.
+Models are pre-trained DinoSRs, or encoders of transformers (HuBERT, wav2vec 2.0, data2vec), which have features only.
+Triphones are cut from the labels and written to triphones.item. Needs the extras `train` and `abx`, the latter with
+Python 3.12; with --items_only neither.
 """
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +27,7 @@ from dinosr_hf.analysis.abx import (
     triphone_items,
     write_unit_files,
 )
-from dinosr_hf.analysis.reports import write_report
+from dinosr_hf.analysis.reports import csv_table, markdown_table, write_report
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.data import SpeechSource
 from dinosr_hf.inference.windowed import DTYPES
@@ -40,38 +38,57 @@ from dinosr_hf.utils.model_folder import open_config
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders, or names on the Hub")
-    parser.add_argument("--data", required=True, help="folder, table, manifest or dataset to judge on; or: synthetic")
-    parser.add_argument("--labels", help="file (.jsonl, .jsonl.gz, .ctm, .TextGrid) or folder of TextGrids")
-    parser.add_argument("--tier", default="phones", help="of TextGrids (%(default)s)")
-    parser.add_argument("--step_seconds", type=float, default=0.01, help="of labels one a step (%(default)s)")
-    parser.add_argument("--speakers", help="column of --data with the speaker (speaker_id, if there is one)")
-    parser.add_argument("--silence", nargs="+", default=["SIL"], help="labels that are no phones (%(default)s)")
-    parser.add_argument("--layers", type=int, nargs="+", default=[5], help="the lowest is 1 (%(default)s)")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of models, or names on the Hub")
     parser.add_argument(
-        "--sources", nargs="+", default=["student"], choices=["student", "teacher"], help="of a DinoSR (%(default)s)"
+        "--data", required=True, help="folder, table, manifest or dataset to evaluate on; or: synthetic"
+    )
+    parser.add_argument("--labels", help="phones: file (.jsonl, .jsonl.gz, .ctm, .TextGrid) or folder of TextGrids")
+    parser.add_argument("--tier", default="phones", help="tier of TextGrids (%(default)s)")
+    parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
+    parser.add_argument("--speakers", help="column of --data with the speaker (speaker_id, if it exists)")
+    parser.add_argument("--silence", nargs="+", default=["SIL"], help="labels that are not phones (SIL)")
+    parser.add_argument("--layers", type=int, nargs="+", default=[5], help="layers, counted from 1 (5)")
+    parser.add_argument(
+        "--sources",
+        nargs="+",
+        default=["student"],
+        choices=["student", "teacher"],
+        help="networks of a DinoSR whose features to evaluate (student)",
     )
     parser.add_argument(
-        "--distances", nargs="+", default=["angular"], choices=["angular", "cosine", "euclidean"], help="of features"
+        "--distances",
+        nargs="+",
+        default=["angular"],
+        choices=["angular", "cosine", "euclidean"],
+        help="distances of features (angular)",
     )
-    parser.add_argument("--max_size_group", type=int, default=10, help="triphones of a kind, at most (%(default)s)")
-    parser.add_argument("--max_x_across", type=int, default=5, help="other speakers, at most (%(default)s)")
-    parser.add_argument("--items_only", action="store_true", help="write triphones.item, and judge nothing")
-    parser.add_argument("--output_dir", required=True, help="for triphones.item, abx.md, abx.csv and abx.json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the models (%(default)s)")
+    parser.add_argument(
+        "--max_size_group", type=int, default=10, help="maximum number of triphones of a kind (%(default)s)"
+    )
+    other = "maximum number of other speakers per triphone (%(default)s)"
+    parser.add_argument("--max_x_across", type=int, default=5, help=other)
+    parser.add_argument("--items_only", action="store_true", help="write triphones.item, and evaluate nothing")
+    parser.add_argument("--output_dir", required=True, help="folder for triphones.item, abx.md, abx.csv and abx.json")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of the models (%(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=list(DTYPES), help="precision of the models (%(default)s)"
+    )
     return parser.parse_args(argv)
 
 
 def write_representations(
     name: str, source: SpeechSource, folder: Path, options: argparse.Namespace
 ) -> Iterator[tuple[str, int, str, Path]]:
-    """Of one model: source, layer, distance, and the folder of files to be compared by it."""
+    """Write features and units of one model; yield source, layer, distance, and the folder to compare by it."""
     where = {"device": options.device, "dtype": options.dtype}
     config = open_config(name)
-    is_ours = has_codebooks(config)
-    model = load_model(name, **where) if is_ours else None
-    for kind in options.sources if is_ours else ["student"]:
+    model = load_model(name, **where) if has_codebooks(config) else None
+    codebook_layers = [] if model is None else config.codebook_layers
+    for kind in ["student"] if model is None else options.sources:
         if model is None:
             extractor = load_baseline(name, layers=options.layers, **where)
         else:
@@ -79,7 +96,7 @@ def write_representations(
         FeatureFiles(folder / kind, extractor, source).write()
         for layer in options.layers:
             yield from ((kind, layer, distance, folder / kind / f"layer-{layer}") for distance in options.distances)
-        with_codebook = [layer for layer in options.layers if is_ours and layer in config.codebook_layers]
+        with_codebook = [layer for layer in options.layers if layer in codebook_layers]
         if with_codebook:
             extractor = UnitExtractor(model, layers=with_codebook, source=kind)
             write_unit_files(extractor.units(source), folder / f"{kind}-units", with_codebook)
@@ -88,24 +105,18 @@ def write_representations(
 
 
 def report(rows: Sequence[dict], out: Path) -> None:
-    heads = ["model", "source", "layer", "what", "distance", *(f"{speaker} speakers, %" for speaker in SPEAKERS)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in rows:
-        texts = [f"{100 * value:.2f}" if name in SPEAKERS else str(value) for name, value in row.items()]
-        lines.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in texts)} |")
-    markdown, text = "\n".join(lines) + "\n", io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    headings = [f"{name} speakers, %" if name in SPEAKERS else name for name in rows[0]]
+    cells = [[f"{100 * row[name]:.2f}" if name in SPEAKERS else str(row[name]) for name in row] for row in rows]
+    markdown, csv = markdown_table(headings, cells), csv_table(list(rows[0]), [list(row.values()) for row in rows])
     print(markdown, end="")
-    print(write_report(out, "abx", markdown=markdown, csv=text.getvalue(), rows=rows))
+    print(write_report(out, "abx", markdown=markdown, csv=csv, rows=rows))
 
 
 def run(options: argparse.Namespace) -> None:
     if not options.items_only:
         import_fastabx()
-    place = {"tier": options.tier, "step_seconds": options.step_seconds, "speaker_column": options.speakers}
-    source, reference = open_reference(options.data, labels=options.labels, **place)
+    columns = {"tier": options.tier, "step_seconds": options.step_seconds, "speaker_column": options.speakers}
+    source, reference = open_reference(options.data, labels=options.labels, **columns)
     out = Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -1,9 +1,9 @@
 """
-Write a fine-tuned model as an ONNX network, in float32 and in int8, and see what it says beside PyTorch.
+Export a fine-tuned model to ONNX, in float32 and in int8, and compare its results with PyTorch's.
 
     python examples/export_onnx.py runs/recogniser runs/onnx --int8 runs/onnx-int8 --verify speech.wav
 
-The folders that it writes have all that onnxruntime needs; docs/deploying.md has the code that runs them.
+The written folders have all that onnxruntime needs; docs/deploying.md has the code to run them.
 """
 
 import argparse
@@ -11,27 +11,29 @@ import sys
 from collections.abc import Sequence
 
 from dinosr_hf.data import load_audio
-from dinosr_hf.hub.export import FolderModel, TorchModel, compare, export_onnx, load_onnx, quantize_onnx
+from dinosr_hf.hub.export import FolderModel, OnnxModel, TorchModel, compare, export_onnx, quantize_onnx
 from dinosr_hf.utils.command_line import command
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Export a model to ONNX.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a fine-tuned model and its processor")
     parser.add_argument("onnx", help="folder to write")
-    parser.add_argument("--int8", metavar="FOLDER", help="write the network with int8 weights too, there")
-    parser.add_argument("--verify", metavar="AUDIO", nargs="+", default=[], help="files to run all of them on")
-    parser.add_argument("--overwrite", action="store_true", help="replace networks that are there")
+    parser.add_argument("--int8", metavar="FOLDER", help="folder to write for the network with int8 weights")
+    parser.add_argument(
+        "--verify", metavar="AUDIO", nargs="+", default=[], help="audio files to compare the models on"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace exported models")
     return parser.parse_args(argv)
 
 
 def verify(models: dict[str, FolderModel], files: Sequence[str]) -> None:
-    """Print the transcripts beside each other, and what differs from the first model."""
+    """Print the transcripts of all models, and how they differ from torch."""
     waveforms = [load_audio(file) for file in files]
     if models["torch"].is_recogniser:
         transcripts = [model.transcribe(waveforms) for model in models.values()]
-        for file, *said in zip(files, *transcripts, strict=True):
-            print(file, *(f"  {name:5}  {text}" for name, text in zip(models, said, strict=True)), sep="\n")
+        for file, *texts in zip(files, *transcripts, strict=True):
+            print(file, *(f"  {name:5}  {text}" for name, text in zip(models, texts, strict=True)), sep="\n")
     for name, model in models.items():
         if name != "torch":
             print(f"\ntorch and {name}:\n{compare(models['torch'], model, waveforms)}")
@@ -41,10 +43,10 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     with command(__file__):
         print("Written:", export_onnx(options.model, options.onnx, overwrite=options.overwrite))
-        models: dict[str, FolderModel] = {"torch": TorchModel(options.model), "onnx": load_onnx(options.onnx)}
+        models: dict[str, FolderModel] = {"torch": TorchModel(options.model), "onnx": OnnxModel(options.onnx)}
         if options.int8:
             print("Written:", quantize_onnx(options.onnx, options.int8, overwrite=options.overwrite))
-            models["int8"] = load_onnx(options.int8)
+            models["int8"] = OnnxModel(options.int8)
         if options.verify:
             verify(models, options.verify)
 

@@ -5,8 +5,8 @@ Turn recordings into acoustic units, or into the continuous features of layers.
     accelerate launch examples/extract_units.py runs/base my_speech --output_dir units --deduplicate --dtype bfloat16
     python examples/extract_units.py runs/base my_speech --output_dir features --features npy --layers 5 9
 
-Inputs are audio files and folders of them (wav, flac, ogg, opus, mp3), or one manifest, archive or dataset. The same
-command goes on where it was stopped, however it was. Recordings that cannot be read are left out and listed.
+Inputs are audio files and folders of them (wav, flac, ogg, opus, mp3), or one manifest, archive or dataset. Run the
+same command again to resume after an interruption. Recordings that cannot be read are skipped and listed.
 """
 
 import argparse
@@ -30,32 +30,32 @@ from dinosr_hf.utils.threads import set_cpu_threads
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="folder that pre-training leaves, or its name on the Hub")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file or folder; or one manifest or dataset")
-    parser.add_argument("--output_dir", required=True, help="a folder of units, or of features")
-    parser.add_argument("--split", help="of the data, where it has several")
-    parser.add_argument("--layers", type=int, nargs="+", default=[5], help="the lowest is 1 (%(default)s)")
-    parser.add_argument("--source", default="student", choices=["student", "teacher"], help="(%(default)s)")
-    parser.add_argument("--kmeans", help="file of examples/fit_kmeans.py, whose clusters, layer and source are taken")
-    parser.add_argument("--deduplicate", action="store_true", help="runs of a unit as one, with durations in frames")
-    parser.add_argument("--format", default="jsonl", choices=FORMATS, help="of the units (%(default)s)")
-    parser.add_argument("--features", choices=list(FEATURE_FORMATS), help="write features like this, and no units")
-    parser.add_argument("--batch_seconds", type=float, default=120.0, help="audio of a batch (%(default)s)")
-    parser.add_argument("--window_seconds", type=float, default=30.0, help="what the model sees at once (%(default)s)")
-    parser.add_argument(
-        "--context_seconds", type=float, default=5.0, help="on each side of a part of a longer recording (%(default)s)"
-    )
-    parser.add_argument(
-        "--shard_seconds", type=float, default=3600.0, help="audio of a shard: what a kill can cost (%(default)s)"
-    )
-    parser.add_argument("--device", help="left out: the GPU of the process, if there is one, else the CPU")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the model (%(default)s)")
-    parser.add_argument("--num_threads", type=int, default=0, help="of a process on a CPU; 0: its share of the cores")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder that pre-training wrote, or name on the Hub")
+    add("inputs", nargs="+", metavar="INPUT", help="audio files and folders; or one manifest, archive or dataset")
+    add("--output_dir", required=True, help="folder to write units or features to")
+    add("--split", help="split of the data, if it has several")
+    add("--layers", type=int, nargs="+", default=[5], help="layers, counted from 1 (5)")
+    networks = ["student", "teacher"]
+    add("--source", default="student", choices=networks, help="network that gives the units (%(default)s)")
+    add("--kmeans", help="file of examples/fit_kmeans.py, to use its clusters, layer and source")
+    add("--deduplicate", action="store_true", help="merge runs of a unit, and write durations in frames")
+    add("--format", default="jsonl", choices=FORMATS, help="format of units (%(default)s)")
+    add("--features", choices=FEATURE_FORMATS, help="write features in this format instead of units")
+    add("--batch_seconds", type=float, default=120.0, help="seconds of audio per batch (%(default)s)")
+    add("--window_seconds", type=float, default=30.0, help="seconds of audio the model sees at once (%(default)s)")
+    context = "extra audio on each side of a window, in seconds (%(default)s)"
+    add("--context_seconds", type=float, default=5.0, help=context)
+    shard = "seconds of audio per shard; a kill costs at most one shard per process (%(default)s)"
+    add("--shard_seconds", type=float, default=3600.0, help=shard)
+    add("--device", help="device of the model (the GPU of the process if there is one, else the CPU)")
+    add("--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)")
+    add("--num_threads", type=int, default=0, help="CPU threads per process; 0: its share of the cores")
     return parser.parse_args(argv)
 
 
 class Bar:
-    """A progress bar in seconds of audio, with hours of audio an hour, of all processes if they are alike."""
+    """A progress bar in seconds of audio, with the speed of all processes if they are equally fast."""
 
     def __init__(self, seconds: float, state: PartialState) -> None:
         form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
@@ -69,7 +69,7 @@ class Bar:
 
     def advance(self, seconds: float) -> None:
         self.seconds += seconds
-        self._bar.set_postfix_str(f"{self.speed:,.0f} hours an hour", refresh=False)
+        self._bar.set_postfix_str(f"{self.speed:,.0f} hours per hour", refresh=False)
         self._bar.update(seconds)
 
     def close(self) -> None:
@@ -81,11 +81,11 @@ def seconds_of(source: SpeechSource, indices: Sequence[int]) -> float:
 
 
 def run(options: argparse.Namespace, state: PartialState) -> int:
-    """Extract; returns how many recordings could not be read."""
+    """Extract units or features; return the number of recordings that could not be read."""
     if options.split and len(options.inputs) > 1:
-        raise ValueError(f"--split is of one input, but there are {len(options.inputs)}. Give them one by one.")
+        raise ValueError(f"--split needs a single input, but there are {len(options.inputs)}. Run once per input.")
     if options.features and (options.kmeans or options.deduplicate):
-        raise ValueError("--features writes no units. Leave out --kmeans and --deduplicate, or --features.")
+        raise ValueError("--features cannot be combined with --kmeans and --deduplicate, which are for units.")
     source = open_source(options.inputs[0], split=options.split) if options.split else open_recordings(options.inputs)
     kmeans = LayerKMeans.load(options.kmeans) if options.kmeans else None
     if kmeans is not None:
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
         bar = Bar(seconds_of(source, files.todo()), state)
         num_written = files.write(on_progress=bar.advance)
         bar.close()
-        print(f"{num_written:,} recordings, of each {len(extractor.layers)} file(s), in {options.output_dir}")
+        print(f"{num_written:,} recordings, with {len(extractor.layers)} file(s) each, in {options.output_dir}")
         return sum(map(len, source.skipped.values())) + len(extractor.unreadable)
     names = ("model", "layers", "source", "kmeans", "window_seconds", "context_seconds", "dtype")
     settings = {name: getattr(options, name) for name in names}
@@ -126,14 +126,14 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
     summary = corpus.finish(extractor, source, num_units)
     print(
         f"{summary['num_recordings']:,} recordings, {summary['hours']:,.2f} hours, in {len(summary['files'])} files"
-        f" of {options.output_dir}; {bar.seconds:,.1f} s of audio at {bar.speed:,.0f} hours an hour"
+        f" of {options.output_dir}; {bar.seconds:,.1f} s of audio at {bar.speed:,.0f} hours per hour"
     )
     return len(summary["left_out"])
 
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    # A process that is done waits for all others, however long that takes.
+    # A process that is done waits for all others, however long they take.
     state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=30))
     try:
         with command(__file__):
@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
     finally:
         state.destroy_process_group()
     if num_left_out:
-        print(f"extract_units.py: {num_left_out:,} recordings could not be read and were left out.", file=sys.stderr)
+        print(f"extract_units.py: {num_left_out:,} recordings could not be read and were skipped.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """
-Write a page to look at and listen to the units of a checkpoint: one HTML file, with pictures and sounds in it.
+Write an HTML page to look at and listen to the units of a checkpoint, with plots and sounds in it.
 
     python examples/inspect_units.py runs/base my_speech --output page.html
     python examples/inspect_units.py runs/base my_speech --labels phones.jsonl --output page.html --layer 9
 
-DATA is a folder, a manifest, an archive or a dataset; --labels are its phones (docs/units.md).
-The page has tables and pictures, and for each codeword its phones, its neighbours and its most typical moments.
+DATA is a folder, a manifest, an archive or a dataset; --labels has its phones (docs/units.md). The page has tables and
+plots, and for each codeword its phones, its neighbours and its most typical moments.
 """
 
 import argparse
@@ -23,31 +23,43 @@ from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import load_model, scored_units
 from dinosr_hf.utils.command_line import command
 
-# What the score of a unit is.
+# Meaning of a unit's score, by source.
 SCORES = {"student": "probability", "teacher": "distance"}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="folder that pre-training leaves, or its name on the Hub")
+    parser.add_argument("model", metavar="MODEL", help="folder of a pre-trained model, or its name on the Hub")
     parser.add_argument("data", metavar="DATA", help="folder or file of recordings, manifest, archive or dataset")
-    parser.add_argument("--output", required=True, help="the page, .html")
-    parser.add_argument("--split", help="of the data, where it has several")
-    parser.add_argument("--labels", help="phones, as evaluate_units.py takes them; left out: a page without phones")
-    parser.add_argument("--words", help="the same of words, to be drawn: may be the same file, if it has both")
-    parser.add_argument("--step_seconds", type=float, default=0.01, help="of labels that are one a step (%(default)s)")
-    parser.add_argument("--layer", type=int, default=5, help="the lowest is 1 (%(default)s)")
-    parser.add_argument("--source", default="teacher", choices=list(SCORES), help="(%(default)s)")
-    parser.add_argument("--num_moments", type=int, default=5, help="to listen to, of a codeword (%(default)s)")
+    parser.add_argument("--output", required=True, help="path of the page, .html")
+    parser.add_argument("--split", help="split of the data, if it has several")
+    parser.add_argument("--labels", help="phones, as for evaluate_units.py (none: a page without phones)")
+    parser.add_argument("--words", help="words to draw with the units; may be the --labels file, if that has both")
+    parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
+    parser.add_argument("--layer", type=int, default=5, help="layer with a codebook, counted from 1 (%(default)s)")
     parser.add_argument(
-        "--context_seconds", type=float, default=0.3, help="heard before and behind a moment (%(default)s)"
+        "--source", default="teacher", choices=list(SCORES), help="network that gives the units (%(default)s)"
     )
-    parser.add_argument("--audio", default="flac", choices=list(AUDIO_FORMATS), help="of the sounds (%(default)s)")
-    parser.add_argument("--max_megabytes", type=float, default=20.0, help="of all sounds (%(default)s)")
-    parser.add_argument("--title", help="of the page")
-    parser.add_argument("--batch_seconds", type=float, default=120.0, help="audio of a batch (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the model (%(default)s)")
+    parser.add_argument("--num_moments", type=int, default=5, help="moments to hear of each codeword (%(default)s)")
+    parser.add_argument(
+        "--context_seconds", type=float, default=0.3, help="seconds of sound before and after a moment (%(default)s)"
+    )
+    parser.add_argument(
+        "--audio", default="flac", choices=list(AUDIO_FORMATS), help="format of the sounds (%(default)s)"
+    )
+    parser.add_argument(
+        "--max_megabytes", type=float, default=20.0, help="limit of the size of all sounds (%(default)s)"
+    )
+    parser.add_argument("--title", help="title of the page")
+    parser.add_argument("--batch_seconds", type=float, default=120.0, help="seconds of audio in a batch (%(default)s)")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of the model (%(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)"
+    )
     return parser.parse_args(argv)
 
 
@@ -97,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
     )
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    # Names of files may hold bytes that are no text.
+    # Names of files may hold bytes that are not UTF-8.
     output.write_text(page.html, encoding="utf-8", errors="replace")
     print(f"The page is {output}: {output.stat().st_size / 1e6:.1f} MB with {page.num_clips:,} moments to listen to.")
     if page.num_left_out:

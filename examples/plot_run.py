@@ -1,10 +1,10 @@
 """
-Draw the curves of pre-training runs, with those of a published full-size run behind them.
+Plot the curves of pre-training runs, with those of a published full-size run behind them.
 
     python examples/plot_run.py runs/tiny
     python examples/plot_run.py runs/a runs/b --x hours --output both.png
 
-A run is its output_dir, finished or not. Runs with steps of other sizes compare by hours of audio.
+RUN is the output_dir of a run, finished or not. Compare runs with steps of different sizes by hours of audio.
 """
 
 import argparse
@@ -19,9 +19,11 @@ from dinosr_hf.utils.command_line import command
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run")
-    parser.add_argument("--output", help="the picture, .png or .pdf; left out: curves.png in the first run's folder")
-    parser.add_argument("--x", default="step", choices=["step", "hours"], help="updates, or hours of audio")
-    parser.add_argument("--title", help="text above the picture")
+    parser.add_argument("--output", help="path of the plot, .png or .pdf (curves.png in the first run's folder)")
+    parser.add_argument(
+        "--x", default="step", choices=["step", "hours"], help="updates, or hours of audio (%(default)s)"
+    )
+    parser.add_argument("--title", help="title of the plot")
     return parser.parse_args(argv)
 
 

@@ -1,11 +1,11 @@
 """
-Make a folder that is ready for the Hub of what a run left, and upload it if asked to.
+Prepare the folder of a run for the Hub, and upload it with --push.
 
     python examples/prepare_for_hub.py runs/tiny hub/tiny --provenance provenance.yaml
     python examples/prepare_for_hub.py runs/tiny hub/tiny --provenance provenance.yaml --push
 
-The card is rendered from the run's own record; the provenance file has what a run cannot know (docs/publishing.md).
-A new repository is private unless --public is given.
+The card is rendered from the run's record and from a provenance file with what a run cannot know (docs/publishing.md).
+A new repository is private unless you give --public.
 """
 
 import argparse
@@ -18,19 +18,19 @@ from dinosr_hf.utils.command_line import command
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Prepare a run's model for the Hub.")
-    parser.add_argument("folder", help="where the run left its model")
-    parser.add_argument("out", help="the folder to write: a new one")
+    parser.add_argument("folder", help="output folder of the run")
+    parser.add_argument("out", help="folder to write; new or empty")
     parser.add_argument("--provenance", help="YAML file with names, languages and licences")
-    parser.add_argument("--repo_id", help="organisation/name on the Hub; goes over the file's, as all of these do")
+    parser.add_argument("--repo_id", help="organisation/name on the Hub; this and the next three override the file")
     parser.add_argument("--license", help="licence of the weights, such as cc-by-4.0")
     parser.add_argument("--languages", nargs="+", help="ISO 639 codes, such as en de")
-    parser.add_argument("--base_model", help="what the run started from on the Hub, or unpublished")
-    parser.add_argument("--include", nargs="+", default=[], help="further files to put beside the model")
+    parser.add_argument("--base_model", help="Hub name of the model that the run started from, or unpublished")
+    parser.add_argument("--include", nargs="+", default=[], help="further files to copy")
     parser.add_argument("--push", action="store_true", help="upload the folder; needs `hf auth login` once")
-    parser.add_argument("--public", action="store_true", help="for everybody, if the repository is a new one")
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
     options = parser.parse_args(argv)
     if options.public and not options.push:
-        parser.error("--public says how to upload, so it needs --push")
+        parser.error("--public needs --push")
     return options
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
         if options.push:
             print("Uploaded to", push(ready, provenance.repo_id, private=not options.public))
         else:
-            print("Read its README.md. Nothing was uploaded: --push does that.")
+            print("Nothing was uploaded. Read its README.md, then upload with --push.")
 
 
 if __name__ == "__main__":

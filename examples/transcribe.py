@@ -1,12 +1,12 @@
 """
-Write down what is said in recordings of any length.
+Transcribe recordings of any length.
 
     python examples/transcribe.py runs/recogniser talk.mp3
     python examples/transcribe.py runs/recogniser talks more/talk.wav --format srt --output_dir subtitles
 
 Inputs are audio files and folders of them (wav, flac, ogg, opus, mp3), or one manifest, archive or dataset.
-Transcripts go to stdout; with --output_dir each to a file of its own. Decodes as decoding.json in the model's folder
-says, which examples/tune_decoding.py writes, else greedily. Ends with status 1 if a recording could not be read.
+Transcripts go to stdout, or with --output_dir each to a file of its own. Uses beam search if the model's folder has a
+decoding.json (examples/tune_decoding.py writes it), else greedy search. Exits with 1 if a recording cannot be read.
 """
 
 import argparse
@@ -23,49 +23,50 @@ from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
 from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.recognition import FORMATS, Transcriber, Transcript, output_path
 from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.files import write_atomically
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="folder of a recogniser, or its name on the Hub")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="audio file or folder; or one manifest or dataset")
-    parser.add_argument("--format", default="txt", choices=list(FORMATS), help="of the transcripts (%(default)s)")
-    parser.add_argument("--output_dir", help="write a file for each recording here, instead of to stdout")
-    parser.add_argument("--overwrite", action="store_true", help="replace transcripts that exist")
-    parser.add_argument("--decoding", help="file with options of beam search; left out: decoding.json of the model")
-    parser.add_argument("--greedy", action="store_true", help="no beam search, even if there is a decoding.json")
-    parser.add_argument("--batch_seconds", type=float, default=120.0, help="audio of a batch (%(default)s)")
-    parser.add_argument("--window_seconds", type=float, default=30.0, help="what the model sees at once (%(default)s)")
-    parser.add_argument(
-        "--context_seconds", type=float, default=5.0, help="on each side of a part of a longer recording (%(default)s)"
-    )
-    parser.add_argument(
-        "--pause_seconds", type=float, default=0.3, help="a word ends where no letter comes for so long (%(default)s)"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the model (%(default)s)")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder of a recogniser, or name on the Hub")
+    add("inputs", nargs="+", metavar="INPUT", help="audio files and folders; or one manifest, archive or dataset")
+    add("--format", default="txt", choices=list(FORMATS), help="format of the transcripts (%(default)s)")
+    add("--output_dir", help="folder to write one file per recording to, instead of stdout")
+    add("--overwrite", action="store_true", help="replace existing transcripts")
+    add("--decoding", help="file with options of beam search (decoding.json of the model)")
+    add("--greedy", action="store_true", help="use greedy search even if there is a decoding.json")
+    add("--batch_seconds", type=float, default=120.0, help="seconds of audio per batch (%(default)s)")
+    add("--window_seconds", type=float, default=30.0, help="seconds of audio the model sees at once (%(default)s)")
+    context = "extra audio on each side of a window, in seconds (%(default)s)"
+    add("--context_seconds", type=float, default=5.0, help=context)
+    pause = "seconds without a letter after which a word ends (%(default)s)"
+    add("--pause_seconds", type=float, default=0.3, help=pause)
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=default_device, help="device of the model (%(default)s)")
+    add("--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)")
     return parser.parse_args(argv)
 
 
 def plan_outputs(source: SpeechSource, options: argparse.Namespace) -> dict[str, Path]:
-    """The file for each recording; none of them is there yet, unless --overwrite says that it may be."""
+    """Return the file for each recording; raise if one exists already and --overwrite is not set."""
     if options.output_dir is None:
         return {}
-    paths = {
-        utterance.id: output_path(options.output_dir, utterance.id, options.format) for utterance in source.utterances
-    }
+    paths = {name: output_path(options.output_dir, name, options.format) for name, _ in source.utterances}
     path, count = Counter(paths.values()).most_common(1)[0]
     if count > 1:
         names = ", ".join(name for name in paths if paths[name] == path)
-        raise ValueError(f"{names} would all be written to {path}. Transcribe them one by one, or rename them.")
-    there = [path for path in paths.values() if path.exists()]
-    if there and not options.overwrite:
-        raise ValueError(f"{len(there):,} transcripts exist, such as {there[0]}. Give --overwrite or another folder.")
+        raise ValueError(f"{names} would all be written to {path}. Rename them, or transcribe them one by one.")
+    existing = [path for path in paths.values() if path.exists()]
+    if existing and not options.overwrite:
+        raise ValueError(
+            f"{len(existing):,} transcripts exist, such as {existing[0]}. Give --overwrite or another folder."
+        )
     return paths
 
 
 def with_progress(transcriber: Transcriber, source: SpeechSource) -> Iterator[Transcript]:
-    """Transcripts, under a bar that tells how many seconds of audio are read in one."""
+    """Transcribe with a progress bar that shows the speed in times real time."""
     total = sum(utterance.num_samples for utterance in source.utterances) / SAMPLING_RATE
     since, seconds = time.perf_counter(), 0.0
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
@@ -92,13 +93,14 @@ def print_in_order(transcripts: dict[str, Transcript], source: SpeechSource, for
 
 
 def run(options: argparse.Namespace) -> int:
-    """Transcribe; returns how many recordings could not be read."""
+    """Transcribe; return the number of recordings that could not be read."""
     source = open_recordings(options.inputs)
     if options.output_dir is None and options.format in ("srt", "vtt") and len(source) > 1:
-        raise ValueError(f"{len(source):,} recordings make as many .{options.format} files. Give --output_dir.")
+        found = f"--format {options.format} writes one file per recording, and there are {len(source):,}"
+        raise ValueError(f"{found}: give --output_dir.")
     paths = plan_outputs(source, options)
     transcriber = Transcriber.from_folder(
-        *(options.model,),
+        options.model,
         device=options.device,
         dtype=options.dtype,
         decoding=options.decoding,
@@ -115,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
             continue
         path = paths[transcript.id]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(FORMATS[options.format](transcript), encoding="utf-8")
+        write_atomically(path, FORMATS[options.format](transcript))
     print_in_order(printed, source, options.format)
     skipped = {reason: len(names) for reason, names in source.skipped.items() if reason != "hidden"}
     return sum(skipped.values()) + len(transcriber.unreadable)
@@ -125,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     with command(__file__):
         num_unreadable = run(parse(argv))
     if num_unreadable:
-        sys.exit(f"transcribe.py: {num_unreadable:,} recordings could not be read and were left out.")
+        sys.exit(f"transcribe.py: {num_unreadable:,} recordings could not be read and were skipped.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Recordings to test with, as files and as datasets."""
+"""Recordings for tests, as files and as datasets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def manifest(tmp_path, *rows, root=None):
 
 
 def dataset_of(kind: str, tmp_path):
-    """Three recordings of 1,600, 2,400 (at 8 kHz) and 3,000 samples, as one kind of column."""
+    """Return three recordings of 1,600, 2,400 (at 8 kHz) and 3,000 samples, as one kind of column."""
     lengths, rates = [1_600, 1_200, 3_000], [16_000, 8_000, 16_000]
     files = [flac(n, rate) for n, rate in zip(lengths, rates, strict=True)]
     paths = []
@@ -66,7 +66,7 @@ def dataset_of(kind: str, tmp_path):
 
 
 def small_corpus(root):
-    """A folder of five readable files of several kinds, and one that is no audio."""
+    """Make a folder of five audio files of several kinds, and one file that is not audio."""
     write(root / "b.wav", 8_000)
     write(root / "a" / "z.FLAC", 4_000, num_channels=2)
     write(root / "a" / "deep" / "er" / "x.mp3", 11_025, rate=22_050)

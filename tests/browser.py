@@ -1,4 +1,4 @@
-"""A Chromium without a window, driven through the pipe that it offers for that: nothing to install but the browser."""
+"""A headless Chromium, driven through its DevTools pipe, so that nothing but the browser is needed."""
 
 import fcntl
 import json
@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
-PATIENCE_SECONDS = 60
+TIMEOUT_SECONDS = 60
 
 
 def find_browser() -> str:
-    """Path of a browser that starts; skips the test where there is none."""
+    """Return the path of a browser that starts; skip the test if there is none."""
     for path in filter(None, map(shutil.which, NAMES)):
-        # Some systems have a script of that name that only says how to install it.
+        # On some systems the name is a script that only prints how to install it.
         if subprocess.run([path, "--version"], capture_output=True, timeout=60, check=False).returncode == 0:
             return path
     pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed (Debian: apt-get install chromium)")
@@ -29,14 +29,14 @@ class Browser:
     One page of a browser.
 
     Attributes:
-        complaints: Errors and warnings of the console, and exceptions.
-        requests: Addresses that the page has asked for.
+        problems: Errors and warnings of the console, and exceptions.
+        requests: URLs that the page has requested.
     """
 
     def __init__(self, executable: str, profile: Path) -> None:
         browser_reads, self._to = os.pipe()
         self._from, browser_writes = os.pipe()
-        # The browser reads from 3 and writes to 4; what goes there must not be either.
+        # The browser reads from 3 and writes to 4, so our ends must have other numbers.
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (browser_reads, browser_writes)]
 
         def connect():
@@ -60,7 +60,7 @@ class Browser:
             os.close(end)
         self._number, self._buffer, self._session = 0, b"", None
         self._events: list[str] = []
-        self.complaints: list[str] = []
+        self.problems: list[str] = []
         self.requests: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -68,11 +68,11 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def _receive(self) -> dict:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._from], [], [], max(deadline - time.monotonic(), 0))
             part = os.read(self._from, 2**20) if ready else b""
-            assert part, f"the browser said nothing for {PATIENCE_SECONDS} s, or is gone ({self._process.poll()})"
+            assert part, f"no answer from the browser for {TIMEOUT_SECONDS} s, or it exited ({self._process.poll()})"
             self._buffer += part
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
@@ -82,16 +82,16 @@ class Browser:
         self._events.append(event.get("method", ""))
         match event.get("method"):
             case "Runtime.consoleAPICalled" if params["type"] in ("error", "warning", "assert"):
-                self.complaints.append(str([argument.get("value") for argument in params["args"]]))
+                self.problems.append(str([argument.get("value") for argument in params["args"]]))
             case "Runtime.exceptionThrown":
-                self.complaints.append(str(params["exceptionDetails"]))
+                self.problems.append(str(params["exceptionDetails"]))
             case "Log.entryAdded" if params["entry"]["level"] in ("error", "warning"):
-                self.complaints.append(params["entry"]["text"])
+                self.problems.append(params["entry"]["text"])
             case "Network.requestWillBeSent":
                 self.requests.append(params["request"]["url"])
 
     def call(self, method: str, **params) -> dict:
-        """A command of the DevTools protocol, and its result."""
+        """Call a command of the DevTools protocol, and return its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session:
@@ -107,14 +107,14 @@ class Browser:
             self._notice(answer)
 
     def open(self, path: Path) -> None:
-        """Load a file, and wait until it is there."""
+        """Open a file, and wait until it is loaded."""
         self._events.clear()
         self.call("Page.navigate", url=path.as_uri())
         while "Page.loadEventFired" not in self._events:
             self._notice(self._receive())
 
     def run(self, script: str):
-        """The value of an expression, which may be a promise."""
+        """Evaluate an expression, which may be a promise."""
         answer = self.call(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True
         )
@@ -122,20 +122,20 @@ class Browser:
         return answer["result"].get("value")
 
     def press(self, key: str, code: str, number: int, text: str = "") -> None:
-        """Press a key and let go of it."""
+        """Press and release a key."""
         names = {"key": key, "code": code, "windowsVirtualKeyCode": number}
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **names)
         self.call("Input.dispatchKeyEvent", type="keyUp", **names)
 
     def resize(self, width: int, height: int = 900, scheme: str = "light") -> None:
-        """Another screen, and the colours that its user prefers."""
+        """Set the size of the screen, and the preferred colour scheme."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def screenshot(self) -> bytes:
-        """What is on the screen, as PNG in base64."""
+        """Return the screen as PNG in base64."""
         return self.call("Page.captureScreenshot", format="png")["data"].encode()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What tests ask of a figure: which texts it shows, and that none overlaps another or is cut."""
+"""Checks of figures: the texts they show, and that none overlaps another or is cut."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from matplotlib.text import Text
 
 
 def _hidden_ticks(figure):
-    """Labels of ticks beyond the ends of their axis, which are kept but not drawn."""
+    """Labels of ticks beyond the limits of their axis, which exist but are not drawn."""
     hidden = set()
     for axis in figure.findobj(Axis):
         low, high = sorted(axis.get_view_interval())
@@ -19,14 +19,14 @@ def _hidden_ticks(figure):
 
 
 def shown_texts(figure) -> list[Text]:
-    """All texts that are drawn."""
+    """Return all texts that are drawn."""
     figure.draw_without_rendering()
     hidden = _hidden_ticks(figure)
     return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text() and text not in hidden]
 
 
 def assert_nothing_overlaps(figure):
-    """No text is cut by the page or touches another, and none of a legend reaches into a panel."""
+    """Check that no text is cut by the page or touches another, and no legend reaches into a panel."""
     boxes = [(text.get_text(), text.get_window_extent()) for text in shown_texts(figure)]
     assert boxes
     page = figure.bbox
@@ -34,7 +34,7 @@ def assert_nothing_overlaps(figure):
         assert page.x0 <= box.x0 < box.x1 <= page.x1, f"{text!r} is cut"
         assert page.y0 <= box.y0 < box.y1 <= page.y1, f"{text!r} is cut"
     for (one, first), (other, second) in itertools.combinations(boxes, 2):
-        # Boxes have room around their letters; what shares less than half a pixel does not touch.
+        # Boxes are larger than their letters: less than half a pixel in common is no contact.
         assert not first.padded(-0.5).overlaps(second), f"{one!r} and {other!r} overlap"
     for legend in figure.legends:
         for axes in figure.findobj(Axes):
@@ -42,7 +42,7 @@ def assert_nothing_overlaps(figure):
 
 
 def assert_big_enough(figure, smallest: float = 0.4):
-    """No panel is squeezed to nothing by its labels; in inches."""
+    """Check that no panel is squeezed by its labels to less than so many inches."""
     for axes in figure.axes:
         box = axes.get_window_extent()
         assert min(box.width, box.height) / figure.dpi >= smallest or axes.get_label() == "<colorbar>"

@@ -1,4 +1,4 @@
-"""Small labelled corpora, a small pre-trained folder, and fine-tuning runs on them."""
+"""Small labelled corpora, a tiny pre-trained model, and fine-tuning runs on them."""
 
 import csv
 from pathlib import Path
@@ -10,10 +10,10 @@ import torch
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.finetuning import (
     FinetuningArguments,
+    InitialModelArguments,
     LabelledDataArguments,
     Recognition,
     RecognitionArguments,
-    StartArguments,
     finetune,
 )
 from dinosr_hf.utils.model_folder import save_folder
@@ -23,7 +23,7 @@ WORDS = ("oh", "no", "hello", "moon", "noon")
 
 
 def write_corpus(folder: Path, num_utterances: int, seed: int = 0, rate: int = 16_000) -> Path:
-    """Coloured noise of different lengths, each with a few words, as an audio folder."""
+    """Write an audio folder of coloured noise of different lengths, each with a few words."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as file:
@@ -38,9 +38,9 @@ def write_corpus(folder: Path, num_utterances: int, seed: int = 0, rate: int = 1
 
 
 def write_model(folder: Path, **changes) -> Path:
-    """A pre-training folder whose teacher is not its student; nothing random in training."""
+    """Save a pre-training checkpoint whose teacher differs from its student, with no randomness in training."""
     settings = {**NO_DROPOUT, "mask_time_prob": 0.0, **changes}
-    torch.manual_seed(0)  # the same weights in whatever order tests run
+    torch.manual_seed(0)  # the same weights in any order of tests
     model = randomize(DinoSRForPreTraining(tiny_config(**settings)))
     save_folder(model, folder)
     return folder
@@ -55,7 +55,7 @@ def run_settings(**changes):
         "learning_rate": 1e-3,
         "warmup_share": 0.0,
         "hold_share": 1.0,
-        "adam_epsilon": 1e-2,  # gradients near zero, which rounding decides, move weights little
+        "adam_epsilon": 1e-2,  # rounding decides gradients near zero: let them move weights little
         "eval_strategy": "no",
         "save_strategy": "no",
         "logging_steps": 1,
@@ -67,10 +67,10 @@ def run_settings(**changes):
 
 
 def recognise(model: Path, train: Path, out: Path, *, data=None, start=None, recognition=None, on_trainer=None, **run):
-    """Fine-tune with CTC; returns the record of the run."""
+    """Fine-tune with CTC, and return the record of the run."""
     return finetune(
         Recognition(RecognitionArguments(**(recognition or {}))),
-        StartArguments(model=str(model), **(start or {})),
+        InitialModelArguments(model=str(model), **(start or {})),
         LabelledDataArguments(train_data=[str(train)], **{"min_seconds": 0.01, **(data or {})}),
         FinetuningArguments(output_dir=str(out), **run_settings(**run)),
         on_trainer=on_trainer,

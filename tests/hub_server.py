@@ -1,11 +1,11 @@
 """
-A Hub on loopback: the part of its HTTP interface that loading and uploading a model use.
+Serve a Hub on loopback: the part of its HTTP interface that loading and uploading a model use.
 
     with hub_server(folder) as hub:  # folder/organisation/name is the repository organisation/name
         ...  # HF_ENDPOINT=hub.url
 
-It has one revision, `main`, and a commit whose name is a hash of the content. Files in `LARGE` are uploaded by git's
-protocol for large files, all others in the commit itself. It listens on 127.0.0.1 only, and is gone after the block.
+It has one revision, `main`, whose commit is named by a hash of the content. Files with a suffix in `LARGE` are
+uploaded by git's protocol for large files, all others in the commit itself. It listens on 127.0.0.1 only.
 """
 
 import base64
@@ -26,9 +26,9 @@ TOKEN = "hf_loopback"
 class HubServer(ThreadingHTTPServer):
     """
     Attributes:
-        requests: Method and path of what was asked, in order.
-        commits: The header of each commit that was made.
-        created: What was asked for with each new repository.
+        requests: Method and path of each request, in order.
+        commits: Header of each commit.
+        created: Body of each request to create a repository.
     """
 
     daemon_threads = True
@@ -63,7 +63,7 @@ class HubServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: HubServer
     protocol_version = "HTTP/1.1"
-    timeout = 30  # of a connection that is kept open
+    timeout = 30  # for a connection that is kept open
 
     def log_message(self, *arguments: object) -> None:
         pass

@@ -1,4 +1,4 @@
-"""A small corpus with units written by hand, and names that attack the page that shows it."""
+"""A small corpus with given units, and names that try to inject code into the page."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ EVIL_TITLE = "</title><script>alert(3)</script>"
 STRIDE, FIELD = 320, 400
 NUM_CODES = 9
 
-# Of each recording the runs of its units: code, frames, score of each.
+# Runs of the units of each recording: code, number of frames, score of each frame.
 RUNS = {
     "a.wav": [(3, 10, 0.5), (5, 4, 0.25), (3, 2, 0.75), (0, 8, 1.0)],
     "b.wav": [(5, 3, 0.875), (3, 20, 0.25), (0, 1, 0.5)],
     ATTACK: [(3, 3, 1.0), (5, 30, 0.5)],
 }
-# The code is the phone, but for code 5, which is two.
+# Phone of each code; code 5 has another one in the last recording.
 PHONES = {0: "SIL", 3: EVIL_PHONE, 5: "AA"}
 
 
@@ -41,7 +41,7 @@ def write_recordings(folder: Path) -> None:
 
 
 def labels():
-    """Phones each 10 ms; the last recording has AA and then B for its code 5."""
+    """Phones every 10 ms; the last recording has AA and then B for its code 5."""
     found = {}
     for name, runs in RUNS.items():
         steps = [PHONES[code] for code in unroll(runs)[0] for _ in range(2)]
@@ -59,7 +59,7 @@ def inspect(with_labels: bool = True, with_scores: bool = True, **options):
 
 
 def make_page(folder: Path, inspection=None, **options):
-    """The page of the corpus in a folder, whose recordings are written if they are not there."""
+    """Render the page of the corpus in a folder, whose recordings are written if they do not exist."""
     if not (folder / "a.wav").exists():
         write_recordings(folder)
     texts = {"title": EVIL_TITLE, "name": "layer 5, <teacher>", "facts": {"data": "a & b"}}

@@ -1,4 +1,4 @@
-"""Small n-gram language models: an ARPA file from sentences, and a plain scorer of such files."""
+"""Small n-gram language models for tests: write an ARPA file from sentences, and score with it."""
 
 import math
 from collections import Counter
@@ -12,17 +12,14 @@ def write_arpa(path: str | Path, sentences: Iterable[str], order: int = 3, add_k
     """
     Write a back-off n-gram model that KenLM reads.
 
-    P(w | h) = (c(h w) + k) / (c(h) + k V) for the n-grams that occur; what that leaves goes to the others, shared as
-    by the shorter context. So all prefixes and suffixes of an n-gram are there, and each context adds up to one.
+    P(w | h) = (c(h w) + k) / (c(h) + k V) for n-grams that occur; the remaining mass goes to the other words in
+    proportion to the shorter context. All prefixes and suffixes of an n-gram exist, and each context sums to one.
 
     Args:
-        path: To write.
-        sentences: Words with spaces between them; for a model over characters their labels.
-        order: Longest n-gram, in words.
+        path: Path of the file to write, which is returned.
+        sentences: Words separated by spaces; for a model over characters, their labels.
+        order: Length of the longest n-gram.
         add_k: Added to each count.
-
-    Returns:
-        The path.
     """
     counts = [Counter() for _ in range(order + 1)]
     for sentence in sentences:
@@ -31,7 +28,7 @@ def write_arpa(path: str | Path, sentences: Iterable[str], order: int = 3, add_k
             counts[length].update(tuple(words[i : i + length]) for i in range(len(words) - length + 1))
     counts[1][(UNKNOWN,)] = 0
     num_words = len(counts[1]) - 1  # <s> is never predicted
-    followed = Counter()  # how often a context is followed by anything
+    followed = Counter()  # number of times that a context is followed by a word
     for length in range(1, order + 1):
         for ngram, count in counts[length].items():
             followed[ngram[:-1]] += count * (ngram != (BEGIN,))
@@ -43,7 +40,7 @@ def write_arpa(path: str | Path, sentences: Iterable[str], order: int = 3, add_k
         return (counts[len(ngram)][ngram] + add_k) / (followed[context] + add_k * num_words)
 
     def backed_off(ngram):
-        """P of the last word, whether or not the n-gram occurs."""
+        """P of the last word, also of n-grams that do not occur."""
         if ngram in counts[len(ngram)]:
             return probability(ngram)
         return back_off[ngram[:-1]] * backed_off(ngram[1:]) if ngram[:-1] in back_off else backed_off(ngram[1:])
@@ -69,7 +66,7 @@ def write_arpa(path: str | Path, sentences: Iterable[str], order: int = 3, add_k
 
 
 class ArpaScorer:
-    """log10 P of a sentence by an ARPA file, read line by line and scored as the definition of back-off has it."""
+    """A plain scorer of ARPA files, by the definition of back-off: log10 P of a sentence."""
 
     def __init__(self, path: str | Path) -> None:
         self.probability: dict[tuple[str, ...], float] = {}

@@ -51,8 +51,8 @@ TINY = {
 }
 
 
-# Dropout and layerdrop, so that random states matter; two figures a line, so that an interval is cut by a checkpoint.
-# The codebooks move every third step, so that what waits for that is cut too.
+# With dropout and layerdrop, so that random states matter; two steps per line of metrics, so that checkpoints cut an
+# interval; codebooks updated every third step, so that checkpoints cut what they accumulate.
 CHANCE = {
     "codebook_update_steps": 3,
     "codebook_revival_share": 0.5,
@@ -81,20 +81,20 @@ def metrics_of(folder):
 
 
 def figures(folder):
-    """The metrics without what depends on the clock."""
+    """Return the metrics without those that depend on the clock."""
     return [{name: value for name, value in line.items() if name not in TIMED} for line in metrics_of(folder)]
 
 
 def assert_same_run(folder, other):
-    """Weights and figures, bit for bit."""
-    ours, theirs = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    """Compare weights and metrics, bit for bit."""
+    weights, expected = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
     assert figures(folder) == figures(other)
 
 
 def send_at_load(monkeypatch, number, call, source=FolderSource):
-    """Send this process a signal at a certain read of a recording."""
+    """Send this process a signal when it reads a recording for the `call`-th time, from 0."""
     loads = iter(range(10**9))
     plain = source.load
 
@@ -107,10 +107,10 @@ def send_at_load(monkeypatch, number, call, source=FolderSource):
 
 
 def launch(tmp_path, name, num_processes, *flags):
-    """The real command, through `accelerate launch`, in as many processes as asked for."""
+    """Run the real command through `accelerate launch`; return the weights, the metrics and the process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-    # Several processes on a CPU: torchrun starts them (with --cpu, accelerate wants MPI, and starts a single one).
+    # Several processes on a CPU need torchrun: with --cpu, accelerate wants MPI and starts a single one.
     command += ["--cpu"] if num_processes == 1 else ["--multi_gpu"]
     command += ["--num_processes", str(num_processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", str(29500 + os.getpid() % 2000)]

@@ -1,4 +1,4 @@
-"""Tiny models in folders as runs leave them: recognisers, a classifier, a pre-training checkpoint."""
+"""Tiny models in folders as runs write them: recognisers, a classifier, a pre-training checkpoint."""
 
 import json
 from pathlib import Path
@@ -20,8 +20,8 @@ def tiny_processor(work: Path) -> Wav2Vec2Processor:
     return Wav2Vec2Processor(feature_extractor=feature_extractor(), tokenizer=Wav2Vec2CTCTokenizer(str(path)))
 
 
-def make_talkative(recogniser: DinoSRForCTC, seed: int = 2) -> None:
-    """Centre the output on what a noise gives, so that the best label changes over time, and is never special."""
+def vary_labels(recogniser: DinoSRForCTC, seed: int = 2) -> None:
+    """Centre the output on that of noise, so that the best label changes over time and is never special."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         features = recogniser.eval().dinosr(waveforms(1, 4_000)).last_hidden_state[0]
@@ -42,7 +42,7 @@ def save_models(folder: Path) -> dict[str, torch.nn.Module]:
     for name, model in models.items():
         randomize(model.eval())
         if isinstance(model, DinoSRForCTC):
-            make_talkative(model)
+            vary_labels(model)
         save_folder(model, folder / name)
     tiny_processor(folder).save_pretrained(folder / "recogniser")
     (folder / "vocab.json").unlink()
@@ -50,7 +50,7 @@ def save_models(folder: Path) -> dict[str, torch.nn.Module]:
 
 
 def letters_processor(folder: Path) -> Wav2Vec2Processor:
-    """Of `VOCABULARY`; its files are in the folder then."""
+    """Save a processor of `VOCABULARY` to the folder, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({label: number for number, label in enumerate(VOCABULARY)}))
     processor = Wav2Vec2Processor(feature_extractor(), Wav2Vec2CTCTokenizer(str(folder / "vocab.json")))
@@ -60,9 +60,9 @@ def letters_processor(folder: Path) -> Wav2Vec2Processor:
 
 def save_recogniser(folder: Path, **changes) -> DinoSRForCTC:
     """
-    Write a recogniser and its processor; `changes` are of its configuration.
+    Save a recogniser and its processor; `changes` are of its configuration.
 
-    Its weights are random, but far from zero: what it says is nonsense, different for different speech.
+    Its weights are random but far from zero, so its output is nonsense that depends on the speech.
     """
     letters_processor(folder)
     model = randomize(DinoSRForCTC(tiny_config(**{"vocab_size": len(VOCABULARY), **changes}))).eval()

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def load_script(script: str | Path) -> ModuleType:
-    """A script, named from the root of the project; it finds its neighbours, as when Python runs it."""
+    """Import a script by its path from the project's root; it can import its neighbours, as when Python runs it."""
     path = ROOT / script
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

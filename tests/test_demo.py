@@ -1,4 +1,4 @@
-"""The demo runs from the command to the picture; whether it learns is docs/experiments.md's matter, not a test's."""
+"""The demos run from the command to their results; how well they learn is documented in docs/experiments.md."""
 
 import os
 import re
@@ -12,6 +12,7 @@ from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.pretraining import parse_arguments
 from dinosr_hf.utils.model_folder import save_folder
 from scripts import load_script
+from tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
@@ -22,7 +23,7 @@ SIZES = {
     "codebook_size": 16,
     "num_threads": 1,
 }
-TINY = [word for name, value in {**SIZES, "num_threads": 1}.items() for word in (f"--{name}", str(value))]
+TINY = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
 
 
 def run_demo(folder, *flags):
@@ -36,7 +37,7 @@ def run_demo(folder, *flags):
 
 
 @pytest.mark.slow
-def test_the_demo_prints_its_tables_and_leaves_model_and_picture(tmp_path):
+def test_the_demo_prints_its_tables_and_writes_model_and_picture(tmp_path):
     done = run_demo(tmp_path / "demo")
     assert done.returncode == 0, done.stderr[-3000:]
     for row in ("at the start", "at the end", "DinoSR, layer", "untrained model, layer", "k-means on MFCCs"):
@@ -47,27 +48,36 @@ def test_the_demo_prints_its_tables_and_leaves_model_and_picture(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["demo.py", "demo_recognition.py"])
-def test_the_demo_leaves_a_folder_of_something_else_alone(tmp_path, monkeypatch, script):
-    (tmp_path / "thesis.tex").write_text("everything")
-    monkeypatch.setattr(sys, "argv", [script, "--output_dir", str(tmp_path)])
+def test_the_demo_refuses_a_folder_of_something_else(tmp_path, monkeypatch, script):
+    tiny_config().save_pretrained(tmp_path / "model")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("everything")
+    flags = ["--model", str(tmp_path / "model")] if script == "demo_recognition.py" else []
+    monkeypatch.setattr(sys, "argv", [script, *flags, "--output_dir", str(folder)])
     demo = load_script(f"examples/{script}")
-    for _ in range(2):  # the first time must not make it the demo's own
+    for _ in range(2):  # the first attempt must not mark it as the demo's own
         with pytest.raises(SystemExit, match=rf"{script}: .* has files of something else"):
             demo.main()
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_the_demo_of_recognition_names_a_missing_model(tmp_path, monkeypatch):
+    out = tmp_path / "recogniser"
+    monkeypatch.setattr(sys, "argv", ["demo", "--model", str(tmp_path / "nothing"), "--output_dir", str(out)])
+    with pytest.raises(
+        SystemExit, match=r"demo_recognition\.py: .*nothing is neither a folder nor a model on the Hub"
+    ):
+        load_script("examples/demo_recognition.py").main()
+    assert not out.exists()
 
 
 @pytest.mark.slow
-def test_the_demo_goes_on_to_a_recogniser(tmp_path):
+def test_the_demo_of_recognition(tmp_path):
     config = parse_arguments(["--num_hidden_layers", "2"], ROOT / "examples" / "configs" / "tiny_cpu.yaml")
     save_folder(DinoSRForPreTraining(config.model_config()), tmp_path / "demo")
-    sizes = {
-        "max_steps": 2,
-        "eval_steps": 2,
-        "save_steps": 2,
-        "synthetic_utterances": 6,
-        "synthetic_eval_utterances": 3,
-    }
+    sizes = {"max_steps": 2, "eval_steps": 2, "save_steps": 2}
+    sizes |= {"synthetic_utterances": 6, "synthetic_eval_utterances": 3}
     flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, str(ROOT / "examples" / "demo_recognition.py"), "--model", str(tmp_path / "demo")]
     done = subprocess.run(

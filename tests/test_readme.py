@@ -1,5 +1,6 @@
-"""What the documents say works: their Python runs, their commands and flags exist, their links lead somewhere."""
+"""The documents are correct: their Python runs, their commands and flags exist, their links resolve."""
 
+import argparse
 import json
 import os
 import re
@@ -16,7 +17,6 @@ import soundfile
 
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRForSequenceClassification
 from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
-from dinosr_hf.pretraining.state import save_model
 from dinosr_hf.utils.command_line import parse_groups
 from dinosr_hf.utils.model_folder import save_folder
 from language_models import write_arpa
@@ -35,7 +35,7 @@ CODES = r"\b(?:S(?:10|[1-9])|T(?:1[01]|[1-9])|M[1-4]|D[1-8])\b"
 
 
 def blocks(name, language):
-    """(line of its first line, text) of each fenced block of a language."""
+    """Return (number of its first line, text) of each fenced block of a language."""
     text = (ROOT / name).read_text(encoding="utf-8")
     found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
@@ -46,17 +46,17 @@ import json, sys
 
 namespace = {"__name__": "__main__"}
 for line, code in json.load(sys.stdin):
-    # Behind empty lines, so that a traceback has the document's line.
+    # Empty lines before the code, so that a traceback shows the line of the document.
     exec(compile("\\n" * (line - 1) + code, sys.argv[1], "exec"), namespace)
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the documents name: trained models, a language model, a recording, an authors' checkpoint."""
+    """Create the files that the documents use: models, a language model, a recording, an authors' checkpoint."""
     path = tmp_path_factory.mktemp("documents")
     config = parse_arguments(["--num_hidden_layers", "2"], TINY).model_config()
-    save_model(DinoSRForPreTraining(config), path / "runs" / "tiny")
+    save_folder(DinoSRForPreTraining(config), path / "runs" / "tiny")
     config = DinoSRConfig(**{**config.to_diff_dict(), "use_weighted_layer_sum": True, "num_labels": 5})
     save_folder(DinoSRForSequenceClassification(config), path / "runs" / "classifier")
     save_recogniser(path / "runs" / "recogniser")
@@ -71,8 +71,8 @@ WITH_PYTHON = [name for name in DOCUMENTS if blocks(name, "python") and not name
 
 
 @pytest.mark.parametrize("name", WITH_PYTHON)
-def test_python_of_the_documents_runs(folder, name):
-    # A process of its own: remote code would stay registered with the automatic classes.
+def test_python_in_documents_runs(folder, name):
+    # In its own process: remote code would stay registered with the automatic classes.
     work = folder / Path(name).stem
     work.mkdir()
     for entry in ("runs", "speech.wav", "dinosr.ckpt"):
@@ -93,12 +93,12 @@ def test_python_of_the_documents_runs(folder, name):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_readme_has_code():
+def test_readme_contains_python():
     assert "README.md" in WITH_PYTHON
 
 
 def commands(text):
-    """Words of each command of a block of bash, without comments and the variables in front."""
+    """Yield the words of each command in a bash block, without comments and leading variables."""
     for line in re.sub(r"\\\n", " ", text).splitlines():
         for command in re.split(r"\s*(?:&&|;)\s*", line):
             words = shlex.split(command, comments=True)
@@ -123,7 +123,7 @@ OWN_PARSER = (
 
 
 def check_script(script, flags):
-    """The script exists and takes these flags."""
+    """Check that the script exists and accepts these flags."""
     assert (ROOT / script).is_file(), f"{script} does not exist"
     flags = [str(ROOT / flag) if flag.endswith(".yaml") else flag for flag in flags]
     if script in ("examples/pretrain.py", "examples/demo.py"):
@@ -138,7 +138,7 @@ def check_script(script, flags):
         study = load_script(script)
         study.arguments_of("scaled", 0, *study.parse(flags))
     else:
-        raise AssertionError(f"{script}: say here how its flags are checked")
+        raise AssertionError(f"{script}: define above how to check its flags")
 
 
 def check_make(targets):
@@ -181,7 +181,7 @@ BASH = [(f"{name}:{line}", text) for name in DOCUMENTS for line, text in blocks(
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Where `runs/tiny` and `runs/base` have the sizes of the models that the documents mean by them."""
+    """Create `runs/tiny` and `runs/base` with the sizes that the documents assume."""
     path = tmp_path_factory.mktemp("bases")
     for name, config in (("tiny", parse_arguments([], TINY).model_config()), ("base", DinoSRConfig())):
         config.save_pretrained(path / "runs" / name)
@@ -189,7 +189,7 @@ def bases(tmp_path_factory):
 
 
 @pytest.mark.parametrize("text", [text for _, text in BASH], ids=[name for name, _ in BASH])
-def test_commands_of_the_documents_exist(text, bases, monkeypatch):
+def test_commands_in_documents_are_valid(text, bases, monkeypatch):
     monkeypatch.chdir(bases)
     for words in commands(text):
         check_command(words)
@@ -231,21 +231,36 @@ def test_commands_of_the_documents_exist(text, bases, monkeypatch):
         "rm -rf runs",
     ],
 )
-def test_commands_that_do_not_exist_are_noticed(command):
+def test_invalid_commands_are_detected(command):
     (words,) = commands(command)
     with pytest.raises((AssertionError, ArgumentError, SystemExit)):
         check_command(words)
 
 
+@pytest.mark.parametrize("script", [name for name in OWN_PARSER if name.startswith("examples")])
+def test_each_flag_has_a_help_text(script, monkeypatch):
+    def check(parser, _):
+        for action in parser._actions:
+            assert re.search("[a-z]{3}", action.help.replace("%(default)s", "")), action.dest
+            assert not isinstance(action.default, list) or "%(default)s" not in action.help, action.dest
+        raise InterruptedError
+
+    module = load_script(script)
+    assert max(map(len, module.__doc__.splitlines())) < 120, "a backslash joins two lines"
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", check)
+    with pytest.raises(InterruptedError):
+        module.parse([])
+
+
 def anchors(file):
-    """The names that GitHub gives to the headings of a file."""
+    """Return the anchors that GitHub gives to the headings of a file."""
     text = re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_lead_somewhere(name):
+def test_links_resolve(name):
     text = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?://", link):
@@ -254,10 +269,10 @@ def test_links_lead_somewhere(name):
         target = (ROOT / name).parent / path if path else ROOT / name
         assert target.exists(), f"{name}: {link} does not exist"
         if anchor:
-            assert anchor in anchors(target), f"{name}: {link} is no heading; there are {sorted(anchors(target))}"
+            assert anchor in anchors(target), f"{name}: {link} is not one of the headings {sorted(anchors(target))}"
 
 
-def test_short_codes_of_the_source_are_defined():
+def test_short_codes_are_defined():
     text = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
     defined = set(re.findall(rf"^- \*\*({CODES})\*\*", text, re.MULTILINE))
     sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").glob("*.md")]
@@ -265,14 +280,14 @@ def test_short_codes_of_the_source_are_defined():
     assert used and used <= defined
 
 
-def test_every_file_of_the_package_is_on_the_map():
+def test_every_room_is_in_the_architecture():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     package = ROOT / "src" / "dinosr_hf"
     rooms = {file.relative_to(package).with_suffix("").parts[0] for file in package.rglob("*.py")}
     assert {room for room in rooms if f"`{room}`" not in text} == set()
 
 
-def test_every_logged_number_is_explained(tmp_path, recordings):
+def test_every_logged_metric_is_documented(tmp_path, recordings):
     labels = tmp_path / "labels.jsonl"
     names = sorted(path.name for path in recordings.iterdir())
     labels.write_text(
@@ -285,10 +300,10 @@ def test_every_logged_number_is_explained(tmp_path, recordings):
             tmp_path, recordings, max_steps=2, eval_steps=2, eval_data=str(recordings), eval_labels=str(labels)
         )
     )
-    fields = dict.fromkeys(["warnings"])  # in a line only once something is wrong
+    fields = dict.fromkeys(["warnings"])  # appears only when the monitor has a warning
     for line in metrics_of(tmp_path / "out"):
         fields |= line
     assert {"loss", "eval_loss", "eval_pnmi", "grad_norm", "memory_gib"} <= set(fields)
     text = (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
-    assert "`eval_...`" in text  # where a held-out figure is explained by the name it has without it
+    assert "`eval_...`" in text  # a held-out metric is documented under its name without the prefix
     assert [name for name in fields if not re.search(rf"`(eval_)?{name.removeprefix('eval_')}`", text)] == []

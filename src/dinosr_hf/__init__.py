@@ -13,6 +13,7 @@ from transformers import (
 from .model import modeling_dinosr
 from .model.codebook_dinosr import OnlineCodebooks, perplexity
 from .model.configuration_dinosr import DinoSRConfig
+from .model.fast_cpu_dinosr import set_fast_cpu
 from .model.masking_dinosr import sample_span_mask
 from .model.modeling_dinosr import (
     AUTO_CLASSES,
@@ -58,4 +59,5 @@ __all__ = [
     "OnlineCodebooks",
     "perplexity",
     "sample_span_mask",
+    "set_fast_cpu",
 ]

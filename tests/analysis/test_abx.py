@@ -1,4 +1,4 @@
-"""ABX: items from alignments, files of units, and with fastabx (Python 3.12) errors worked by hand."""
+"""ABX: items from alignments, files of units, and with fastabx (Python 3.12) errors computed by hand."""
 
 import json
 from decimal import Decimal
@@ -27,7 +27,7 @@ from scripts import load_script
 from tiny import randomize, tiny_config
 
 
-def is_there(module):
+def is_installed(module):
     try:
         __import__(module)
     except ImportError:
@@ -35,11 +35,11 @@ def is_there(module):
     return True
 
 
-needs_fastabx = pytest.mark.skipif(not is_there("fastabx"), reason="fastabx needs Python 3.12")
+needs_fastabx = pytest.mark.skipif(not is_installed("fastabx"), reason="fastabx needs Python 3.12")
 
 
 class Utterances(NamedTuple):
-    """As much of a source as items ask for."""
+    """The part of a source that items need."""
 
     utterances: list
 
@@ -66,15 +66,15 @@ def test_items_are_triphones_between_silences():
         triphone_items(RECORDINGS, reference(), DinoSRConfig(), silence=["SIL", "a"])
 
 
-@pytest.mark.parametrize(("end", "is_there"), [(0.989, True), (0.99, False)])
-def test_items_behind_the_last_frame_are_left_out(end, is_there):
+@pytest.mark.parametrize(("end", "is_kept"), [(0.989, True), (0.99, False)])
+def test_items_after_the_last_frame_are_left_out(end, is_kept):
     # Of 15,760 samples the 49th frame is the last; cut by (i + 1/2) / 50, it is at 0.97, and the 50th at 0.99.
     recordings = Utterances([("u", 15_760)])
     labels = {"u": [Segment("k", 0.1, 0.2), Segment("a", 0.2, 0.3), Segment("t", 0.3, end)]}
     known = Reference(["u", "v"], labels | {"v": LABELS["ann/1.wav"]})
     more = Utterances([*recordings.utterances, ("v", 16_000)])
     found = [item.file for item in triphone_items(more, known, DinoSRConfig())]
-    assert found == (["u", "v"] if is_there else ["v"])
+    assert found == (["u", "v"] if is_kept else ["v"])
 
 
 def test_items_without_a_frame_are_left_out():
@@ -95,21 +95,21 @@ def test_item_file():
     ]
 
 
-def test_frames_a_second_are_exact():
+def test_frame_rate_is_exact():
     assert frame_rate(DinoSRConfig()) == Decimal(50)
     assert frame_rate(tiny_config()) == Decimal(16_000) / 20
-    with pytest.raises(ValueError, match="16,000 samples a second in steps of 30 are no whole number"):
+    with pytest.raises(ValueError, match="conv_stride multiplies to 30 samples per frame"):
         frame_rate(tiny_config(conv_stride=[5, 3, 2]))
 
 
-def test_cosine_distance_worked():
+def test_cosine_distance_by_hand():
     first, second = torch.tensor([[[1.0, 0.0], [2.0, 2.0]]]), torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]], [[-1.0, 0.0]]])
     half = 1 - 2**-0.5
     expected = torch.tensor([[[[0.0], [half]], [[1.0], [half]], [[2.0], [2 - half]]]])
     torch.testing.assert_close(cosine_distance(first, second), expected)
 
 
-def test_units_are_files_as_features_are(tmp_path):
+def test_unit_files_have_the_layout_of_feature_files(tmp_path):
     codes = np.array([[1, 2, 2], [4, 4, 0]])
     write_unit_files([("ann/1.wav", codes)], tmp_path, [2, 3])
     for layer, row in zip((2, 3), codes, strict=True):
@@ -129,15 +129,15 @@ ITEM = Item("u", "0.0000", "0.0800", "a", "k", "t", "ann")
         ({}, r"has no .npy file of any of 1 items"),
     ],
 )
-def test_errors_that_cannot_be(tmp_path, options, message):
+def test_abx_error_refuses(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         abx_error([ITEM], tmp_path, Decimal(50), **options)
 
 
-def test_fastabx_is_asked_for(tmp_path, monkeypatch):
+def test_a_missing_fastabx_names_the_extra(tmp_path, monkeypatch):
     np.save(tmp_path / "u.npy", np.zeros((4, 1)))
     monkeypatch.setitem(__import__("sys").modules, "fastabx", None)
-    with pytest.raises(ImportError, match=r'pip install "dinosr-hf\[abx\]", with Python 3.12'):
+    with pytest.raises(ImportError, match=r'Python 3.12 or newer.* needs fastabx: pip install "dinosr-hf\[abx\]"'):
         abx_error([ITEM], tmp_path, Decimal(50))
 
 
@@ -145,7 +145,7 @@ def test_fastabx_is_asked_for(tmp_path, monkeypatch):
 
 
 def save_tokens(folder, tokens):
-    """A recording of four frames for each (phone, speaker, frames), all of the same neighbours."""
+    """Write a recording of four frames for each (phone, speaker, frames), all between the same neighbours."""
     items = []
     for number, (phone, speaker, frames) in enumerate(tokens):
         np.save(folder / f"u{number}.npy", np.asarray(frames))
@@ -158,18 +158,18 @@ def units(*codes):
 
 
 @needs_fastabx
-def test_error_of_units_worked(tmp_path):
+def test_error_of_units_by_hand(tmp_path):
     one, two = units(1, 1, 1, 1), units(2, 2, 2, 2)
     items = save_tokens(tmp_path, [("a", "ann", one), ("a", "ann", two), ("b", "ann", two)])
-    # X = u0: as far from u1 as from u2, a half; X = u1: far from u0, at u2, wrong. There is no second b to be X.
+    # X = u0: as far from u1 as from u2, a half; X = u1: far from u0, equal to u2, wrong. No second b can be X.
     assert abx_error(items, tmp_path, Decimal(50), distance="identical") == pytest.approx(0.75)
-    # Another second a, which is as it should be, and a second speaker who is always right.
+    # A second a that is right, and a second speaker who is always right.
     items = save_tokens(
         tmp_path, [("a", "ann", one), ("a", "ann", one), ("b", "ann", two), ("a", "bob", one), ("b", "bob", two)]
     )
     assert abx_error(items, tmp_path, Decimal(50), distance="identical") == 0.0
     assert abx_error(items, tmp_path, Decimal(50), distance="identical", speaker="across") == 0.0
-    # Who says it decides, and what is said does not.
+    # The speaker decides, and not the phone.
     items = save_tokens(
         tmp_path, [("a", "ann", one), ("b", "ann", one), ("a", "bob", two), ("b", "bob", two), ("a", "bob", two)]
     )
@@ -177,7 +177,7 @@ def test_error_of_units_worked(tmp_path):
 
 
 @needs_fastabx
-def test_units_are_as_good_as_one_hot_vectors(tmp_path):
+def test_units_equal_one_hot_vectors(tmp_path):
     generator = np.random.default_rng(0)
     tokens = [("ab"[number % 2], "xy"[number // 10], generator.integers(number % 2, 3, 4)) for number in range(20)]
     (tmp_path / "units").mkdir()
@@ -194,21 +194,21 @@ def test_units_are_as_good_as_one_hot_vectors(tmp_path):
 
 
 def warped(first, second, distance):
-    """Dynamic time warping: the way with the least sum of distances, over the number of its steps."""
+    """Dynamic time warping: the least sum of distances along a path, over the path's length."""
 
-    def ways(i, j):
-        """Sum and steps of the best way to (i, j)."""
-        before = [ways(*place) for place in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if min(place) >= 0]
-        total, steps = min(before, key=lambda way: way[0], default=(0.0, 0))
+    def best_path(i, j):
+        """Sum and length of the best path to (i, j)."""
+        before = [best_path(*place) for place in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if min(place) >= 0]
+        total, steps = min(before, key=lambda path: path[0], default=(0.0, 0))
         return total + distance(first[i], second[j]), steps + 1
 
-    total, steps = ways(len(first) - 1, len(second) - 1)
+    total, steps = best_path(len(first) - 1, len(second) - 1)
     return total / steps
 
 
 @needs_fastabx
 @pytest.mark.parametrize("name", ["angular", "cosine", "euclidean"])
-def test_error_of_features_is_that_of_all_triples(tmp_path, name):
+def test_error_of_features_equals_slow_twin_over_all_triples(tmp_path, name):
     generator = np.random.default_rng(1)
     frames = generator.standard_normal((6, 4, 5)).astype(np.float32)
     frames[:3] += 0.5
@@ -232,7 +232,7 @@ def test_error_of_features_is_that_of_all_triples(tmp_path, name):
 
 
 @needs_fastabx
-def test_nothing_to_compare(tmp_path):
+def test_nothing_to_compare_is_refused(tmp_path):
     items = save_tokens(tmp_path, [("a", "ann", units(1, 1, 1, 1)), ("b", "ann", units(2, 2, 2, 2))])
     with pytest.raises(ValueError, match=r"No two of 2 triphones can be compared across speakers: .*by two speakers"):
         abx_error(items, tmp_path, Decimal(50), distance="identical", speaker="across")
@@ -243,7 +243,7 @@ def test_nothing_to_compare(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Twelve recordings of two speakers, in which a phone between the same neighbours has a pitch of its own."""
+    """Twelve recordings of two speakers, in which each phone has its own pitch."""
     import soundfile  # an optional package
 
     folder = tmp_path_factory.mktemp("abx")
@@ -266,37 +266,39 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def words(corpus, output):
+def arguments_of(corpus, output):
     labels = str(corpus / "phones.jsonl")
     model, data = str(corpus / "model"), str(corpus / "speech")
     return [model, "--data", data, "--labels", labels, "--output_dir", str(output), "--layers", "2", "3"]
 
 
-def test_the_script_writes_items_alone(corpus, tmp_path, capsys):
-    load_script("examples/evaluate_abx.py").main([*words(corpus, tmp_path), "--items_only"])
+def test_the_script_writes_only_items(corpus, tmp_path, capsys):
+    load_script("examples/evaluate_abx.py").main([*arguments_of(corpus, tmp_path), "--items_only"])
     assert "24 triphones" in capsys.readouterr().out
     assert len((tmp_path / "triphones.item").read_text(encoding="utf-8").splitlines()) == 25
     assert [path.name for path in tmp_path.iterdir()] == ["triphones.item"]
 
 
-def test_the_script_asks_for_fastabx_before_it_begins(corpus, tmp_path, monkeypatch):
+def test_the_script_checks_for_fastabx_first(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "fastabx", None)
-    with pytest.raises(SystemExit, match=r"evaluate_abx.py: fastabx is needed here"):
-        load_script("examples/evaluate_abx.py").main(words(corpus, tmp_path))
+    with pytest.raises(SystemExit, match=r"evaluate_abx.py: ABX .* needs fastabx"):
+        load_script("examples/evaluate_abx.py").main(arguments_of(corpus, tmp_path))
 
 
 def test_the_script_writes_a_table(corpus, tmp_path, capsys, monkeypatch):
     script = load_script("examples/evaluate_abx.py")
-    asked = []
+    calls = []
 
     def error_of(items, features, rate, *, speaker, distance, **options):
-        asked.append((speaker, distance, np.load(features / "0.npy").shape[1]))
+        calls.append((speaker, distance, np.load(features / "0.npy").shape[1]))
         return 0.25 if speaker == "within" else 0.5
 
-    if not is_there("fastabx"):
+    if not is_installed("fastabx"):
         monkeypatch.setattr(script, "import_fastabx", lambda: None)
         monkeypatch.setattr(script, "abx_error", error_of)
-    script.main([*words(corpus, tmp_path), "--sources", "student", "teacher", "--distances", "angular", "cosine"])
+    script.main(
+        [*arguments_of(corpus, tmp_path), "--sources", "student", "teacher", "--distances", "angular", "cosine"]
+    )
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "abx.json").read_text(encoding="utf-8"))
     kinds = [(row["source"], row["layer"], row["distance"]) for row in rows]
@@ -306,11 +308,11 @@ def test_the_script_writes_a_table(corpus, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "abx.md").read_text(encoding="utf-8") in printed
     assert len((tmp_path / "abx.csv").read_text(encoding="utf-8").splitlines()) == 13
     assert sorted(path.name for path in tmp_path.iterdir()) == ["abx.csv", "abx.json", "abx.md", "triphones.item"]
-    assert all((size == 1) == (distance == "identical") for _, distance, size in asked)
+    assert all((size == 1) == (distance == "identical") for _, distance, size in calls)
 
 
 @needs_fastabx
-def test_what_can_be_heard_is_told_apart(corpus, tmp_path):
+def test_audible_phones_have_a_low_error(corpus, tmp_path):
     source, known = open_recordings([corpus / "speech"]), json.loads
     labels = {row["name"]: row["phones"] for row in map(known, (corpus / "phones.jsonl").read_text().splitlines())}
     ids = [utterance.id for utterance in source.utterances]
@@ -318,9 +320,9 @@ def test_what_can_be_heard_is_told_apart(corpus, tmp_path):
     model = DinoSRForPreTraining.from_pretrained(corpus / "model")
     FeatureFiles(tmp_path, UnitExtractor(model, layers=[1]), source).write()
     rate = frame_rate(model.config)
-    told = abx_error(triphone_items(source, right, model.config), tmp_path / "layer-1", rate)
-    # The same recordings under names that say nothing about what is in them.
+    error = abx_error(triphone_items(source, right, model.config), tmp_path / "layer-1", rate)
+    # The same recordings with labels that have nothing to do with them.
     wrong = {str(number): labels[str((number * 5 + number // 4) % 12)] for number in range(12)}
     items = triphone_items(source, Reference(ids, wrong, speakers=["ann"] * 12), model.config)
-    assert told < 0.1 < 0.3 < abx_error(items, tmp_path / "layer-1", rate)
+    assert error < 0.1 < 0.3 < abx_error(items, tmp_path / "layer-1", rate)
     assert abx_module.DISTANCES[0] == "angular"

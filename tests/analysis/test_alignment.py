@@ -7,14 +7,8 @@ import numpy as np
 import pytest
 
 from dinosr_hf import DinoSRConfig
-from dinosr_hf.analysis.alignment import (
-    Segment,
-    align_labels,
-    frame_centers,
-    frame_labels,
-    read_labels,
-    step_labels,
-)
+from dinosr_hf.analysis.alignment import Segment, frame_centers, frame_labels
+from dinosr_hf.analysis.alignment_files import read_labels
 
 
 def write_lines(path, rows):
@@ -35,7 +29,7 @@ def field_of_frame(config: DinoSRConfig, frame: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("frame", [0, 1, 2, 49])
-def test_centers_are_those_of_the_convolutions(frame):
+def test_centers_equal_those_of_the_convolutions(frame):
     begin, end = field_of_frame(DinoSRConfig(), frame)
     assert (begin, end) == (320 * frame, 320 * frame + 400)
     assert frame_centers(frame + 1)[frame] == (begin + end) / 2 / 16_000
@@ -43,7 +37,7 @@ def test_centers_are_those_of_the_convolutions(frame):
 
 def test_centers_in_seconds():
     np.testing.assert_array_equal(frame_centers(4), [0.0125, 0.0325, 0.0525, 0.0725])
-    np.testing.assert_array_equal(frame_centers(2, stride=10, field=20, sampling_rate=100), [0.1, 0.2])
+    np.testing.assert_array_equal(frame_centers(2, stride=1_600, field=3_200), [0.1, 0.2])
     assert len(frame_centers(0)) == 0
 
 
@@ -62,11 +56,11 @@ def test_segments_come_in_any_order_and_form():
     assert frame_labels(as_rows, 2) == frame_labels([Segment("a", 0, 0.02), Segment("b", 0.02, 0.04)], 2) == ["a", "b"]
 
 
-def test_segments_of_no_length_are_never_seen():
+def test_segments_of_no_length_are_ignored():
     assert frame_labels([("a", 0.0, 1.0), ("x", 0.0125, 0.0125)], 2) == ["a", "a"]
 
 
-def test_no_segment_is_all_silence():
+def test_without_segments_all_is_silence():
     assert frame_labels([], 3) == ["SIL"] * 3
 
 
@@ -74,10 +68,10 @@ def test_the_later_of_two_that_overlap_by_rounding_counts():
     assert frame_labels([("a", 0.0, 0.014), ("b", 0.012, 0.1)], 2) == ["b", "b"]
 
 
-def test_other_strides_move_the_labels():
+def test_stride_and_field_move_the_labels():
     segments = [("a", 0.0, 0.3), ("b", 0.3, 1.0)]
-    assert frame_labels(segments, 3, stride=20, field=20, sampling_rate=100) == ["a", "b", "b"]
-    assert frame_labels(segments, 3, stride=10, field=20, sampling_rate=100) == ["a", "a", "b"]
+    assert frame_labels(segments, 3, stride=3_200, field=3_200) == ["a", "b", "b"]
+    assert frame_labels(segments, 3, stride=1_600, field=3_200) == ["a", "a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +84,7 @@ def test_other_strides_move_the_labels():
     ],
     ids=["backwards", "nan", "overlap", "key"],
 )
-def test_frame_labels_refuses(segments, message):
+def test_frame_labels_refuses_segments(segments, message):
     with pytest.raises(ValueError, match=message):
         frame_labels(segments, 2)
 
@@ -103,7 +97,7 @@ def test_negative_number_of_frames_is_refused():
 def test_with_10_ms_steps_frame_i_has_label_2i_plus_1():
     labels = [f"{index}" for index in range(2000)]
     # The centre of frame i is sample 320 i + 200, and label j holds samples 160 j to 160 j + 160.
-    assert step_labels(labels, 0.01, 999) == [f"{2 * frame + 1}" for frame in range(999)]
+    assert frame_labels(labels, 999) == [f"{2 * frame + 1}" for frame in range(999)]
 
 
 def test_steps_and_segments_of_the_same_alignment_agree():
@@ -112,7 +106,7 @@ def test_steps_and_segments_of_the_same_alignment_agree():
     # Steps of 10 ms as segments: a centre is never nearer than 2.5 ms to an edge.
     segments = [Segment(label, index / 100, (index + 1) / 100) for index, label in enumerate(labels)]
     num_frames = DinoSRConfig().num_frames(400 * 160)
-    assert step_labels(labels, 0.01, num_frames) == frame_labels(segments, num_frames)
+    assert frame_labels(labels, num_frames) == frame_labels(segments, num_frames)
 
 
 @pytest.mark.parametrize("missing", [-1, 0, 1])
@@ -120,11 +114,11 @@ def test_steps_and_segments_of_the_same_alignment_agree():
 def test_labels_one_step_short_or_long_still_fit(missing, num_samples):
     num_frames = DinoSRConfig().num_frames(num_samples)
     labels = ["a"] * (num_samples // 160 - missing)
-    assert step_labels(labels, 0.01, num_frames) == ["a"] * num_frames
+    assert frame_labels(labels, num_frames) == ["a"] * num_frames
 
 
-def test_the_last_label_lasts_to_the_last_frame():
-    assert step_labels(["a", "b"], 0.01, 2) == ["b", "b"]  # centres in steps 1 and 3
+def test_the_last_label_is_repeated_to_the_last_frame():
+    assert frame_labels(["a", "b"], 2) == ["b", "b"]  # centres in steps 1 and 3
 
 
 @pytest.mark.parametrize(
@@ -132,27 +126,26 @@ def test_the_last_label_lasts_to_the_last_frame():
     [
         (100, 0.02, "cover 2.000 s.*Check step_seconds"),  # 10 ms labels taken for 20 ms
         (100, 0.005, "cover 0.500 s.*Check step_seconds"),
-        (0, 0.01, "0 labels"),
         (100, 0.0, "step_seconds=0.0 is out of range"),
         (100, float("nan"), "step_seconds=nan is out of range"),
     ],
-    ids=["step-too-long", "step-too-short", "no-label", "zero", "nan"],
+    ids=["step-too-long", "step-too-short", "zero", "nan"],
 )
-def test_step_labels_refuses(num_labels, step, message):
+def test_frame_labels_refuses_steps(num_labels, step, message):
     with pytest.raises(ValueError, match=message):
-        step_labels(["a"] * num_labels, step, 49)
+        frame_labels(["a"] * num_labels, 49, step_seconds=step)
 
 
 @pytest.mark.parametrize(("fits", "too_many_or_few"), [(96, 95), (103, 104)], ids=["few", "many"])
 def test_labels_may_be_one_field_off(fits, too_many_or_few):
     # 49 frames need 320 * 48 + 400 = 15,760 samples and have less than 16,080; 400 less or more are 96 and 103 steps.
-    assert step_labels(["a"] * fits, 0.01, 49) == ["a"] * 49
+    assert frame_labels(["a"] * fits, 49) == ["a"] * 49
     with pytest.raises(ValueError, match="Check step_seconds"):
-        step_labels(["a"] * too_many_or_few, 0.01, 49)
+        frame_labels(["a"] * too_many_or_few, 49)
 
 
-def test_no_frame_has_no_label():
-    assert step_labels(["a"], 0.01, 0) == step_labels([], 0.01, 0) == []
+def test_no_frames_have_no_labels():
+    assert frame_labels(["a"], 0) == frame_labels([], 0) == []
 
 
 @pytest.mark.parametrize("name", ["labels.jsonl", "labels.jsonl.gz"])
@@ -169,13 +162,13 @@ def test_read_labels_of_both_forms(tmp_path, name):
     assert labels["steps"] == ["SIL", "SIL", "æ", "æ"]
     assert labels["segments"] == [Segment("æ", 0.02, 0.04)]
     # Centres 0.0125 and 0.0325.
-    assert align_labels(labels["steps"], 2) == align_labels(labels["segments"], 2) == ["SIL", "æ"]
-    assert align_labels(labels["nothing"], 2, silence="#") == ["#", "#"]
+    assert frame_labels(labels["steps"], 2) == frame_labels(labels["segments"], 2) == ["SIL", "æ"]
+    assert frame_labels(labels["nothing"], 2, silence="#") == ["#", "#"]
     assert read_labels(tmp_path / name, "words") == {key: ["a word"] for key in labels}
 
 
-def test_align_labels_takes_the_step():
-    assert align_labels(["a", "b"], 2, step_seconds=0.02) == ["a", "b"]
+def test_step_seconds_is_used():
+    assert frame_labels(["a", "b"], 2, step_seconds=0.02) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -188,9 +181,9 @@ def test_align_labels_takes_the_step():
         ([{"name": "u", "phones": ["a", 3]}], "all strings or all objects"),
         (
             [{"name": "u", "phones": [{"label": "a", "start": 0}]}],
-            "no segment: A segment lacks 'end'",
+            "an invalid segment: A segment lacks 'end'",
         ),
-        ([{"name": "u", "phones": [{"label": "a", "start": None, "end": 1}]}], "line 1, holds what is no segment"),
+        ([{"name": "u", "phones": [{"label": "a", "start": None, "end": 1}]}], "line 1, has an invalid segment"),
         ([{"name": "u", "phones": []}, {"name": "u", "phones": []}], "line 2, names 'u' again"),
     ],
     ids=["not-json", "not-an-object", "no-phones", "name", "mixed", "key", "no-number", "twice"],

@@ -121,18 +121,22 @@ def test_jsonl(tmp_path):
         ("a.ctm", "a 1 0.1 0.2", r"line 1: 'a 1 0.1 0.2' is not"),
         ("a.ctm", "a 1 -0.1 0.2 t", r"start=-0.1 and duration=0.2 must be at least 0"),
         ("a.ctm", "a 1 0 1 t\na 2 0 1 t", r"line 2: 'a' has the channels 1 and 2"),
-        ("a.TextGrid", "hello", r"a.TextGrid is no TextGrid that can be read"),
-        ("a.TextGrid", LONG.replace("phones", "phone"), r"no tier of intervals named 'phones'. It has words, phone"),
-        ("a.lab", "x", r"a.lab is no file of labels that can be read: give one of .jsonl"),
+        ("a.TextGrid", "hello", r"a.TextGrid cannot be read as a TextGrid"),
+        (
+            "a.TextGrid",
+            LONG.replace("phones", "phone"),
+            r"no interval tier 'phones'; its interval tiers: words, phone",
+        ),
+        ("a.lab", "x", r"a.lab is not a JSONL file: give .jsonl or .jsonl.gz, or other labels: .ctm or"),
     ],
 )
-def test_what_cannot_be_read(tmp_path, name, text, message):
+def test_malformed_files_are_refused(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         read_alignments(write(tmp_path / name, text))
 
 
-def test_what_is_not_here(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing.ctm is not here"):
+def test_missing_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing.ctm does not exist"):
         read_alignments(tmp_path / "nothing.ctm")
     with pytest.raises(ValueError, match=r"has no .TextGrid files in it"):
         read_alignments(tmp_path)

@@ -1,4 +1,4 @@
-"""The curves of runs: what is read, what is drawn, what stands behind, and what is left out."""
+"""Training curves of runs: reading, drawing, the reference behind them, and what is left out."""
 
 import json
 import runpy
@@ -61,7 +61,7 @@ def panels(figure):
 
 
 def drawn(axes, color=None):
-    """(x, y) of each curve; of one colour. Horizontal lines across the panel are none."""
+    """(x, y) of each curve, or of those of one colour, without horizontal lines across the panel."""
     return [
         (list(line.get_xdata()), list(line.get_ydata()))
         for line in axes.get_lines()
@@ -76,11 +76,11 @@ def test_a_run_is_read_with_its_size_and_bounds(tmp_path):
     assert run == RunCurves("mine", [line_of(1), line_of(2)], 64, {"collapse_perplexity": 0.07})
 
 
-def test_of_steps_written_twice_the_later_count(tmp_path):
+def test_later_lines_replace_earlier_ones_of_the_same_step(tmp_path):
     first = [line_of(step, loss=9.0) for step in (1, 10, 20, 30)]
     again = [line_of(20, loss=1.0), evaluation_of(20), line_of(30, loss=1.0)]
     run = read_run(write_run(tmp_path / "run", [*first, evaluation_of(30), *again]))
-    # what a resumed run writes of step 20 comes after the first one's
+    # A resumed run writes step 20 again.
     assert [(line["step"], line.get("loss")) for line in run.lines] == [
         (1, 9.0),
         (10, 9.0),
@@ -90,7 +90,7 @@ def test_of_steps_written_twice_the_later_count(tmp_path):
     ]
 
 
-def test_a_last_line_that_is_being_written_is_left_out(tmp_path):
+def test_an_incomplete_last_line_is_ignored(tmp_path):
     folder = write_run(tmp_path / "run", [line_of(1)])
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "lo')
@@ -100,17 +100,17 @@ def test_a_last_line_that_is_being_written_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "arguments", "message"),
     [
-        (None, "codebook_size: 1", "metrics.jsonl is not there. Give the output_dir of a run that has begun"),
+        (None, "codebook_size: 1", "metrics.jsonl does not exist. Give the output_dir of a run that has started"),
         ("", "codebook_size: 1", "metrics.jsonl is empty"),
-        ('{"loss": 1}\n{"step": 2}\n', "codebook_size: 1", "metrics.jsonl, line 1, is no line of metrics"),
-        ('{"step": 1\n{"step": 2}\n', "codebook_size: 1", "metrics.jsonl, line 1, is no line of metrics"),
-        ("[1]\n", "codebook_size: 1", "metrics.jsonl, line 1, is no line of metrics"),
-        ('{"step": 1}\n', None, "arguments.yaml is not there"),
+        ('{"loss": 1}\n{"step": 2}\n', "codebook_size: 1", "metrics.jsonl, line 1, is not a line of metrics"),
+        ('{"step": 1\n{"step": 2}\n', "codebook_size: 1", "metrics.jsonl, line 1, is not a line of metrics"),
+        ("[1]\n", "codebook_size: 1", "metrics.jsonl, line 1, is not a line of metrics"),
+        ('{"step": 1}\n', None, "arguments.yaml does not exist"),
         ('{"step": 1}\n', "- 1", "arguments.yaml has no codebook_size"),
     ],
     ids=["no-metrics", "empty", "no-step", "broken", "no-object", "no-arguments", "other-arguments"],
 )
-def test_what_is_no_run_is_refused(tmp_path, lines, arguments, message):
+def test_malformed_runs_are_refused(tmp_path, lines, arguments, message):
     for name, text in (("metrics.jsonl", lines), ("arguments.yaml", arguments)):
         if text is not None:
             (tmp_path / name).write_text(text)
@@ -118,7 +118,7 @@ def test_what_is_no_run_is_refused(tmp_path, lines, arguments, message):
         read_run(tmp_path)
 
 
-def test_one_run_has_its_mean_and_each_codebook():
+def test_one_run_has_its_mean_and_a_line_per_codebook():
     axes = panels(run_figure([run_of()]))[TARGETS]
     *reference, one, other, mean = drawn(axes)
     assert len(reference) == 2
@@ -126,7 +126,7 @@ def test_one_run_has_its_mean_and_each_codebook():
     assert mean[1] == [40 / 128] * 3
 
 
-def test_several_runs_have_their_means_alone_each_in_its_colour():
+def test_several_runs_have_only_their_means_in_different_colours():
     figure = run_figure([run_of("a"), run_of("b", codebook_size=64)])
     axes = panels(figure)[TARGETS]
     curves = [line for line in axes.get_lines() if to_hex(line.get_color()) != GREY and len(line.get_xdata()) == 3]
@@ -137,7 +137,7 @@ def test_several_runs_have_their_means_alone_each_in_its_colour():
 
 
 @pytest.mark.parametrize(("x", "unit"), [("step", 1), ("hours", 3800 / 3600)])
-def test_the_reference_stands_behind(x, unit):
+def test_the_reference_is_drawn_behind(x, unit):
     found = panels(run_figure([run_of()], x=x))
     unmeasured, measured = drawn(found[LOSS], GREY)
     assert measured[0] == pytest.approx([point.step * unit for point in REFERENCE[1:]])
@@ -148,7 +148,7 @@ def test_the_reference_stands_behind(x, unit):
     assert drawn(found["learning rate"], GREY) == []
 
 
-def test_hours_are_added_up_or_taken_from_the_line():
+def test_hours_are_summed_or_read_from_the_line():
     lines = [line_of(1), line_of(10), evaluation_of(10), line_of(20)]
     run = RunCurves("a", lines, 128, {})
     axes = panels(run_figure([run], x="hours"))[LOSS]
@@ -158,7 +158,7 @@ def test_hours_are_added_up_or_taken_from_the_line():
     assert drawn(panels(run_figure([resumed], x="hours"))[LOSS])[-1][0] == [5.0, 6.5]
 
 
-def test_held_out_figures_are_dashed():
+def test_held_out_metrics_are_dashed():
     lines = [line_of(1), line_of(10), evaluation_of(10, eval_pnmi=0.2, eval_pnmis=[0.1, 0.2], eval_phone_purity=0.3)]
     found = panels(run_figure([RunCurves("a", lines, 128, {})]))
     *_, held_out = found[LOSS].get_lines()
@@ -169,15 +169,15 @@ def test_held_out_figures_are_dashed():
     assert found[PHONES].get_ylim()[0] == 0
 
 
-def test_what_no_run_has_is_left_out():
+def test_panels_without_data_are_left_out():
     found = panels(run_figure([run_of()]))
     assert PHONES not in found and "gradient norm" not in found
-    assert found[LOSS].get_legend() is None  # there is nothing held out to tell apart
+    assert found[LOSS].get_legend() is None  # without held-out metrics there is nothing to distinguish
     assert "gradient norm" in panels(run_figure([RunCurves("a", [line_of(1, grad_norm=2.0)], 128, {})]))
     assert list(panels(run_figure([RunCurves("a", [{"step": 1, "loss": 2.0}], 128, {})]))) == [LOSS]
 
 
-def test_bounds_of_collapse_are_drawn_where_a_run_has_them():
+def test_collapse_bounds_of_runs_are_drawn():
     def bounds_in(axes):
         return [line.get_ydata()[0] for line in axes.get_lines() if list(line.get_xdata()) == [0, 1]]
 
@@ -188,7 +188,7 @@ def test_bounds_of_collapse_are_drawn_where_a_run_has_them():
     assert [bounds_in(axes) for axes in off.values()] == [[]] * len(off)
 
 
-def test_a_run_of_one_line_can_be_seen():
+def test_a_run_of_one_line_has_a_marker():
     axes = panels(run_figure([run_of(lines=[1])]))[LOSS]
     assert axes.get_lines()[-1].get_marker() == "."
 
@@ -215,7 +215,7 @@ def test_nothing_overlaps():
     ],
     ids=["no-run", "x", "width"],
 )
-def test_what_cannot_be_drawn_is_refused(runs, options, message):
+def test_run_figure_refuses(runs, options, message):
     with pytest.raises(ValueError, match=message):
         run_figure(runs, **options)
 
@@ -233,5 +233,5 @@ def test_the_script_draws_runs(tmp_path, monkeypatch, capsys):
     plot_run(monkeypatch, one, two, "--x", "hours", "--title", "Both", "--output", tmp_path / "new" / "both.pdf")
     assert (tmp_path / "new" / "both.pdf").read_bytes().startswith(b"%PDF")
     assert str(tmp_path / "new" / "both.pdf") in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"plot_run.py: .*metrics.jsonl is not there"):
+    with pytest.raises(SystemExit, match=r"plot_run.py: .*metrics.jsonl does not exist"):
         plot_run(monkeypatch, tmp_path)

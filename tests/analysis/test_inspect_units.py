@@ -1,4 +1,4 @@
-"""The script from a checkpoint and a folder to a page."""
+"""The script that writes a page from a checkpoint and a folder."""
 
 import re
 
@@ -30,13 +30,13 @@ def options(folder, *more):
 
 
 @pytest.mark.parametrize("source", ["student", "teacher"])
-def test_writes_a_page(folder, capsys, source):
+def test_the_script_writes_a_page(folder, capsys, source):
     labels = ["--labels", str(folder / "phones.jsonl"), "--words", str(folder / "phones.jsonl")]
     flags = ["--layer", "2", "--source", source, "--num_moments", "2", "--audio", "ogg", "--device", "cpu"]
     SCRIPT.main(options(folder, *labels, *flags))
     html = (folder / "new" / "page.html").read_text(encoding="utf-8")
-    said = capsys.readouterr().out
-    num_clips = int(re.search(r"with ([\d,]+) moments", said)[1])
+    printed = capsys.readouterr().out
+    num_clips = int(re.search(r"with ([\d,]+) moments", printed)[1])
     assert num_clips == html.count('class="play"') > 0
     assert f"<td>layer 2, {source}</td>" in html and "<title>Units of model, layer 2</title>" in html
     assert {"student": "probability 0.", "teacher": "distance "}[source] in html
@@ -45,7 +45,7 @@ def test_writes_a_page(folder, capsys, source):
     assert re.search(r"Spectrogram of a\.wav from .*, with its words, phones, units as boxes below", html)
 
 
-def test_says_what_had_no_room(folder, capsys):
+def test_the_script_reports_left_out_moments(folder, capsys):
     SCRIPT.main(options(folder, "--layer", "3", "--max_megabytes", "0", "--title", "<mine>", "--device", "cpu"))
     assert re.search(r"with 0 moments.*\n[\d,]+ more had no room", capsys.readouterr().out)
     assert "<title>&lt;mine&gt;</title>" in (folder / "new" / "page.html").read_text(encoding="utf-8")
@@ -55,11 +55,11 @@ def test_says_what_had_no_room(folder, capsys):
     ("more", "message"),
     [
         (["--layer", "1"], "inspect_units.py: layer=1 has no codebook"),
-        (["--layer", "2", "--labels", "no.txt"], "no.txt is not here"),
-        (["--layer", "2", "--words", "no.txt"], "no.txt is not here"),
+        (["--layer", "2", "--labels", "no.txt"], "no.txt does not exist"),
+        (["--layer", "2", "--words", "no.txt"], "no.txt does not exist"),
         (["--layer", "2", "--num_moments", "-1"], "num_moments=-1 is out of range"),
     ],
 )
-def test_mistakes_are_said(folder, more, message):
+def test_the_script_refuses(folder, more, message):
     with pytest.raises(SystemExit, match=message):
         SCRIPT.main(options(folder, "--device", "cpu", *more))

@@ -1,4 +1,4 @@
-"""A codebook on a corpus, codeword by codeword, and its page read without a browser."""
+"""Statistics of codewords on a corpus, and the HTML of their page."""
 
 import base64
 import io
@@ -47,7 +47,7 @@ def test_codewords_by_hand():
     assert [share.name for share in five.phones] == ["AA", "B"]  # the most frequent first
 
 
-def test_typical_moments_are_sure_and_of_different_recordings():
+def test_typical_moments_are_confident_and_from_different_recordings():
     found = inspect(num_moments=4)
     # The run of 2 frames is sure, but short: it comes last, as the second of its recording.
     assert of(found, 3).moments == [
@@ -60,7 +60,7 @@ def test_typical_moments_are_sure_and_of_different_recordings():
     assert of(inspect(num_moments=0), 3).moments == []
 
 
-def test_without_scores_the_longest_are_typical():
+def test_without_scores_the_longest_runs_are_typical():
     moments = of(inspect(with_scores=False), 3).moments
     assert [moment[:3] for moment in moments] == [("b.wav", 3, 20), ("a.wav", 0, 10), (ATTACK, 0, 3), ("a.wav", 14, 2)]
     assert all(np.isnan(moment.score) for moment in moments)
@@ -84,7 +84,7 @@ def test_without_labels_there_are_no_phones():
     assert of(found, 3).codes_before == of(inspect(), 3).codes_before
 
 
-def test_labels_that_do_not_fit_are_left_out():
+def test_labels_that_do_not_fit_are_ignored():
     inspector = CodewordInspector(2, labels={"a": ["AA"] * 9, "deep/b": ["AA"] * 90, "c.flac": [Segment("AA", 0, 1)]})
     for name in ("x/a.wav", "deep/b", "c.flac", "d"):
         inspector.add(name, np.array([0, 1, 1, 0]))
@@ -95,7 +95,7 @@ def test_labels_that_do_not_fit_are_left_out():
     assert found.counts.sum() == 16
 
 
-def test_words_are_of_the_recording_that_is_drawn():
+def test_words_belong_to_the_example():
     words = {"b": [Segment("no", 0, 0.4)], "a": ["one"] * 9 + ["", "two"], "c": [Segment("three", 0.2, 0.9)]}
     inspector = CodewordInspector(2, words=words)
     for name, num_frames in {"b.wav": 20, "a.wav": 99, "c.wav": 50}.items():
@@ -108,7 +108,7 @@ def test_words_are_of_the_recording_that_is_drawn():
 
 
 class Tree(HTMLParser):
-    """Tags with their attributes; complains of what is not closed."""
+    """Tags with their attributes; fails if one is not closed."""
 
     def __init__(self, html):
         super().__init__()
@@ -154,7 +154,7 @@ def tree(page):
     return Tree(page.html)
 
 
-def test_structure(tree):
+def test_page_structure(tree):
     assert tree.all("html") == [{"lang": "en"}]
     ids = [found["id"] for _, found in tree.tags if "id" in found]
     assert len(ids) == len(set(ids))
@@ -170,7 +170,7 @@ def test_structure(tree):
     assert len(tree.all("h1")) == 1
 
 
-def test_nothing_comes_from_outside(tree, page):
+def test_page_loads_nothing_from_outside(tree, page):
     addresses = [value for _, found in tree.tags for name, value in found.items() if name in ("src", "data-src")]
     assert addresses and all(address.startswith("data:") for address in addresses)
     assert not tree.all("link") and not tree.all("iframe") and not re.search(r"url\(|@import|https?://", page.html)
@@ -178,7 +178,7 @@ def test_nothing_comes_from_outside(tree, page):
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy
 
 
-def test_names_of_the_corpus_are_only_text(tree, page):
+def test_names_from_the_corpus_are_escaped(tree, page):
     assert len(tree.all("script")) == 1 and not any("onerror" in found for _, found in tree.tags)
     assert not tree.all("b") and not tree.all("teacher")
     assert tree.texts["title"] == [EVIL_TITLE]
@@ -194,7 +194,7 @@ def decode(uri):
 
 
 @pytest.mark.parametrize("audio", ["flac", "ogg"])
-def test_sounds_are_the_recording(folder, audio):
+def test_sounds_equal_the_recording(folder, audio):
     page = Tree(make_page(folder, audio=audio, context_seconds=0.1).html)
     buttons = [
         found for found in page.all("button", class_="play") if found["aria-label"].startswith("Play codeword 3")
@@ -220,7 +220,7 @@ def test_the_moment_is_marked(page, folder):
     assert marks[0] == (f"{100 * 40 / length:.1f}", f"{100 * 960 / length:.1f}")
 
 
-def test_size_is_bounded(folder):
+def test_page_size_is_limited(folder):
     full = make_page(folder)
     assert (full.num_clips, full.num_left_out) == (9, 0)
     # Room for the best moments of the two most frequent codewords.
@@ -245,7 +245,7 @@ def test_a_page_without_labels_and_scores(folder):
     assert "the longest first" in page.html
 
 
-def test_recordings_that_have_gone_bad_are_left_out(tmp_path, caplog):
+def test_recordings_that_became_unreadable_are_left_out(tmp_path, caplog):
     write_recordings(tmp_path)
     recordings = open_recordings([tmp_path])
     (tmp_path / "b.wav").write_bytes(b"gone")
@@ -262,17 +262,17 @@ def test_recordings_that_have_gone_bad_are_left_out(tmp_path, caplog):
     [
         (lambda: CodewordInspector(0), "num_codes=0 is out of range"),
         (lambda: CodewordInspector(2, num_moments=-1), "num_moments=-1 is out of range"),
-        (lambda: CodewordInspector(2).add("a", [0.5]), r"units of 'a' are float64 \(1,\)"),
-        (lambda: CodewordInspector(2).add("a", [[0]]), r"units of 'a' are int64 \(1, 1\)"),
-        (lambda: CodewordInspector(2).add("a", [0, 2]), "span 0 to 2, but num_codes=2"),
-        (lambda: CodewordInspector(2).add("a", [-1]), "span -1 to -1"),
-        (lambda: CodewordInspector(2).add("a", [0, 1], [0.5]), "2 units and 1 scores"),
+        (lambda: CodewordInspector(2).add("a", [0.5]), "'a' has dtype float64"),
+        (lambda: CodewordInspector(2).add("a", [[0]]), r"'a' has shape \(1, 1\)"),
+        (lambda: CodewordInspector(2).add("a", [0, 2]), "'a' holds 2, but num_codes=2"),
+        (lambda: CodewordInspector(2).add("a", [-1]), "'a' holds -1"),
+        (lambda: CodewordInspector(2).add("a", [0, 1], [0.5]), r"2 units, but scores of shape \(1,\)"),
         (lambda: CodewordInspector(2).result(), "no unit to inspect"),
         (lambda: fed({"b": ["x"]}).result(), "None of 1 recordings has labels. The labels are named like 'b'"),
         (lambda: fed({"a": ["x"] * 99}).result(), "No labels fit their recording. Those of 'a': 99 labels"),
     ],
 )
-def test_refused(call, message):
+def test_invalid_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -292,7 +292,7 @@ def fed(labels):
         ({"max_megabytes": -1}, "max_megabytes=-1 is out of range"),
     ],
 )
-def test_pages_refused(folder, options, message):
+def test_render_page_refuses(folder, options, message):
     with pytest.raises(ValueError, match=message):
         make_page(folder, **options)
 

@@ -28,12 +28,12 @@ def file(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def opened(browser, file):
-    browser.complaints.clear()
+    browser.problems.clear()
     browser.requests.clear()
     browser.resize(1_200)
     browser.open(file)
     yield
-    assert browser.complaints == []
+    assert browser.problems == []
 
 
 def choose(browser, field, value):
@@ -43,21 +43,21 @@ def choose(browser, field, value):
     )
 
 
-def test_nothing_is_asked_for_and_nothing_of_the_corpus_runs(browser, file):
+def test_page_requests_nothing_and_runs_nothing_from_the_corpus(browser, file):
     assert browser.requests and all(url.startswith((file.as_uri(), "data:")) for url in browser.requests)
     assert browser.run("[...document.images].every(image => image.complete && image.naturalWidth > 100)")
     assert browser.run("document.scripts.length") == 1
     assert browser.run("document.getElementById('phone').options[1].value") in (EVIL_PHONE, "AA")
 
 
-def test_the_policy_stops_what_is_not_ours(browser):
+def test_the_content_security_policy_blocks_foreign_scripts(browser):
     # What the page would do with a hole in its escaping.
     browser.run(
         "(() => { const s = document.createElement('script'); s.text = 'window.x = 1'; document.body.append(s); })()"
     )
     assert browser.run("window.x === undefined")
-    assert any("Content Security Policy" in text for text in browser.complaints)
-    browser.complaints.clear()
+    assert any("Content Security Policy" in text for text in browser.problems)
+    browser.problems.clear()
 
 
 def test_filter(browser):
@@ -111,7 +111,7 @@ def pressed(browser):
     return browser.run("[...document.querySelectorAll('button.play')].map(b => b.getAttribute('aria-pressed')).join()")
 
 
-def test_the_keyboard_plays(browser):
+def test_the_keyboard_plays_sounds(browser):
     # From the last field of the form, as a person would go on.
     browser.run("document.querySelector('button.play').focus()")
     browser.press(" ", "Space", 32, " ")
@@ -140,7 +140,7 @@ def test_the_keyboard_reaches_everything(browser):
 
 
 @pytest.mark.parametrize("width", [320, 400, 1_200])
-def test_nothing_reaches_over_the_edge(browser, width):
+def test_nothing_overflows_the_viewport(browser, width):
     browser.resize(width)
     browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert browser.run("document.documentElement.scrollWidth") == browser.run("document.documentElement.clientWidth")
@@ -171,7 +171,7 @@ CONTRAST = """(() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_stand_out(browser, scheme):
+def test_texts_have_enough_contrast(browser, scheme):
     browser.resize(1_200, scheme=scheme)
     ratios = browser.run(CONTRAST)
     # WCAG 2.2, 1.4.3.
@@ -180,5 +180,5 @@ def test_texts_stand_out(browser, scheme):
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
 
 
-def test_it_can_be_looked_at(browser):
+def test_a_screenshot_can_be_taken(browser):
     assert base64.b64decode(browser.screenshot()).startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Layers judged by k-means, probe and canonical correlations: known answers, slow twins, the script."""
+"""Evaluation of layers by k-means, probe and canonical correlations: known answers, slow twins, the script."""
 
 import csv
 import io
@@ -14,16 +14,13 @@ from sklearn.linear_model import Ridge
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.analysis import Reference, Segment
 from dinosr_hf.analysis.layers import (
-    METRICS,
-    EvaluatedLayer,
+    REPORT,
     LayerFrames,
     Recordings,
     canonical_correlations,
-    check_apart,
+    check_disjoint_speakers,
     draw_frames,
     evaluate_layer,
-    layers_csv,
-    layers_table,
     probe_accuracy,
 )
 from dinosr_hf.data import open_recordings
@@ -40,27 +37,27 @@ def in_sample(features, classes, regularization=0.0):
     return canonical_correlations(features, classes, features, classes, regularization=regularization)
 
 
-def test_one_dimension_and_two_classes_have_pearsons_correlation():
+def test_one_dimension_and_two_classes_give_pearsons_correlation():
     # Deviations -1, 0, 0, 1 and -1/2, -1/2, 1/2, 1/2: 1 / sqrt(2 * 1).
     found = in_sample([[0.0], [1.0], [1.0], [2.0]], ["a", "a", "b", "b"])
     np.testing.assert_allclose(found.values, [1 / math.sqrt(2)])
     assert found.weights.tolist() == [1.0]
-    assert found.mean == found.projection_weighted == pytest.approx(1 / math.sqrt(2))
+    assert found.values.mean() == found.projection_weighted == pytest.approx(1 / math.sqrt(2))
 
 
-def test_features_that_are_the_classes_correlate_perfectly():
+def test_features_that_determine_the_classes_correlate_perfectly():
     generator = np.random.default_rng(0)
     classes = generator.integers(0, 4, 60)
     mixed = np.eye(4)[classes] @ generator.standard_normal((4, 7)) + 3.0
     found = in_sample(mixed, classes)
     np.testing.assert_allclose(found.values, np.ones(3), atol=1e-9)  # K - 1
-    # Other directions, which say nothing, are not among them, and change nothing.
+    # Uninformative directions change nothing.
     noisy = np.concatenate([mixed, generator.standard_normal((60, 5))], axis=1)
     np.testing.assert_allclose(in_sample(noisy, classes).values, np.ones(3), atol=1e-9)
 
 
 def worked_features():
-    """Two dimensions without correlation, of which each has its own contrast of three classes, and noise."""
+    """Two uncorrelated dimensions, each a different contrast of three classes with noise."""
     classes = np.repeat([0, 1, 2], 4)
     first = np.array([1.0, -1.0, 0.0])[classes] + np.tile([1, 1, -1, -1], 3) * 0.5
     second = np.array([1.0, 1.0, -2.0])[classes] + np.tile([1, -1, 1, -1], 3) * 2.0
@@ -69,20 +66,20 @@ def worked_features():
     return np.stack([first, second], axis=1), classes, correlations
 
 
-def test_projection_weighting_worked():
+def test_projection_weighting_by_hand():
     features, classes, (high, low) = worked_features()
     found = in_sample(features, classes)
     np.testing.assert_allclose(found.values, [high, low])
     np.testing.assert_allclose(found.weights, [0.5, 0.5])
-    assert found.projection_weighted == pytest.approx((high + low) / 2) == found.mean
-    # The second dimension three times: its component is as much of the features as three.
+    assert found.projection_weighted == pytest.approx((high + low) / 2) == found.values.mean()
+    # The second dimension three times: its component weighs three times as much.
     found = in_sample(features[:, [0, 1, 1, 1]], classes)
     np.testing.assert_allclose(found.values, [high, low])
     np.testing.assert_allclose(found.weights, [0.25, 0.75])
-    assert found.projection_weighted == pytest.approx((high + 3 * low) / 4) != found.mean
+    assert found.projection_weighted == pytest.approx((high + 3 * low) / 4) != found.values.mean()
 
 
-def test_correlations_are_the_cosines_between_the_subspaces():
+def test_correlations_equal_cosines_between_subspaces():
     """Björck and Golub, 1973: the singular values of the product of two orthonormal bases."""
     generator = np.random.default_rng(1)
     classes = generator.integers(0, 5, 80)
@@ -90,21 +87,21 @@ def test_correlations_are_the_cosines_between_the_subspaces():
     bases = [np.linalg.qr(view - view.mean(axis=0))[0] for view in (features, np.eye(5)[classes][:, :4])]
     expected = np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)
     np.testing.assert_allclose(in_sample(features, classes).values, expected, atol=1e-9)
-    # Invertible changes of the features change nothing; of the frames they do.
+    # Invertible maps of the features change nothing; reordering the frames does.
     turned = features @ generator.standard_normal((6, 6)) - 2.0
     np.testing.assert_allclose(in_sample(turned, classes).values, expected, atol=1e-9)
     assert not np.allclose(in_sample(features[::-1], classes).values, expected, atol=1e-2)
 
 
-def test_noise_correlates_where_it_was_fitted_and_not_on_other_frames():
+def test_noise_correlates_only_on_the_frames_it_was_fitted_on():
     generator = np.random.default_rng(2)
     features, classes = generator.standard_normal((2, 300, 40)), generator.integers(0, 6, (2, 300))
-    fitted = in_sample(features[0], classes[0]).mean
-    judged = canonical_correlations(features[0], classes[0], features[1], classes[1]).mean
-    assert fitted > 0.25 and abs(judged) < 0.1
+    fitted = in_sample(features[0], classes[0]).values.mean()
+    held_out = canonical_correlations(features[0], classes[0], features[1], classes[1]).values.mean()
+    assert fitted > 0.25 and abs(held_out) < 0.1
 
 
-def test_classes_that_were_not_fitted_are_left_out():
+def test_unknown_classes_are_left_out():
     features, classes, _ = worked_features()
     more = np.concatenate([features, [[50.0, -50.0]]])
     found = canonical_correlations(features, classes, more, [*classes, 3], regularization=0.0)
@@ -113,7 +110,7 @@ def test_classes_that_were_not_fitted_are_left_out():
     assert nothing.values.tolist() == [0, 0]
 
 
-def test_dimensions_that_do_not_vary_say_nothing():
+def test_constant_dimensions_change_nothing():
     features, classes, (high, low) = worked_features()
     found = in_sample(np.concatenate([features, np.full((12, 1), 7.0)], axis=1), classes)
     np.testing.assert_allclose(found.values, [high, low])
@@ -122,35 +119,35 @@ def test_dimensions_that_do_not_vary_say_nothing():
 # -- probe
 
 
-def test_probe_tells_apart_what_a_line_does():
+def test_probe_separates_classes_linearly():
     train, test = [[0.0, 5.0], [1.0, 5.0], [3.0, 5.0], [4.0, 5.0]], [[1.9, 5.0], [2.1, 9.0], [-3.0, 5.0]]
     assert probe_accuracy(train, ["a", "a", "b", "b"], test, ["a", "b", "a"]) == 1.0
     assert probe_accuracy(train, ["a", "a", "b", "b"], test, ["a", "a", "c"]) == 1 / 3
 
 
-def test_probe_is_ridge_regression_to_one_hot_vectors():
+def test_probe_equals_ridge_regression_to_one_hot_vectors():
     generator = np.random.default_rng(3)
     centers = generator.standard_normal((4, 5))
     classes = generator.integers(0, 4, (2, 200))
     features = centers[classes] + 1.5 * generator.standard_normal((2, 200, 5))
     mean, deviation = features[0].mean(axis=0), features[0].std(axis=0)
-    fitted, judged = (features - mean) / deviation
+    fitted, held_out = (features - mean) / deviation
     ridge = Ridge(alpha=0.1 * 200).fit(fitted, np.eye(4)[classes[0]])
-    expected = (ridge.predict(judged).argmax(axis=1) == classes[1]).mean()
+    expected = (ridge.predict(held_out).argmax(axis=1) == classes[1]).mean()
     found = probe_accuracy(features[0], classes[0], features[1], classes[1], regularization=0.1)
     assert found == pytest.approx(expected) and 0.5 < found < 0.95
     shuffled = generator.permutation(classes[0])
     assert probe_accuracy(features[0], shuffled, features[1], classes[1]) < 0.45
 
 
-@pytest.mark.parametrize("judge", [probe_accuracy, canonical_correlations])
-def test_probes_refuse(judge):
+@pytest.mark.parametrize("metric", [probe_accuracy, canonical_correlations])
+def test_probes_refuse(metric):
     with pytest.raises(ValueError, match=r"train has features of shape \(2,\).*must have \(n, D\)"):
-        judge([1.0, 2.0], ["a", "b"], [[1.0]], ["a"])
+        metric([1.0, 2.0], ["a", "b"], [[1.0]], ["a"])
     with pytest.raises(ValueError, match=r"test has features of shape \(1, 1\) and classes of shape \(2,\)"):
-        judge([[1.0], [2.0]], ["a", "b"], [[1.0]], ["a", "b"])
+        metric([[1.0], [2.0]], ["a", "b"], [[1.0]], ["a", "b"])
     with pytest.raises(ValueError, match="There is one class only in train"):
-        judge([[1.0], [2.0]], ["a", "a"], [[1.0]], ["a"])
+        metric([[1.0], [2.0]], ["a", "a"], [[1.0]], ["a"])
 
 
 # -- frames
@@ -158,7 +155,7 @@ def test_probes_refuse(judge):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Eight recordings of four speakers, whose level and phones can be heard, and their labels of 10 ms."""
+    """Eight recordings of four speakers, whose phones differ in level, and their labels of 10 ms."""
     folder = tmp_path_factory.mktemp("layers")
     generator = np.random.default_rng(0)
     for split in ("speech", "more"):
@@ -186,7 +183,7 @@ def model():
 def recordings_of(corpus):
     source = open_recordings([corpus / "speech"])
     labels = {str(number): [Segment("a", 0.0, 0.5), Segment("b", 0.5, 1.0)] for number in range(5)}
-    return Recordings.all_of(source, Reference([u.id for u in source.utterances], labels, speakers=[*"xxyyzz"]))
+    return Recordings.with_labels(source, Reference([u.id for u in source.utterances], labels, speakers=[*"xxyyzz"]))
 
 
 def test_all_frames_are_drawn_with_their_labels(corpus, model):
@@ -203,7 +200,7 @@ def test_all_frames_are_drawn_with_their_labels(corpus, model):
         assert frames.phones[own].tolist() == ["a" if 20 * i + 20 < 8_000 else "b" for i in range(num_frames)]
 
 
-def test_the_same_frames_are_drawn_of_any_layer(corpus, model):
+def test_the_same_frames_are_drawn_for_any_layer(corpus, model):
     recordings = recordings_of(corpus)
     first = draw_frames(UnitExtractor(model, layers=[3, 1]), recordings, max_frames=400)
     second = draw_frames(UnitExtractor(model, layers=[1], batch_seconds=1.0), recordings, max_frames=400)
@@ -214,14 +211,14 @@ def test_the_same_frames_are_drawn_of_any_layer(corpus, model):
     assert not np.array_equal(second.features[:50], other.features[:50])
 
 
-def test_speakers_are_split_apart(corpus):
+def test_speakers_are_split_into_disjoint_sets(corpus):
     recordings = recordings_of(corpus)
     for seed in range(3):
-        fit, judged = recordings.split(seed)
-        assert fit.ids | judged.ids == recordings.ids and len(fit.speakers) == 1 and len(judged.speakers) == 2
-        check_apart(fit, judged)
+        fit, held_out = recordings.split(seed)
+        assert fit.ids | held_out.ids == recordings.ids and len(fit.speakers) == 1 and len(held_out.speakers) == 2
+        check_disjoint_speakers(fit, held_out)
     with pytest.raises(ValueError, match="have 1 speakers in common, for example"):
-        check_apart(fit, fit)
+        check_disjoint_speakers(fit, fit)
     with pytest.raises(ValueError, match=r"All recordings are of one speaker, '[xyz]'"):
         fit.split()
 
@@ -230,14 +227,14 @@ def test_labels_that_do_not_fit_are_named(corpus, model):
     source = open_recordings([corpus / "speech"])
     reference = Reference(["0.wav"], {"0": ["a"] * 10})
     with pytest.raises(ValueError, match=r"^0.wav: 10 labels of 0.01 s cover 0.100 s"):
-        draw_frames(UnitExtractor(model, layers=[1]), Recordings.all_of(source, reference))
+        draw_frames(UnitExtractor(model, layers=[1]), Recordings.with_labels(source, reference))
 
 
 # -- layers
 
 
 def known_frames(seed, speakers, num_frames=400):
-    """Layer 0 has phones in its first dimensions, layer 1 speakers, layer 2 nothing."""
+    """Frames whose layer 0 encodes phones, layer 1 speakers, and layer 2 nothing."""
     generator = np.random.default_rng(seed)
     phones, voices = generator.integers(0, 3, num_frames), generator.integers(0, len(speakers), num_frames)
     features = 0.1 * generator.standard_normal((num_frames, 3, 6))
@@ -249,10 +246,10 @@ def known_frames(seed, speakers, num_frames=400):
     return LayerFrames(features.astype(np.float32), np.array(["SIL", "a", "b"])[phones], names, halves)
 
 
-def test_figures_say_what_a_layer_knows():
+def test_metrics_show_what_a_layer_knows():
     train, test = known_frames(0, ["p", "q"]), known_frames(1, ["r", "s", "t"])
     phones, voices, nothing = (evaluate_layer(train, test, layer, num_clusters=3) for layer in range(3))
-    assert list(phones) == list(METRICS)
+    assert list(phones) == list(REPORT.metrics)
     assert phones["kmeans_phone_purity"] == phones["kmeans_pnmi"] == phones["phone_probe"] == 1.0
     assert phones["phone_cca"] > 0.99 and voices["speaker_cca"] > 0.9
     for figures in (voices, nothing):
@@ -260,22 +257,24 @@ def test_figures_say_what_a_layer_knows():
     assert abs(phones["speaker_cca"]) < 0.3 and abs(nothing["speaker_cca"]) < 0.3
 
 
-def test_speakers_of_one_recording_have_no_correlation():
+def test_speakers_with_one_recording_have_no_correlation():
     train, test = (
         frames._replace(recordings=frames.speakers) for frames in (known_frames(0, ["p", "q"]), known_frames(1, ["r"]))
     )
     assert math.isnan(evaluate_layer(train, test, 0, num_clusters=3)["speaker_cca"])
 
 
-def test_tables_say_the_same():
-    figures = dict(zip(METRICS, (0.5, 0.25, 0.75, 0.125, math.nan), strict=True))
-    rows = [EvaluatedLayer("runs/a|b", "student", 2, figures)]
-    lines = layers_table(rows).splitlines()
+def test_markdown_csv_and_json_agree(tmp_path):
+    figures = dict(zip(REPORT.metrics, (0.5, 0.25, 0.75, 0.125, math.nan), strict=True))
+    rows = [{"model": "runs/a|b", "source": "student", "layer": 2, **figures}]
+    lines = REPORT.markdown(rows).splitlines()
     assert lines[2] == "| runs/a\\|b | student | 2 | 0.500 | 0.250 | 0.750 | 0.125 | nan |"
     assert lines[0].count("|") == lines[1].count("|") == 9
-    (row,) = csv.DictReader(io.StringIO(layers_csv(rows)))
+    (row,) = csv.DictReader(io.StringIO(REPORT.csv(rows)))
     assert (row["model"], row["layer"], row["phone_probe"]) == ("runs/a|b", "2", "0.75")
-    assert rows[0].to_dict()["speaker_cca"] is None and rows[0].to_dict()["phone_cca"] == 0.125
+    REPORT.write(tmp_path, "layers", rows)
+    (row,) = json.loads((tmp_path / "layers.json").read_text(encoding="utf-8"))
+    assert row["speaker_cca"] is None and row["phone_cca"] == 0.125
 
 
 @pytest.fixture(scope="module")
@@ -286,13 +285,13 @@ def folder(tmp_path_factory, model):
 
 
 @pytest.mark.parametrize("fit", [[], ["--fit_data"]], ids=["halves", "fit-data"])
-def test_the_script_writes_table_and_picture(corpus, folder, tmp_path, capsys, fit):
+def test_the_script_writes_table_and_plot(corpus, folder, tmp_path, capsys, fit):
     words = [str(folder), "--data", str(corpus / "speech"), "--labels", str(corpus / "phones.jsonl")]
     words += [*fit, str(corpus / "more")] if fit else []
     words += ["--output_dir", str(tmp_path), "--num_clusters", "4", "--max_frames", "500", "--sources", "student"]
     load_script("examples/evaluate_layers.py").main([*words, "teacher"])
     printed = capsys.readouterr().out
-    assert f"Fitted on {1} speakers, judged on {3 if fit else 2} others." in printed
+    assert f"Fitted on {1} speakers, evaluated on {3 if fit else 2} others." in printed
     found = json.loads((tmp_path / "layers.json").read_text(encoding="utf-8"))
     assert [(row["source"], row["layer"]) for row in found] == [
         (s, n) for s in ("student", "teacher") for n in (1, 2, 3)
@@ -301,7 +300,7 @@ def test_the_script_writes_table_and_picture(corpus, folder, tmp_path, capsys, f
     assert (tmp_path / "layers.png").stat().st_size > 10_000 and (tmp_path / "layers.pdf").is_file()
 
 
-def test_the_script_refuses_the_same_speakers(corpus, folder, tmp_path):
+def test_the_script_refuses_common_speakers(corpus, folder, tmp_path):
     words = [str(folder), "--data", str(corpus / "speech"), "--labels", str(corpus / "phones.jsonl")]
     with pytest.raises(SystemExit, match=r"evaluate_layers.py: .*3 speakers in common, for example 's0'"):
         load_script("examples/evaluate_layers.py").main(

@@ -1,4 +1,4 @@
-"""Pictures: what they show and that nothing in them overlaps."""
+"""The figure of phones and codewords, and classes of phones."""
 
 import itertools
 import sys
@@ -18,7 +18,7 @@ def parts(figure):
 
 
 def shown(axis) -> list:
-    """The texts at the ticks of an axis; it holds some more, beyond its ends."""
+    """The texts at the ticks of an axis, without those beyond its ends."""
     low, high = sorted(axis.get_view_interval())
     ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
     return [
@@ -106,7 +106,7 @@ def test_every_column_is_a_distribution():
     np.testing.assert_allclose(np.asarray(axes.images[0].get_array()).sum(axis=0), 1)
 
 
-def test_colors_fall_in_lightness():
+def test_colors_decrease_in_lightness():
     axes, _, _ = parts(phone_codeword_figure(np.eye(2), ["a", "b"]))
     red, green, blue = axes.images[0].get_cmap()(np.linspace(0, 1, 64))[:, :3].T
     grey = 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -150,7 +150,7 @@ def test_figures_are_saved_without_pyplot(tmp_path, suffix):
     ],
     ids=["names", "empty", "shape", "width"],
 )
-def test_refused(table, names, options, message):
+def test_invalid_arguments_are_refused(table, names, options, message):
     with pytest.raises(ValueError, match=message):
         phone_codeword_figure(table, names, **options)
 

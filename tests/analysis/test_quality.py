@@ -1,4 +1,4 @@
-"""Metrics of units against phones: worked examples, a slow twin, and what is refused."""
+"""Metrics of units against phones: examples by hand, a slow twin, and errors."""
 
 import math
 from collections import Counter
@@ -18,7 +18,7 @@ from dinosr_hf.analysis.quality import (
     unit_quality,
 )
 
-# Eight frames each, so that all probabilities are powers of two and can be followed by hand.
+# Eight frames each, so that all probabilities are powers of two.
 CODE_SHARED_BY_PHONES = [
     [2, 0],
     [2, 0],
@@ -35,7 +35,7 @@ BOTH = [
 
 
 def slow_metrics(labels: list[str], codes: list[int]) -> dict[str, float]:
-    """The definitions over frames one by one: no table, conditional probabilities and entropies of their own."""
+    """The definitions, frame by frame: no table, but conditional probabilities and entropies."""
     pairs = list(zip(labels, codes, strict=True))
     phones_of = {code: Counter(y for y, z in pairs if z == code) for code in codes}
     codes_of = {label: Counter(z for y, z in pairs if y == label) for label in labels}
@@ -70,7 +70,7 @@ def slow_metrics(labels: list[str], codes: list[int]) -> dict[str, float]:
     ],
     ids=["code-shared", "phone-split", "both"],
 )
-def test_phone_purity_worked(table, expected):
+def test_phone_purity_by_hand(table, expected):
     assert phone_purity(table) == expected
 
 
@@ -83,7 +83,7 @@ def test_phone_purity_worked(table, expected):
     ],
     ids=["code-shared", "phone-split", "both"],
 )
-def test_cluster_purity_worked(table, expected):
+def test_cluster_purity_by_hand(table, expected):
     assert cluster_purity(table) == expected
 
 
@@ -101,7 +101,7 @@ def test_cluster_purity_worked(table, expected):
     ],
     ids=["code-shared", "phone-split", "both", "independent"],
 )
-def test_pnmi_worked(table, expected):
+def test_pnmi_by_hand(table, expected):
     assert phone_normalized_mutual_information(table) == pytest.approx(expected, abs=1e-15)
 
 
@@ -116,7 +116,7 @@ def test_pnmi_worked(table, expected):
     ],
     ids=["two-equal", "unequal", "one", "all-equal", "table"],
 )
-def test_code_usage_worked(counts, perplexity, active):
+def test_code_usage_by_hand(counts, perplexity, active):
     assert code_perplexity(counts) == pytest.approx(perplexity, rel=1e-12)
     assert num_active_codes(counts) == active
 
@@ -145,7 +145,7 @@ def test_order_of_phones_and_codes_does_not_matter():
     assert vars(shuffled) == pytest.approx(vars(UnitQuality.from_table(table)), rel=1e-12)
 
 
-def test_splitting_a_code_raises_phone_metrics_only_by_chance_never_lowers_them():
+def test_splitting_a_code_never_lowers_phone_metrics():
     whole, split = [[3, 1], [2, 4]], [[3, 1, 0], [2, 1, 3]]
     assert phone_purity(split) >= phone_purity(whole)
     assert phone_normalized_mutual_information(split) >= phone_normalized_mutual_information(whole)
@@ -158,7 +158,7 @@ def test_one_phone_is_pure_and_has_no_pnmi():
     assert math.isnan(quality.pnmi)
 
 
-def test_one_code_says_nothing():
+def test_one_code_carries_no_information():
     quality = UnitQuality.from_table([[3], [1]])
     assert (quality.phone_purity, quality.cluster_purity, quality.pnmi) == (0.75, 1.0, 0.0)
     assert (quality.code_perplexity, quality.num_active_codes) == (1.0, 1)
@@ -222,19 +222,19 @@ def test_contingency_refuses(labels, codes, options, message):
     ],
     ids=["zero", "no-phone", "one-axis", "negative", "nan"],
 )
-def test_metrics_refuse_what_is_no_table(metric, table, message):
+def test_metrics_refuse_malformed_tables(metric, table, message):
     with pytest.raises(ValueError, match=message):
         metric(table)
 
 
 @pytest.mark.parametrize("metric", [code_perplexity, num_active_codes])
-def test_code_usage_refuses_what_is_no_count(metric):
+def test_code_usage_refuses_malformed_counts(metric):
     with pytest.raises(ValueError, match="counts no frame"):
         metric([0, 0])
     with pytest.raises(ValueError, match=r"shape \(1, 1, 1\)"):
         metric([[[1]]])
 
 
-def test_unit_quality_of_nothing_is_an_error():
+def test_unit_quality_refuses_no_frames():
     with pytest.raises(ValueError, match="counts no frame"):
         unit_quality([], [])

@@ -1,4 +1,4 @@
-"""Plans of steps against a slow and obvious twin, and the same steps for any processes, micro-batches and workers."""
+"""Plans of steps against a slow and simple twin, and equal steps for any processes, micro-batches and workers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from dinosr_hf.data import (
     plan_epoch,
     summarize_plan,
 )
-from dinosr_hf.data.batching import MicroBatch, SkippedPart
+from dinosr_hf.data.batching import MicroBatch, SkippedUtterance
 from dinosr_hf.data.collator import utterance_generator, utterance_hash
 
 
 def corpus(num_utterances: int, seed: int = 0) -> list[int]:
-    """Lengths with a long tail, some equal, some below and above the limits that the tests use."""
+    """Return lengths with a long tail, some equal, some below and above the limits of the tests."""
     lengths = np.random.default_rng(seed).gamma(4.0, 30, num_utterances).astype(int) + 5
     lengths[::7] = 90
     return lengths.tolist()
@@ -40,7 +40,7 @@ SIZES = [1, 2, 13, 100, 731]
 
 
 def naive_plan(num_samples, *, seed, epoch, step_samples, min_samples, max_samples, mode, num_buckets, ids):
-    """`plan_epoch` as one would say it, in the same order of random draws."""
+    """Plan an epoch in the most literal way, with random draws in the same order as `plan_epoch`."""
     generator = utterance_generator(seed, epoch, "", "plan")
     length = {index: min(n, max_samples) for index, n in enumerate(num_samples) if n >= min_samples}
     tie = dict(zip(length, generator.random(len(length)), strict=True))
@@ -78,7 +78,7 @@ def naive_plan(num_samples, *, seed, epoch, step_samples, min_samples, max_sampl
 @pytest.mark.parametrize("mode", ["crop", "pad"])
 @pytest.mark.parametrize("num_buckets", [1, 7])
 @pytest.mark.parametrize("size", SIZES)
-def test_plan_is_that_of_the_naive_twin(size, num_buckets, mode):
+def test_plan_equals_the_naive_plan(size, num_buckets, mode):
     lengths = corpus(size)
     options = dict(LIMITS, seed=3, epoch=2, mode=mode, num_buckets=num_buckets, ids=[f"u{k}" for k in range(size)])
     assert plan_epoch(lengths, **options) == naive_plan(lengths, **options)
@@ -88,7 +88,7 @@ def test_plan_is_that_of_the_naive_twin(size, num_buckets, mode):
 @pytest.mark.parametrize("mode", ["crop", "pad"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("epoch", range(3))
-def test_what_every_plan_holds(size, mode, epoch):
+def test_invariants_of_a_plan(size, mode, epoch):
     lengths = corpus(size, seed=epoch)
     steps = plan_epoch(lengths, **LIMITS, seed=0, epoch=epoch, mode=mode)
 
@@ -122,8 +122,8 @@ def test_same_seed_and_epoch_give_the_same_plan():
 
 
 @pytest.mark.filterwarnings("ignore:All .* utterances together")
-def test_start_of_a_crop_is_the_utterances_own():
-    """Its share of the room there is: the same in any order of the corpus, and whatever the others are."""
+def test_start_of_a_crop_depends_on_its_utterance_only():
+    """It is a fraction of the available room: the same in any order of the corpus, for any other utterances."""
     lengths = [300, 500, 700, 900]
     ids = ["a", "b", "c", "d"]
     options = {"seed": 0, "epoch": 0, "step_samples": 4_000, "min_samples": 1, "max_samples": 250, "mode": "pad"}
@@ -137,7 +137,7 @@ def test_start_of_a_crop_is_the_utterances_own():
 
 
 @pytest.mark.filterwarnings("ignore:All .* utterances together")
-def test_crops_begin_anywhere_and_move_with_the_epochs():
+def test_crops_are_uniform_and_change_with_the_epoch():
     options = {"seed": 0, "step_samples": 100, "min_samples": 1, "max_samples": 100}
     starts = [plan_epoch([1_099], epoch=epoch, **options)[0][0].start for epoch in range(2_000)]
     assert min(starts) < 10
@@ -145,7 +145,7 @@ def test_crops_begin_anywhere_and_move_with_the_epochs():
     assert abs(np.mean(starts) - 499.5) < 5 * 1_000 / math.sqrt(12 * 2_000)
 
 
-def test_buckets_bring_together_what_is_alike():
+def test_buckets_group_similar_lengths():
     lengths = corpus(2_000)
     lost = []
     for num_buckets in (1, 5, 40):
@@ -154,7 +154,7 @@ def test_buckets_bring_together_what_is_alike():
     assert lost[0] > 1.5 * lost[1] > 1.5**2 * lost[2]
 
 
-def test_neither_the_shortest_nor_the_longest_are_always_dropped():
+def test_dropped_utterances_vary_in_length():
     lengths = list(range(100, 149))
     options = {"seed": 0, "step_samples": 1_000, "min_samples": 1, "max_samples": 1_000}
     dropped = set()
@@ -165,8 +165,8 @@ def test_neither_the_shortest_nor_the_longest_are_always_dropped():
     assert max(dropped) > 43
 
 
-def test_members_of_an_epoch_may_come_more_than_once():
-    """A plan of members is that of a corpus that has each of them for itself, but for the passes that seed crops."""
+def test_members_of_an_epoch_may_repeat():
+    """A plan of members equals that of a corpus with one utterance per member, but for the passes that seed crops."""
     lengths = corpus(150)
     ids = [f"u{k}" for k in range(150)]
     members = [(index, own_epoch) for index in range(0, 150, 2) for own_epoch in range(7, 7 + index % 3)]
@@ -197,23 +197,17 @@ def test_all_members_are_the_default():
     assert plan_epoch(lengths, members=np.array(members), **options) == plan_epoch(lengths, **options)
 
 
-@pytest.mark.parametrize("index", [-1, 2])
-def test_members_of_no_utterance(index):
-    with pytest.raises(ValueError, match=f"members has the index {index}, but there are 2 utterances"):
-        plan_epoch([100, 100], members=[(0, 0), (index, 0)], **LIMITS, seed=0, epoch=0)
-
-
 def test_no_members():
     with pytest.raises(ValueError, match="None of 0 utterances has min_samples"):
         plan_epoch([100, 100], members=[], **LIMITS, seed=0, epoch=0)
 
 
-def test_windows_of_an_epoch_have_orders_of_their_own():
+def test_windows_of_an_epoch_have_different_orders():
     lengths = corpus(100)
     plans = [plan_epoch(lengths, **LIMITS, seed=0, epoch=0, window=window) for window in (0, 0, 1, 2)]
     assert plans[0] == plans[1] == plan_epoch(lengths, **LIMITS, seed=0, epoch=0)
     assert plans[0] != plans[2] != plans[3] != plans[0]
-    # An utterance's crop and mask are its own, whichever window it is in.
+    # An utterance's crop and mask do not depend on its window.
     starts = [{crop[0]: crop[1:] for step in plan for crop in step} for plan in plans]
     alike = [starts[0][index] == starts[2][index] for index in starts[0].keys() & starts[2].keys()]
     assert sum(alike) > 0
@@ -225,7 +219,7 @@ def test_less_than_a_step_is_one_step_with_a_warning():
     assert sorted(crop.index for crop in steps[0]) == [0, 1, 3]
 
 
-def test_nothing_long_enough():
+def test_no_utterance_is_long_enough():
     message = r"None of 2 utterances has min_samples=40 .* the longest: 39 samples, 0.0 s\. Lower min_samples"
     with pytest.raises(ValueError, match=message):
         plan_epoch([12, 39], **LIMITS, seed=0, epoch=0)
@@ -245,7 +239,7 @@ def test_nothing_long_enough():
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_limits_that_contradict_each_other(change, message):
+def test_contradicting_limits_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         plan_epoch([100, 100], **(dict(LIMITS, seed=0, epoch=0) | change))
 
@@ -273,11 +267,11 @@ def test_micro_batches_share_out_the_step(world_size, micro_samples, mode):
         counts = [len(pieces) for pieces in shares]
         sizes = [sum(map(len, pieces)) for pieces in shares]
         assert max(sizes) - min(sizes) <= 1
-        # Alike, but where a process has fewer utterances than others have pieces.
+        # Equal, unless a process has fewer utterances than others have micro-batches.
         assert all(count == max(counts) or count == size for count, size in zip(counts, sizes, strict=True))
 
 
-def test_micro_batches_are_as_few_as_fit():
+def test_micro_batches_are_as_few_as_possible():
     step = [Crop(k, 0, 100) for k in range(10)]
     assert [len(piece) for piece in micro_batches(step, rank=0, world_size=1, micro_samples=1_000)] == [10]
     assert [len(piece) for piece in micro_batches(step, rank=0, world_size=1, micro_samples=999)] == [5, 5]
@@ -358,7 +352,7 @@ def assert_same(first, second):
 
 
 def rows(batches):
-    """Each utterance's samples and mask, in an order that does not depend on how they were batched."""
+    """Return the samples and mask of each utterance, in an order that does not depend on the batches."""
     found = [
         (values[: int(length)].tolist(), mask.tolist())
         for batch, _ in batches
@@ -402,7 +396,7 @@ def test_step_does_not_depend_on_processes_and_micro_batches(source, mode):
 
 
 class Damaged(SpeechSource):
-    """A source some of whose utterances have gone bad since they were listed."""
+    """A source with utterances that became unusable after they were listed."""
 
     def __init__(self, source, damages):
         self.source = source
@@ -431,7 +425,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
-def test_what_has_gone_bad_is_left_out_and_said(source, damage, message, num_workers):
+def test_unusable_utterances_are_skipped_and_reported(source, damage, message, num_workers):
     dataset = step_dataset(source, mode="pad", micro_samples=1_000_000)
     bad = dataset.micro_batches(1)[0][0]  # the longest: without it there is less padding
     rest = [[crop for crop in piece if crop != bad] for piece in dataset.micro_batches(1)]
@@ -447,7 +441,7 @@ def test_what_has_gone_bad_is_left_out_and_said(source, damage, message, num_wor
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
-def test_piece_of_which_nothing_is_left_is_silence(source, mode):
+def test_micro_batch_with_all_skipped_is_silence(source, mode):
     dataset = step_dataset(Damaged(source, dict.fromkeys(range(14), 0)), mode=mode)
     for step in range(len(dataset)):
         for (inputs, skipped), piece in zip(dataset[step], dataset.micro_batches(step), strict=True):
@@ -458,19 +452,19 @@ def test_piece_of_which_nothing_is_left_is_silence(source, mode):
             assert not any(tensor.any() for tensor in inputs.values())
 
 
-def test_error_that_is_no_files_fault_is_raised(source):
+def test_other_errors_are_raised(source):
     dataset = step_dataset(Damaged(source, {k: ImportError("no decoder") for k in range(14)}))
     with pytest.raises(ImportError, match="no decoder"):
         next(iter(StepLoader(dataset)))
 
 
 def test_pinning_keeps_the_types(monkeypatch):
-    """torch makes lists of plain tuples on the way; seen here without a GPU."""
+    """torch would convert plain tuples to lists; tested without a GPU."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor.clone())
-    batch = MicroBatch({"input_values": torch.ones(1, 3)}, [SkippedPart("a", "b")])
+    batch = MicroBatch({"input_values": torch.ones(1, 3)}, [SkippedUtterance("a", "b")])
     pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)
     assert type(pinned) is MicroBatch
-    assert [type(part) for part in pinned.skipped] == [SkippedPart]
+    assert [type(part) for part in pinned.skipped] == [SkippedUtterance]
     assert_same([pinned], [batch])
 
 
@@ -483,7 +477,7 @@ def test_pinned_batches_are_of_the_same_types(source):
         assert_same(loaded, expected)
         for inputs, skipped in loaded:
             assert all(tensor.is_pinned() for tensor in inputs.values())
-            assert all(isinstance(part, SkippedPart) for part in skipped)
+            assert all(isinstance(part, SkippedUtterance) for part in skipped)
 
 
 @pytest.mark.parametrize(("num_workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])
@@ -496,7 +490,7 @@ def test_workers_give_the_same_steps(source, num_workers, context):
         assert_same(batches, dataset[step])
 
 
-def test_loader_begins_in_mid_epoch(source):
+def test_loader_starts_in_the_middle_of_an_epoch(source):
     dataset = step_dataset(source)
     loader = StepLoader(dataset, first_step=1)
     loaded = list(loader)
@@ -516,7 +510,7 @@ def test_plain_data_loader_gives_whole_steps(source):
         assert_same(batches, dataset[step])
 
 
-def test_loader_leaves_global_random_numbers_alone(source):
+def test_loader_does_not_change_the_global_random_state(source):
     dataset = step_dataset(source)
     state = torch.get_rng_state()
     list(StepLoader(dataset))

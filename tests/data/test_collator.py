@@ -1,4 +1,4 @@
-"""Batches of utterances: normalised, padded, masked the same wherever and with whatever they are collated."""
+"""Batches of utterances: normalised, padded, and masked the same in any batch and on any machine."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_normalisation_can_be_left_out():
     np.testing.assert_array_equal(batch["input_values"][0], ITEMS[0][1])
 
 
-def test_mask_is_the_samplers_with_the_utterances_generator():
+def test_mask_is_sampled_with_the_utterances_generator():
     config = DinoSRConfig(mask_prob=0.5, mask_length=4, mask_min_spans=3)
     items = [(name, waveform, epoch) for epoch, (name, waveform, _) in enumerate(ITEMS, 3)]
     batch = PretrainingCollator(config, seed=7)(items)
@@ -80,7 +80,7 @@ def test_mask_depends_on_seed_epoch_and_id(other):
     assert not torch.equal(first["mask_time_indices"], second["mask_time_indices"])
 
 
-def test_chance_is_the_same_on_every_machine():
+def test_hash_is_the_same_on_every_machine():
     assert utterance_hash(0, 0, "a", "mask") == 0x04894744F8646CED210B2A5EEE9D5525
     assert utterance_generator(0, 0, "a", "mask").integers(0, 1000, 4).tolist() == [4, 740, 603, 460]
     assert (

@@ -1,4 +1,4 @@
-"""Recordings with labels: every form that they come in, what is left out, and errors that say where to look."""
+"""Recordings with labels: all forms of data, what is left out, and errors."""
 
 import json
 import logging
@@ -73,7 +73,7 @@ def test_transcripts_of_librispeech(tmp_path):
     assert open_labelled(tmp_path, split="20").labels == ["TWO OF THEM"]
 
 
-def test_names_that_repeat_have_the_transcript_beside_them(tmp_path):
+def test_transcripts_beside_a_recording_take_precedence(tmp_path):
     for folder in ("a", "b"):
         write(tmp_path / folder / "1.wav", 1_600)
         (tmp_path / folder / "x.trans.txt").write_text(f"1 of {folder}\n")
@@ -168,7 +168,7 @@ def test_missing_and_empty_labels_are_counted_and_reported(tmp_path, name, caplo
     assert len(source.load(0)) == 1_700  # not the first recording
 
 
-def test_nothing_is_reported_where_nothing_is_missing(tmp_path, caplog):
+def test_no_warning_if_no_label_is_missing(tmp_path, caplog):
     open_labelled(folder_with_table(tmp_path))
     assert caplog.text == ""
 
@@ -178,18 +178,20 @@ def test_nothing_is_reported_where_nothing_is_missing(tmp_path, caplog):
 
 def test_columns_that_exist_are_named(tmp_path):
     folder_with_table(tmp_path, column="words")
-    with pytest.raises(ValueError, match=r"has no column of transcripts \(transcription, .*It has file_name, words"):
+    with pytest.raises(
+        ValueError, match=r"has no column of transcripts \(transcription, .*columns are file_name, words"
+    ):
         open_labelled(tmp_path)
-    with pytest.raises(ValueError, match=r"has no column 'speech'\. It has file_name, words: name one"):
+    with pytest.raises(ValueError, match=r"has no column 'speech'\. Its columns are file_name, words: name one"):
         open_labelled(tmp_path, column="speech")
     assert open_labelled(tmp_path, column="words").labels == TEXTS
-    with pytest.raises(ValueError, match=r"The dataset has no column 'speech'\. It has text"):
+    with pytest.raises(ValueError, match=r"The dataset has no column 'speech'\. Its columns are text"):
         DatasetSource(dataset(TEXTS)).labels("speech")
 
 
 def test_a_line_with_too_many_fields_is_not_a_column(tmp_path):
     folder_with_table(tmp_path, ["one", "two,three"], column="words")
-    with pytest.raises(ValueError, match="It has file_name, words: name one"):
+    with pytest.raises(ValueError, match="Its columns are file_name, words: name one"):
         open_labelled(tmp_path)
 
 
@@ -206,10 +208,10 @@ def test_other_encodings_are_refused_by_name(tmp_path, name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: (write(root / "0.wav", 900), root)[1], "has no table of transcripts: .*metadata.csv"),
+        (lambda root: (write(root / "0.wav", 900), root)[1], r"has no transcripts: no \.trans\.txt .*metadata.csv"),
         (lambda root: folder_with_table(root, ["", " "]), "none of its 2 recordings has a label"),
         (lambda root: [], "There is no data"),
-        (lambda root: root / "nowhere", "nowhere is not here"),
+        (lambda root: root / "nowhere", "nowhere does not exist"),
     ],
     ids=["no table", "no labels", "nothing", "nowhere"],
 )
@@ -218,25 +220,27 @@ def test_data_without_labels(tmp_path, make, message):
         open_labelled(make(tmp_path))
 
 
-def test_sources_without_transcripts_say_what_has_them(tmp_path):
+def test_sources_without_transcripts(tmp_path):
     write(tmp_path / "0.wav", 900)
     (tmp_path / "1.trans.txt").write_text("0 zero\n")
-    with pytest.raises(ValueError, match=r"column='text': .*has no table of transcripts"):
+    with pytest.raises(ValueError, match=r"has no column 'text': no metadata\.csv .* Write `file_name,text`"):
         FolderSource(tmp_path).labels("text")
+    with pytest.raises(ValueError, match=r"^label_column=tone: \S+ has no column 'tone'"):
+        open_labelled(tmp_path, column="tone", column_option="label_column")
 
 
-def test_words_of_a_manifest_are_one_line_each(tmp_path):
+def test_missing_or_wrong_words_of_a_manifest(tmp_path):
     write(tmp_path / "0.wav", 1_600)
     path = manifest(tmp_path, ("0.wav", 1_600))
-    with pytest.raises(ValueError, match=r"train\.wrd is not there: a line of it belongs to each line of train\.tsv"):
+    with pytest.raises(ValueError, match=r"train\.wrd does not exist\. It must have a line for each .* train\.tsv"):
         open_labelled(path)
     path.with_suffix(".wrd").write_text("one\ntwo\n")
     with pytest.raises(ValueError, match=r"train\.wrd has 2 lines for the 1 recordings of train\.tsv"):
         open_labelled(path)
 
 
-def test_a_configuration_is_for_the_hub(tmp_path):
-    with pytest.raises(ValueError, match="config_name='clean' belongs to a dataset on the Hub"):
+def test_configuration_name_is_for_the_hub(tmp_path):
+    with pytest.raises(ValueError, match="config_name='clean' is for a dataset on the Hub"):
         open_labelled(folder_with_table(tmp_path), config_name="clean")
 
 
@@ -269,12 +273,12 @@ def test_a_folder_with_one_table_is_training_speech(tmp_path):
 
 
 @pytest.mark.parametrize("train_split", ["validation", None], ids=["the same split", "all splits"])
-def test_what_is_trained_on_is_not_for_evaluation(tmp_path, train_split):
+def test_training_split_is_refused_for_evaluation(tmp_path, train_split):
     for split in ("a", "validation"):
         write(tmp_path / split / f"{split}.wav", 1_600)
         (tmp_path / split / "x.trans.txt").write_text(f"{split} {split}\n")
     data = [str(tmp_path)]
-    with pytest.raises(ArgumentError, match=r"eval_split or test_split is validation, but .* is what is trained on"):
+    with pytest.raises(ArgumentError, match=r"eval_split or test_split is validation, but the run trains on"):
         splits_of(train_data=data, train_split=train_split, eval_split="validation")
     assert labels_of(splits_of(train_data=data, train_split="a", eval_split="validation"))[0] == ["a"]
 

@@ -1,4 +1,4 @@
-"""Manifests and tables: what a line says, that few files are opened, and that lies are found out."""
+"""Manifests and tables: parsing, the few files that are opened, and disagreements with the files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from audio_files import PART_ATOL, manifest, sf, write
 from dinosr_hf.data import AudioFileError, ManifestSource, TableSource, manifests
 
 
-def test_manifest_opens_a_few_files_only(tmp_path, monkeypatch):
+def test_manifest_opens_few_files(tmp_path, monkeypatch):
     opened = []
     write(tmp_path / "one.wav", 5_000)
     for k in range(99):
@@ -48,7 +48,7 @@ def test_manifest_with_a_line_of_another_form(tmp_path, line):
         ManifestSource(path)
 
 
-def test_manifest_whose_folder_is_not_here(tmp_path):
+def test_manifest_with_missing_folder(tmp_path):
     path = manifest(tmp_path, ("a.wav", 5), root="/no/such/folder")
     with pytest.raises(
         ValueError, match=r"its first line must be the folder .* '/no/such/folder' is not a folder here"
@@ -70,7 +70,7 @@ def test_manifest_of_several_rates(tmp_path):
         ManifestSource(manifest(tmp_path, ("a.wav", 4_000), ("b.wav", 4_000)))
 
 
-def test_manifest_of_nothing(tmp_path):
+def test_empty_manifest(tmp_path):
     with pytest.raises(ValueError, match=r"train\.tsv has no utterances"):
         ManifestSource(manifest(tmp_path))
 
@@ -87,7 +87,7 @@ def table(tmp_path, rows, name="train.jsonl"):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Files whose headers are read."""
+    """Return the list of files whose headers are read."""
     opened = []
     read = manifests.audio_info
     monkeypatch.setattr(manifests, "audio_info", lambda path: opened.append(path) or read(path))
@@ -117,7 +117,7 @@ def test_table_beside_its_files(tmp_path, name, column):
     ],
     ids=["frames", "samples", "seconds", "frames first"],
 )
-def test_table_with_lengths_opens_a_few_files_only(tmp_path, counted, name, length):
+def test_table_with_lengths_opens_few_files(tmp_path, counted, name, length):
     write(tmp_path / "one.wav", 2_500, rate=8_000)
     for k in range(99):
         (tmp_path / f"{k}.wav").symlink_to(tmp_path / "one.wav")
@@ -167,7 +167,7 @@ def test_table_of_parts(tmp_path):
         {"audio_filepath": "long.wav", "offset": 2, "duration": 1.0},
     ]
     source = TableSource(table(tmp_path, rows))
-    # Only what reaches to the end of the file may not be there: two figures, each right to half a hundredth.
+    # Only parts at the end of the file may be too long: two numbers, each right to half a hundredth.
     assert source.utterances == [("first", 8_000), ("long.wav", 16_000), ("long.wav#2", 16_000 - 160)]
     np.testing.assert_array_equal(source.load(0), whole[4_000:12_000])
     np.testing.assert_array_equal(source.load(1, 100, 50), whole[8_100:8_150])
@@ -194,22 +194,22 @@ def test_table_of_one_file_twice(tmp_path):
     [
         (
             {"file": "a.wav", "text": "x"},
-            "no column with paths of audio. It has file, text; the paths must be in one of",
+            "no column with paths of audio. Its columns are file, text; the paths must be in one of",
         ),
-        ({"path": None}, "line 1: path is None, where the path of a file must be"),
+        ({"path": None}, "line 1: path is None, but must be the path of a file"),
         (
             {"path": "a.wav", "num_samples": "many"},
-            "line 1: num_samples is 'many', where a number of 0 or more must be",
+            "line 1: num_samples is 'many', but must be a whole number of at least 0",
         ),
-        ({"path": "a.wav", "num_samples": 1.5}, "where a whole number must be"),
+        ({"path": "a.wav", "num_samples": 1.5}, "but must be a whole number"),
         ({"path": "a.wav", "duration": float("nan")}, "line 1: duration is 'NaN'"),
         ({"path": "a.wav", "duration": -1}, "line 1: duration is -1"),
         ({"path": "a.wav", "offset": 1}, "line 1: offset=1 needs a duration"),
-        ([1], r"line 1: '\[1\]' is not a JSON object, of which there must be one a line"),
+        ([1], r"line 1: '\[1\]' is not a JSON object; each line must be one"),
     ],
     ids=["column", "path", "text", "half", "nan", "negative", "offset", "list"],
 )
-def test_table_that_cannot_be_understood(tmp_path, row, message):
+def test_table_that_cannot_be_parsed(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         TableSource(table(tmp_path, [row]))
 
@@ -231,7 +231,7 @@ def test_table_that_disagrees_with_a_header(tmp_path, length):
         TableSource(table(tmp_path, [{"path": "a.wav", **length}]))
 
 
-def test_table_of_nothing(tmp_path):
+def test_empty_table(tmp_path):
     (tmp_path / "empty.csv").write_text("path,duration\n")
     with pytest.raises(ValueError, match=r"empty\.csv has no utterances"):
         TableSource(tmp_path / "empty.csv")

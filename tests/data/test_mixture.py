@@ -14,7 +14,7 @@ from dinosr_hf.data.collator import utterance_generator
 
 
 class Tones(SpeechSource):
-    """`count` utterances around `length` samples; samples say which one and where."""
+    """`count` utterances of about `length` samples, whose values encode the utterance and the position."""
 
     def __init__(self, count: int, length: int, seed: int = 0) -> None:
         lengths = np.random.default_rng(seed).integers(length // 2, 2 * length, count)
@@ -39,7 +39,7 @@ HOURS = np.array([sum(used(source)) for source in SOURCES])
 
 
 def audio_of(mixture: MixedSource, members: list[tuple[int, int]]) -> np.ndarray:
-    """Samples of each source among the members."""
+    """Return the number of samples of each source among the members."""
     totals = Counter()
     for index, _ in members:
         utterance = mixture.utterances[index]
@@ -56,9 +56,9 @@ def test_shares_of_an_epoch(weights, temperature):
     total = np.zeros(3)
     for epoch in range(4):
         audio = audio_of(mixture, mixture.epoch_members(epoch, seed=0, **LIMITS))
-        assert np.all(np.abs(audio - expected) <= 600)  # an utterance more or less at either end
+        assert np.all(np.abs(audio - expected) <= 600)  # one utterance more or less at either end
         total += audio
-    assert np.all(np.abs(total - 4 * expected) <= 600)  # which does not add up
+    assert np.all(np.abs(total - 4 * expected) <= 600)  # the difference does not accumulate
 
 
 def test_without_weights_and_temperature_an_epoch_is_every_utterance_once():
@@ -72,7 +72,7 @@ def test_without_weights_and_temperature_an_epoch_is_every_utterance_once():
         assert plan_epoch(lengths, members=members, **options) == plan_epoch(lengths, **options)
 
 
-def test_all_utterances_of_a_source_are_used_equally_often_and_never_twice_alike():
+def test_utterances_of_a_source_are_used_equally_often():
     mixture = MixedSource(SOURCES, NAMES, temperature=0.3, weights=[1, 2, 1])
     times, everything = Counter(), []
     for epoch in range(30):
@@ -80,7 +80,7 @@ def test_all_utterances_of_a_source_are_used_equally_often_and_never_twice_alike
         everything += members
         times.update(index for index, _ in members)
     assert len(set(everything)) == len(everything)
-    # An utterance's passes are 0, 1, 2, ... without a gap.
+    # The passes of an utterance are 0, 1, 2, ... without a gap.
     assert all(max(own for i, own in everything if i == index) == times[index] - 1 for index in (0, 3, 400, 440))
     first = 0
     for source in SOURCES:
@@ -92,7 +92,7 @@ def test_all_utterances_of_a_source_are_used_equally_often_and_never_twice_alike
 
 
 def naive_members(mixture, num_epochs, *, seed, shares):
-    """Epochs as one would draw them, one after the other."""
+    """Draw epochs one after the other, in the most literal way."""
     tapes = [[] for _ in SOURCES]
     drawn, passes = [0] * 3, [0] * 3
     for epoch in range(num_epochs):
@@ -111,7 +111,7 @@ def naive_members(mixture, num_epochs, *, seed, shares):
         yield sorted(members)
 
 
-def test_any_epoch_directly_is_that_of_one_after_the_other():
+def test_epochs_do_not_depend_on_previous_calls():
     mixture = MixedSource(SOURCES, NAMES, temperature=0.5)
     shares = HOURS**0.5 / (HOURS**0.5).sum()
     for epoch, members in enumerate(naive_members(mixture, 12, seed=7, shares=shares)):
@@ -120,7 +120,7 @@ def test_any_epoch_directly_is_that_of_one_after_the_other():
 
 
 def test_far_epochs_are_exact():
-    """Neither gaps nor repeats where floating point would have them."""
+    """There are no gaps or repeats, which floating point would cause."""
     mixture = MixedSource(SOURCES, NAMES, temperature=0.37)
     epochs = [mixture.epoch_members(10**9 + k, seed=0, **LIMITS) for k in range(3)]
     assert all(not set(one) & set(other) for one, other in pairwise(epochs))
@@ -128,7 +128,7 @@ def test_far_epochs_are_exact():
     assert sorted(tiny) == list(range(min(tiny), max(tiny) + 1))
 
 
-def test_mixture_is_a_source():
+def test_mixture_reads_its_sources():
     mixture = pickle.loads(pickle.dumps(MixedSource(SOURCES, NAMES)))
     assert len(mixture) == 443
     assert mixture.skipped == {"empty": ["small/x.wav"]}
@@ -169,13 +169,13 @@ def test_description():
         ([MixedSource(SOURCES, NAMES)], {"names": ["all"]}, "all is a mixture itself. Give its sources one by one"),
     ],
 )
-def test_what_cannot_be_mixed(sources, options, message):
+def test_invalid_mixtures_are_refused(sources, options, message):
     options = {"names": NAMES[: len(sources)]} | options
     with pytest.raises(ValueError, match=message):
         MixedSource(sources, **options)
 
 
-def test_ids_that_would_be_the_same():
+def test_duplicate_ids_are_refused():
     below = Tones(1, 100)
     below.utterances = [Utterance("x/0.wav", 100)]
     with pytest.raises(ValueError, match=r"With the names a, a/x some ids are the same\. Give other names"):

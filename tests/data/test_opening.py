@@ -1,4 +1,4 @@
-"""What a name stands for, and what is said of names that stand for nothing."""
+"""Which source or stream a name opens, and errors for names that open none."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dinosr_hf.data import (
     TarSource,
     open_recordings,
     open_source,
+    open_stream,
 )
 
 
@@ -93,13 +94,13 @@ def test_open_hub_name_without_a_split(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [datasets.exceptions.DatasetNotFoundError("gone"), ConnectionError("no network")])
-def test_open_hub_name_that_is_not_there(monkeypatch, error):
+def test_open_missing_hub_name(monkeypatch, error):
     def load_dataset(*arguments, **options):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(
-        ValueError, match=rf"some/folder is not here, and not found on the Hub \({error}\)\. Accepted are"
+        ValueError, match=rf"some/folder does not exist here, and was not found on the Hub \({error}\)\. Accepted are"
     ):
         open_source("some/folder")
 
@@ -114,18 +115,18 @@ def test_open_hub_dataset_that_needs_torchcodec(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["nothing", "./nothing/here", "data/a/b/c", "train.tsv", "gone/x.parquet"])
-def test_open_nothing(name):
-    with pytest.raises(ValueError, match=rf"{name} is not here\. Accepted are:\n  a folder with wav, flac(.|\n)*Hub"):
+def test_open_missing(name):
+    with pytest.raises(ValueError, match=rf"{name} does not exist\. Accepted are:\n  a folder with wav(.|\n)*Hub"):
         open_source(name)
 
 
-def test_open_what_is_of_no_use(tmp_path):
+def test_open_without_recordings(tmp_path):
     (tmp_path / "notes.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"notes\.txt is nothing to train on\. Accepted are"):
+    with pytest.raises(ValueError, match=r"notes\.txt has no recordings\. Accepted are"):
         open_source(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match=r"has no audio in it\. Accepted are"):
         open_source(tmp_path)
-    with pytest.raises(ValueError, match="config_name='en' belongs to a dataset on the Hub"):
+    with pytest.raises(ValueError, match="config_name='en' is for a dataset on the Hub"):
         open_source(tmp_path, config_name="en")
 
 
@@ -144,7 +145,7 @@ def test_open_table(tmp_path):
 
 @pytest.fixture
 def archives(tmp_path):
-    """Two archives of one recording each, in folders of their own."""
+    """Make two archives of one recording each, in separate folders."""
     for name in ("train", "test"):
         write(tmp_path / "a.flac", 5_000)
         (tmp_path / "tars" / name).mkdir(parents=True)
@@ -179,7 +180,7 @@ def test_open_folder_with_audio_and_archives(archives, caplog):
     (archives / "train" / "0.tar").rename(archives / "0.tar")
     with caplog.at_level(logging.WARNING):
         assert open_source(archives).utterances == [("a.wav", 3_000)]
-    assert "has .tar archives too, which are not read beside its audio files" in caplog.text
+    assert "has .tar archives too, which are ignored because it has audio files" in caplog.text
 
 
 def read(stream) -> list[tuple[str, int]]:
@@ -196,20 +197,20 @@ def test_stream_parquet_saved_datasets_and_archives(tmp_path, archives, monkeypa
     dataset.save_to_disk(tmp_path / "saved", num_shards=2)
     three = [("0", 1_600), ("1", 2_400), ("2", 3_000)]
 
-    assert read(open_source(tmp_path / "parquet" / "train-00000-of-00001.parquet", streaming=True)) == three
-    assert read(open_source(tmp_path / "parquet", split="test", streaming=True)) == three[:1]
-    saved = open_source(tmp_path / "saved", streaming=True, window_seconds=0.1)
+    assert read(open_stream(tmp_path / "parquet" / "train-00000-of-00001.parquet")) == three
+    assert read(open_stream(tmp_path / "parquet", split="test")) == three[:1]
+    saved = open_stream(tmp_path / "saved", window_seconds=0.1)
     assert read(saved) == three
     assert [window.index for window in saved.windows(0)] == [0, 1, 2]
-    shuffled = read(open_source(tmp_path / "saved", streaming=True, seed=1))
+    shuffled = read(open_stream(tmp_path / "saved", seed=1))
     assert sorted(num_samples for _, num_samples in shuffled) == [1_600, 2_400, 3_000]
     for name in (archives, archives / "train" / "0.tar", f"{archives}/*/0.tar"):
-        utterances = read(open_source(name, streaming=True, audio_column="flac"))
+        utterances = read(open_stream(name, audio_column="flac"))
         assert ("train", 5_000) in utterances
     with pytest.raises(ValueError, match=r"split=None: .*parquet has the splits train, test"):
-        open_source(tmp_path / "parquet", streaming=True)
-    with pytest.raises(ValueError, match=r"audio_column='audio' is not a column of the stream, which has .*flac"):
-        open_source(archives, streaming=True)
+        open_stream(tmp_path / "parquet")
+    with pytest.raises(ValueError, match=r"audio_column='audio' is not a column of the dataset, which has .*flac"):
+        open_stream(archives)
 
 
 def test_stream_hub_name(tmp_path, monkeypatch):
@@ -220,21 +221,21 @@ def test_stream_hub_name(tmp_path, monkeypatch):
         return dataset_of("audio bytes", tmp_path).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert len(read(open_source("someone/speech", split="train", config_name="en", streaming=True))) == 3
+    assert len(read(open_stream("someone/speech", split="train", config_name="en"))) == 3
     assert asked == [(("someone/speech", "en"), {"split": "train", "streaming": True})]
 
 
-def test_stream_of_what_is_no_dataset(folder, tmp_path):
+def test_only_datasets_can_be_streamed(folder, tmp_path):
     with pytest.raises(
-        ValueError, match=r"streaming is for datasets .* and .*corpus is none\. .* leave streaming out"
+        ValueError, match=r"streaming is for datasets .* and .*corpus is not one\. Leave streaming out"
     ):
-        open_source(folder, streaming=True)
+        open_stream(folder)
     (tmp_path / "train.jsonl").write_text("{}")
-    with pytest.raises(ValueError, match=r"streaming is for datasets .* and .*train\.jsonl is none"):
-        open_source(tmp_path / "train.jsonl", streaming=True)
+    with pytest.raises(ValueError, match=r"streaming is for datasets .* and .*train\.jsonl is not one"):
+        open_stream(tmp_path / "train.jsonl")
 
 
-def test_recordings_that_are_named(tmp_path):
+def test_open_recordings_by_name(tmp_path):
     write(tmp_path / "x" / "a.wav", 1_600)
     write(tmp_path / "x" / "deep" / "b.flac", 1_200, rate=8_000)
     write(tmp_path / "x" / "deep" / ".hidden.wav", 1_600)
@@ -250,11 +251,11 @@ def test_recordings_that_are_named(tmp_path):
     assert open_recordings([tmp_path / "y"]).skipped == {"unreadable": ["bad.wav"]}
 
 
-def test_recordings_that_cannot_be_named(tmp_path):
+def test_names_that_are_not_recordings_are_refused(tmp_path):
     write(tmp_path / "a.wav", 1_600)
     with pytest.raises(ValueError, match=r"a.tsv is neither an audio file .* nor a folder"):
         open_recordings([tmp_path / "a.wav", tmp_path / "a.tsv"])
-    with pytest.raises(ValueError, match=r"1 of 1 recordings left out \(1 missing\).*none.wav is not a file"):
+    with pytest.raises(ValueError, match=r"none of 1 recordings can be read \(1 missing\): .*none.wav is not a file"):
         open_recordings([tmp_path / "none.wav"])
     with pytest.raises(ValueError, match="There are no files"):
         open_recordings([])

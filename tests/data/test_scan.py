@@ -1,4 +1,4 @@
-"""Scans of folders: every kind of damage is found and counted, and the manifest stands for the folder."""
+"""Scans of folders: all damage is found and counted, and the manifest equals the folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def truncate(path: Path, share: float) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Usable recordings of several kinds."""
+    """Make usable recordings of several kinds."""
     root = tmp_path / "speech"
     (root / "sub").mkdir(parents=True)
     soundfile.write(root / "a.wav", noise(16_000), 16_000)
@@ -45,7 +45,7 @@ def folder(tmp_path):
 
 
 def damage(root: Path) -> dict[str, str]:
-    """Files that cannot be used: name -> reason."""
+    """Add unusable files; return their reasons by name."""
     soundfile.write(root / "short.wav", noise(3_360), 16_000)
     soundfile.write(root / "shorter.wav", noise(3_000), 16_000)
     soundfile.write(root / "none.wav", noise(0), 16_000)
@@ -78,7 +78,7 @@ def damage(root: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("decode", [False, True], ids=["headers", "decode"])
-def test_what_cannot_be_used_is_found_and_counted(folder, decode):
+def test_unusable_files_are_found_and_counted(folder, decode):
     good = {file.name for file in scan_folder(folder).usable}
     bad = damage(folder) | ({"cut.flac": "truncated"} if decode else {})
     scan = scan_folder(folder, decode=decode)
@@ -113,7 +113,7 @@ def test_files_are_measured(folder):
     report.encode()
 
 
-def test_no_more_is_read_than_is_needed(folder, monkeypatch):
+def test_only_beginnings_are_read(folder, monkeypatch):
     read = []
     plain = soundfile.SoundFile.read
     monkeypatch.setattr(
@@ -124,7 +124,7 @@ def test_no_more_is_read_than_is_needed(folder, monkeypatch):
     assert sorted(read) == sorted([1_600, 4_410, 1_600, 1_600, 800, 8_200])
 
 
-def test_shortest_is_what_holds_a_masked_span():
+def test_shortest_file_holds_a_masked_span():
     assert math.ceil(min_maskable_samples(DinoSRConfig()) / 160) / 100 == MIN_SECONDS
 
 
@@ -137,7 +137,7 @@ def test_min_seconds(folder):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
 @pytest.mark.parametrize("place", ["inside", "above", "elsewhere"])
-def test_manifest_stands_for_the_folder(folder, tmp_path, suffix, place):
+def test_manifest_equals_the_folder(folder, tmp_path, suffix, place):
     if suffix == ".tsv":
         (folder / "b.flac").unlink()
         (folder / "ü\udcff.wav").unlink()
@@ -164,7 +164,7 @@ def test_manifest_stands_for_the_folder(folder, tmp_path, suffix, place):
         np.testing.assert_array_equal(by_manifest.load(index, 100, 2_000), by_folder.load(index, 100, 2_000))
 
 
-def test_list_of_what_was_left_out(folder, tmp_path):
+def test_list_of_files_left_out(folder, tmp_path):
     bad = damage(folder)
     _, left_out = write_manifest(scan_folder(folder), tmp_path / "train.jsonl")
     assert left_out.name == "train.left_out.csv"
@@ -193,11 +193,11 @@ def test_lines_of_a_manifest(folder, tmp_path):
     }
 
 
-def test_nothing_is_written_over(folder, tmp_path):
+def test_manifest_is_not_overwritten(folder, tmp_path):
     scan = scan_folder(folder)
     (manifest,) = write_manifest(scan, tmp_path / "train.csv")
     before = manifest.read_bytes()
-    with pytest.raises(ValueError, match=r"train\.csv exists\. Give another name, or say that it is to be replaced"):
+    with pytest.raises(ValueError, match=r"train\.csv exists\. Give another name, or overwrite to replace it"):
         write_manifest(scan._replace(usable=scan.usable[:1]), manifest)
     assert manifest.read_bytes() == before
     write_manifest(scan._replace(usable=scan.usable[:1]), manifest, overwrite=True)
@@ -213,7 +213,7 @@ def test_manifest_that_cannot_be_written_leaves_the_old_one(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["train.tsv"]
 
 
-def test_what_a_tsv_cannot_hold(tmp_path):
+def test_file_name_that_a_tsv_cannot_hold(tmp_path):
     (tmp_path / "speech").mkdir()
     soundfile.write(tmp_path / "speech" / "a\tb.wav", noise(16_000), 16_000)
     scan = scan_folder(tmp_path / "speech")
@@ -232,7 +232,7 @@ def test_nothing_to_scan_or_to_write(tmp_path):
     scan = scan_folder(tmp_path)
     with pytest.raises(ValueError, match=re.compile("There is nothing to write.*1 silent, such as zeros.wav", re.S)):
         write_manifest(scan, tmp_path / "train.jsonl")
-    with pytest.raises(ValueError, match=r"train\.txt must end in one of \.jsonl, \.csv, \.tsv"):
+    with pytest.raises(ValueError, match=r"train\.txt must end in \.jsonl, \.csv or \.tsv\."):
         write_manifest(scan, tmp_path / "train.txt")
 
 
@@ -259,12 +259,15 @@ def test_command(folder, tmp_path, make_manifest, capsys):
 
     with pytest.raises(SystemExit, match=r"make_manifest.py: .*train.jsonl exists"):
         make_manifest([str(folder), str(manifest)])
+    with pytest.raises(SystemExit, match=r"^make_manifest.py: m.xyz must end in \.jsonl, \.csv or \.tsv\.$"):
+        make_manifest([str(folder), "m.xyz"])
+    assert capsys.readouterr().out == ""  # refused before the scan
     make_manifest([str(folder), str(manifest), "--overwrite"])
     assert len(open_source(manifest)) == 6
 
 
-def test_decoder_says_nothing_of_its_own(folder, capfd):
-    """libmpg123 complains on stderr where it is made to seek."""
+def test_decoder_prints_nothing(folder, capfd):
+    """libmpg123 prints to stderr if it has to seek."""
     soundfile.write(folder / "long.mp3", np.concatenate([np.zeros((30_000, 1)), noise(200_000)]), 16_000, format="MP3")
     scan_folder(folder, decode=True)
     assert capfd.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Folders and datasets: what is found, what is left out and why, and that parts are read as parts."""
+"""Folders and datasets: files and rows that are found or skipped, and reading of parts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_folder_follows_links_once(folder, tmp_path):
     assert len(names) == 6
 
 
-def test_folder_counts_what_it_leaves_out(folder, caplog):
+def test_skipped_files_are_counted(folder, caplog):
     (folder / "bad.wav").write_text("no audio at all")
     (folder / "worse.mp3").write_text("nor here")
     (folder / "empty.flac").touch()
@@ -66,17 +66,19 @@ def test_folder_counts_what_it_leaves_out(folder, caplog):
     assert "bad.wav cannot be read as audio" in caplog.text
 
 
-def test_folder_of_nothing(tmp_path):
+def test_folder_without_audio(tmp_path):
     with pytest.raises(ValueError, match=r"has no audio files in it or below it\. Looked for \.wav, \.flac"):
         FolderSource(tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
         FolderSource(tmp_path / "missing")
     (tmp_path / "bad.wav").write_text("no audio")
-    with pytest.raises(ValueError, match=r"1 of 1 recordings left out \(1 unreadable\).*bad\.wav cannot be read"):
+    with pytest.raises(
+        ValueError, match=r": none of 1 recordings can be read \(1 unreadable\): .*bad\.wav cannot be read"
+    ):
         FolderSource(tmp_path)
 
 
-def test_file_that_went_bad_after_the_scan(folder):
+def test_file_truncated_after_listing(folder):
     source = FolderSource(folder)
     write(folder / "b.wav", 100)
     with pytest.raises(AudioFileError, match=r"b\.wav has 100 samples at 16,000 Hz, but the part from 0 to 8,000"):
@@ -105,12 +107,12 @@ def test_dataset_of_plain_lists():
         DatasetSource(dataset, "speech")
 
 
-def test_dataset_with_a_rate_that_it_knows_itself(tmp_path):
+def test_sampling_rate_for_a_column_that_has_one(tmp_path):
     with pytest.raises(ValueError, match="sampling_rate=8000, but the column 'audio' has arrays"):
         DatasetSource(dataset_of("arrays", tmp_path), sampling_rate=8_000)
 
 
-def test_dataset_that_was_selected_filtered_and_formatted(tmp_path):
+def test_dataset_after_select_filter_and_format(tmp_path):
     dataset = dataset_of("arrays", tmp_path).add_column("id", ["x", "y", "x"]).select([2, 0, 1]).with_format("torch")
     source = DatasetSource(dataset)
     assert source.utterances == [("x", 3_000), ("x#2", 1_600), ("y", 2_400)]
@@ -118,7 +120,7 @@ def test_dataset_that_was_selected_filtered_and_formatted(tmp_path):
     np.testing.assert_array_equal(source.load(1), noise(1_600))
 
 
-def test_dataset_counts_what_it_leaves_out(tmp_path, caplog):
+def test_skipped_rows_are_counted(tmp_path, caplog):
     structs = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     values = [{"bytes": b"no audio", "path": None}, {"bytes": None, "path": None}, {"bytes": flac(900), "path": None}]
     table = pa.table({"audio": pa.array([*values, None], structs), "id": ["bad", "none", "good", "null"]})
@@ -165,12 +167,12 @@ def test_dataset_of_splits_or_of_another_class(tmp_path):
     dataset = dataset_of("bytes", tmp_path)
     with pytest.raises(ValueError, match=r"not DatasetDict: choose one of its splits, train, test\."):
         DatasetSource(datasets.DatasetDict(train=dataset, test=dataset))
-    with pytest.raises(ValueError, match=r"A map-style datasets\.Dataset is needed, not IterableDataset\."):
+    with pytest.raises(ValueError, match=r"A datasets\.Dataset is needed, not IterableDataset\."):
         DatasetSource(dataset.to_iterable_dataset())
 
 
 @pytest.mark.parametrize("kind", ["folder", "manifest", *KINDS])
-def test_sources_travel_to_workers(folder, tmp_path, kind):
+def test_sources_are_picklable(folder, tmp_path, kind):
     if kind == "folder":
         source = FolderSource(folder)
     elif kind == "manifest":

@@ -1,4 +1,4 @@
-"""Streams: the same windows in every process and after every restart, whatever the dataset is made of."""
+"""Streams: the same windows in every process and after every restart, for any kind of dataset."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ NUM_ROWS = 61
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch, tmp_path):
-    # datasets waits seconds at the end of interleaved parquet files, for a bug of old pyarrow.
+    # datasets waits for seconds at the end of interleaved parquet files, because of a bug in old pyarrow.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def recording(number: int) -> np.ndarray:
-    """Between 0.1 and 0.3 seconds."""
+    """Return noise of 0.1 to 0.3 seconds."""
     return noise(1_600 + number * 733 % 3_200, seed=number)
 
 
@@ -102,7 +102,7 @@ def stream(dataset, **options) -> SpeechStream:
 
 
 def content(windows: list[StreamWindow]) -> list[tuple]:
-    """All that training sees of windows."""
+    """Return everything that training sees of windows."""
     return [
         (window.index, window.source.utterances, [window.source.load(k).tobytes() for k in range(len(window.source))])
         for window in windows
@@ -129,7 +129,7 @@ def test_stream_has_every_row_once(make, tmp_path):
 
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("make", STREAMS)
-def test_stream_goes_on_from_any_window(make, seed, tmp_path):
+def test_stream_resumes_from_any_window(make, seed, tmp_path):
     dataset = make(tmp_path)
     windows = list(stream(dataset, shuffle_seed=seed).windows(1))
     assert len(windows) > 5
@@ -137,14 +137,14 @@ def test_stream_goes_on_from_any_window(make, seed, tmp_path):
         again = list(stream(dataset, shuffle_seed=seed).windows(1, first, through_json(windows[first].state)))
         assert content(again) == content(windows[first:])
         assert again[0].state == windows[first].state
-        # And from there once more: states of a resumed run are as good as those of the first.
+        # Resume once more from there: states of a resumed run work as well.
         for later in again[1:3]:
             last = stream(dataset, shuffle_seed=seed).windows(1, later.index, through_json(later.state))
             assert content([next(last)]) == content([later])
             last.close()
 
 
-def test_stream_goes_on_without_reading_what_was_before(tmp_path):
+def test_resume_does_not_read_earlier_rows(tmp_path):
     read = []
 
     def rows(parts):
@@ -161,7 +161,7 @@ def test_stream_goes_on_without_reading_what_was_before(tmp_path):
     assert min(read) == (4, 0)  # the shard that the window begins in, from its beginning
 
 
-def test_stream_that_cannot_go_on_is_read_again_with_a_warning(tmp_path, caplog):
+def test_stream_that_cannot_resume_is_read_again(tmp_path, caplog):
     windows = list(stream(with_buffer(tmp_path)).windows(0))
     state = windows[-2].state
     with caplog.at_level(logging.WARNING, "dinosr_hf"):
@@ -186,7 +186,7 @@ def test_stream_that_changed_is_refused(tmp_path):
         streaming.StreamChangedError, match=r"other rows than before from row .* of epoch 0 on"
     ) as caught:
         list(stream(changed).windows(0, 3, windows[3].state))
-    assert caught.value.__traceback__ is not None  # which is kept, and the threads are gone all the same
+    assert caught.value.__traceback__ is not None  # kept, but the threads have ended
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
 
 
@@ -195,7 +195,7 @@ def test_stream_that_changed_is_refused(tmp_path):
     [(1, 2, 1.0, "epoch=0, but epoch=1"), (0, 1, 1.0, "window=2, but window=1"), (0, 2, 2.0, "window_samples=16000")],
     ids=["epoch", "window", "seconds"],
 )
-def test_state_of_another_place_is_refused(epoch, first_window, seconds, message, tmp_path):
+def test_state_of_another_position_is_refused(epoch, first_window, seconds, message, tmp_path):
     dataset = from_arrays(tmp_path)
     state = list(stream(dataset).windows(0))[2].state
     with pytest.raises(ValueError, match=rf"The stream's state has {message}"):
@@ -266,7 +266,7 @@ def test_one_window_is_read_ahead(tmp_path):
             break
         threading.Event().wait(0.01)
     threading.Event().wait(0.2)
-    # The next window, half a one more, and the rows that are looked at ahead.
+    # The next window, half of the one after it, and the rows examined ahead.
     assert 2 * len(first.source) < len(taken) < 3 * len(first.source) + 40
     windows.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
@@ -303,7 +303,7 @@ def test_errors_of_the_stream_reach_the_reader():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stream_equals_the_dataset_it_is_of(kind, tmp_path):
+def test_stream_equals_its_dataset(kind, tmp_path):
     dataset = dataset_of(kind, tmp_path)
     source, (window,) = DatasetSource(dataset), stream(dataset.to_iterable_dataset()).windows(0)
     assert window.source.utterances == source.utterances
@@ -322,7 +322,7 @@ def test_stream_of_plain_lists():
         stream(dataset.to_iterable_dataset(), audio_column="speech")
 
 
-def test_stream_counts_what_it_leaves_out(tmp_path, caplog):
+def test_skipped_rows_of_a_stream_are_counted(tmp_path, caplog):
     (tmp_path / "short.flac").write_bytes(flac(500))
     values = [
         {"bytes": flac(900), "path": None},
@@ -349,7 +349,7 @@ def test_row_that_cannot_be_decoded_is_named():
     assert caught.value.reason == "truncated"
 
 
-def test_files_elsewhere_are_fetched_and_waited_for(monkeypatch, caplog):
+def test_files_at_urls_are_downloaded_with_retries(monkeypatch, caplog):
     fsspec = pytest.importorskip("fsspec")
     with fsspec.open("memory://corpus/a.flac", "wb") as file:
         file.write(flac(1_234))
@@ -364,19 +364,19 @@ def test_files_elsewhere_are_fetched_and_waited_for(monkeypatch, caplog):
             raise ConnectionError("try again")
         return read(*arguments)
 
-    monkeypatch.setattr(streaming, "_FETCH_WAITS_SECONDS", (0, 0, 0))
+    monkeypatch.setattr(streaming, "_RETRY_SECONDS", (0, 0, 0))
     monkeypatch.setattr(fsspec, "open", unreliable)
     (window,) = stream(dataset).windows(0)
     assert window.source.utterances == [("0", 1_234)]
     assert window.source.skipped == {"missing": ["1"]}
-    assert "memory://corpus/a.flac could not be fetched (try again)" in caplog.text
+    assert "memory://corpus/a.flac could not be downloaded (try again)" in caplog.text
 
     def unreachable(*arguments):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(fsspec, "open", unreachable)
-    # Not left out: another process may have got it, and then has other windows.
-    with pytest.raises(OSError, match=r"a\.flac could not be fetched: no network"):
+    # Not left out: another process may have downloaded it, and would have other windows.
+    with pytest.raises(OSError, match=r"a\.flac could not be downloaded: no network"):
         list(stream(dataset).windows(0))
 
 
@@ -390,28 +390,28 @@ def test_stream_that_needs_torchcodec_is_refused(tmp_path):
     if importlib.util.find_spec("torchcodec"):
         pytest.skip("torchcodec is here")
     dataset = from_parquet(tmp_path)
-    with pytest.raises(ValueError, match=r"wants torchcodec for it, .* Give it as load_dataset returns it"):
+    with pytest.raises(ValueError, match=r"needs torchcodec to decode .* Give it as load_dataset returns it"):
         list(stream(dataset.map(lambda row: row)).windows(0))
 
 
 def test_stream_without_audio(tmp_path):
     dataset = from_arrays(tmp_path)
-    with pytest.raises(ValueError, match="audio_column='speech' is not a column of the stream, which has id, audio"):
+    with pytest.raises(ValueError, match="audio_column='speech' is not a column of the dataset, which has id, audio"):
         stream(dataset, audio_column="speech")
     with pytest.raises(ValueError, match="The column 'id' is int64, which is not audio"):
         stream(datasets.Dataset.from_dict({"id": [1]}).to_iterable_dataset(), audio_column="id")
-    # Where nobody knows the columns beforehand, the first row tells.
-    with pytest.raises(ValueError, match="audio_column='speech' is not a column of the stream, which has id, audio"):
+    # If the columns are not known in advance, the first row shows them.
+    with pytest.raises(ValueError, match="audio_column='speech' is not a column of the dataset, which has id, audio"):
         list(stream(from_generator(tmp_path), audio_column="speech").windows(0))
 
 
-def test_stream_of_nothing():
+def test_empty_stream():
     def rows():
         yield from ()
 
     with pytest.raises(ValueError, match="The stream has no rows from row 0 of epoch 0 on"):
         list(stream(datasets.IterableDataset.from_generator(rows)).windows(0))
-    with pytest.raises(ValueError, match=r"2 of 2 recordings left out \(2 unreadable\)"):
+    with pytest.raises(ValueError, match=r"none of 2 recordings can be read \(2 unreadable\)"):
         list(stream(datasets.Dataset.from_dict({"audio": [b"no", b"nor"]}).to_iterable_dataset()).windows(0))
 
 
@@ -423,5 +423,5 @@ def test_stream_of_another_class(tmp_path):
         stream(datasets.IterableDatasetDict(train=dataset.to_iterable_dataset()))
     with pytest.raises(ValueError, match=r"window_seconds=0 must be greater than 0"):
         stream(dataset.to_iterable_dataset(), window_seconds=0)
-    with pytest.raises(ValueError, match=r"num_open_shards=0 at least 1"):
+    with pytest.raises(ValueError, match=r"num_open_shards=0 must be at least 1"):
         stream(dataset.to_iterable_dataset(), num_open_shards=0)

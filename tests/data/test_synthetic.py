@@ -1,8 +1,9 @@
-"""The synthetic corpus: the same for everybody, its times true to its waveform, its errors clear."""
+"""The synthetic corpus: reproducible, with times that match the waveform, and clear errors."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -34,12 +35,12 @@ def cut(row: dict[str, Any], segment: dict[str, Any]) -> np.ndarray:
 
 
 def zero_crossings(samples: np.ndarray) -> float:
-    """Share of samples at which the sign changes."""
+    """Return the fraction of samples at which the sign changes."""
     return float(np.mean(np.signbit(samples[1:]) != np.signbit(samples[:-1])))
 
 
 def run_script(tmp_path: Path, code: str) -> str:
-    """What a script prints in a new process, which imports this module of the package and not torch (seconds)."""
+    """Return the output of a script in a new process that imports only this module, not torch (for speed)."""
     folder = Path(synthetic.__file__).parent
     prelude = f"""
 import sys, types
@@ -130,7 +131,7 @@ def test_mixed_has_both_kinds(noisy_rows):
     assert 0.3 < np.mean(only_digits) < 0.7
 
 
-# The synthesiser's times against the waveform, without noise
+# Times compared with the waveform, without noise
 
 
 def test_silences_are_silent_and_phones_are_not(clean_rows):
@@ -188,7 +189,7 @@ def test_a_stop_has_its_closure_and_a_double_stop_a_long_one():
 
 
 def test_every_nameless_sound_goes_to_its_neighbour():
-    """ "r" of Italian and "ío" of Spanish come with a part that has no name and is no silence."""
+    """ "r" in Italian and "ío" in Spanish have a nameless part that is not silence."""
     for text, voice in (("tre treni.", "it+m3"), ("río frío.", "es+m3")):
         samples, events = _espeak.synthesize(text, voice=voice, pitch=50, pitch_range=50, rate=160, volume=30, seed=0)
         segments, _ = synthetic._phone_segments(samples, events)
@@ -208,16 +209,23 @@ def test_stress_and_length_are_stripped_or_kept():
     assert {label.translate(str.maketrans("", "", "ˈˌː")) for label in kept} == stripped
 
 
-def test_phone_set_is_what_the_rows_have(noisy_rows):
+@pytest.mark.parametrize(
+    ("strip_stress", "labels"), [(True, ["eɪ", "ɑ", "s", "a", "tʃ"]), (False, ["ˈeɪ", "ˌɑː", "sː", "a", "tʃ"])]
+)
+def test_labels_of_espeak_names(strip_stress, labels):
+    assert [synthetic._label(name, strip_stress) for name in ("ˈeɪ", "ˌɑː", "ss", "a-", "tʃ")] == labels
+
+
+def test_phone_set_has_the_labels_of_the_rows(noisy_rows):
     corpus = SyntheticCorpus(num_utterances=100, languages=LANGUAGES, num_speakers=50, text="mixed")
     assert corpus.phone_set() == sorted({phone["label"] for row in noisy_rows for phone in row["phones"]})
     assert all(label and label.strip() == label for label in corpus.phone_set())
 
 
-# The same for everybody
+# Reproducibility
 
 
-def test_order_does_not_matter(noisy_rows):
+def test_rows_do_not_depend_on_their_order(noisy_rows):
     corpus = SyntheticCorpus(num_utterances=100, languages=LANGUAGES, num_speakers=50, text="mixed")
     for index in (40, 3, 99, 3, 0, -1):
         assert_same_row(corpus[index], noisy_rows[index])
@@ -234,7 +242,7 @@ def digest(rows: Iterable[dict[str, Any]]) -> str:
     ).hexdigest()
 
 
-def test_another_process_speaks_the_same(tmp_path):
+def test_another_process_makes_the_same_speech(tmp_path):
     code = """
 import hashlib
 corpus = SyntheticCorpus(num_utterances=20, seed=5, languages=("fr", "en"))
@@ -263,7 +271,7 @@ if __name__ == "__main__":
 
 
 def test_breath_noise_is_seeded():
-    """Negative control: "victor" breathes, and with another seed he breathes otherwise."""
+    """Negative control: the variant "victor" has breath noise, which differs with another seed."""
     settings = {"voice": "en+victor", "pitch": 50, "pitch_range": 50, "rate": 160, "volume": 30}
     first, _ = _espeak.synthesize("a quiet horse.", seed=1, **settings)
     again, _ = _espeak.synthesize("a quiet horse.", seed=1, **settings)
@@ -292,7 +300,7 @@ def test_signal_to_noise_ratio_is_in_its_range():
 
     loud = [ratio_db(row) for row in SyntheticCorpus(num_utterances=10, snr_db=(5, 5))]
     quiet = [ratio_db(row) for row in SyntheticCorpus(num_utterances=10, snr_db=(30, 30))]
-    # Speech plus noise over noise; the room's tail falls into the silence after the last phone.
+    # Speech plus noise over noise; the room's tail is in the silence after the last phone.
     np.testing.assert_allclose(loud, 6.2, atol=1.5)
     assert min(quiet) > 10
     assert np.median(quiet) > np.median(loud) + 8
@@ -369,6 +377,7 @@ def test_export_is_an_audio_folder(tmp_path, format):
     for row, line, phone_line in zip(corpus, table, phones, strict=True):
         samples, rate = soundfile.read(folder / line["file_name"], dtype="float32")
         assert rate == SAMPLING_RATE
+        assert soundfile.info(folder / line["file_name"]).format == format.upper()
         np.testing.assert_allclose(samples, row["audio"]["array"], atol=1 / 32_768)
         assert line == {
             "file_name": f"{row['id']}.{format}",
@@ -390,7 +399,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_export_writes_over_nothing(tmp_path):
+def test_export_does_not_overwrite(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match=r"train exists\. Remove it or choose another folder"):
         SyntheticCorpus(num_utterances=1).export(tmp_path)
@@ -408,11 +417,12 @@ def test_export_writes_over_nothing(tmp_path):
         ({"languages": ()}, "languages must be one or more"),
         ({"languages": ("en", "en")}, "each once"),
         ({"languages": "en"}, r"pass \('en',\)"),
-        ({"num_speakers": 0}, "num_speakers must be at least 1 a language, 1 here, got 0"),
-        ({"num_speakers": 1, "languages": ("en", "de")}, "at least 1 a language, 2 here, got 1"),
+        ({"num_speakers": 0}, "num_speakers must be at least 1 per language, 1 here, got 0"),
+        ({"num_speakers": 1, "languages": ("en", "de")}, "at least 1 per language, 2 here, got 1"),
         ({"split": "dev"}, r"split must be one of \('train', 'validation', 'test'\), got 'dev'"),
         ({"text": "poems"}, r"text must be one of \('sentences', 'digits', 'mixed'\), got 'poems'"),
-        ({"snr_db": (40, 10)}, r"lowest and the highest .* got \(40, 10\)"),
+        ({"snr_db": (40, 10)}, r"snr_db must be the minimum and the maximum .* got \(40, 10\)"),
+        ({"snr_db": (10,)}, r"snr_db must be the minimum and the maximum .* got \(10,\)"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -420,9 +430,18 @@ def test_impossible_settings_are_refused(settings, message):
         SyntheticCorpus(**{"num_utterances": 1, **settings})
 
 
-def test_a_ratio_that_nothing_reads_is_warned_about():
+def test_snr_db_without_noise_is_warned_about():
     with pytest.warns(UserWarning, match="snr_db has no effect with noise=False"):
         SyntheticCorpus(1, noise=False, snr_db=(0, 10))
+
+
+def test_corpus_is_frozen_and_hashable():
+    corpus = SyntheticCorpus(1, languages=["en", "de"], num_texts=[1, 2], snr_db=[10, 40])
+    same = SyntheticCorpus(1, languages=("en", "de"), num_texts=(1, 2))
+    assert corpus == same and hash(corpus) == hash(same)
+    assert corpus != SyntheticCorpus(1, languages=("en", "de"), num_texts=(1, 2), snr_db=(10, 41))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        corpus.seed = 1
 
 
 def test_unknown_format_speaker_and_process_count_are_refused(tmp_path):
@@ -440,19 +459,18 @@ def test_unknown_format_speaker_and_process_count_are_refused(tmp_path):
 @pytest.mark.parametrize("package", ["espeakng_loader", "soxr", "datasets", "soundfile"])
 def test_a_missing_package_is_named_with_its_extra(package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)  # import raises ImportError
-    synthetic._usable_variants.cache_clear()
     corpus = SyntheticCorpus(num_utterances=1)
     with pytest.raises(ImportError, match=r'pip install "dinosr-hf\[demo\]"'):
         corpus.export(tmp_path) if package == "soundfile" else corpus.to_dataset()
 
 
-def test_espeak_is_not_imported_before_it_is_asked_for(tmp_path):
+def test_espeak_is_not_imported_before_it_is_used(tmp_path):
     code = 'corpus = SyntheticCorpus(num_utterances=1); print("espeakng_loader" in sys.modules)'
     assert run_script(tmp_path, code) == "False"
     assert run_script(tmp_path, code.replace("print", "corpus[0]; print")) == "True"
 
 
-def test_a_library_in_use_by_somebody_else_is_refused(tmp_path):
+def test_library_already_in_use_is_refused(tmp_path):
     code = """
 import ctypes, espeakng_loader
 other = ctypes.CDLL(espeakng_loader.get_library_path())
@@ -461,7 +479,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    assert "is in use in this process already" in run_script(tmp_path, code)
+    assert "is already in use in this process" in run_script(tmp_path, code)
 
 
 def test_an_unknown_voice_is_an_error():
@@ -484,5 +502,5 @@ def test_several_texts_make_one_long_utterance():
 
 @pytest.mark.parametrize("num_texts", [(0, 1), (2, 1), (1,)])
 def test_impossible_numbers_of_texts_are_refused(num_texts):
-    with pytest.raises(ValueError, match="num_texts must be the least and the greatest"):
+    with pytest.raises(ValueError, match="num_texts must be the minimum and the maximum"):
         SyntheticCorpus(num_utterances=1, num_texts=num_texts)

@@ -1,4 +1,4 @@
-"""The whole run on every kind of source: how recordings are stored changes nothing, and no place in them is lost."""
+"""Runs on every kind of source: the storage of recordings changes nothing, and a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ STEPS = {"step_seconds": 4.0, "micro_seconds": 4.0}
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch, tmp_path):
-    # datasets waits seconds at the end of interleaved parquet files, for a bug of old pyarrow.
+    # datasets waits for seconds at the end of interleaved parquet files, because of a bug in old pyarrow.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")
 def flacs(recordings, tmp_path_factory):
-    """The same recordings as files of one kind and rate, which TSV manifests and WebDatasets want."""
+    """Make the same recordings as files of one kind and rate, which TSV manifests and WebDatasets require."""
     folder = tmp_path_factory.mktemp("flacs")
     for path in recordings.iterdir():
         sf.write(folder / f"{path.stem}.flac", load_audio(path), 16_000)
@@ -38,7 +38,7 @@ def flacs(recordings, tmp_path_factory):
 
 
 def arguments(folder, data, **changes):
-    """Of a tiny run on any data, in a folder of its own."""
+    """Return the arguments of a tiny run on any data, in its own folder."""
     folder.mkdir(exist_ok=True)
     data = list(map(str, data)) if isinstance(data, list) else str(data)
     path = write_config(folder, data=data, output_dir=str(folder / "out"), **{**STEPS, **changes})
@@ -46,7 +46,7 @@ def arguments(folder, data, **changes):
 
 
 def assert_sound(out, max_steps):
-    """All steps were made, with finite figures and nothing left out."""
+    """Check that all steps were made, with finite metrics and nothing left out."""
     lines = metrics_of(out)
     assert lines[-1]["step"] == max_steps
     assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
@@ -57,7 +57,7 @@ def listed(folder):
     return sorted(folder.iterdir())
 
 
-# What each of these makes of a folder of recordings: data, further arguments, and what ids are made of names.
+# Each converts a folder of recordings to data, further arguments, and a function from names to ids.
 
 
 def as_tar(folder, to):
@@ -115,12 +115,12 @@ def as_webdataset_stream(folder, to):
     return to / "a.tar", {"streaming": True, "audio_column": "flac"}, lambda name: Path(name).stem
 
 
-# The last two want files of one kind.
+# The last two require files of one kind.
 WAYS = [as_tar, as_csv, as_jsonl, as_parquet, as_saved_dataset, as_parquet_stream, as_tsv, as_webdataset_stream]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_how_recordings_are_stored_does_not_change_the_run(tmp_path, recordings, flacs, way):
+def test_storage_of_recordings_does_not_change_the_run(tmp_path, recordings, flacs, way):
     folder = flacs if way in WAYS[-2:] else recordings
     (tmp_path / "data").mkdir()
     data, changes, id_of = way(folder, tmp_path / "data")
@@ -142,7 +142,7 @@ def test_other_ids_are_another_run(tmp_path, recordings):
         assert_same_run(tmp_path / "other" / "out", tmp_path / "plain" / "out")
 
 
-# Streams of several shards and windows, and a mixture: what each makes of a folder is data and further arguments.
+# Streams of several shards and windows, and a mixture: each converts a folder to data and further arguments.
 
 
 def in_shards(folder, to):
@@ -173,7 +173,7 @@ READERS = {in_shards: WindowSource, in_archives: WindowSource, in_two_folders: F
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, recordings, flacs):
-    """For a way to store recordings: data, further arguments, and a run on them with a checkpoint of each step."""
+    """Return, for a way to store recordings, data, arguments, and a run on them with a checkpoint of each step."""
     made = {}
 
     def make(store):
@@ -199,12 +199,12 @@ def manifests(out):
 
 
 def places(out):
-    """Epoch, window and steps done in it, after each step of a run."""
+    """Return epoch, window and steps done in it, after each step of a run."""
     return [tuple(manifest["feed"][name] for name in ("epoch", "window", "step")) for manifest in manifests(out)]
 
 
 def before(place):
-    """Which place it is that comes before a step that ends at `place`."""
+    """Return the position before a step that ends at `place`."""
     epoch, window, step = place
     if step == 1:
         return "at a window's beginning" if window else "at an epoch's beginning"
@@ -212,19 +212,19 @@ def before(place):
 
 
 WHERE = ["in mid-window", "at a window's beginning", "at an epoch's beginning", "in the next epoch"]
-# All places for one way to store recordings, two for the others, which differ in what they read and not in where.
+# All positions for one way to store recordings, two for the others, which differ in what they read, not in where.
 STOPS = [(store, where) for store in READERS for where in (WHERE if store is in_shards else WHERE[::3])]
 
 
 @pytest.mark.parametrize(("store", "where"), STOPS)
-def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(tmp_path, undisturbed, monkeypatch, store, where):
+def test_run_stopped_by_a_signal_resumes_exactly(tmp_path, undisturbed, monkeypatch, store, where):
     data, changes, whole = undisturbed(store)
     ends = places(whole)
     done = next(number for number in range(1, 12) if before(ends[number]) == where)  # steps before the stop
     epoch, window, step = ends[done]
     options = arguments(tmp_path, data, **LONG, **changes, checkpoint_steps=0)
     with monkeypatch.context() as patch:
-        # At the first recording of the step that comes next.
+        # At the first recording of the next step.
         send_at_load(patch, signal.SIGTERM, manifests(whole)[done - 1]["progress"]["utterances"], READERS[store])
         with pytest.raises(RunInterrupted, match=f"SIGTERM: stopped after step {done}, with"):
             run(options)
@@ -272,8 +272,8 @@ def test_a_stream_that_changed_under_the_checkpoint_begins_the_next_epoch(tmp_pa
         table(listed(recordings)[:7]).to_parquet(path)
     with caplog.at_level("INFO", "dinosr_hf"):
         run(arguments(tmp_path, tmp_path / "data", **LONG, **changes))
-    assert "The place in the stream is lost: The stream has other rows than before from row" in caplog.text
-    assert "Epoch 1 begins now." in caplog.text
+    assert "The position in the stream is lost: The stream has other rows than before from row" in caplog.text
+    assert "Epoch 1 starts now." in caplog.text
     assert_sound(tmp_path / "out", max_steps=12)
     first = metrics_of(tmp_path / "out")[0]
     assert (first["step"], first["epoch"]) == (4, 1)

@@ -1,4 +1,4 @@
-"""Worker processes under signals: they serve on while the run decides, and are gone when it is."""
+"""Worker processes and signals: they ignore those meant for the run, and exit with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 
 RUN = '''
-"""A run: eight quick steps, and one that its worker is stuck in reading; it says what it is at on stdout."""
+"""A run of eight quick steps, and one whose worker hangs while reading; it reports its progress on stdout."""
 
 import multiprocessing, os, signal, sys, time
 
@@ -26,12 +26,12 @@ LOADER, CONTEXT = sys.argv[1:]
 
 
 def say(text):
-    """In one piece, where `print` may write several, and those of another process in between."""
+    """Write a line at once; with `print`, output of another process might come in between."""
     os.write(1, f"{text}\\n".encode())
 
 
 class Steps:
-    """As much of a StepDataset as a loader needs."""
+    """The part of a StepDataset that a loader needs."""
 
     def __len__(self):
         return 9
@@ -84,13 +84,13 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def errors(tmp_path):
-    """What a run and its workers say of their troubles: a file, as a pipe would be open until the last has ended."""
+    """Return the file for stderr of a run and its workers: a pipe would stay open until the last one has exited."""
     return tmp_path / "stderr.txt"
 
 
 @pytest.fixture
 def start(tmp_path, errors):
-    """Starts a run, in a process group of its own, and waits until signals do not kill it; ends what is left of it."""
+    """Return a function that starts a run in its own process group and waits until signals do not kill it."""
     script = tmp_path / "run.py"
     script.write_text(RUN)
     runs = []
@@ -115,17 +115,17 @@ def start(tmp_path, errors):
 
 
 @contextlib.contextmanager
-def hail(run: subprocess.Popen[str]) -> Iterator[None]:
-    """Signals to all processes of a run, many times a second."""
+def send_signals(run: subprocess.Popen[str]) -> Iterator[None]:
+    """Send signals to all processes of a run, many times a second."""
     over = threading.Event()
 
-    def throw() -> None:
+    def send() -> None:
         while not over.wait(0.02) and run.poll() is None:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(run.pid, number)
 
-    thread = threading.Thread(target=throw)
+    thread = threading.Thread(target=send)
     thread.start()
     try:
         yield
@@ -135,7 +135,7 @@ def hail(run: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def stuck_worker(run: subprocess.Popen[str], num_signals: int) -> int:
-    """Waits for the eight steps, during which so many kinds of signals came, and for the worker to be stuck."""
+    """Wait for the eight steps and `num_signals` kinds of signals; return the process id of the stuck worker."""
     lines = sorted([run.stdout.readline(), run.stdout.readline()])  # the worker reads ahead: in any order
     reading = re.fullmatch(r"reading (\d+)\n", lines[0])
     assert reading and lines[1] == f"steps 8 signals {num_signals}\n", lines
@@ -147,7 +147,7 @@ def is_running(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
-    return state not in "ZX"  # a dead one that nobody has asked for yet
+    return state not in "ZX"  # zombie or dead
 
 
 def is_gone_within(pid: int, seconds: float) -> bool:
@@ -160,26 +160,26 @@ def is_gone_within(pid: int, seconds: float) -> bool:
 @pytest.mark.parametrize(
     "context", ["fork", *(pytest.param(each, marks=pytest.mark.slow) for each in ("spawn", "forkserver"))]
 )
-def test_workers_serve_on_under_signals_and_do_not_outlive_a_killed_run(start, context):
+def test_workers_ignore_signals_and_exit_with_a_killed_run(start, context):
     run = start("step", context)
-    with hail(run):
+    with send_signals(run):
         pid = stuck_worker(run, num_signals=3)
         time.sleep(0.5)
     assert is_running(pid)
     os.kill(run.pid, signal.SIGKILL)
-    assert is_gone_within(pid, seconds=60)  # it takes one, on a machine with nothing else to do
+    assert is_gone_within(pid, seconds=60)  # one second on an idle machine
 
 
-def test_run_can_end_a_worker_that_is_stuck(start):
+def test_run_can_terminate_a_stuck_worker(start):
     run = start("step", "fork")
     stuck_worker(run, num_signals=0)
     print("terminate", file=run.stdin, flush=True)
     assert run.stdout.readline() == "exit code 0\n"
 
 
-def test_plain_data_loader_dies_of_signals(start, errors):
+def test_plain_data_loader_is_killed_by_signals(start, errors):
     run = start("plain", "fork")
-    with hail(run):
+    with send_signals(run):
         assert run.stdout.readline() == ""
     assert "DataLoader worker" in errors.read_text()
 
@@ -195,28 +195,28 @@ def test_plain_data_loader_outlives_a_killed_run(start):
 
 
 SPEAK = '''
-"""Makes more speech than the test has time for, in two processes, which it names on stdout."""
+"""Make more speech than the test has time for, in two processes, whose ids are printed."""
 
 import multiprocessing, threading, time
 
 from dinosr_hf.data.synthetic import SyntheticCorpus
 
 
-def name_workers():
+def print_workers():
     while len(workers := multiprocessing.active_children()) < 2:
         time.sleep(0.01)
     print(*(worker.pid for worker in workers), flush=True)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=name_workers).start()
+    threading.Thread(target=print_workers).start()
     SyntheticCorpus(num_utterances=100_000).to_dataset(num_proc=2)
 '''
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0.0, 5.0], ids=["starting", "speaking"])
-def test_speaking_processes_do_not_outlive_a_run_that_is_ended(tmp_path, after):
+def test_synthesis_workers_exit_with_a_terminated_run(tmp_path, after):
     script = tmp_path / "speak.py"
     script.write_text(SPEAK)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -1,4 +1,4 @@
-"""Classes of utterances: what is counted, what is learnt and what stays, and a folder that a pipeline opens."""
+"""Classification: metrics, training with and without a frozen encoder, crops, and the saved folder."""
 
 import importlib.util
 import json
@@ -17,9 +17,9 @@ from dinosr_hf import DinoSRForPreTraining, DinoSRForSequenceClassification
 from dinosr_hf.data import LabelledSource, load_audio, open_labelled
 from dinosr_hf.finetuning import (
     FinetuningArguments,
+    InitialModelArguments,
     LabelledDataArguments,
     LabelledDataset,
-    StartArguments,
     finetune,
     load_model,
 )
@@ -41,7 +41,7 @@ TONES = {"high": 3100.0, "low": 190.0, "middle": 800.0}
 
 
 def write_tones(folder, labels, *, seconds=0.2, seed=0):
-    """An audio folder with a tone of random phase in noise for each label; an unknown label is a tone as well."""
+    """Write an audio folder: for each label a tone of random phase in noise; unknown labels have a tone too."""
     import soundfile  # an optional package
 
     folder.mkdir(parents=True)
@@ -60,7 +60,7 @@ def write_tones(folder, labels, *, seconds=0.2, seed=0):
 
 @pytest.fixture(scope="module")
 def tones(tmp_path_factory):
-    """Three classes, in a set of splits; the test split has a class more."""
+    """Audio folder of three classes in three splits; the test split has one more class."""
     root = tmp_path_factory.mktemp("tones")
     write_tones(root / "train", list(TONES) * 7, seed=1)
     write_tones(root / "validation", list(TONES) * 3, seed=2)
@@ -81,7 +81,7 @@ def run(pretrained, tones, output_dir, *, start=None, classification=None, keep=
     arguments |= {"num_threads": 1, **changes}
     return finetune(
         Classification(ClassificationArguments(**(classification or {}))),
-        StartArguments(model=pretrained, **(start or {})),
+        InitialModelArguments(model=pretrained, **(start or {})),
         LabelledDataArguments(train_data=[str(tones)], label_column="tone"),
         FinetuningArguments(output_dir=str(output_dir), **arguments),
         on_trainer=None if keep is None else keep.append,
@@ -90,14 +90,14 @@ def run(pretrained, tones, output_dir, *, start=None, classification=None, keep=
 
 @pytest.fixture(scope="module")
 def probed(pretrained, tones, tmp_path_factory):
-    """Folder, record and trainer of a run as SUPERB's: only the head learns."""
+    """Folder, record and trainer of a run with a frozen encoder, as in SUPERB."""
     folder, kept = tmp_path_factory.mktemp("runs") / "probed", []
     record = run(pretrained, tones, folder, start={"freeze_encoder": True}, keep=kept, max_steps=60, **EVERY_30)
     return folder, record, kept[0]
 
 
-def test_figures_by_hand():
-    # c is not found, z is of no known class; d does not occur.
+def test_metrics_by_hand():
+    # c is never predicted correctly, z is an unknown class, d does not occur.
     report = score_classes(list("aabcz"), ["a", "b", "b", "", "a"], CLASSES)
     assert report.accuracy == 2 / 5
     assert report.macro_f1 == pytest.approx((2 * 0.5 * 0.5 / 1.0 + 2 * 0.5 * 1.0 / 1.5 + 0) / 3)
@@ -108,7 +108,7 @@ def test_figures_by_hand():
     assert report.confusions["c", ""] == report.confusions["z", "a"] == 1
 
 
-def slow_figures(references, predictions, classes):
+def count_metrics(references, predictions, classes):
     """Accuracy and macro F1 by counting, class by class."""
     f1 = []
     for name in classes:
@@ -118,31 +118,24 @@ def slow_figures(references, predictions, classes):
     return sum(r == p for r, p in zip(references, predictions, strict=True)) / len(references), sum(f1) / len(f1)
 
 
-def test_figures_are_those_of_counting():
+def test_metrics_equal_a_slow_count():
     generator = np.random.default_rng(0)
     for _ in range(20):
         references = generator.choice(["a", "b", "c", "z"], 17, p=[0.6, 0.2, 0.1, 0.1]).tolist()
         predictions = generator.choice(["a", "b", "d", ""], 17).tolist()
         report = score_classes(references, predictions, CLASSES)
-        assert (report.accuracy, report.macro_f1) == pytest.approx(slow_figures(references, predictions, CLASSES))
-    # Rare classes count as much as frequent ones: F1 over all utterances together would be the accuracy.
+        assert (report.accuracy, report.macro_f1) == pytest.approx(count_metrics(references, predictions, CLASSES))
+    # Classes have equal weights: F1 over all utterances together (micro F1) would be the accuracy.
     assert report.macro_f1 != pytest.approx(report.accuracy)
 
 
-def test_all_right_and_all_wrong():
+def test_metrics_of_all_right_and_all_wrong():
     assert score_classes(CLASSES, CLASSES, CLASSES)[:2] == (1.0, 1.0)
     assert score_classes(CLASSES, CLASSES[::-1], CLASSES)[:2] == (0.0, 0.0)
     assert score_classes(["z"], ["a"], CLASSES)[:2] == (0.0, 0.0)
 
 
-def test_what_cannot_be_scored_is_refused():
-    with pytest.raises(ValueError, match="2 references, 1 predictions: give one each"):
-        score_classes(["a", "b"], ["a"], CLASSES)
-    with pytest.raises(ValueError, match="predictions has 'z', which is none of the 4 classes"):
-        score_classes(["z"], ["z"], CLASSES)
-
-
-def test_tables_of_few_classes_have_all_pairs():
+def test_table_of_few_classes_has_all_pairs():
     text = score_classes(list("aabz"), ["a", "b", "b", ""], ["a", "b", "a|b"]).to_markdown("test")
     assert "| 4 | 50.00% | 66.67% | 1 |" in text
     assert "| a | 2 | 50.00% | 100.00% | 66.67% |" in text
@@ -150,14 +143,14 @@ def test_tables_of_few_classes_have_all_pairs():
     assert "| a | 1 | 1 | 0 | 0 | 0 |\n| b | 0 | 1 | 0 | 0 | 0 |\n| z | 0 | 0 | 0 | 0 | 1 |\n" in text
 
 
-def test_tables_of_many_classes_have_the_most_frequent_confusions():
+def test_table_of_many_classes_has_the_most_frequent_confusions():
     names = [f"speaker-{number:02d}" for number in range(MAX_TABLE_CLASSES + 1)]
     text = score_classes([*names, names[0], names[0]], [*names, names[1], names[1]], names).to_markdown("test")
     assert text.endswith("| count | reference | prediction |\n|---|---|---|\n| 2 | speaker-00 | speaker-01 |\n")
     assert "reference \\ prediction" in score_classes(names[1:], names[1:], names[1:]).to_markdown("test")
 
 
-def test_scikit_learn_is_asked_for_before_the_training(monkeypatch):
+def test_scikit_learn_is_required_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(ImportError, match=re.escape('needs sklearn.metrics: pip install "dinosr-hf[asr]"')):
@@ -165,7 +158,7 @@ def test_scikit_learn_is_asked_for_before_the_training(monkeypatch):
 
 
 def labelled(labels):
-    """A source of which only labels and ids are looked at."""
+    """A source with labels and ids, but without audio."""
 
     class Silent:
         skipped = {}
@@ -196,17 +189,17 @@ def test_classes_are_the_labels_of_the_training_speech():
     ("labels", "message"),
     [
         (["a", "a ", "a"], "toy: all 3 utterances have the label 'a', but there must be at least two classes"),
-        (["0.1", "0.2", "0.3"], "none of the 3 labels occurs twice .*Regression, of numbers, is not offered"),
+        (["0.1", "0.2", "0.3"], "each of the 3 labels occurs only once .*Regression on numbers is not supported"),
     ],
     ids=["one-class", "regression"],
 )
-def test_labels_that_are_no_classes_are_refused(labels, message):
+def test_labels_that_are_not_classes_are_refused(labels, message):
     with pytest.raises(ArgumentError, match=message):
         prepared(labels)
 
 
-def test_a_missing_column_is_named(tones):
-    with pytest.raises(ValueError, match=r"no column 'speaker'\. It has file_name, tone: name one of them"):
+def test_missing_column_is_named(tones):
+    with pytest.raises(ValueError, match=r"no column 'speaker'\. Its columns are file_name, tone: name one of them"):
         open_labelled(tones / "train", column="speaker")
 
 
@@ -220,19 +213,19 @@ def test_unknown_labels_are_counted_and_reported(caplog):
     assert task.targets(labelled(["b", "a"])) == [1, 0] and not caplog.text
 
 
-def objects(*values):
+def object_array(*values):
     array = np.empty(len(values), dtype=object)
     for position, value in enumerate(values):
         array[position] = value
     return array
 
 
-def test_figures_of_an_evaluation_are_those_of_the_report(tmp_path):
+def test_metrics_of_an_evaluation_equal_those_of_the_report(tmp_path):
     task = prepared(["a", "b", "a", "b"])
     source = labelled(["a", "a", "b", "b", "z"])
     logits = [np.array(row, dtype=np.float32) for row in ([2, 1], [0, 3], [1, 1.5], [0, 0.1])]
-    predictions = objects(*logits[:3], None, logits[3])
-    figures = task.metrics(EvalPrediction(predictions=predictions, label_ids=objects(*task.targets(source))))
+    predictions = object_array(*logits[:3], None, logits[3])
+    figures = task.metrics(EvalPrediction(predictions=predictions, label_ids=object_array(*task.targets(source))))
     assert figures["accuracy"] == 2 / 5
     assert figures["macro_f1"] == pytest.approx((2 / (2 + 1) + 2 / (2 + 3)) / 2)
     assert task.report(source, predictions, tmp_path, "test") == figures
@@ -244,57 +237,57 @@ def test_figures_of_an_evaluation_are_those_of_the_report(tmp_path):
     assert "| z | 1 | 0.00% | 0.00% | 0.00% |" in (tmp_path / "classes-test.md").read_text()
 
 
-def moved(before, after):
+def changed_parameters(before, after):
     return {name for name, value in before.items() if not torch.equal(value, after[name])}
 
 
-def test_only_the_head_learns_on_a_frozen_encoder(probed, pretrained):
+def test_frozen_encoder_does_not_change(probed, pretrained):
     folder, _, trainer = probed
     after = DinoSRForSequenceClassification.from_pretrained(folder).state_dict()
     encoder = DinoSRForPreTraining.from_pretrained(pretrained).dinosr.state_dict()
-    assert moved({f"dinosr.{name}": value for name, value in encoder.items()}, after) == set()
+    assert changed_parameters({f"dinosr.{name}": value for name, value in encoder.items()}, after) == set()
     weights = after["layer_weights"]
     assert len(weights) == 4 and (weights - weights.mean()).abs().min() > 1e-3
     trained = {name.split(".")[0] for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained == {"layer_weights", "projector", "classifier"}
 
 
-def test_the_encoder_learns_where_it_is_not_frozen(pretrained, tones, tmp_path):
+def test_encoder_that_is_not_frozen_changes(pretrained, tones, tmp_path):
     kept = []
     run(pretrained, tones, tmp_path, keep=kept, max_steps=2, classification={"use_weighted_layer_sum": False})
     after = DinoSRForSequenceClassification.from_pretrained(tmp_path).state_dict()
     encoder = DinoSRForPreTraining.from_pretrained(pretrained).dinosr.state_dict()
-    changed = moved({f"dinosr.{name}": value for name, value in encoder.items()}, after)
+    changed = changed_parameters({f"dinosr.{name}": value for name, value in encoder.items()}, after)
     assert {name.split(".")[1] for name in changed} >= {"encoder", "feature_projection"}
     assert "layer_weights" not in after
 
 
-def test_a_frozen_encoder_is_in_evaluation_mode_while_the_head_trains(pretrained):
+def test_frozen_encoder_is_in_evaluation_mode_during_training(pretrained):
     changes = {"hidden_dropout": 0.5, "num_labels": 3, "use_weighted_layer_sum": True}
     for is_frozen in (True, False):
-        start = StartArguments(model=pretrained, freeze_encoder=is_frozen)
+        start = InitialModelArguments(model=pretrained, freeze_encoder=is_frozen)
         model = load_model(DinoSRForSequenceClassification, start, changes).train()
         output = [model(waveforms(2, 900)).logits for _ in range(2)]
         assert torch.equal(*output) is is_frozen
         assert model.training and model.dinosr.training is not is_frozen
 
 
-def test_tones_are_learnt(probed):
+def test_tones_are_learned(probed):
     _, record, _ = probed
     validation, test = record.evaluation
     assert record.task == "audio-classification"
     assert validation["accuracy"] == validation["macro_f1"] == 1.0
     assert validation["num_utterances"] == 9
-    # The siren is an error, and a false alarm of the class that it was taken for.
+    # The siren is an error, and lowers the precision of the class that was predicted for it.
     assert test["accuracy"] == 4 / 5 and 0.7 < test["macro_f1"] < 1
 
 
-def test_chance_is_not_taken_for_learning(pretrained, tones, tmp_path):
+def test_without_learning_accuracy_is_low(pretrained, tones, tmp_path):
     record = run(pretrained, tones, tmp_path, start={"freeze_encoder": True}, learning_rate=1e-9, max_steps=2)
     assert record.evaluation[0]["accuracy"] < 0.7
 
 
-def test_loss_of_an_evaluation_is_that_of_known_classes(pretrained, tones, tmp_path):
+def test_evaluation_loss_is_that_of_known_classes(pretrained, tones, tmp_path):
     kept = []
     run(pretrained, tones, tmp_path, keep=kept, start={"freeze_encoder": True}, max_steps=1, eval_strategy="no")
     (trainer,) = kept
@@ -303,7 +296,7 @@ def test_loss_of_an_evaluation_is_that_of_known_classes(pretrained, tones, tmp_p
     targets = task.targets(source)
     known = [position for position, target in enumerate(targets) if target >= 0]
     assert len(known) == len(source) - 1
-    for micro_seconds in (0.1, 100.0):  # each utterance alone, the unknown one too; all of them together
+    for micro_seconds in (0.1, 100.0):  # batches of one, also of the unknown class alone; a single batch
         trainer.args.micro_seconds = micro_seconds
         loss = trainer.evaluate(LabelledDataset(source, targets))["eval_loss"]
         wanted = trainer.evaluate(LabelledDataset(source, targets, known))["eval_loss"]
@@ -311,7 +304,7 @@ def test_loss_of_an_evaluation_is_that_of_known_classes(pretrained, tones, tmp_p
         assert loss > 0
 
 
-def test_pipeline_opens_the_folder(probed, tones):
+def test_pipeline_reproduces_the_predictions(probed, tones):
     folder, _, _ = probed
     classify = pipeline("audio-classification", model=str(folder), top_k=None)
     assert classify.model.config.id2label == dict(enumerate(sorted(TONES)))
@@ -333,11 +326,11 @@ def test_pipeline_opens_the_folder(probed, tones):
     assert shifted[0]["score"] == pytest.approx(together[0][0]["score"], abs=1e-3)
 
 
-def parts_of(dataset, index):
-    return {epoch: at_epoch(dataset, epoch, index) for epoch in range(4)}
+def crops_by_epoch(dataset, index):
+    return {epoch: crop_at_epoch(dataset, epoch, index) for epoch in range(4)}
 
 
-def at_epoch(dataset, epoch, index):
+def crop_at_epoch(dataset, epoch, index):
     dataset.epoch = epoch
     return dataset[index].waveform
 
@@ -346,14 +339,14 @@ def test_long_utterances_are_cropped_in_training(tmp_path):
     source = open_labelled(write_tones(tmp_path / "long", ["low", "high"], seconds=0.5), column="tone")
     dataset = LabelledDataset(source, [0, 1], crop_samples=3001, seed=5)
     assert dataset.num_samples == [3001, 3001]
-    first = parts_of(dataset, 0)
+    first = crops_by_epoch(dataset, 0)
     assert all(len(part) == 3001 for part in first.values())
     assert len({part.tobytes() for part in first.values()}) == 4
-    again = parts_of(LabelledDataset(source, [0, 1], crop_samples=3001, seed=5), 0)
+    again = crops_by_epoch(LabelledDataset(source, [0, 1], crop_samples=3001, seed=5), 0)
     assert all(np.array_equal(first[epoch], again[epoch]) for epoch in first)
-    other = parts_of(LabelledDataset(source, [0, 1], crop_samples=3001, seed=6), 0)
+    other = crops_by_epoch(LabelledDataset(source, [0, 1], crop_samples=3001, seed=6), 0)
     assert not any(np.array_equal(first[epoch], other[epoch]) for epoch in first)
-    # It is a part of the recording, normalised by itself.
+    # The crop is a part of the recording, normalised on its own.
     whole = source.load(0)
     windows = np.lib.stride_tricks.sliding_window_view(whole, 3001)
     normalised = (windows - windows.mean(axis=1, keepdims=True)) / windows.std(axis=1, keepdims=True)
@@ -363,11 +356,11 @@ def test_long_utterances_are_cropped_in_training(tmp_path):
     assert uncropped.num_samples == source.num_samples
 
 
-def test_a_run_crops_its_training_speech_and_no_other(pretrained, tones, tmp_path):
+def test_a_run_crops_only_its_training_speech(pretrained, tones, tmp_path):
     kept = []
     finetune(
         Classification(ClassificationArguments(crop_seconds=0.15)),
-        StartArguments(model=pretrained, freeze_encoder=True),
+        InitialModelArguments(model=pretrained, freeze_encoder=True),
         LabelledDataArguments(train_data=[str(tones)], label_column="tone", max_seconds=0.2),
         FinetuningArguments(
             output_dir=str(tmp_path),
@@ -383,7 +376,7 @@ def test_a_run_crops_its_training_speech_and_no_other(pretrained, tones, tmp_pat
     (trainer,) = kept
     assert set(trainer.train_dataset.num_samples) == {2400} and len(trainer.train_dataset) == 21
     assert min(trainer.eval_dataset.num_samples) >= 3200
-    # 21 parts of 0.15 s are two steps of 1.6 s, about.
+    # 21 crops of 0.15 s are about two steps of 1.6 s.
     assert trainer.train_dataset.epoch == trainer.sampler.epoch == 2
 
 
@@ -391,30 +384,31 @@ def test_a_run_crops_its_training_speech_and_no_other(pretrained, tones, tmp_pat
     ("group", "values", "message"),
     [
         (ClassificationArguments, {"crop_seconds": 0.0}, "crop_seconds=0.0 is out of range: it must be more than 0"),
-        (StartArguments, {"freeze_encoder": True, "lora_rank": 2}, "lora_rank would count for nothing"),
+        (InitialModelArguments, {"freeze_encoder": True, "lora_rank": 2}, "lora_rank would have no effect"),
         (
-            StartArguments,
+            InitialModelArguments,
             {"freeze_encoder": True, "mask_time_prob": 0.1, "layerdrop": 0.0},
-            "layerdrop, mask_time_prob would count for nothing with freeze_encoder",
+            "layerdrop, mask_time_prob would have no effect with freeze_encoder",
         ),
     ],
     ids=["crop", "adapters", "encoder-fields"],
 )
-def test_arguments_that_cannot_be(group, values, message):
+def test_invalid_arguments_are_refused(group, values, message):
     with pytest.raises(ArgumentError, match=message):
         group(**values)
-    assert StartArguments(lora_rank=2, mask_time_prob=0.1) and StartArguments(freeze_encoder=True, final_dropout=0.0)
+    assert InitialModelArguments(lora_rank=2, mask_time_prob=0.1)
+    assert InitialModelArguments(freeze_encoder=True, final_dropout=0.0)
 
 
 @pytest.mark.parametrize(
     ("start", "changes", "message"),
     [
-        ({"freeze_encoder": True}, {"freeze_steps": 2}, "freeze_steps would count for nothing with freeze_encoder"),
-        ({"lora_rank": 2}, {}, "lora_rank does not go with use_weighted_layer_sum"),
+        ({"freeze_encoder": True}, {"freeze_steps": 2}, "freeze_steps would have no effect with freeze_encoder"),
+        ({"lora_rank": 2}, {}, "lora_rank does not work with use_weighted_layer_sum"),
     ],
     ids=["freeze", "adapters"],
 )
-def test_runs_that_cannot_be(pretrained, tones, tmp_path, start, changes, message):
+def test_invalid_runs_are_refused(pretrained, tones, tmp_path, start, changes, message):
     with pytest.raises(ArgumentError, match=message):
         run(pretrained, tones, tmp_path, start=start, **changes)
 
@@ -424,11 +418,11 @@ def test_adapters_of_a_classifier(pretrained, tones, tmp_path):
     run(pretrained, tones, tmp_path, start=start, classification={"use_weighted_layer_sum": False})
     after = DinoSRForSequenceClassification.from_pretrained(tmp_path).state_dict()
     encoder = DinoSRForPreTraining.from_pretrained(pretrained).dinosr.state_dict()
-    changed = moved({f"dinosr.{name}": value for name, value in encoder.items()}, after)
+    changed = changed_parameters({f"dinosr.{name}": value for name, value in encoder.items()}, after)
     assert changed and all("q_proj.weight" in name for name in changed)
 
 
-def test_a_classifier_goes_on_with_other_classes(probed, tmp_path):
+def test_a_classifier_can_be_fine_tuned_on_other_classes(probed, tmp_path):
     folder, _, _ = probed
     write_tones(tmp_path / "data" / "train", ["low", "noise"] * 3)
     start = {"freeze_encoder": True}
@@ -444,7 +438,7 @@ def load_script():
     return script
 
 
-def test_script_trains_and_says_how_well(pretrained, tones, tmp_path, capsys, monkeypatch):
+def test_script_trains_and_prints_metrics(pretrained, tones, tmp_path, capsys, monkeypatch):
     flags = ["--model", pretrained, "--train_data", str(tones), "--label_column", "tone", "--max_steps", "1"]
     flags += ["--output_dir", str(tmp_path / "out"), "--eval_steps", "1", "--save_steps", "1", "--use_cpu", "true"]
     flags += ["--num_threads", "1"]
@@ -454,7 +448,7 @@ def test_script_trains_and_says_how_well(pretrained, tones, tmp_path, capsys, mo
     assert re.search(r"^validation: accuracy [\d.]+%, macro F1 [\d.]+%\ntest: accuracy ", printed, re.MULTILINE)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["steps"] == 1
     monkeypatch.setattr(sys, "argv", ["finetune_classification.py", "--crop_second", "3"])
-    with pytest.raises(SystemExit, match=r"crop_second is no argument\. The nearest is crop_seconds"):
+    with pytest.raises(SystemExit, match=r"crop_second is not a known argument\. The nearest is crop_seconds"):
         load_script().main()
 
 
@@ -462,7 +456,7 @@ CONFIGS = ["classify_tiny", "superb_ks", "superb_sid"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configurations_open(name):
+def test_configurations_are_valid(name):
     path = ROOT / "examples" / "configs" / f"{name}.yaml"
     content = yaml.safe_load(path.read_text())
     parsed = parse_groups([str(path)], load_script().GROUPS)

@@ -1,4 +1,4 @@
-"""Batches of utterances with labels: the same steps however they are cut, each utterance once, nothing lost."""
+"""Batches of labelled utterances: the same steps for any processes, each utterance once, and padding."""
 
 import logging
 
@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dinosr_hf.data import AudioFileError, LabelledSource, SpeechSource, Utterance
+from dinosr_hf.data.packing import pack_evenly
 from dinosr_hf.finetuning import LabelledCollator, LabelledDataset, LengthBatchSampler, StepBatchSampler
-from dinosr_hf.finetuning.batches import Example, _evenly_filled, make_loader
+from dinosr_hf.finetuning.batches import Example, make_loader
 
 GENERATOR = np.random.default_rng(7)
 LENGTHS = GENERATOR.integers(800, 9_000, 103).tolist()
@@ -56,14 +57,14 @@ def test_each_utterance_is_in_one_step_of_an_epoch(epoch):
     assert sorted(index for step in steps for index in step) == list(range(len(LENGTHS)))
 
 
-def test_epochs_have_as_many_steps_of_other_utterances():
+def test_epochs_have_equally_many_different_steps():
     epochs = [steps_of(1, 1, epoch) for epoch in range(12)]
     assert {len(steps) for steps in epochs} == {round(sum(LENGTHS) / 40_000)}
     assert len({str(steps) for steps in epochs}) == 12
     assert steps_of(1, 1, 5) == epochs[5]
 
 
-def test_steps_have_the_audio_that_was_asked_for():
+def test_steps_have_the_requested_audio():
     for epoch in range(5):
         for step in steps_of(1, 1, epoch):
             assert sum(LENGTHS[index] for index in step) == pytest.approx(40_000, abs=max(LENGTHS))
@@ -76,7 +77,7 @@ def test_a_step_has_utterances_of_similar_lengths():
     assert mixed > spread
 
 
-def test_no_pass_is_much_greater_than_its_share():
+def test_micro_batches_are_of_similar_size():
     own = sampler(4)
     for batch in own:
         padded = max((LENGTHS[index] for index in batch), default=0) * len(batch)
@@ -101,9 +102,9 @@ def test_no_utterances_are_refused():
 
 
 @pytest.mark.parametrize("num_pieces", [1, 2, 3, 5, 11])
-def test_pieces_are_as_even_as_can_be(num_pieces):
+def test_even_batches_have_the_smallest_maximum(num_pieces):
     lengths = np.array([9, 9, 7, 6, 4, 4, 2, 1])
-    pieces = _evenly_filled(range(8), lengths, num_pieces)
+    pieces = pack_evenly(range(8), lengths.__getitem__, num_pieces)
     assert len(pieces) == num_pieces
     assert [member for piece in pieces for member in piece] == list(range(8))
 
@@ -132,7 +133,7 @@ def test_evaluation_takes_each_utterance_once(world_size):
     assert sorted(found) == list(range(len(LENGTHS)))
 
 
-def test_an_utterance_longer_than_a_batch_is_one_by_itself():
+def test_long_utterance_is_a_batch_of_its_own():
     assert list(LengthBatchSampler([5, 100, 5, 4], micro_samples=12)) == [[1], [0, 2], [3]]
     assert list(LengthBatchSampler([5], micro_samples=12, rank=1, world_size=2)) == []
 
@@ -187,7 +188,7 @@ def test_short_batches_are_padded_to_a_frame():
     assert batch["attention_mask"].sum() == 10
 
 
-def test_what_cannot_be_read_is_left_out_and_named(caplog):
+def test_unreadable_utterances_are_left_out_and_listed(caplog):
     data = dataset(4, broken=[1, 2])
     with caplog.at_level(logging.WARNING, "dinosr_hf"):
         batch = LabelledCollator(40)([data[index] for index in (1, 0, 2)])
@@ -197,7 +198,7 @@ def test_what_cannot_be_read_is_left_out_and_named(caplog):
 
 
 @pytest.mark.parametrize("examples", [[], [Example(2, None, np.array([1]))]], ids=["empty", "unreadable"])
-def test_a_silent_row_stands_in_for_nothing(examples):
+def test_batch_without_readable_utterances_is_a_silent_row(examples):
     batch = LabelledCollator(40)(examples)
     assert batch["index"].tolist() == [-1]
     assert batch["input_values"].tolist() == [[0.0] * 40]
@@ -206,7 +207,7 @@ def test_a_silent_row_stands_in_for_nothing(examples):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_loader_gives_the_batches_of_its_sampler(num_workers):
+def test_loader_returns_the_batches_of_its_sampler(num_workers):
     data = dataset(9, broken=[3])
     own = sampler(4, lengths=data.num_samples, step_samples=2_000)
     found = list(make_loader(data, own, 40, num_workers))
@@ -220,7 +221,7 @@ def test_a_loader_gives_the_batches_of_its_sampler(num_workers):
 # -- parts and speeds
 
 
-def test_parts_of_long_utterances_change_with_the_epoch_alone():
+def test_crops_depend_on_the_epoch_only():
     data = dataset(8, crop_samples=500, seed=1)
     assert data.num_samples == [300, 400, 500, 500, 500, 500, 500, 500]
     first = data[7].waveform
@@ -231,7 +232,7 @@ def test_parts_of_long_utterances_change_with_the_epoch_alone():
     assert len(data[0].waveform) == 300
 
 
-def test_speeds_change_lengths_with_the_epoch_alone():
+def test_speeds_depend_on_the_epoch_only():
     pytest.importorskip("soxr")
     data = dataset(8, speed_change=0.1, seed=1)
     lengths = []

@@ -1,4 +1,4 @@
-"""A whole run: what it leaves, what it starts from, which checkpoint it ends with, and what it refuses."""
+"""A complete run: its files, its initial model, the checkpoint that it keeps, and its errors."""
 
 import importlib.util
 import json
@@ -15,8 +15,9 @@ from transformers import AutoModelForCTC, AutoProcessor, BertConfig, TrainerCall
 
 from dinosr_hf import DinoSRForCTC
 from dinosr_hf.data import open_labelled
-from dinosr_hf.finetuning import Recognition, StartArguments, load_model
+from dinosr_hf.finetuning import InitialModelArguments, Recognition, load_model
 from dinosr_hf.recognition import TextNormalization, texts_of
+from dinosr_hf.recognition.timing import stored_emission_delay
 from dinosr_hf.training.run_record import read_record
 from dinosr_hf.utils.command_line import ArgumentError
 from finetuning_runs import recognise, write_corpus, write_model
@@ -34,7 +35,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Splits; one letter of the test transcripts is in no other."""
+    """Folder with three splits; one letter of the test transcripts is in no other split."""
     root = tmp_path_factory.mktemp("corpus")
     for number, split in enumerate(("train", "validation", "test")):
         write_corpus(root / split, 12 if split == "train" else 5, seed=number)
@@ -46,7 +47,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(model, corpus, tmp_path_factory):
-    """A run with all that a run has: its record, its folder and what it said."""
+    """Record, output folder and log messages of a run."""
     out = tmp_path_factory.mktemp("runs") / "out"
     messages = []
 
@@ -63,10 +64,7 @@ def finished(model, corpus, tmp_path_factory):
     return record, out, messages
 
 
-# -- what is left
-
-
-def test_the_record_says_what_was_done(finished, model, corpus):
+def test_run_record_is_complete(finished, model, corpus):
     record, out, _ = finished
     assert read_record(out) == record
     assert (record.task, record.steps, record.base_model) == ("automatic-speech-recognition", 3, str(model))
@@ -85,7 +83,7 @@ def test_the_record_says_what_was_done(finished, model, corpus):
     assert record.started <= record.finished
 
 
-def test_error_rates_are_sums_over_the_file_of_predictions(finished):
+def test_error_rates_are_totals_of_the_predictions_file(finished):
     record, out, _ = finished
     for figures, name in zip(record.evaluation, ("eval", "test"), strict=True):
         rows = [json.loads(line) for line in (out / f"predictions-{name}.jsonl").read_text("utf-8").splitlines()]
@@ -97,7 +95,7 @@ def test_error_rates_are_sums_over_the_file_of_predictions(finished):
         assert f"# Errors on {name}" in (out / f"errors-{name}.md").read_text("utf-8")
 
 
-def test_letters_of_other_splits_are_reported_and_not_learnt(finished):
+def test_characters_of_other_splits_are_reported_and_left_out_of_the_vocabulary(finished):
     _, out, messages = finished
     assert set(AutoProcessor.from_pretrained(out).tokenizer.get_vocab()) == {
         *("<pad>", "<s>", "</s>", "<unk>", "|"),
@@ -108,7 +106,7 @@ def test_letters_of_other_splits_are_reported_and_not_learnt(finished):
     assert "ZOO" in references
 
 
-def test_the_folder_opens_and_says_what_the_run_said(finished, corpus):
+def test_saved_model_reproduces_the_predictions(finished, corpus):
     _, out, _ = finished
     assert TextNormalization.load(out) == TextNormalization(case="upper")
     processor, model = AutoProcessor.from_pretrained(out), AutoModelForCTC.from_pretrained(out).eval()
@@ -124,19 +122,18 @@ def test_the_folder_opens_and_says_what_the_run_said(finished, corpus):
         assert texts_of([frames.numpy()], processor.tokenizer) == [said[name]]
 
 
-def test_the_delay_of_the_labels_is_measured_and_kept(model, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("dinosr_hf.finetuning.ctc_task.emission_delay", lambda utterances: len(list(utterances)) / 100)
+def test_emission_delay_is_measured_and_saved(model, corpus, tmp_path, monkeypatch):
+    measure = "dinosr_hf.finetuning.ctc_task.measure_emission_delay"
+    monkeypatch.setattr(measure, lambda utterances: len(list(utterances)) / 100)
     recognise(model, corpus / "train", tmp_path / "out", data={"eval_data": str(corpus / "validation")}, max_steps=1)
     rows = (tmp_path / "out" / "predictions-eval.jsonl").read_text("utf-8").splitlines()
     assert len(rows) > 0
     config = AutoModelForCTC.from_pretrained(tmp_path / "out").config
-    assert config.emission_delay == len(rows) / 100
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
+    assert stored_emission_delay(tokenizer, config) == len(rows) / 100
 
 
-# -- what it starts from
-
-
-def test_flags_change_the_checkpoint_s_configuration_and_nothing_else_does(finished, model):
+def test_only_arguments_change_the_configuration(finished, model):
     _, out, _ = finished
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (model, out))
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
@@ -147,9 +144,9 @@ def test_flags_change_the_checkpoint_s_configuration_and_nothing_else_does(finis
     }
 
 
-def test_from_scratch_takes_the_configuration_alone(model):
+def test_from_scratch_uses_only_the_configuration(model):
     random, start = (
-        load_model(DinoSRForCTC, StartArguments(model=str(model), from_scratch=flag), {"vocab_size": 9})
+        load_model(DinoSRForCTC, InitialModelArguments(model=str(model), from_scratch=flag), {"vocab_size": 9})
         for flag in (True, False)
     )
     assert random.config.mask_feature_prob == 0.125
@@ -159,12 +156,12 @@ def test_from_scratch_takes_the_configuration_alone(model):
     }
     assert not torch.equal(random.state_dict()[LAYER], start.state_dict()[LAYER])
     assert torch.equal(start.state_dict()[LAYER], load_file(model / "model.safetensors")[LAYER])
-    # Random convolutions learn; those of a checkpoint do not.
+    # Random convolutions are trained; those of a checkpoint are frozen.
     assert all(value.requires_grad for value in random.parameters())
     assert not any(value.requires_grad for value in start.dinosr.feature_extractor.parameters())
 
 
-def test_a_recogniser_can_go_on_with_its_own_labels(finished, corpus, tmp_path):
+def test_fine_tuning_continues_with_the_same_vocabulary(finished, corpus, tmp_path):
     _, out, _ = finished
     processor = {"processor": str(out)}
     recognise(out, corpus, tmp_path / "again", recognition=processor, learning_rate=1e-12, max_steps=1)
@@ -174,7 +171,7 @@ def test_a_recogniser_can_go_on_with_its_own_labels(finished, corpus, tmp_path):
     assert TextNormalization.load(tmp_path / "again").case == "upper"
 
 
-def test_a_recogniser_can_learn_other_labels(finished, corpus, tmp_path):
+def test_fine_tuning_continues_with_another_vocabulary(finished, corpus, tmp_path):
     _, out, _ = finished
     phones = corpus / "phones.csv"
     phones.write_text("path,phones\ntrain/00.wav,HH AH L OW\ntrain/01.wav,M UW N\n")
@@ -185,11 +182,8 @@ def test_a_recogniser_can_learn_other_labels(finished, corpus, tmp_path):
     assert AutoModelForCTC.from_pretrained(tmp_path / "phones").lm_head.out_features == len(tokenizer)
 
 
-# -- which checkpoint it ends with
-
-
 @pytest.mark.parametrize("is_best", [True, False], ids=["the best", "the last"])
-def test_the_checkpoint_with_the_fewest_word_errors_is_kept(model, corpus, tmp_path, monkeypatch, is_best):
+def test_checkpoint_with_the_lowest_word_error_rate_is_kept(model, corpus, tmp_path, monkeypatch, is_best):
     rates = iter([0.5, 0.2, 0.9, *[0.4] * 9])
     monkeypatch.setattr(Recognition, "metrics", lambda self, prediction: {"wer": next(rates), "cer": 0.0})
     seen = []
@@ -208,7 +202,7 @@ def test_the_checkpoint_with_the_fewest_word_errors_is_kept(model, corpus, tmp_p
     assert [torch.equal(kept, weight) for weight in seen] == [False, is_best, not is_best]
 
 
-def test_epochs_can_decide(model, corpus, tmp_path):
+def test_number_of_epochs_sets_the_number_of_steps(model, corpus, tmp_path):
     record = recognise(
         *(model, corpus, tmp_path / "out"),
         max_steps=-1,
@@ -221,9 +215,6 @@ def test_epochs_can_decide(model, corpus, tmp_path):
     assert (tmp_path / "out" / f"checkpoint-{record.steps}").is_dir()
 
 
-# -- adapters
-
-
 def logits_of(model):
     with torch.no_grad():
         return model.eval()(waveforms(2, 700)).logits
@@ -231,7 +222,7 @@ def logits_of(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16 and recomputation"])
-def test_adapters_learn_alone_are_merged_and_go_on(model, corpus, tmp_path, mixed):
+def test_adapters_are_trained_merged_and_resumed(model, corpus, tmp_path, mixed):
     train = corpus / "train"
     start = {"lora_rank": 2, "hidden_dropout": 0.1}
     options = {"start": start, "max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
@@ -264,27 +255,15 @@ def test_adapters_learn_alone_are_merged_and_go_on(model, corpus, tmp_path, mixe
 
     cut = tmp_path / "cut"
     recognise(model, train, cut, on_trainer=lambda t: t.add_callback(Keep(2)), **options)
-    shutil.move(cut / "config.json", tmp_path / "unfinished.json")
     recognise(model, train, cut, resume_from_checkpoint="true", **options)
     resumed = load_file(cut / "model.safetensors")
     for name, value in load_file(tmp_path / "whole" / "model.safetensors").items():
         assert torch.equal(value, resumed[name]), name
 
 
-# -- what is refused
-
-
-def refused(message, *arguments, **options):
+def assert_refused(message, *arguments, **options):
     with pytest.raises(ArgumentError, match=message):
         recognise(*arguments, **options)
-
-
-def test_folders_that_have_something_are_not_written_over(finished, model, corpus, tmp_path):
-    _, out, _ = finished
-    refused("has checkpoint-3. Go on from it with --resume_from_checkpoint true", model, corpus, out)
-    refused("has checkpoint-3. Go on", model, corpus, out, resume_from_checkpoint="False")
-    refused(f"output_dir={model} has a model already. Give another output_dir", model, corpus, model)
-    refused("has no checkpoint. Leave it out", model, corpus, tmp_path, resume_from_checkpoint="true")
 
 
 @pytest.mark.parametrize(
@@ -292,9 +271,12 @@ def test_folders_that_have_something_are_not_written_over(finished, model, corpu
     [
         (
             {"eval_strategy": "steps", "load_best_model_at_end": False},
-            "There is no speech to evaluate on: give eval_data or eval_split",
+            r"There is no evaluation data\. Give eval_data or eval_split",
         ),
-        ({"start": {"lora_rank": 2, "lora_targets": ["query"]}}, "lora_targets has query, but no layer is called so"),
+        (
+            {"start": {"lora_rank": 2, "lora_targets": ["query"]}},
+            "lora_targets has query, but the model has no layer of that name",
+        ),
         ({"start": {"mask_time_prob": 2.0}}, r"mask_time_prob=2\.0 is out of range: .*at most 1"),
         ({"start": {"mask_feature_length": 0}}, "mask_feature_length=0 is out of range: it must be at least 1"),
         ({"start": {"hidden_dropout": -1.0}}, r"hidden_dropout=-1\.0 is out of range"),
@@ -302,27 +284,29 @@ def test_folders_that_have_something_are_not_written_over(finished, model, corpu
         ({"data": {"max_seconds": 0.001}}, r"max_seconds=0\.001 is out of range: it must be more than min_seconds"),
         ({"data": {"speed_change": 1.0}}, r"speed_change=1\.0 is out of range"),
         ({"data": {"synthetic_utterances": 0}}, "synthetic_utterances=0 is out of range"),
-        ({"data": {"label_column": "words"}}, "has no column 'words'. It has file_name, transcription, language"),
-        ({"recognition": {"processor": "nowhere"}}, "processor=nowhere has no processor with a tokenizer"),
-        ({"metric_for_best_model": "loss"}, "metric_for_best_model=loss counts for nothing: the task says"),
-        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0\.1 counts for nothing"),
-        ({"dataloader_drop_last": True}, "dataloader_drop_last=True counts for nothing"),
+        (
+            {"data": {"label_column": "words"}},
+            "label_column=words: .* has no column 'words'. Its columns are file_name, transcription, language",
+        ),
+        ({"recognition": {"processor": "nowhere"}}, "processor=nowhere is not a folder, and the Hub cannot"),
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model=loss has no effect: the task decides"),
+        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0\.1 has no effect"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last=True has no effect"),
     ],
 )
-def test_runs_that_cannot_be(model, corpus, tmp_path, options, message):
-    refused(message, model, corpus / "train", tmp_path / "out", **options)
+def test_invalid_runs_are_refused(model, corpus, tmp_path, options, message):
+    assert_refused(message, model, corpus / "train", tmp_path / "out", **options)
 
 
-def test_models_that_are_none_of_ours(model, corpus, tmp_path):
-    refused("model=.*nowhere cannot be opened", tmp_path / "nowhere", corpus, tmp_path / "out")
+def test_other_models_are_refused(model, corpus, tmp_path):
+    assert_refused(
+        "model=.*nowhere is neither a folder nor a model on the Hub", tmp_path / "nowhere", corpus, tmp_path / "out"
+    )
     BertConfig().save_pretrained(tmp_path / "bert")
-    refused("model=.*bert is a bert, not a DinoSR", tmp_path / "bert", corpus, tmp_path / "out")
+    assert_refused("model=.*bert is a bert, not a DinoSR", tmp_path / "bert", corpus, tmp_path / "out")
     (tmp_path / "empty").mkdir()
     shutil.copy(model / "config.json", tmp_path / "empty")
-    refused("model=.*empty.*no file named|model=.*empty: ", tmp_path / "empty", corpus, tmp_path / "out")
-
-
-# -- the command
+    assert_refused("model=.*empty.*no file named|model=.*empty: ", tmp_path / "empty", corpus, tmp_path / "out")
 
 
 @pytest.fixture
@@ -339,7 +323,7 @@ def script(monkeypatch):
     return call
 
 
-def test_the_command_trains_and_says_how_well(script, model, corpus, tmp_path, capsys):
+def test_script_trains_and_prints_error_rates(script, model, corpus, tmp_path, capsys):
     path, out = tmp_path / "a.yaml", tmp_path / "out"
     path.write_text(f"model: {model}\ntrain_data: [{corpus}]\nmin_seconds: 0.01\nstep_seconds: 1.0\neval_steps: 2\n")
     flags = ["--max_steps", 2, "--save_steps=2", "--micro_seconds", 1, "--use_cpu", "true", "--disable_tqdm", "true"]
@@ -356,13 +340,16 @@ def test_the_command_trains_and_says_how_well(script, model, corpus, tmp_path, c
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--learning_rat", "1"], r"finetune_ctc\.py: learning_rat is no argument\. The nearest is learning_rate"),
-        (["--train_data", "nowhere"], r"finetune_ctc\.py: nowhere is not here"),
-        (["--warmup_steps", "9"], r"finetune_ctc\.py: warmup_steps=9.* counts for nothing"),
+        (
+            ["--learning_rat", "1"],
+            r"finetune_ctc\.py: learning_rat is not a known argument\. The nearest is learning_rate",
+        ),
+        (["--train_data", "nowhere"], r"finetune_ctc\.py: nowhere does not exist"),
+        (["--warmup_steps", "9"], r"finetune_ctc\.py: warmup_steps=9.* has no effect"),
         (["--save_steps", "3", "--eval_steps", "2"], r"finetune_ctc\.py: .*multiple of the evaluation steps"),
     ],
-    ids=["flag", "data", "warm-up", "best of what is not saved"],
+    ids=["flag", "data", "warm-up", "evaluation without checkpoint"],
 )
-def test_the_command_says_what_is_wrong_in_a_line(script, tmp_path, words, message):
+def test_script_reports_errors_in_one_line(script, model, tmp_path, words, message):
     with pytest.raises(SystemExit, match=message):
-        script("--output_dir", tmp_path / "out", *words)
+        script("--model", model, "--output_dir", tmp_path / "out", *words)

@@ -1,4 +1,4 @@
-"""Conversion of the authors' checkpoints: what is refused, and that the reason and the name are in the message."""
+"""Conversion of the authors' checkpoints: what is converted, and what is refused with which error."""
 
 import ast
 import copy
@@ -9,8 +9,9 @@ from transformers import AutoFeatureExtractor
 
 from conftest import FIXTURES
 from dinosr_hf import DinoSRForPreTraining
-from dinosr_hf.hub.conversion import CheckpointError, convert
-from dinosr_hf.hub.conversion.fairseq import config_from_fairseq, parse_conv_layers
+from dinosr_hf.hub.conversion import ConversionError, convert
+from dinosr_hf.hub.conversion.fairseq import config_from_fairseq
+from dinosr_hf.hub.conversion.layout import parse_conv_layers
 
 CHECKPOINT = FIXTURES / "dev_tiny" / "checkpoint.pt"
 
@@ -26,10 +27,10 @@ def checkpoint(original):
 
 
 def refused(checkpoint, tmp_path, message):
-    """Converting raises this error and leaves nothing behind."""
+    """Check that converting raises this error and leaves nothing behind."""
     file = tmp_path / "edited.pt"
     torch.save(checkpoint, file)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ConversionError, match=message):
         convert(file, tmp_path / "out" / "folder")
     left = {path.name for path in tmp_path.rglob("*")}
     assert left == {"edited.pt"}
@@ -41,11 +42,12 @@ def refused(checkpoint, tmp_path, message):
         "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] + [(512,2,2)]",
         "[(8, 3, 2)]",
         " [(8, 3, 2), (9, 2, 1)] * 2 ",
+        "[[8, 3, 2], [9, 2, 1]]",
         "([(4, 3, 2)] + [(5, 3, 2)]) * 3",
         "[(4, 3, 2)] * 0 + [(5, 3, 2)]",
     ],
 )
-def test_sizes_of_convolutions_are_read_as_python_would(text):
+def test_convolution_sizes_are_parsed_as_python_evaluates_them(text):
     assert parse_conv_layers(text) == eval(text)
 
 
@@ -80,7 +82,7 @@ def test_sizes_of_convolutions_are_read_as_python_would(text):
     ],
 )
 def test_other_expressions_are_refused(text):
-    with pytest.raises(CheckpointError, match=r"conv_feature_layers=.* is no list of convolutions"):
+    with pytest.raises(ConversionError, match=r"conv_feature_layers=.* is not a list of convolutions"):
         parse_conv_layers(text)
 
 
@@ -96,29 +98,29 @@ def test_a_call_in_the_configuration_is_never_run(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("layer_norm_first", True, "layer_norm_first=True, which this model has not: it has False"),
-        ("extractor_mode", "default", "extractor_mode='default', which this model has not: it has 'layer_norm'"),
+        ("layer_norm_first", True, "layer_norm_first=True, which is not supported; expected False"),
+        ("extractor_mode", "default", "extractor_mode='default', which is not supported; expected 'layer_norm'"),
         ("layer_type", "conformer", "layer_type='conformer'"),
         ("discrete", False, "discrete=False"),
         ("crop_seq_to_multiple", 2, "crop_seq_to_multiple=2"),
         ("instance_norm_target_layer", False, "instance_norm_target_layer=False"),
-        ("pos_conv_depth", 1, "pos_conv_depth=1, a single convolution"),
-        ("conv_feature_layers", "x", "conv_feature_layers='x' is no list"),
+        ("pos_conv_depth", 1, "pos_conv_depth=1, a single positional convolution"),
+        ("conv_feature_layers", "x", "conv_feature_layers='x' is not a list"),
         ("_name", "wav2vec2", "has no configuration of a DinoSR model"),
     ],
 )
-def test_settings_that_the_model_has_not_are_named(checkpoint, tmp_path, setting, value, message):
+def test_unsupported_settings_are_refused(checkpoint, tmp_path, setting, value, message):
     checkpoint["cfg"]["model"][setting] = value
     refused(checkpoint, tmp_path, message)
 
 
 @pytest.mark.parametrize("setting", ["encoder_layers", "conv_feature_layers", "conv_pos", "codebook_size"])
-def test_missing_settings_are_named(checkpoint, tmp_path, setting):
+def test_missing_settings_are_refused(checkpoint, tmp_path, setting):
     del checkpoint["cfg"]["model"][setting]
     refused(checkpoint, tmp_path, f"configuration lacks {setting}")
 
 
-def test_impossible_settings_are_named(checkpoint, tmp_path):
+def test_invalid_settings_are_refused(checkpoint, tmp_path):
     checkpoint["cfg"]["model"]["encoder_attention_heads"] = 7
     file = tmp_path / "edited.pt"
     torch.save(checkpoint, file)
@@ -141,42 +143,42 @@ WEIGHT = "encoder.layers.1.fc1.weight"
         ("_ema", "teacher.layer_norm.bias"),
     ],
 )
-def test_missing_weights_are_named(checkpoint, tmp_path, key, ours):
+def test_missing_weights_are_refused(checkpoint, tmp_path, key, ours):
     del checkpoint["model"][key]
     refused(checkpoint, tmp_path, rf"lacks the weights for .*{ours}")
 
 
 @pytest.mark.parametrize("key", ["encoder.layers.0.extra.weight", "target_glu.weight", "_codebook9"])
-def test_unknown_weights_are_named(checkpoint, tmp_path, key):
+def test_unknown_weights_are_refused(checkpoint, tmp_path, key):
     checkpoint["model"][key] = torch.zeros(3)
-    refused(checkpoint, tmp_path, rf"has a weight .*not: {key}")
+    refused(checkpoint, tmp_path, rf"(unknown weight:|has no weight) {key}")
 
 
-def test_an_unknown_weight_of_the_teacher_is_named(checkpoint, tmp_path):
+def test_an_unknown_weight_of_the_teacher_is_refused(checkpoint, tmp_path):
     checkpoint["model"]["_ema"]["layers.0.extra"] = torch.zeros(3)
-    refused(checkpoint, tmp_path, r"not: _ema\.layers\.0\.extra")
+    refused(checkpoint, tmp_path, r"unknown weight: _ema\.layers\.0\.extra")
 
 
-def test_a_weight_of_a_layer_too_many_is_named(checkpoint, tmp_path):
+def test_a_weight_of_a_layer_beyond_the_last_is_refused(checkpoint, tmp_path):
     key = "encoder.layers.99.fc1.bias"
     checkpoint["model"][key] = torch.zeros(3)
-    refused(checkpoint, tmp_path, f"not: {key}")
+    refused(checkpoint, tmp_path, f"has no weight {key}")
 
 
-def test_misshapen_weights_are_named_with_their_shapes(checkpoint, tmp_path):
+def test_weights_of_another_shape_are_refused(checkpoint, tmp_path):
     rows, columns = checkpoint["model"][WEIGHT].shape
     checkpoint["model"][WEIGHT] = torch.zeros(rows, columns + 1)
-    refused(checkpoint, tmp_path, rf"{WEIGHT} has the shape \({rows}, {columns + 1}\), but must have \({rows}, ")
+    refused(checkpoint, tmp_path, rf"{WEIGHT} has shape \({rows}, {columns + 1}\); expected \({rows}, ")
 
 
-def test_a_weight_that_is_no_tensor_is_named(checkpoint, tmp_path):
+def test_a_weight_that_is_not_a_tensor_is_refused(checkpoint, tmp_path):
     checkpoint["model"][WEIGHT] = [1.0, 2.0]
-    refused(checkpoint, tmp_path, f"{WEIGHT} has the shape list")
+    refused(checkpoint, tmp_path, f"{WEIGHT} has shape list")
 
 
-def test_a_nested_entry_that_is_no_dictionary_is_named(checkpoint, tmp_path):
+def test_a_nested_entry_that_is_not_a_dictionary_is_refused(checkpoint, tmp_path):
     checkpoint["model"]["_ema"] = torch.zeros(3)
-    refused(checkpoint, tmp_path, "_ema must be a dictionary, but is Tensor")
+    refused(checkpoint, tmp_path, "_ema is a Tensor; expected a dictionary")
 
 
 @pytest.mark.parametrize(
@@ -199,14 +201,22 @@ def test_a_checkpoint_without_weights_is_refused(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"not a checkpoint", CHECKPOINT.read_bytes()[:1000], CHECKPOINT.read_bytes()[:-300]],
-    ids=["empty", "text", "first-bytes", "last-bytes-missing"],
+    [CHECKPOINT.read_bytes()[:1000], CHECKPOINT.read_bytes()[:-300]],
+    ids=["first-bytes", "last-bytes-missing"],
 )
 def test_damaged_files_are_refused(tmp_path, content):
     file = tmp_path / "damaged.pt"
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"damaged\.pt cannot be opened as a checkpoint"):
+    with pytest.raises(ConversionError, match=r"damaged\.pt cannot be opened as a checkpoint"):
         convert(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"-1.5 the cat"], ids=["empty", "text"])
+def test_other_files_are_no_checkpoints(tmp_path, content):
+    (tmp_path / "words.arpa").write_bytes(content)
+    with pytest.raises(ConversionError, match=r"words\.arpa is not a checkpoint that torch\.save wrote\.$"):
+        convert(tmp_path / "words.arpa", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -220,18 +230,18 @@ class Harmful:
 def test_files_with_code_are_refused_and_not_run(tmp_path, capsys):
     file = tmp_path / "harmful.pt"
     torch.save({"cfg": Harmful()}, file)
-    with pytest.raises(CheckpointError, match="cannot be opened as a checkpoint without running code from it"):
+    with pytest.raises(ConversionError, match="cannot be opened as a checkpoint without running code from it"):
         convert(file, tmp_path / "out")
     assert "run" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "."])
-def test_what_is_no_file_is_refused(tmp_path, name):
-    with pytest.raises(CheckpointError, match="is not a file"):
+def test_a_path_that_is_not_a_file_is_refused(tmp_path, name):
+    with pytest.raises(ConversionError, match="is not a file"):
         convert(tmp_path / name, tmp_path / "out")
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+def test_a_folder_with_files_is_refused_and_unchanged(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not empty"):
         convert(CHECKPOINT, tmp_path)
@@ -265,7 +275,7 @@ def test_a_converted_folder_is_complete(tmp_path):
     assert extractor.do_normalize and extractor.return_attention_mask and extractor.sampling_rate == 16_000
 
 
-def test_configuration_is_the_checkpoint_s(original):
+def test_the_configuration_has_the_settings_of_the_checkpoint(original):
     settings = original["cfg"]["model"]
     config = config_from_fairseq(original)
     assert config.hidden_size == settings["encoder_embed_dim"]
@@ -277,7 +287,7 @@ def test_configuration_is_the_checkpoint_s(original):
     assert config.freeze_teacher_step == settings["freeze_teacher_step"]
 
 
-def test_a_checkpoint_that_never_freezes(checkpoint):
+def test_a_checkpoint_without_a_freeze(checkpoint):
     checkpoint["cfg"]["model"]["freeze_teacher_step"] = -1
     assert config_from_fairseq(checkpoint).freeze_teacher_step is None
 
@@ -290,7 +300,7 @@ def test_annealing_of_the_codebooks(checkpoint, same_end, wanted):
     assert (config.codebook_end_decay, config.codebook_end_decay_step) == wanted
 
 
-def test_copies_of_the_front_end_before_the_freeze_are_the_student_s(checkpoint, tmp_path):
+def test_before_the_freeze_the_front_end_is_copied_from_the_student(checkpoint, tmp_path):
     checkpoint["cfg"]["model"]["freeze_pre_enc_modules"] = False
     torch.save(checkpoint, tmp_path / "edited.pt")
     model = convert(tmp_path / "edited.pt", tmp_path / "out")
@@ -301,7 +311,7 @@ def test_copies_of_the_front_end_before_the_freeze_are_the_student_s(checkpoint,
     assert all(torch.equal(state[name], state[name.replace("teacher", "dinosr", 1)]) for name in copies)
 
 
-def test_copies_of_the_front_end_after_the_freeze_are_their_own(checkpoint, tmp_path):
+def test_after_the_freeze_the_front_end_is_read_from_the_checkpoint(checkpoint, tmp_path):
     checkpoint["cfg"]["model"]["freeze_pre_enc_modules"] = False
     weights = checkpoint["model"]
     for ours, theirs in (
@@ -320,6 +330,6 @@ def test_copies_of_the_front_end_after_the_freeze_are_their_own(checkpoint, tmp_
         assert torch.equal(state[name], state[name.replace("teacher", "dinosr", 1)] + 0.5), name
 
 
-def test_copies_of_the_front_end_in_another_mode_are_refused(checkpoint, tmp_path):
+def test_copies_of_the_front_end_in_frozen_mode_are_refused(checkpoint, tmp_path):
     checkpoint["model"]["_pre_encoder_ln"] = {"weight": torch.zeros(3)}
-    refused(checkpoint, tmp_path, r"not: _pre_encoder_ln\.weight")
+    refused(checkpoint, tmp_path, r"has no weight _pre_encoder_ln\.weight")

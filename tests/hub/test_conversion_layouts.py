@@ -1,4 +1,4 @@
-"""Other ways that a checkpoint comes in, the way back, and the script."""
+"""Other layouts of checkpoints, the conversion back to the authors' layout, and the script."""
 
 import argparse
 import copy
@@ -14,7 +14,7 @@ from transformers import AutoProcessor, Data2VecAudioConfig, Data2VecAudioForCTC
 
 from conftest import FIXTURES
 from dinosr_hf import DinoSRConfig, DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
-from dinosr_hf.hub.conversion import CheckpointError, convert, convert_to_fairseq, statistics_table, unit_statistics
+from dinosr_hf.hub.conversion import ConversionError, convert, convert_to_fairseq, statistics_table, unit_statistics
 from dinosr_hf.hub.conversion.fairseq import config_from_fairseq, settings_notes
 from tolerances import SAME_ARITHMETIC
 
@@ -66,19 +66,19 @@ def test_a_namespace_converts_to_the_same_model(checkpoint, folder, tmp_path):
     assert equal_states(model, DinoSRForPreTraining.from_pretrained(folder))
 
 
-def test_settings_of_the_file_all_have_their_place(checkpoint):
+def test_every_setting_of_the_file_is_known(checkpoint):
     assert settings_notes(checkpoint) == []
 
 
-def test_settings_of_training_that_are_left_are_named(checkpoint, tmp_path, caplog):
+def test_dropped_settings_are_reported(checkpoint, tmp_path, caplog):
     checkpoint["cfg"]["model"].update(mask_other=0.5, a_new_setting=1)
     convert(save(checkpoint, tmp_path), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    for said in ("mask_other: 0.5 in the file, a setting of training", "a_new_setting: a setting that is not known"):
-        assert said in caplog.text and said in card
+    for note in ("mask_other: 0.5 in the file, a setting of training", "a_new_setting: an unknown setting"):
+        assert note in caplog.text and note in card
 
 
-def test_a_decay_that_may_be_fairseqs_own_is_named(checkpoint, caplog, tmp_path):
+def test_a_decay_that_may_be_fairseq_s_is_reported(checkpoint, caplog, tmp_path):
     settings = {**checkpoint["cfg"]["model"], "arch": "dinosr", "ema_decay": 0.9999, "num_workers": 1}
     checkpoint.update(args=argparse.Namespace(**settings), cfg=None)
     convert(save(checkpoint, tmp_path), tmp_path / "out")
@@ -86,7 +86,7 @@ def test_a_decay_that_may_be_fairseqs_own_is_named(checkpoint, caplog, tmp_path)
     assert "ema_decay: 0.9999, which in a flat list of settings may be fairseq's own" in caplog.text
 
 
-def test_the_state_of_the_optimizer_is_left_and_named(checkpoint, folder, tmp_path, caplog):
+def test_the_state_of_the_optimizer_is_not_used_and_reported(checkpoint, folder, tmp_path, caplog):
     checkpoint["last_optimizer_state"] = {"state": {0: {"exp_avg": torch.zeros(3)}}}
     model = convert(save(checkpoint, tmp_path), tmp_path / "out")
     assert equal_states(model, DinoSRForPreTraining.from_pretrained(folder))
@@ -94,9 +94,9 @@ def test_the_state_of_the_optimizer_is_left_and_named(checkpoint, folder, tmp_pa
     assert "`last_optimizer_state` | the optimizer" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_unknown_entries_are_named(checkpoint, tmp_path):
+def test_unknown_entries_are_refused(checkpoint, tmp_path):
     checkpoint["another"] = 1
-    with pytest.raises(CheckpointError, match="entries that are not known: another"):
+    with pytest.raises(ConversionError, match="unknown entries: another"):
         convert(save(checkpoint, tmp_path), tmp_path / "out")
 
 
@@ -106,7 +106,7 @@ def test_weights_in_half_precision_become_float32(checkpoint, tmp_path):
     assert model.dinosr.masked_spec_embed.dtype == torch.float32
 
 
-def test_weights_that_share_memory_in_the_file_are_apart(checkpoint, tmp_path):
+def test_weights_that_share_memory_in_the_file_are_separate(checkpoint, tmp_path):
     weights = checkpoint["model"]
     weights["encoder.layers.0.fc2.bias"] = weights["encoder.layers.1.fc2.bias"]
     turned = weights["encoder.layers.0.fc1.weight"]
@@ -120,60 +120,61 @@ def test_weights_that_share_memory_in_the_file_are_apart(checkpoint, tmp_path):
 
 def test_weights_of_integers_are_refused(checkpoint, tmp_path):
     checkpoint["model"]["mask_emb"] = checkpoint["model"]["mask_emb"].long()
-    with pytest.raises(CheckpointError, match=r"mask_emb has numbers of type torch.int64"):
+    with pytest.raises(ConversionError, match=r"mask_emb has dtype torch.int64"):
         convert(save(checkpoint, tmp_path), tmp_path / "out")
 
 
 @pytest.mark.parametrize(("name", "value"), [("encoder_layers", 10**9), ("pos_conv_depth", 10**9)])
-def test_claims_of_a_huge_model_are_refused(checkpoint, tmp_path, name, value):
+def test_a_configuration_of_a_huge_model_is_refused(checkpoint, tmp_path, name, value):
     checkpoint["cfg"]["model"][name] = value
-    with pytest.raises(CheckpointError, match=r"but there are \d+ weights"):
+    with pytest.raises(ConversionError, match=r"but there are \d+ weights"):
         convert(save(checkpoint, tmp_path), tmp_path / "out")
 
 
 @pytest.mark.parametrize("key", [3, "_codebook" + "9" * 5000], ids=["number", "long"])
-def test_names_that_are_no_names_are_refused(checkpoint, tmp_path, key):
+def test_invalid_names_of_weights_are_refused(checkpoint, tmp_path, key):
     checkpoint["model"][key] = torch.zeros(2)
-    with pytest.raises(CheckpointError, match="a weight whose name is no name"):
+    with pytest.raises(ConversionError, match="a weight with an invalid name"):
         convert(save(checkpoint, tmp_path), tmp_path / "out")
 
 
-def test_a_freeze_that_is_neither_true_nor_false_is_refused(checkpoint, tmp_path):
+def test_a_freeze_that_is_not_a_boolean_is_refused(checkpoint, tmp_path):
     checkpoint["cfg"]["model"]["freeze_pre_enc_modules"] = "x"
-    with pytest.raises(CheckpointError, match="freeze_pre_enc_modules='x', no true or false"):
+    with pytest.raises(ConversionError, match="freeze_pre_enc_modules='x'; expected True or False"):
         convert(save(checkpoint, tmp_path), tmp_path / "out")
 
 
-def test_settings_that_are_no_numbers_are_named(checkpoint, tmp_path):
-    checkpoint["cfg"]["model"]["encoder_layers"] = 4.5
-    with pytest.raises(CheckpointError, match=r"configuration cannot be used: (?s:.)*num_hidden_layers"):
+def test_settings_of_another_type_are_refused(checkpoint, tmp_path):
+    checkpoint["cfg"]["model"]["encoder_ffn_embed_dim"] = 4.5
+    with pytest.raises(ConversionError, match=r"configuration is not valid: (?s:.)*intermediate_size"):
         convert(save(checkpoint, tmp_path), tmp_path / "out")
-    checkpoint["cfg"]["model"]["encoder_layers"] = None
-    with pytest.raises(CheckpointError, match="encoder_layers=None, which is no number"):
-        convert(save(checkpoint, tmp_path), tmp_path / "out")
+    for value in (None, 4.5, 0):
+        checkpoint["cfg"]["model"]["encoder_layers"] = value
+        with pytest.raises(ConversionError, match=f"encoder_layers={value}; expected a positive number"):
+            convert(save(checkpoint, tmp_path), tmp_path / "out")
 
 
-def test_the_encoder_alone(folder, tmp_path, caplog):
+def test_only_the_encoder_can_be_converted(folder, tmp_path, caplog):
     model = convert(CHECKPOINT, tmp_path / "out", as_="model")
     assert type(model) is DinoSRModel
     assert equal_states(DinoSRModel.from_pretrained(tmp_path / "out"), DinoSRModel.from_pretrained(folder))
     assert "_codebook0 (not part of the encoder)" in caplog.text
 
 
-def test_what_a_checkpoint_cannot_become_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"as_='ctc' cannot be made of this.*pretraining or model"):
+def test_an_architecture_that_the_checkpoint_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"as_='ctc' does not apply to this.*pretraining or model"):
         convert(CHECKPOINT, tmp_path / "out", as_="ctc")
 
 
 @pytest.mark.parametrize("name", ["dictionary", "config", "num_attention_heads"])
-def test_arguments_of_other_layouts_are_an_error(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name}='4' is not for a checkpoint of this layout"):
+def test_arguments_of_other_layouts_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}='4' does not apply to this checkpoint"):
         convert(CHECKPOINT, tmp_path / "out", **{name: 4})
     with pytest.raises(ValueError, match="objective='x' is unknown"):
         convert(CHECKPOINT, tmp_path / "out", objective="x")
 
 
-def test_the_card_names_the_licence_that_was_given_or_none(folder, tmp_path):
+def test_the_card_has_the_given_licence_or_asks_for_it(folder, tmp_path):
     assert ModelCard.load(folder / "README.md").data.get("license") is None
     assert "**To be filled in**" in (folder / "README.md").read_text()
     convert(CHECKPOINT, tmp_path / "out", license="cc-by-4.0")
@@ -181,11 +182,11 @@ def test_the_card_names_the_licence_that_was_given_or_none(folder, tmp_path):
     assert card.data.license == "cc-by-4.0" and "To be filled in" not in card.text
 
 
-# The way back
+# Back to the authors' layout
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["frozen", "copied"])
-def test_there_and_back_is_bit_exact(checkpoint, tmp_path, copied):
+def test_converting_there_and_back_is_bit_exact(checkpoint, tmp_path, copied):
     if copied:
         checkpoint["cfg"]["model"]["freeze_pre_enc_modules"] = False
         weights = checkpoint["model"]
@@ -211,7 +212,7 @@ def test_there_and_back_is_bit_exact(checkpoint, tmp_path, copied):
     assert equal_states(again, DinoSRForPreTraining.from_pretrained(tmp_path / "out"))
 
 
-def test_the_way_back_leaves_what_the_authors_code_does_not_have(checkpoint, tmp_path):
+def test_the_authors_layout_has_no_usage_of_codewords(checkpoint, tmp_path):
     model = convert(save(checkpoint, tmp_path), tmp_path / "out")
     reviving = DinoSRForPreTraining.from_pretrained(tmp_path / "out", codebook_revival_share=0.1)
     assert "codebooks.usage" in reviving.state_dict()
@@ -220,9 +221,9 @@ def test_the_way_back_leaves_what_the_authors_code_does_not_have(checkpoint, tmp
     assert equal_states(again, model) and again.config.codebook_revival_share == 0
 
 
-def test_an_encoder_has_no_way_back(tmp_path):
+def test_an_encoder_has_no_authors_layout(tmp_path):
     convert(CHECKPOINT, tmp_path / "encoder", as_="model")
-    with pytest.raises(ValueError, match="is a DinoSRModel, but the authors' layout is that of"):
+    with pytest.raises(ValueError, match=r"is a DinoSRModel\. The authors' layout needs"):
         convert_to_fairseq(tmp_path / "encoder", tmp_path / "back.pt")
     (tmp_path / "mine.pt").write_text("mine")
     with pytest.raises(ValueError, match=r"mine\.pt exists"):
@@ -252,7 +253,7 @@ def dictionary(tmp_path):
     return tmp_path / "dict.ltr.txt"
 
 
-def test_a_recogniser_of_fairseq(recogniser, dictionary, folder, tmp_path):
+def test_a_recogniser_of_fairseq_is_converted(recogniser, dictionary, folder, tmp_path):
     model = convert(save(recogniser, tmp_path), tmp_path / "out", dictionary=dictionary)
     assert type(model) is DinoSRForCTC
     assert equal_states(model.dinosr, DinoSRModel.from_pretrained(folder))
@@ -266,7 +267,7 @@ def test_a_recogniser_of_fairseq(recogniser, dictionary, folder, tmp_path):
     assert config.pad_token_id == tokenizer.pad_token_id == 0
 
 
-def test_a_recogniser_with_a_plain_head(recogniser, dictionary, tmp_path):
+def test_a_recogniser_with_an_unprefixed_head_is_converted(recogniser, dictionary, tmp_path):
     weights = recogniser["model"]
     for kind in ("weight", "bias"):
         weights[f"proj.{kind}"] = weights.pop(f"w2v_encoder.proj.{kind}")
@@ -283,25 +284,25 @@ def test_a_recogniser_without_a_dictionary_gives_its_encoder(recogniser, tmp_pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("E 5\nT 4\n", "has 6 labels with the 4 special ones, but the recogniser has 14"),
+        ("E 5\nT 4\n", "has 6 labels including the 4 special ones, but the recogniser has 14"),
         ("E\n", "line 1: 'E' is not a new label and its count"),
         ("E 5\nE 4\n", "line 2: 'E 4' is not a new label"),
     ],
 )
 def test_wrong_dictionaries_are_refused(recogniser, tmp_path, text, message):
     (tmp_path / "dict.txt").write_text(text)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ConversionError, match=message):
         convert(save(recogniser, tmp_path), tmp_path / "out", dictionary=tmp_path / "dict.txt")
-    with pytest.raises(CheckpointError, match=r"is not a file\. Give the dictionary"):
+    with pytest.raises(ConversionError, match=r"is not a file\. Give the dictionary"):
         convert(save(recogniser, tmp_path), tmp_path / "out", dictionary=tmp_path / "none.txt")
 
 
-def test_recognisers_on_other_models_or_with_other_weights_are_refused(recogniser, dictionary, tmp_path):
+def test_recognisers_with_another_encoder_or_unknown_weights_are_refused(recogniser, dictionary, tmp_path):
     recogniser["model"]["w2v_encoder.extra"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match=r"has not: w2v_encoder\.extra"):
+    with pytest.raises(ConversionError, match=r"unknown weight: w2v_encoder\.extra"):
         convert(save(recogniser, tmp_path), tmp_path / "out", dictionary=dictionary)
     recogniser["cfg"]["model"]["w2v_args"]["model"]["_name"] = "wav2vec2"
-    with pytest.raises(CheckpointError, match="w2v_args do not have the settings of a DinoSR or data2vec"):
+    with pytest.raises(ConversionError, match="w2v_args do not have the settings of a DinoSR or data2vec"):
         convert(save(recogniser, tmp_path), tmp_path / "out", dictionary=dictionary)
 
 
@@ -317,7 +318,7 @@ def test_data2vec_of_fairseq_gives_its_encoder(checkpoint, folder, tmp_path, cap
     weights["final_proj.weight"] = torch.zeros(32, 32)
     model = convert(save({**checkpoint, "model": weights}, tmp_path), tmp_path / "out")
     assert equal_states(model, DinoSRModel.from_pretrained(folder))
-    assert "final_proj.weight (of data2vec's pre-training)" in caplog.text
+    assert "final_proj.weight (of pre-training, not part of the encoder)" in caplog.text
 
 
 def data2vec_folder(tmp_path):
@@ -344,10 +345,10 @@ def test_data2vec_of_transformers_gives_the_same_features(tmp_path, caplog):
 def test_other_folders_are_refused(tmp_path):
     config = Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     Wav2Vec2Model(config).save_pretrained(tmp_path / "wav2vec2")
-    with pytest.raises(CheckpointError, match="is a model of type 'wav2vec2', whose encoder is another"):
+    with pytest.raises(ConversionError, match="is a model of type 'wav2vec2', whose encoder is different"):
         convert(tmp_path / "wav2vec2", tmp_path / "out")
     (tmp_path / "wav2vec2" / "config.json").write_text('{"model_type": "data2vec-audio"}')
-    with pytest.raises(CheckpointError, match="lacks hidden_size"):
+    with pytest.raises(ConversionError, match="lacks hidden_size"):
         convert(tmp_path / "wav2vec2", tmp_path / "out")
 
 
@@ -365,25 +366,25 @@ def load_script():
 def test_the_script_converts_verifies_and_goes_back(tmp_path, make_audio, capsys):
     script = load_script()
     script.main([str(CHECKPOINT), str(tmp_path / "out"), "--verify", str(make_audio)])
-    said = capsys.readouterr().out
-    assert "a DinoSRForPreTraining" in said
+    output = capsys.readouterr().out
+    assert "a DinoSRForPreTraining" in output
     model = DinoSRForPreTraining.from_pretrained(tmp_path / "out").eval()
     rows = unit_statistics(model, make_audio)
     assert [layer for layer, _, _ in rows] == [2, 3, 4]
     for layer, perplexity, active in rows:
         assert 1 <= perplexity <= active <= 16
-        assert f"{layer:5}  {perplexity:10.1f}  {active:6}" in said
+        assert f"{layer:5}  {perplexity:10.1f}  {active:6}" in output
     script.main([str(tmp_path / "out"), str(tmp_path / "back.pt"), "--to", "fairseq"])
     assert (tmp_path / "back.pt").is_file()
 
 
-def test_the_script_says_what_is_wrong(tmp_path):
+def test_the_script_reports_errors(tmp_path):
     script = load_script()
     with pytest.raises(SystemExit, match=r"convert_checkpoint\.py: .* is not a file"):
         script.main([str(tmp_path / "none.pt"), str(tmp_path / "out")])
     (tmp_path / "bad.json").write_text("{")
     spidr = str(FIXTURES / "spidr_tiny" / "checkpoint.pt")
-    with pytest.raises(SystemExit, match="is no configuration in JSON"):
+    with pytest.raises(SystemExit, match="is not a configuration in JSON"):
         script.main([spidr, str(tmp_path / "out"), "--config", str(tmp_path / "bad.json")])
 
 
@@ -394,14 +395,14 @@ def make_audio(tmp_path):
     return tmp_path / "speech.wav"
 
 
-def test_settings_of_the_script_are_json_dictionaries(tmp_path):
+def test_a_configuration_that_is_not_a_dictionary_is_refused(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps([1]))
-    with pytest.raises(CheckpointError, match="must hold a dictionary, but holds a list"):
+    with pytest.raises(ConversionError, match="holds a list; expected a dictionary"):
         convert(FIXTURES / "spidr_tiny" / "checkpoint.pt", tmp_path / "out", config=tmp_path / "list.json")
 
 
 @pytest.mark.parametrize("num_codebooks", [8, 7], ids=["published-size", "another-size"])
-def test_published_figures_stand_beside_a_model_of_their_size_only(make_audio, num_codebooks):
+def test_published_figures_are_shown_only_for_the_published_size(make_audio, num_codebooks):
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 8, "conv_dim": [8] * 7}
     model = DinoSRForPreTraining(DinoSRConfig(**sizes, num_codebooks=num_codebooks)).eval()
     lines = statistics_table(model, make_audio).splitlines()

@@ -1,4 +1,4 @@
-"""Conversion of spidr's layout: outputs equal to a recorded run of that package, and what is refused."""
+"""Conversion of spidr's layout: outputs equal those recorded from that package, and what is refused."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from conftest import FIXTURES
 from dinosr_hf import DinoSRForPreTraining, DinoSRModel
-from dinosr_hf.hub.conversion import CheckpointError, convert
+from dinosr_hf.hub.conversion import ConversionError, convert
 from dinosr_hf.hub.conversion.spidr import read_spidr
 from tolerances import ACTIVATIONS, LOSSES
 
@@ -39,8 +39,8 @@ def model(tmp_path_factory):
 
 
 @torch.no_grad()
-def differences(model):
-    """Every recorded tensor of the case without padding, and ours."""
+def compute_outputs(model):
+    """Return this package's values of the tensors that were recorded without padding."""
     inputs = load_file(CASE / "inputs.safetensors")
     source, mask = inputs["nopad.source"], inputs["nopad.mask_indices"]
     got = model.dinosr(source, output_hidden_states=True)
@@ -58,22 +58,22 @@ def differences(model):
 
 
 @pytest.mark.parametrize("name", ["x", "layer_out", "codebook_probs", "pretrain.targets"])
-def test_outputs_are_those_of_the_recorded_run(model, name):
+def test_outputs_equal_the_recorded_ones(model, name):
     wanted = load_file(CASE / "outputs.safetensors")[f"nopad.{name}"]
-    torch.testing.assert_close(differences(model)[name], wanted, **ACTIVATIONS)
+    torch.testing.assert_close(compute_outputs(model)[name], wanted, **ACTIVATIONS)
 
 
-def test_codewords_and_loss_are_those_of_the_recorded_run(model):
+def test_codewords_and_loss_equal_the_recorded_ones(model):
     wanted = load_file(CASE / "outputs.safetensors")
-    got = differences(model)
+    got = compute_outputs(model)
     assert torch.equal(got["pretrain.assign"], wanted["nopad.pretrain.assign"])
     torch.testing.assert_close(got["pretrain.loss_sum"], wanted["nopad.pretrain.loss_sum"], **LOSSES)
 
 
 @torch.no_grad()
-def test_padded_utterances_are_those_of_the_recorded_run(model):
-    # Like us, that package zeroes the padding in front of every positional convolution; in the padding itself it has
-    # numbers that nobody uses. Its targets are normalised with them, so those are not compared.
+def test_outputs_of_padded_utterances_equal_the_recorded_ones(model):
+    # Like this package, spidr zeroes the padding before every positional convolution. Its outputs in the padding are
+    # arbitrary; its targets are normalised with them, so targets are not compared.
     inputs, wanted = (load_file(CASE / f"{name}.safetensors") for name in ("inputs", "outputs"))
     source, frames = inputs["pad.source"], ~inputs["pad.frame_padding_mask"]
     lengths = torch.tensor([row.nonzero().max() + 1 for row in source])
@@ -95,17 +95,17 @@ def test_padded_utterances_are_those_of_the_recorded_run(model):
         assert (ours - recorded).abs().max() > 0.01  # in the padding
 
 
-def test_parts_of_the_fused_matrix_in_another_order_differ(model):
-    # the negative control
+def test_another_order_of_queries_keys_and_values_differs(model):
+    # negative control
     other = copy.deepcopy(model)
     for layer in other.dinosr.encoder.layers:
         q, k = layer.attention.q_proj, layer.attention.v_proj
         q.weight.data, k.weight.data = k.weight.data, q.weight.data
     wanted = load_file(CASE / "outputs.safetensors")["nopad.x"]
-    assert (differences(other)["x"] - wanted).abs().max() > 0.01
+    assert (compute_outputs(other)["x"] - wanted).abs().max() > 0.01
 
 
-def test_configuration_is_the_file_s(model, settings):
+def test_the_configuration_has_the_settings_of_the_file(model, settings):
     wanted = settings["model"]
     config = model.config
     assert config.freeze_mode == "frozen" and not config.reference_padding
@@ -126,21 +126,21 @@ def test_without_a_configuration_sizes_come_from_shapes(checkpoint, settings):
         assert list(map(str, [getattr(derived.config, name)])) == list(map(str, [getattr(wanted, name)])), name
 
 
-def test_heads_that_shapes_cannot_tell_are_asked_for(checkpoint):
-    with pytest.raises(CheckpointError, match=r"do not tell the number of attention heads.*--num_attention_heads"):
+def test_the_error_asks_for_heads_that_shapes_do_not_tell(checkpoint):
+    with pytest.raises(ConversionError, match=r"do not tell the number of attention heads.*--num_attention_heads"):
         read_spidr(checkpoint, None)
 
 
-def test_strides_that_shapes_cannot_tell_are_asked_for(checkpoint):
+def test_the_error_asks_for_strides_that_shapes_do_not_tell(checkpoint):
     key = "feature_extractor.conv_layers.0.conv.weight"
     checkpoint["model"][key] = torch.zeros(16, 1, 9)
-    with pytest.raises(CheckpointError, match=r"kernels \[9, 3.*shapes do not tell their strides.*--config"):
+    with pytest.raises(ConversionError, match=r"kernels \[9, 3.*shapes do not tell their strides.*--config"):
         read_spidr(checkpoint, None, num_attention_heads=4)
 
 
 def test_shapes_of_other_dimensions_are_refused(checkpoint):
     checkpoint["model"]["student.pos_conv_embed.convs.0.weight"] = torch.zeros(3)
-    with pytest.raises(CheckpointError, match=r"convs\.0\.weight has the shape \(3,\), but must have 3 dimensions"):
+    with pytest.raises(ConversionError, match=r"convs\.0\.weight has shape \(3,\); expected 3 dimensions"):
         read_spidr(checkpoint, None, num_attention_heads=4)
 
 
@@ -162,7 +162,7 @@ def test_a_checkpoint_of_the_spidr_objective_gives_its_encoder(checkpoint, setti
     (tmp_path / "config.json").write_text(json.dumps(settings))
     torch.save(checkpoint, tmp_path / "spidr.pt")
     options = {"config": tmp_path / "config.json"}
-    with pytest.raises(CheckpointError, match=r"ema_another_schedule=20000, which is not known.*--objective spidr"):
+    with pytest.raises(ConversionError, match=r"unknown setting: ema_another_schedule=20000.*--objective spidr"):
         convert(tmp_path / "spidr.pt", tmp_path / "out", **options)
     model = convert(tmp_path / "spidr.pt", tmp_path / "out", objective="spidr", **options)
     assert type(model) is DinoSRModel
@@ -172,37 +172,39 @@ def test_a_checkpoint_of_the_spidr_objective_gives_its_encoder(checkpoint, setti
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"encoder_layer_norm_first": True}, "encoder_layer_norm_first=True, which this", id="pre-norm"),
+        pytest.param(
+            {"encoder_layer_norm_first": True}, "encoder_layer_norm_first=True, which is not supported", id="pre-norm"
+        ),
         pytest.param({"extractor_mode": "group_norm"}, "extractor_mode='group_norm'", id="group-norm"),
-        pytest.param({"extractor_conv_layer_config": [[1, 2]]}, "must be a list of .channels, kernel", id="convs"),
-        pytest.param({"encoder_num_layers": "x"}, "encoder_num_layers=x, which is no count", id="no-count"),
-        pytest.param({"codebook_size": "x"}, "configuration cannot be used: (?s:.)*codebook_size", id="type"),
-        pytest.param({"new": 1}, "has new=1, which is not known", id="unknown"),
+        pytest.param({"extractor_conv_layer_config": [[1, 2]]}, "is not a list of convolutions", id="convs"),
+        pytest.param({"encoder_num_layers": "x"}, "encoder_num_layers='x'; expected a positive number", id="no-count"),
+        pytest.param({"codebook_size": "x"}, "configuration is not valid: (?s:.)*codebook_size", id="type"),
+        pytest.param({"new": 1}, "unknown setting: new=1", id="unknown"),
     ],
 )
-def test_settings_that_the_model_has_not_are_named(checkpoint, settings, change, message):
+def test_unsupported_settings_are_refused(checkpoint, settings, change, message):
     settings["model"].update(change)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ConversionError, match=message):
         read_spidr(checkpoint, settings)
 
 
-def test_missing_settings_are_named(checkpoint, settings):
+def test_missing_settings_are_refused(checkpoint, settings):
     del settings["model"]["encoder_num_heads"]
-    with pytest.raises(CheckpointError, match="configuration lacks encoder_num_heads"):
+    with pytest.raises(ConversionError, match="configuration lacks encoder_num_heads"):
         read_spidr(checkpoint, settings)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("student.extra", torch.zeros(1), "has a weight that this model has not: student.extra"),
-        ("student.layers.0.attention.qkv.weight", torch.zeros(95, 32), r"shape \(95, 32\).*three parts"),
-        ("heads.0.0.bias", torch.zeros(7), r"heads.0.0.bias has the shape \(7,\), but must have \(16,\)"),
+        ("student.extra", torch.zeros(1), "has an unknown weight: student.extra"),
+        ("student.layers.0.attention.qkv.weight", torch.zeros(95, 32), r"shape \(95, 32\); expected three parts"),
+        ("heads.0.0.bias", torch.zeros(7), r"heads.0.0.bias has shape \(7,\); expected \(16,\)"),
     ],
 )
-def test_wrong_weights_are_named(checkpoint, tmp_path, key, value, message):
+def test_unknown_and_misshapen_weights_are_refused(checkpoint, tmp_path, key, value, message):
     checkpoint["model"][key] = value
     torch.save(checkpoint, tmp_path / "edited.pt")
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ConversionError, match=message):
         convert(tmp_path / "edited.pt", tmp_path / "out", config=CASE / "config.json")
     assert not (tmp_path / "out").exists()

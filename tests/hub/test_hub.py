@@ -1,4 +1,4 @@
-"""A run's model made ready for the Hub: the card, the folder, the upload; and the cards that stand in model_cards/."""
+"""Preparing a run's model for the Hub: card, folder and upload; and the cards in model_cards/."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ from transformers import pipeline
 
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
 from dinosr_hf.hub import Dataset, build_card, prepare, push, read_provenance
-from dinosr_hf.hub.card import MEASURES, redact_paths
+from dinosr_hf.hub.card import METRIC_NAMES, redact_paths
 from dinosr_hf.training.run_record import METRICS, write_record
 from dinosr_hf.utils.model_folder import save_folder
 from hub_server import TOKEN, hub_server
@@ -37,7 +37,7 @@ PROVENANCE = {
         {"name": "test", "id": "someone/corpus", "config": "clean", "license": "cc0-1.0"},
     ],
 }
-LEFT = {
+RUN_FILES = {
     "checkpoint-9": None,
     "optimizer.pt": "1",
     "metrics.jsonl": "{}",
@@ -46,16 +46,16 @@ LEFT = {
 }
 
 
-def changed(**changes):
+def provenance_with(**changes):
     return copy.deepcopy(PROVENANCE) | changes
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """What a fine-tuning run leaves, its own things with it."""
+    """Folder of a fine-tuning run, with the files that are not for the Hub; and its models."""
     folder = tmp_path_factory.mktemp("runs")
     models = save_models(folder)
-    for name, content in LEFT.items():
+    for name, content in RUN_FILES.items():
         path = folder / "recogniser" / name
         path.mkdir() if content is None else path.write_text(content)
     write_record(folder / "recogniser", RECORD)
@@ -63,11 +63,11 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def gathered(saved, tmp_path):
-    return gather(saved, tmp_path, PROVENANCE)
+def provenance_and_record(saved, tmp_path):
+    return read(saved, tmp_path, PROVENANCE)
 
 
-def gather(saved, tmp_path, provenance, name="recogniser"):
+def read(saved, tmp_path, provenance, name="recogniser"):
     path = tmp_path / "provenance.yaml"
     path.write_text(yaml.safe_dump(provenance))
     return read_provenance(saved[0] / name, path)
@@ -77,12 +77,12 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_every_figure_of_a_record_has_a_name():
-    assert set(MEASURES) == set(METRICS)
+def test_every_metric_of_a_record_has_a_name():
+    assert set(METRIC_NAMES) == set(METRICS)
 
 
-def test_provenance_is_read_and_flags_go_over_it(saved, tmp_path):
-    provenance, record = gather(saved, tmp_path, PROVENANCE)
+def test_arguments_replace_fields_of_the_provenance_file(saved, tmp_path):
+    provenance, record = read(saved, tmp_path, PROVENANCE)
     assert record == RECORD
     assert provenance.dataset("/home/jo/corpus/train") == Dataset(**PROVENANCE["datasets"][0])
     path = tmp_path / "provenance.yaml"
@@ -93,39 +93,39 @@ def test_provenance_is_read_and_flags_go_over_it(saved, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"repo_id": None}, r"repo_id: `organisation/name` that the model gets on the Hub \(--repo_id\)"),
+        ({"repo_id": None}, r"repo_id: `organisation/name` of the model on the Hub \(--repo_id\)"),
         ({"license": None}, r"license: licence of the weights.*\(--license\)"),
         ({"languages": []}, r"languages: ISO 639 codes.*\(--languages\)"),
-        ({"base_model": None}, r"base_model: the run started from /home/jo/runs/base; say.*or unpublished"),
-        ({"datasets": None}, "datasets: a list with name and license"),
+        ({"base_model": None}, r"base_model: the run started from /home/jo/runs/base; give.*or unpublished"),
+        ({"datasets": None}, "datasets: a list of the run's datasets, each with name and license"),
         ({"datasets": [{"license": "mit"}]}, "datasets: entry 1 has no name"),
         ({"datasets": [{"name": "train"}]}, "datasets: train has no license, the licence of the data"),
         (
             {"datasets": [{"name": "test", "license": "mit"}]},
-            "no entry means /home/jo/corpus/train, which.*trained on",
+            "no entry matches /home/jo/corpus/train, which.*trained on",
         ),
-        ({"datasets": [{"name": "train", "license": "mit"}]}, "no entry means /home/jo/corpus/test.*measured on"),
-        ({"datasets": [{"name": "train", "license": "mit"}] * 2}, "2 entries mean /home/jo/corpus/train"),
+        ({"datasets": [{"name": "train", "license": "mit"}]}, "no entry matches /home/jo/corpus/test.*evaluated on"),
+        ({"datasets": [{"name": "train", "license": "mit"}] * 2}, "2 entries match /home/jo/corpus/train"),
         ({"repo_id": "tiny"}, "repo_id: tiny must be `organisation/name`"),
         ({"repo_id": "someone/a b"}, "repo_id: .*alphanumeric"),
         ({"languages": ["English"]}, r"languages: \['English'\] must be a list of ISO 639 codes"),
         ({"languages": "en"}, "languages: en must be a list"),
-        ({"languages": [False]}, r'languages: \[False\] must.*of Norwegian, "no" in quotes'),
+        ({"languages": [False]}, r'languages: \[False\] must.*quote Norwegian: "no"'),
         ({"license": "CC BY 4.0"}, "license: CC BY 4.0 must be an identifier of the Hub"),
-        ({"license": "other"}, "license_name: of a licence that the Hub has no identifier for"),
-        ({"license": "other", "license_name": "mine"}, "license_link: of a licence"),
+        ({"license": "other"}, "license_name: required with `license: other`"),
+        ({"license": "other", "license_name": "mine"}, "license_link: required with"),
         ({"base_model": "runs/of/mine"}, "base_model: .*runs/of/mine"),
-        ({"licence": "mit"}, "licence is no field of it. The nearest is license"),
-        ({"datasets": [{"name": "a", "licence": "mit"}]}, "licence is no field of it. The nearest is license"),
+        ({"licence": "mit"}, "licence is not a known field. The nearest is license"),
+        ({"datasets": [{"name": "a", "licence": "mit"}]}, "licence is not a known field. The nearest is license"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_is_missing_or_wrong_is_named_with_where_to_give_it(saved, tmp_path, changes, message):
+def test_the_error_lists_missing_and_invalid_fields(saved, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        gather(saved, tmp_path, changed(**changes))
+        read(saved, tmp_path, provenance_with(**changes))
 
 
-def test_everything_that_is_missing_is_named_at_once(saved):
+def test_the_error_lists_all_missing_fields_at_once(saved):
     with pytest.raises(ValueError, match="give a provenance file") as caught:
         read_provenance(saved[0] / "recogniser")
     fields = re.findall(r"^- (\w+): ", str(caught.value), re.MULTILINE)
@@ -135,32 +135,32 @@ def test_everything_that_is_missing_is_named_at_once(saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"evaluation": []}, "evaluation: the record of the run has no figure"),
-        ({"data": []}, "data: the record of the run names no training data"),
+        ({"evaluation": []}, "evaluation: the record of the run has no results"),
+        ({"data": []}, "data: the record of the run has no training data"),
         ({"data": [{**RECORD.data[0], "hours": None}]}, "/home/jo/corpus/train needs hours"),
         ({"base_model": None}, "base_model: someone/tiny-base is given, but the run started from random"),
-        ({"steps": None}, "`run` of .*provenance.yaml is no complete record"),
+        ({"steps": None}, "`run` of .*provenance.yaml is not a complete record"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_record_in_the_provenance_file_must_be_enough_too(saved, tmp_path, changes, message):
+def test_a_record_in_the_provenance_file_must_be_complete(saved, tmp_path, changes, message):
     record = dataclasses.asdict(RECORD) | changes
     with pytest.raises(ValueError, match=message):
-        gather(saved, tmp_path, changed(run=record), name="pretrained")
+        read(saved, tmp_path, provenance_with(run=record), name="pretrained")
 
 
-def test_times_of_a_record_in_the_provenance_file_need_no_quotes(saved, tmp_path):
+def test_times_in_the_provenance_file_need_no_quotes(saved, tmp_path):
     path = tmp_path / "provenance.yaml"
-    text = yaml.safe_dump(changed(run=dataclasses.asdict(RECORD)))
+    text = yaml.safe_dump(provenance_with(run=dataclasses.asdict(RECORD)))
     unquoted = re.sub(r"'(2026-[^']+)'", r"\1", text)
     assert unquoted != text
     path.write_text(unquoted)
     assert read_provenance(saved[0] / "pretrained", path)[1] == RECORD
 
 
-def test_run_without_a_record_is_refused(saved, tmp_path):
+def test_a_run_without_a_record_is_refused(saved, tmp_path):
     with pytest.raises(ValueError, match=r"has no run\.json.*under `run` in the provenance file"):
-        gather(saved, tmp_path, PROVENANCE, name="pretrained")
+        read(saved, tmp_path, PROVENANCE, name="pretrained")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_run_without_a_record_is_refused(saved, tmp_path):
     [("a: [", "is not valid YAML"), ("- a", "holds a list"), (None, "is not a file")],
     ids=["broken", "list", "not_there"],
 )
-def test_provenance_file_that_is_none(saved, tmp_path, text, message):
+def test_an_invalid_provenance_file_is_refused(saved, tmp_path, text, message):
     path = tmp_path / "provenance.yaml"
     if text is not None:
         path.write_text(text)
@@ -176,8 +176,8 @@ def test_provenance_file_that_is_none(saved, tmp_path, text, message):
         read_provenance(saved[0] / "recogniser", path)
 
 
-def test_card_has_the_hubs_metadata(saved, gathered):
-    provenance, record = gathered
+def test_the_card_has_the_metadata_of_the_hub(saved, provenance_and_record):
+    provenance, record = provenance_and_record
     data = build_card(record, provenance, saved[1]["recogniser"]).data
     assert data.license == "cc-by-4.0" and data.language == ["en"] and data.base_model == "someone/tiny-base"
     assert data.datasets == ["someone/corpus"] and data.library_name == "transformers"
@@ -200,8 +200,8 @@ def test_card_has_the_hubs_metadata(saved, gathered):
     ]
 
 
-def test_card_says_what_the_run_says_and_no_place_on_this_machine(saved, gathered):
-    provenance, record = gathered
+def test_the_card_describes_the_run_without_local_paths(saved, provenance_and_record):
+    provenance, record = provenance_and_record
     text = str(build_card(record, provenance, saved[1]["recogniser"]))
     assert "fine-tuned with CTC from [someone/tiny-base](https://huggingface.co/someone/tiny-base)" in text
     assert "20,000 updates on 1 x NVIDIA H100" in text and "torch 2.13.0" in text
@@ -212,14 +212,14 @@ def test_card_says_what_the_run_says_and_no_place_on_this_machine(saved, gathere
     assert "{{" not in text and "<" not in re.sub(r"</?(details|summary)>", "", text)
 
 
-def test_card_of_an_unpublished_base_and_another_licence(saved, tmp_path):
+def test_the_card_with_an_unpublished_base_model_and_another_licence(saved, tmp_path):
     own = {"license": "other", "license_name": "lab licence", "license_link": "https://example.org/l"}
     own |= {
         "license_reason": "The speakers asked for it.",
         "limitations": "Only numbers.",
         "base_model": "unpublished",
     }
-    provenance, record = gather(saved, tmp_path, changed(**own, intended_use="Counting."))
+    provenance, record = read(saved, tmp_path, provenance_with(**own, intended_use="Counting."))
     card = build_card(record, provenance, saved[1]["recogniser"])
     assert card.data.base_model is None and card.data.license_name == "lab licence"
     assert "from base, which is not published, with" in card.text and "/home" not in card.text
@@ -227,12 +227,12 @@ def test_card_of_an_unpublished_base_and_another_licence(saved, tmp_path):
     assert "Counting." in card.text and "Only numbers." in card.text
 
 
-def test_same_data_under_two_names_needs_configurations(saved, tmp_path):
+def test_a_dataset_with_two_names_needs_configurations(saved, tmp_path):
     two = [*RECORD.evaluation, {**RECORD.evaluation[0], "dataset": "/home/jo/corpus/other"}]
     record = dataclasses.asdict(RECORD) | {"evaluation": two}
     datasets = [*PROVENANCE["datasets"], {**PROVENANCE["datasets"][1], "name": "other"}]
-    provenance, record = gather(saved, tmp_path, changed(run=record, datasets=datasets))
-    with pytest.raises(ValueError, match=r"other and /home/jo/corpus/test are the same data to the Hub.*config"):
+    provenance, record = read(saved, tmp_path, provenance_with(run=record, datasets=datasets))
+    with pytest.raises(ValueError, match=r"other and /home/jo/corpus/test are the same dataset to the Hub.*config"):
         build_card(record, provenance, saved[1]["recogniser"])
 
 
@@ -251,14 +251,16 @@ def test_same_data_under_two_names_needs_configurations(saved, tmp_path):
         ("all", {"hub_token": "hf_secret", "seed": 3}, {"seed": 3}),
     ],
 )
-def test_places_and_keys_are_left_out_of_arguments(name, value, public):
+def test_paths_and_keys_are_removed_from_arguments(name, value, public):
     assert redact_paths(value, name) == public
 
 
-def test_prepared_folder_is_whole_and_has_no_more(saved, gathered, tmp_path):
+def test_a_prepared_folder_has_the_model_and_nothing_else(saved, provenance_and_record, tmp_path):
     folder, models = saved
     (tmp_path / "normalisation.json").write_text("{}")
-    out = prepare(folder / "recogniser", tmp_path / "ready", *gathered, include=[tmp_path / "normalisation.json"])
+    out = prepare(
+        folder / "recogniser", tmp_path / "ready", *provenance_and_record, include=[tmp_path / "normalisation.json"]
+    )
     code = {path.name for path in (folder / "recogniser").glob("*.py")}
     model = {"config.json", "model.safetensors", "processor_config.json", "tokenizer_config.json", "vocab.json"}
     assert set(names(out)) == code | model | {"README.md", "normalisation.json"}
@@ -270,7 +272,7 @@ def test_prepared_folder_is_whole_and_has_no_more(saved, gathered, tmp_path):
     assert said == pipeline("automatic-speech-recognition", model=str(folder / "recogniser"))(torch.ones(4000).numpy())
 
 
-def test_prepared_pretraining_and_classifier(saved, tmp_path):
+def test_preparing_a_pretrained_model_and_a_classifier(saved, tmp_path):
     folder, _ = saved
     figures = {"dataset": "corpus/test", "split": "test", "num_utterances": 5}
     for name, task, own in (
@@ -278,7 +280,7 @@ def test_prepared_pretraining_and_classifier(saved, tmp_path):
         ("classifier", "audio-classification", {"accuracy": 0.9}),
     ):
         record = dataclasses.asdict(RECORD) | {"task": task, "evaluation": [figures | own], "base_model": None}
-        given = gather(saved, tmp_path, changed(run=record, base_model=None), name=name)
+        given = read(saved, tmp_path, provenance_with(run=record, base_model=None), name=name)
         out = prepare(folder / name, tmp_path / name, *given)
         card = ModelCard.load(out / "README.md")
         assert {result.metric_type for result in card.data.eval_results} == set(own)
@@ -286,14 +288,14 @@ def test_prepared_pretraining_and_classifier(saved, tmp_path):
     assert "phone-normalised" in (tmp_path / "pretrained" / "README.md").read_text()
 
 
-def test_folder_that_was_not_there_to_begin_with_is_not_there_after_a_failure(saved, gathered, tmp_path, monkeypatch):
+def test_a_failure_leaves_no_folder(saved, provenance_and_record, tmp_path, monkeypatch):
     monkeypatch.setattr("dinosr_hf.hub.folder._check_loads", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        prepare(saved[0] / "recogniser", tmp_path / "ready", *gathered)
+        prepare(saved[0] / "recogniser", tmp_path / "ready", *provenance_and_record)
     assert names(tmp_path) == ["provenance.yaml"]
 
 
-def test_code_that_does_not_load_is_noticed(saved, gathered, tmp_path, monkeypatch):
+def test_code_that_does_not_load_is_an_error(saved, provenance_and_record, tmp_path, monkeypatch):
     plain = DinoSRForCTC.save_pretrained
 
     def without_a_file(self, folder, **kwargs):
@@ -302,19 +304,19 @@ def test_code_that_does_not_load_is_noticed(saved, gathered, tmp_path, monkeypat
 
     monkeypatch.setattr(DinoSRForCTC, "save_pretrained", without_a_file)
     with pytest.raises(OSError, match=r"masking_dinosr\.py"):
-        prepare(saved[0] / "recogniser", tmp_path / "ready", *gathered)
+        prepare(saved[0] / "recogniser", tmp_path / "ready", *provenance_and_record)
     assert names(tmp_path) == ["provenance.yaml"]
 
 
-def test_other_folders_are_refused(saved, gathered, tmp_path):
-    folder, (provenance, record) = saved[0], gathered
+def test_folders_that_cannot_be_prepared_are_refused(saved, provenance_and_record, tmp_path):
+    folder, (provenance, record) = saved[0], provenance_and_record
     with pytest.raises(ValueError, match="has files already"):
         prepare(folder / "recogniser", tmp_path, provenance, record)
     with pytest.raises(ValueError, match="DinoSRForPreTraining, but the run's task is automatic-speech-recognition"):
         prepare(folder / "pretrained", tmp_path / "ready", provenance, record)
     with pytest.raises(ValueError, match=r"has no config\.json"):
         prepare(folder, tmp_path / "ready", provenance, record)
-    with pytest.raises(ValueError, match="is to be included, but is no file"):
+    with pytest.raises(ValueError, match="is to be included, but is not a file"):
         prepare(folder / "recogniser", tmp_path / "ready", provenance, record, include=[tmp_path / "nothing"])
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(ValueError, match=r"vocab\.json is a file of the model"):
@@ -326,13 +328,13 @@ def test_other_folders_are_refused(saved, gathered, tmp_path):
     assert not (tmp_path / "ready").exists()
 
 
-def test_recogniser_needs_a_tokenizer_that_fits(gathered, tmp_path):
+def test_a_recogniser_needs_a_tokenizer_of_its_size(provenance_and_record, tmp_path):
     save_folder(DinoSRForCTC(tiny_config(vocab_size=4, pad_token_id=0)), tmp_path / "mute")
     with pytest.raises(ValueError, match=r"has no tokenizer.*processor\.save_pretrained"):
-        prepare(tmp_path / "mute", tmp_path / "ready", *gathered)
+        prepare(tmp_path / "mute", tmp_path / "ready", *provenance_and_record)
     tiny_processor(tmp_path).save_pretrained(tmp_path / "mute")
     with pytest.raises(ValueError, match="has 9 labels, but vocab_size=4"):
-        prepare(tmp_path / "mute", tmp_path / "ready", *gathered)
+        prepare(tmp_path / "mute", tmp_path / "ready", *provenance_and_record)
 
 
 def run_script(*flags, work, **environment):
@@ -351,7 +353,7 @@ def script():
 
 
 @pytest.mark.slow
-def test_pushed_folder_is_on_the_hub(saved, tmp_path):
+def test_push_uploads_the_folder(saved, tmp_path):
     (tmp_path / "provenance.yaml").write_text(yaml.safe_dump(PROVENANCE))
     (tmp_path / "hub").mkdir()
     with hub_server(tmp_path / "hub") as hub:
@@ -369,14 +371,14 @@ def test_pushed_folder_is_on_the_hub(saved, tmp_path):
     assert all((uploaded / name).read_bytes() == (tmp_path / "ready" / name).read_bytes() for name in names(uploaded))
 
 
-def test_script_says_what_is_missing(saved, tmp_path, script):
+def test_the_script_lists_what_is_missing(saved, tmp_path, script):
     with pytest.raises(SystemExit, match=r"prepare_for_hub\.py: The card of .* cannot be written") as caught:
         script.main([str(saved[0] / "recogniser"), str(tmp_path / "ready"), "--license", "mit"])
     assert "- languages:" in str(caught.value) and "- license:" not in str(caught.value)
     assert not (tmp_path / "ready").exists()
 
 
-def test_script_uploads_nothing_unless_asked_to(saved, gathered, tmp_path, script, capsys, monkeypatch):
+def test_the_script_uploads_only_with_push(saved, provenance_and_record, tmp_path, script, capsys, monkeypatch):
     pushed = []
     monkeypatch.setattr(script, "push", lambda folder, repo_id, private: pushed.append((folder, repo_id, private)))
     command = [str(saved[0] / "recogniser"), "--provenance", str(tmp_path / "provenance.yaml")]
@@ -387,14 +389,16 @@ def test_script_uploads_nothing_unless_asked_to(saved, gathered, tmp_path, scrip
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_push_asks_for_the_repository_and_the_folder(saved, gathered, tmp_path, monkeypatch, private):
+def test_push_creates_the_repository_and_uploads_the_folder(
+    saved, provenance_and_record, tmp_path, monkeypatch, private
+):
     asked = []
     for name in ("create_repo", "upload_folder"):
         monkeypatch.setattr(
             f"huggingface_hub.HfApi.{name}",
             lambda self, *args, _name=name, **kwargs: asked.append((_name, self.token, args, kwargs)),
         )
-    out = prepare(saved[0] / "recogniser", tmp_path / "ready", *gathered)
+    out = prepare(saved[0] / "recogniser", tmp_path / "ready", *provenance_and_record)
     push(out, "someone/tiny", private=private, token=TOKEN, message="First")
     folder = {"folder_path": out, "repo_id": "someone/tiny", "commit_message": "First"}
     assert asked == [
@@ -408,41 +412,41 @@ def test_only_a_prepared_folder_is_uploaded(saved, tmp_path):
         push(saved[0] / "recogniser", "someone/tiny")
     save_folder(DinoSRForPreTraining(tiny_config()), tmp_path)
     (tmp_path / "README.md").write_text("---\nlanguage: en\n---\n\n# A card")
-    with pytest.raises(ValueError, match="names no licence"):
+    with pytest.raises(ValueError, match="has no license"):
         push(tmp_path, "someone/tiny")
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "run.json").touch()
-    with pytest.raises(ValueError, match=r"left for itself \(checkpoint-3, run\.json\)"):
+    with pytest.raises(ValueError, match=r"has files of a run \(checkpoint-3, run\.json\)"):
         push(tmp_path, "someone/tiny")
 
 
-STANDING = sorted(path for path in (ROOT / "model_cards").glob("*.md") if path.name != "README.md")
+PAPER_CARDS = sorted(path for path in (ROOT / "model_cards").glob("*.md") if path.name != "README.md")
 
 
-def unmarked_figures(text):
-    """Lines of the section of figures that have a number and do not say whose it is."""
+def figures_of_unknown_origin(text):
+    """Return the rows of the section of figures that have a number but are not marked as the paper's."""
     section = text.split("\n## Figures of the paper\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     return [row for row in rows[2:] if re.search(r"\d", row) and not row.rstrip("| ").endswith("the paper's")]
 
 
-@pytest.mark.parametrize("path", STANDING, ids=lambda path: path.stem)
-def test_standing_cards(path):
+@pytest.mark.parametrize("path", PAPER_CARDS, ids=lambda path: path.stem)
+def test_cards_of_the_paper_s_models(path):
     card = ModelCard.load(path)
     assert card.data.license == "unknown" and card.data.language == ["en"]
     assert card.data.datasets == ["openslr/librispeech_asr"] and card.data.library_name == "transformers"
     assert card.data.eval_results is None  # no weights of ours were measured
     assert "No weights are hosted" in card.text
     assert "no licence" in card.text.split("\n## Licence")[1]
-    assert unmarked_figures(card.text) == []
+    assert figures_of_unknown_origin(card.text) == []
 
 
-def test_the_paper_has_two_standing_cards():
-    assert {path.stem for path in STANDING} == {"dinosr-base", "dinosr-base-100h"}
+def test_there_are_two_cards_of_the_paper_s_models():
+    assert {path.stem for path in PAPER_CARDS} == {"dinosr-base", "dinosr-base-100h"}
 
 
-def test_unmarked_figures_are_noticed():
-    text = STANDING[0].read_text(encoding="utf-8")
+def test_figures_of_unknown_origin_are_noticed():
+    text = PAPER_CARDS[0].read_text(encoding="utf-8")
     marked = text.replace("| the paper's |", "| ours |", 1)
-    assert len(unmarked_figures(marked)) == 1
-    assert unmarked_figures(text) == []
+    assert len(figures_of_unknown_origin(marked)) == 1
+    assert figures_of_unknown_origin(text) == []

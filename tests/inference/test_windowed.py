@@ -1,11 +1,11 @@
-"""Recordings through a model, whatever the model: what is joined, where it waits, what is read when."""
+"""Recordings run through a stand-in for a model in windows: what is joined, kept in memory, and read."""
 
 import numpy as np
 import pytest
 
 from audio_files import noise, sf
-from dinosr_hf import recordings as module
 from dinosr_hf.data import FileSource
+from dinosr_hf.inference import windowed
 from dinosr_hf.inference.windowed import WindowedInference
 from tiny import tiny_config
 
@@ -20,7 +20,7 @@ def source(tmp_path):
 
 
 def first_samples(config):
-    """A stand-in for a model, whose rows are the first sample of each frame."""
+    """Return a stand-in for a model, whose rows are the first sample of each frame."""
 
     def compute(waves):
         hop = config.inputs_to_logits_ratio
@@ -37,7 +37,7 @@ def run(source, **options):
 
 
 @pytest.mark.parametrize("batch_seconds", [0.05, 0.15, 3.0])
-def test_rows_are_in_their_places(source, batch_seconds):
+def test_rows_are_joined_in_order(source, batch_seconds):
     found = run(source, batch_seconds=batch_seconds)
     hop = tiny_config().inputs_to_logits_ratio
     for index, rows in found.items():
@@ -47,15 +47,15 @@ def test_rows_are_in_their_places(source, batch_seconds):
     assert sorted(found) == [0, 1, 2]
 
 
-def test_rows_of_hours_wait_in_a_file(source, monkeypatch):
+def test_large_rows_are_kept_in_a_file(source, monkeypatch):
     plain = run(source)
-    monkeypatch.setattr(module, "_MAX_BYTES_IN_MEMORY", 1_000)
+    monkeypatch.setattr(windowed, "_MAX_BYTES_IN_MEMORY", 1_000)
     found = run(source)
     assert isinstance(found[1], np.memmap) and not isinstance(plain[1], np.memmap)
     np.testing.assert_array_equal(found[1], plain[1])
 
 
-def test_only_what_is_asked_for(source):
+def test_only_the_requested_recordings(source):
     config = tiny_config()
     runner = WindowedInference(config, window_seconds=0.1, context_seconds=0.02)
     assert [index for index, _ in runner.run(source, first_samples(config), indices=[0, 2])] == [2, 0]

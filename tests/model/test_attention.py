@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dinosr_hf import DinoSRModel
-from dinosr_hf.model.attention_dinosr import attend_by_utterance, eager_attention_forward
+from dinosr_hf.model.fast_cpu_dinosr import attend_by_utterance
+from dinosr_hf.model.modeling_dinosr import eager_attention_forward
 from tiny import tiny_config
 from tolerances import SAME_ARITHMETIC
 

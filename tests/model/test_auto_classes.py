@@ -25,18 +25,11 @@ AUTO_CLASSES = {
     "AutoModelForAudioXVector": "DinoSRForXVector",
 }
 CODE = {
-    "attention_dinosr.py",
     "configuration_dinosr.py",
     "codebook_dinosr.py",
-    "convolution_dinosr.py",
-    "dropout_dinosr.py",
-    "encoder_dinosr.py",
-    "heads_dinosr.py",
+    "fast_cpu_dinosr.py",
     "masking_dinosr.py",
     "modeling_dinosr.py",
-    "objective_dinosr.py",
-    "packing_dinosr.py",
-    "units_dinosr.py",
 }
 NUM_SAMPLES = 611
 

@@ -1,12 +1,12 @@
-"""The pieces of convolution_dinosr against torch's own convolutions: outputs, gradients, precisions."""
+"""The fast convolutions of CPUs against torch's own: outputs, gradients, precisions."""
 
 import pytest
 import torch
 from torch import nn
 
-from dinosr_hf import convolution_dinosr
-from dinosr_hf.model.convolution_dinosr import convolve_pieces, cut, frames_of_piece, same_conv
-from dinosr_hf.model.encoder_dinosr import DinoSRFeatureEncoder
+from dinosr_hf.model import fast_cpu_dinosr
+from dinosr_hf.model.fast_cpu_dinosr import convolve, convolve_same_length, cut, frames_of_piece
+from dinosr_hf.model.modeling_dinosr import DinoSRFeatureEncoder
 from tiny import tiny_config, waveforms
 
 GEOMETRIES = {
@@ -45,9 +45,9 @@ def with_gradients(function, encoder, input_values):
     return output, gradients
 
 
-@pytest.fixture(params=[None, 1, 20_000], ids=["one_group", "groups_of_a_frame", "groups_of_some"])
+@pytest.fixture(params=[2**25, 1, 20_000], ids=["one_group", "groups_of_a_frame", "groups_of_some"])
 def group_bytes(request, monkeypatch):
-    monkeypatch.setattr(convolution_dinosr, "_GROUP_BYTES", request.param)
+    monkeypatch.setattr(fast_cpu_dinosr, "_GROUP_BYTES", request.param)
     return request.param
 
 
@@ -83,18 +83,17 @@ def test_an_utterance_of_nan_stays_alone():
 
 def layers(bias=True):
     torch.manual_seed(0)
-    convs = [nn.Conv1d(1, 3, kernel_size=5, stride=2, bias=bias), nn.Conv1d(3, 4, kernel_size=5, stride=2, bias=bias)]
-    return convs, [nn.LayerNorm(3), nn.LayerNorm(4)]
+    config = tiny_config(conv_dim=[3, 4], conv_kernel=[5, 5], conv_stride=[2, 2], conv_bias=bias)
+    return DinoSRFeatureEncoder(config).conv_layers
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["remembered", "recomputed"])
 def test_gradients_against_differences(recompute):
-    convs, norms = layers()
-    modules = nn.ModuleList([*convs, *norms]).double()
+    modules = layers().double()
     signal = torch.randn(2, 33, dtype=torch.double, requires_grad=True)  # 6 frames, of 13 samples each
 
     def run(signal, *_):  # the parameters are changed where they are
-        return convolve_pieces(signal, convs, norms, 6, 13, recompute=recompute, group_bytes=128)
+        return convolve(modules, signal, 6, 13, recompute=recompute, group_bytes=128)
 
     assert torch.autograd.gradcheck(run, (signal, *modules.parameters()))
 
@@ -104,7 +103,8 @@ def test_recomputing_changes_nothing_and_remembers_less():
     input_values = waveforms(2, 5000).double().requires_grad_()
     found, elements = {}, {"remembered": 0, "recomputed": 0}
     for name in elements:
-        encoder.gradient_checkpointing = name == "recomputed"
+        for layer in encoder.conv_layers:
+            layer.gradient_checkpointing = name == "recomputed"
 
         def count(tensor, name=name):
             elements[name] += tensor.numel()
@@ -118,34 +118,35 @@ def test_recomputing_changes_nothing_and_remembers_less():
 
 @pytest.mark.parametrize("keeps", ["nothing", "norms", "waveforms"])
 def test_only_what_is_trained_gets_a_gradient(keeps):
-    convs, norms = layers()
-    modules = nn.ModuleList([*convs, *norms]).requires_grad_(False)
-    nn.ModuleList(norms).requires_grad_(keeps == "norms")
+    modules = layers().requires_grad_(False)
+    for layer in modules:
+        layer.layer_norm.requires_grad_(keeps == "norms")
     signal = torch.randn(2, 33, requires_grad=keeps == "waveforms")
-    output = convolve_pieces(signal, convs, norms, 6, 13)
+    output = convolve(modules, signal, 6, 13)
     assert output.requires_grad == (keeps != "nothing")
     if output.requires_grad:
         output.square().sum().backward()
     assert (signal.grad is not None) == (keeps == "waveforms")
-    assert [parameter.grad is not None for parameter in modules.parameters()] == [False] * 4 + [keeps == "norms"] * 4
+    for name, parameter in modules.named_parameters():
+        assert (parameter.grad is not None) == (keeps == "norms" and "layer_norm" in name)
 
 
 @pytest.mark.parametrize("group_bytes", [None, 64])
 def test_autocast_decides_the_precision(group_bytes):
-    convs, norms = layers()
+    modules = layers()
     signal = torch.randn(2, 33)
     with torch.autocast("cpu", torch.bfloat16):
-        low = convolve_pieces(signal, convs, norms, 6, 13, group_bytes=group_bytes)
+        low = convolve(modules, signal, 6, 13, group_bytes=group_bytes)
     assert low.dtype == torch.float32  # norms and activations
     low.square().sum().backward()
     gradients = {}
-    gradients["low"] = [parameter.grad for parameter in nn.ModuleList([*convs, *norms]).parameters()]
-    nn.ModuleList([*convs, *norms]).zero_grad()
-    exact = convolve_pieces(signal, convs, norms, 6, 13, group_bytes=group_bytes)
+    gradients["low"] = [parameter.grad for parameter in modules.parameters()]
+    modules.zero_grad()
+    exact = convolve(modules, signal, 6, 13, group_bytes=group_bytes)
     exact.square().sum().backward()
     torch.testing.assert_close(low, exact, atol=0.05, rtol=0.05)
     assert not torch.equal(low, exact)
-    for low, parameter in zip(gradients["low"], nn.ModuleList([*convs, *norms]).parameters(), strict=True):
+    for low, parameter in zip(gradients["low"], modules.parameters(), strict=True):
         assert low.dtype == torch.float32
         assert (low - parameter.grad).norm() <= 0.05 * parameter.grad.norm()
 
@@ -176,7 +177,7 @@ def test_pieces():
 def test_a_convolution_that_keeps_the_length(kernel):
     conv = nn.Conv1d(4, 6, kernel, padding=kernel // 2, groups=2)
     signal = torch.randn(2, 7, 4, requires_grad=True)
-    mine = same_conv(conv, signal)
+    mine = convolve_same_length(conv, signal)
     theirs = conv(signal.transpose(1, 2))[..., :7].transpose(1, 2)
     torch.testing.assert_close(mine, theirs)
     weights = torch.randn(theirs.shape)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinosr_hf.model.dropout_dinosr import DinoSRDropout, apply_dropout
+from dinosr_hf.model.modeling_dinosr import DinoSRDropout, apply_dropout
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])

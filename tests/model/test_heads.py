@@ -10,7 +10,7 @@ from dinosr_hf import (
     DinoSRForSequenceClassification,
     DinoSRForXVector,
 )
-from dinosr_hf.model.heads_dinosr import DinoSRMarginLoss, mean_and_deviation_over_time
+from dinosr_hf.model.modeling_dinosr import DinoSRMarginLoss, mean_and_deviation_over_time
 from tiny import deterministic_config, padded, randomize, tiny_config, waveforms
 from tolerances import LOSSES, SAME_ARITHMETIC
 

@@ -220,7 +220,7 @@ def test_gradients_with_checkpointing_count_frames_once():
 
 @pytest.mark.parametrize("step", [0, -3])
 def test_update_targets_before_the_first_step_is_refused(step):
-    with pytest.raises(ValueError, match=rf"step={step}, but update_targets comes after an optimizer step"):
+    with pytest.raises(ValueError, match=rf"step={step} must be at least 1: it is the number of completed"):
         pretraining_model().update_targets(step)
 
 

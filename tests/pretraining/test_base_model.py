@@ -1,4 +1,4 @@
-"""What a pre-training run starts from: another model's student, teacher, heads and codebooks, or its network alone."""
+"""The model that pre-training starts from: all of another DinoSR, or its network alone."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ SIZES = {name: value for name, value in TINY.items() if hasattr(DinoSRConfig, na
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A pre-training checkpoint whose teacher is not its student, and whose codebooks are not as they begin."""
+    """A pre-training checkpoint whose teacher differs from its student, and whose codebooks are not initial."""
     torch.manual_seed(0)
     model = DinoSRForPreTraining(DinoSRConfig(**SIZES))
     with torch.no_grad():
@@ -28,93 +28,93 @@ def base(tmp_path_factory):
     return save_folder(model, tmp_path_factory.mktemp("base") / "model")
 
 
-def started(tmp_path, name, recordings="synthetic", **changes):
+def start_from(tmp_path, name, recordings="synthetic", **changes):
     return initial_model(tiny_arguments(tmp_path, recordings, base_model=str(name), **changes))
 
 
-def same(ours, theirs):
-    ours, theirs = ours.state_dict(), theirs.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+def is_same(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def teacher_is_student(model):
     return all(torch.equal(own, live) for own, live in model.teacher.pairs_with(model.dinosr))
 
 
-def test_a_pretraining_checkpoint_goes_on_as_a_whole(tmp_path, base):
-    model = started(tmp_path, base)
-    assert same(model, DinoSRForPreTraining.from_pretrained(base))
+def test_a_pretraining_checkpoint_keeps_teacher_heads_and_codebooks(tmp_path, base):
+    model = start_from(tmp_path, base)
+    assert is_same(model, DinoSRForPreTraining.from_pretrained(base))
     assert not teacher_is_student(model)
 
 
-def test_the_training_of_the_run_counts_and_not_that_of_the_base(tmp_path, base):
-    model = started(tmp_path, base, codebook_decay=0.7, ema_end_decay=0.995, mask_length=5)
+def test_training_options_are_those_of_the_run(tmp_path, base):
+    model = start_from(tmp_path, base, codebook_decay=0.7, ema_end_decay=0.995, mask_length=5)
     assert (model.config.codebook_decay, model.config.ema_end_decay, model.config.mask_length) == (0.7, 0.995, 5)
 
 
-def test_codewords_can_begin_to_be_revived(tmp_path, base):
-    model = started(tmp_path, base, codebook_revival_share=0.1)
+def test_revival_can_start_with_the_new_run(tmp_path, base):
+    model = start_from(tmp_path, base, codebook_revival_share=0.1)
     assert torch.equal(model.codebooks.sums, DinoSRForPreTraining.from_pretrained(base).codebooks.sums)
     assert torch.equal(model.codebooks.usage, torch.ones(2, 8))
 
 
 @pytest.mark.parametrize("changes", [{"codebook_size": 6}, {"num_codebooks": 1}])
-def test_codebooks_of_other_sizes_begin_anew(tmp_path, base, changes):
-    model = started(tmp_path, base, **changes)
-    assert same(model.dinosr, DinoSRModel.from_pretrained(base))
+def test_codebooks_of_other_sizes_start_anew(tmp_path, base, changes):
+    model = start_from(tmp_path, base, **changes)
+    assert is_same(model.dinosr, DinoSRModel.from_pretrained(base))
     assert teacher_is_student(model)
     assert model.codebooks.sums.shape == (changes.get("num_codebooks", 2), changes.get("codebook_size", 8), 16)
     assert torch.equal(model.codebooks.counts, torch.ones_like(model.codebooks.counts))
 
 
 @pytest.mark.parametrize("kind", [DinoSRModel, DinoSRForCTC])
-def test_of_other_models_the_network_is_taken(tmp_path, base, kind, caplog):
+def test_other_models_give_only_their_network(tmp_path, base, kind, caplog):
     folder = save_folder(kind.from_pretrained(base), tmp_path / "other")
     with caplog.at_level("INFO", "dinosr_hf"):
-        model = started(tmp_path, folder)
-    assert "it has no codebooks, so teacher, heads and codebooks begin anew" in caplog.text
-    assert same(model.dinosr, DinoSRModel.from_pretrained(base))
+        model = start_from(tmp_path, folder)
+    assert "it has no codebooks, so teacher, heads and codebooks start anew" in caplog.text
+    assert is_same(model.dinosr, DinoSRModel.from_pretrained(base))
     assert teacher_is_student(model)
     assert torch.equal(model.codebooks.counts, torch.ones_like(model.codebooks.counts))
 
 
 def test_weights_in_half_precision_are_trained_in_float32(tmp_path, base):
     folder = save_folder(DinoSRForPreTraining.from_pretrained(base, dtype=torch.bfloat16), tmp_path / "half")
-    assert {weights.dtype for weights in started(tmp_path, folder).parameters()} == {torch.float32}
+    assert {weights.dtype for weights in start_from(tmp_path, folder).parameters()} == {torch.float32}
 
 
-def test_sizes_that_are_not_told_are_those_of_the_base(tmp_path, base):
-    told = {name: value for name, value in TINY.items() if name not in SIZES or name == "mask_length"}
+def test_sizes_that_are_not_explicit_are_those_of_the_base(tmp_path, base):
+    explicit = {name: value for name, value in TINY.items() if name not in SIZES or name == "mask_length"}
     path = tmp_path / "few.yaml"
-    path.write_text(yaml.safe_dump({**told, "base_model": str(base)}))
+    path.write_text(yaml.safe_dump({**explicit, "base_model": str(base)}))
     config = parse_arguments([str(path)], CONFIGS / "tiny_cpu.yaml").model_config()
-    ours = DinoSRConfig.from_pretrained(base)
+    base_config = DinoSRConfig.from_pretrained(base)
     assert (config.hidden_size, config.conv_dim, config.num_codebooks) == (16, [8, 8, 8], 2)
-    assert config.num_attention_heads == ours.num_attention_heads
-    # what is not about sizes is the paper's, as without a base model
+    assert config.num_attention_heads == base_config.num_attention_heads
+    # other fields have the paper's values, as without a base model
     assert (config.layerdrop, config.ema_decay) == (0.05, 0.999)
 
 
 @pytest.mark.parametrize("flag", [["--hidden_size", "32"], ["--hidden_size=32"]])
 def test_other_sizes_are_refused(tmp_path, base, flag):
     path = write_config(tmp_path, base_model=str(base))
-    with pytest.raises(ArgumentError, match=r"has hidden_size 16, but 32 is told\. Leave hidden_size out, or give"):
+    with pytest.raises(ArgumentError, match=r"hidden_size=32 contradicts base_model=.*, which has hidden_size=16"):
         parse_arguments([str(path), *flag], CONFIGS / "tiny_cpu.yaml")
 
 
-def test_what_is_no_dinosr_is_refused(tmp_path):
-    with pytest.raises(ArgumentError, match=r"base_model=.*nowhere cannot be opened"):
-        started(tmp_path, tmp_path / "nowhere")
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(ArgumentError, match=r"base_model=.*nowhere is neither a folder nor a model on the Hub"):
+        start_from(tmp_path, tmp_path / "nowhere")
     BertConfig().save_pretrained(tmp_path / "bert")
     with pytest.raises(ArgumentError, match=r"base_model=.*bert is a bert, not a DinoSR"):
-        started(tmp_path, tmp_path / "bert")
+        start_from(tmp_path, tmp_path / "bert")
 
 
 def test_a_base_without_weights_is_refused(tmp_path, base):
     folder = shutil.copytree(base, tmp_path / "bare")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ArgumentError, match=r"base_model=.*bare: .*model\.safetensors"):
-        started(tmp_path, folder)
+        start_from(tmp_path, folder)
 
 
 def test_a_run_starts_from_a_model_and_resumes_without_it(tmp_path, recordings, base):
@@ -125,7 +125,7 @@ def test_a_run_starts_from_a_model_and_resumes_without_it(tmp_path, recordings, 
     first = metrics_of(tmp_path / "out")[0]
     plain = tiny_arguments(tmp_path, recordings, output_dir=str(tmp_path / "plain"), max_steps=1)
     run(plain)
-    # it went on with the codebooks of its base, which others do not know
+    # it started with the codebooks of its base
     assert first["target_perplexity"] != metrics_of(tmp_path / "plain")[0]["target_perplexity"]
     shutil.rmtree(folder)
     arguments.run.max_steps = 6
@@ -138,6 +138,5 @@ def test_the_command_starts_from_a_model(tmp_path, recordings, base, num_process
     write_config(tmp_path, data=str(recordings), base_model=str(base), learning_rate=1e-9, max_steps=1)
     weights, _, done = launch(tmp_path, f"out-{num_processes}", num_processes)
     assert f"Starting from {base}, with its teacher, heads and codebooks." in done.stderr
-    theirs = DinoSRModel.from_pretrained(base).state_dict()
-    for name, ours in theirs.items():
-        torch.testing.assert_close(weights[f"dinosr.{name}"], ours, atol=1e-7, rtol=0)
+    for name, expected in DinoSRModel.from_pretrained(base).state_dict().items():
+        torch.testing.assert_close(weights[f"dinosr.{name}"], expected, atol=1e-7, rtol=0)

@@ -1,4 +1,4 @@
-"""Every ready configuration opens, describes a model and a run that can be, and says what its comments say."""
+"""Every ready configuration can be parsed, gives a possible model and run, and agrees with its comments."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ import yaml
 from dinosr_hf import DinoSRConfig
 from dinosr_hf.data import SAMPLING_RATE, min_maskable_samples
 from dinosr_hf.pretraining import ArgumentError, RunArguments, parse_arguments
-from dinosr_hf.pretraining.plan import describe_plan
+from dinosr_hf.pretraining.plan import RunPlan
 from dinosr_hf.pretraining.scaling import scale_to_batch
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 NAMES = ("base_ls960", "base_1gpu", "large_ll60k", "multilingual", "tiny_cpu")
-# Of fine-tuning: tests/test_classification.py and the tests of recognisers open these.
+# For fine-tuning: tests/finetuning opens these.
 OTHERS = ("ctc_", "classify_", "superb_")
 BASE = DinoSRConfig()
 
@@ -22,50 +22,50 @@ def read(name, *flags):
     return parse_arguments([str(CONFIGS / f"{name}.yaml"), *flags], "unused")
 
 
-def test_all_are_here():
+def test_all_configurations_are_tested():
     stems = {path.stem for path in CONFIGS.glob("*.yaml")}
     assert {stem for stem in stems if not stem.startswith(OTHERS)} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_configuration_gives_a_run(name, tmp_path):
+def test_configuration_gives_a_plan(name, tmp_path):
     arguments, changes = scale_to_batch(read(name))
-    plan = describe_plan(arguments, None, changes=changes)
+    plan = RunPlan(arguments, None, changes=changes)
     assert str(plan)
     shortest = int(arguments.data.min_seconds * SAMPLING_RATE)
     assert shortest >= min_maskable_samples(plan.config)
-    # What a run would write down starts the same run.
+    # The file that the run would write starts the same run.
     path = tmp_path / "arguments.yaml"
     path.write_text(arguments.to_yaml())
     assert parse_arguments([str(path)], "unused") == arguments
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_values_are_not_written_as_text(name):
-    # YAML 1.1 reads 5e-4 as text: parsing would forgive it, other readers of the file would not.
+def test_numbers_are_numbers_to_yaml(name):
+    # YAML 1.1 reads 5e-4 as text: our parser accepts it, other readers of the file would not.
     content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     text = {key for key, value in content.items() if isinstance(value, str)}
     assert text <= {"data", "batching", "output_dir", "mixed_precision", "schedule"}
 
 
-def test_an_unknown_key_would_be_noticed(tmp_path):
+def test_an_unknown_key_is_refused(tmp_path):
     path = tmp_path / "wrong.yaml"
     path.write_text((CONFIGS / "base_1gpu.yaml").read_text() + "micro_second: 3\n")
-    with pytest.raises(ArgumentError, match=r"micro_second is no argument\. The nearest is micro_seconds"):
+    with pytest.raises(ArgumentError, match=r"micro_second is not a known argument\. The nearest is micro_seconds"):
         parse_arguments([str(path)], "unused")
 
 
-def test_base_is_the_paper_s():
+def test_base_has_the_values_of_the_paper():
     arguments = read("base_ls960")
     assert arguments.model_config().to_diff_dict() == BASE.to_diff_dict()
     run, paper = arguments.run, RunArguments()
     names = ("max_steps", "learning_rate", "warmup_share", "hold_share", "final_lr_scale", "adam_beta1", "adam_beta2")
     names += ("adam_epsilon", "weight_decay", "max_grad_norm", "schedule", "scale_to_batch")
     assert {name: getattr(run, name) for name in names} == {name: getattr(paper, name) for name in names}
-    assert describe_plan(arguments, None).notes == []
+    assert RunPlan(arguments, None).notes == []
 
 
-def test_one_gpu_is_base_in_steps_of_an_eighth():
+def test_one_gpu_is_base_with_an_eighth_of_the_batch():
     arguments, changes = scale_to_batch(read("base_1gpu"))
     model, run = arguments.model, arguments.run
     assert arguments.data.step_seconds * 8 == run.reference_step_seconds == 3800
@@ -78,8 +78,8 @@ def test_one_gpu_is_base_in_steps_of_an_eighth():
     assert [getattr(model, name) for name in sizes] == [getattr(BASE, name) for name in sizes]
 
 
-def test_one_gpu_can_run_at_the_paper_s_length():
-    # With the values that the file's comments name, it is the paper's run but for the batch.
+def test_one_gpu_can_run_for_the_length_of_the_paper():
+    # With the values that the file's comment names, it is the paper's run except for the batch.
     comment = "max_steps 400000 warmup_share 0.03 hold_share 0.47 ema_anneal_steps 30000 freeze_teacher_step 200001"
     words = [*comment.split(), "save_steps", "25000"]
     flags = [f"--{word}" if position % 2 == 0 else word for position, word in enumerate(words)]
@@ -90,7 +90,7 @@ def test_one_gpu_can_run_at_the_paper_s_length():
     assert (small.run.max_steps, small.run.save_steps) == (paper.run.max_steps, paper.run.save_steps)
 
 
-def test_large_clusters_two_thirds_of_its_layers():
+def test_large_has_codebooks_for_two_thirds_of_its_layers():
     model = read("large_ll60k").model
     assert (model.num_hidden_layers, model.hidden_size, model.num_attention_heads) == (24, 1024, 16)
     assert model.num_codebooks / model.num_hidden_layers == BASE.num_codebooks / BASE.num_hidden_layers

@@ -1,4 +1,4 @@
-"""Held-out speech: the same figures for any batches and processes, from a model that is left as it was."""
+"""Held-out speech: the same figures for any batches and processes, and a model that does not change."""
 
 import contextlib
 import logging
@@ -9,21 +9,21 @@ import pytest
 import torch
 from test_pretraining_model import pretraining_model, state_of
 
-from dinosr_hf.analysis import Segment, unit_quality
-from dinosr_hf.analysis.model_units import frame_units, layer_qualities
+from dinosr_hf.analysis import Segment, UnitQuality, unit_quality
+from dinosr_hf.analysis.model_units import frame_units, layer_tables
 from dinosr_hf.data import AudioFileError, SpeechSource, Utterance, normalize_waveform, utterance_generator
 from dinosr_hf.model.masking_dinosr import sample_span_mask
-from dinosr_hf.pretraining.held_out import HeldOut, row_labels
+from dinosr_hf.pretraining.held_out import HeldOut
 from tiny import tiny_config
 
-# 20 samples a frame, 40 in the first; 16,000 a second.
+# A frame has 20 samples, the first one 40; a second has 16,000.
 LENGTHS = {"a/1.flac": 1601, "a/2.flac": 990, "b/3.flac": 2405, "b/4.flac": 700}
-SECONDS = {"batch_seconds": 0.35, "limit_seconds": 10.0, "max_seconds": 0.125}  # of b/3 only 2,000 samples
+SECONDS = {"batch_seconds": 0.35, "limit_seconds": 10.0, "max_seconds": 0.125}  # 2,000 samples, which cuts b/3
 CLOSE = {"rel": 1e-5}
 
 
 class MemorySource(SpeechSource):
-    """Noise of given lengths; some of it broken."""
+    """Noise of given lengths; some utterances cannot be read."""
 
     def __init__(self, lengths=LENGTHS, broken=()):
         self.utterances = [Utterance(name, length) for name, length in lengths.items()]
@@ -47,7 +47,7 @@ def held_out(model, source=None, **changes):
 
 
 def labels_of(lengths=LENGTHS, num_phones=3):
-    """A phone a step of 20 samples; 16 steps running are the same phone."""
+    """Return a phone for each step of 20 samples, the same for 16 consecutive steps."""
     return {name: [f"P{step // 16 % num_phones}" for step in range(length // 20)] for name, length in lengths.items()}
 
 
@@ -58,7 +58,7 @@ def assert_same(figures, expected):
 
 
 @torch.no_grad()
-def test_the_loss_is_that_of_each_utterance_by_itself():
+def test_the_loss_is_the_mean_over_single_utterances():
     model = model_in_training()
     figures = held_out(model).evaluate(model)
     model.eval()
@@ -79,9 +79,9 @@ def test_the_loss_is_that_of_each_utterance_by_itself():
     assert "pnmi" not in figures and "padded_share" not in figures
 
 
-def test_nothing_changes_but_the_time_taken():
+def test_evaluation_changes_nothing_but_the_time_taken():
     model = model_in_training()
-    model.dinosr.encoder.eval()  # a mode of its own
+    model.dinosr.encoder.eval()  # differs from the rest
     speech = held_out(model, labels=labels_of())
     before, modes = state_of(model), [module.training for module in model.modules()]
     random_state = torch.get_rng_state(), np.random.get_state()[1].copy()
@@ -90,14 +90,14 @@ def test_nothing_changes_but_the_time_taken():
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_state[0])
     assert np.array_equal(np.random.get_state()[1], random_state[1])
-    model.update_targets(1)  # nothing was gathered for it
+    model.update_targets(1)  # commits nothing, since nothing was accumulated
     for name in ("codebooks.sums", "codebooks.counts"):
         assert torch.equal(model.state_dict()[name], before[name])
     model.load_state_dict(before)
     assert speech.evaluate(model) == first
 
 
-def test_a_model_that_moves_gets_other_figures():
+def test_another_model_gets_other_figures():
     model = model_in_training()
     speech = held_out(model)
     first = speech.evaluate(model)
@@ -107,7 +107,7 @@ def test_a_model_that_moves_gets_other_figures():
 
 
 @pytest.mark.parametrize("batch_seconds", [0.01, 0.2, 100.0], ids=["alone", "some", "together"])
-def test_batches_do_not_matter(batch_seconds):
+def test_any_batches_give_the_same_figures(batch_seconds):
     model = model_in_training()
     expected = held_out(model, labels=labels_of()).evaluate(model)
     speech = held_out(model, labels=labels_of(), batch_seconds=batch_seconds)
@@ -115,7 +115,7 @@ def test_batches_do_not_matter(batch_seconds):
 
 
 class Processes:
-    """Stands in for the accelerators of several processes: what each would add up is kept, and given to the last."""
+    """Fake the accelerators of several processes: adds up what each reduces, and returns the sum so far."""
 
     def __init__(self, num_processes):
         self.num_processes = num_processes
@@ -140,13 +140,13 @@ class Processes:
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 5], ids=["two", "three", "more-than-batches"])
-def test_processes_do_not_matter(num_processes):
+def test_any_number_of_processes_gives_the_same_figures(num_processes):
     model = model_in_training()
     speech = held_out(model, MemorySource(broken=["a/2.flac"]), labels=labels_of(), batch_seconds=0.13)
     expected = speech.evaluate(model)
     processes = Processes(num_processes)
     for rank in range(num_processes - 1):
-        # the first ones have all that was read so far, which may be nothing
+        # the first ones get the sum so far, which may be nothing
         with contextlib.suppress(ValueError):
             speech.evaluate(model, processes.of_rank(rank))
     assert_same(speech.evaluate(model, processes.of_rank(num_processes - 1)), expected)
@@ -176,7 +176,7 @@ def test_the_choice_is_of_whole_utterances_and_does_not_depend_on_their_order():
     assert other["loss"] != pytest.approx(figures["loss"], rel=1e-4)
 
 
-def test_phone_purity_is_that_of_all_frames_of_the_teacher_s_codes():
+def test_phone_purity_is_over_all_frames_of_the_teacher():
     model = model_in_training()
     figures = held_out(model, labels=labels_of()).evaluate(model)
     model.eval()
@@ -195,30 +195,31 @@ def test_phone_purity_is_that_of_all_frames_of_the_teacher_s_codes():
     assert figures["best_layer"] == 2 + best
 
 
-def test_labelled_speech_is_what_phone_purity_is_of():
+def test_labelled_speech_gives_the_same_quality():
     model = model_in_training()
     labels = {name: phones for name, phones in labels_of().items() if name != "a/1.flac"}
     broken = held_out(model, MemorySource(broken=["b/4.flac"]), labels=labels)
     speech = list(broken.labelled_speech())
-    # longest first; b/3 has its first 2,000 samples
+    # longest first; b/3 is cut to 2,000 samples
     for index, (waveform, phones) in zip((2, 1), speech, strict=True):
         assert torch.equal(
             torch.from_numpy(waveform), torch.from_numpy(normalize_waveform(MemorySource().load(index, 0, 2000)))
         )
         assert len(phones) == model.config.num_frames(len(waveform))
     pnmis = broken.evaluate(model)["pnmis"]
-    assert [quality.pnmi for quality in layer_qualities(model.eval(), speech)] == pytest.approx(pnmis)
-    assert [quality.pnmi for quality in layer_qualities(model, speech[:1])] != pytest.approx(pnmis)
+    for evaluated, is_all in ((speech, True), (speech[:1], False)):
+        tables, _ = layer_tables(model.eval(), evaluated)
+        assert ([UnitQuality.from_table(table).pnmi for table in tables] == pytest.approx(pnmis)) == is_all
 
 
-def test_labels_are_found_by_the_name_of_the_file():
+def test_labels_are_found_by_file_name():
     model = model_in_training()
     expected = held_out(model, labels=labels_of()).evaluate(model)
     by_stem = {name[2]: labels for name, labels in labels_of().items()}
     assert_same(held_out(model, labels=by_stem).evaluate(model), expected)
 
 
-def test_utterances_without_labels_count_for_the_loss_alone(caplog):
+def test_utterances_without_labels_count_for_the_loss_only(caplog):
     model = model_in_training()
     some = {name: labels for name, labels in labels_of().items() if name != "b/3.flac"}
     with caplog.at_level(logging.INFO, "dinosr_hf"):
@@ -229,19 +230,16 @@ def test_utterances_without_labels_count_for_the_loss_alone(caplog):
     assert figures["pnmi"] != pytest.approx(everything["pnmi"])
 
 
-def test_segments_of_rows_are_labels():
-    rows = [
-        {"id": name, "phones": [{"label": "x", "start": 0.0, "end": 0.03}, {"label": "y", "start": 0.03, "end": 1.0}]}
-        for name in LENGTHS
-    ]
-    labels = row_labels(rows)
-    assert labels["a/1.flac"] == [Segment("x", 0.0, 0.03), Segment("y", 0.03, 1.0)]
+def test_labels_can_be_those_of_the_synthetic_corpus():
+    phones = [{"label": "x", "start": 0.0, "end": 0.03}, {"label": "y", "start": 0.03, "end": 1.0}]
     model = model_in_training()
-    figures = held_out(model, labels=labels).evaluate(model)
+    figures = held_out(model, labels=dict.fromkeys(LENGTHS, phones)).evaluate(model)
     assert 0 <= figures["pnmi"] <= 1 and figures["phone_purity"] > 0.5
+    segments = [Segment("x", 0.0, 0.03), Segment("y", 0.03, 1.0)]
+    assert held_out(model, labels=dict.fromkeys(LENGTHS, segments)).evaluate(model) == figures
 
 
-def test_what_cannot_be_read_is_left_out_and_counted(caplog):
+def test_unreadable_utterances_are_skipped_and_counted(caplog):
     model = model_in_training()
     broken = MemorySource(broken=["a/2.flac", "b/4.flac"])
     figures = held_out(model, broken, labels=labels_of()).evaluate(model)
@@ -249,10 +247,10 @@ def test_what_cannot_be_read_is_left_out_and_counted(caplog):
     expected = held_out(model, whole, labels=labels_of()).evaluate(model)
     assert figures.pop("skipped_files") == 2 and expected.pop("skipped_files") == 0
     assert_same(figures, expected)
-    assert "a/2.flac is left out: a/2.flac has gone bad." in caplog.text
+    assert "Skipped held-out utterance a/2.flac: a/2.flac has gone bad." in caplog.text
 
 
-def test_nothing_could_be_read():
+def test_no_readable_utterance_is_an_error():
     model = model_in_training()
     with pytest.raises(ValueError, match="None of 4 held-out utterances could be read"):
         held_out(model, MemorySource(broken=list(LENGTHS))).evaluate(model)
@@ -269,6 +267,6 @@ def test_nothing_could_be_read():
     ],
     ids=["too-short", "no-match", "no-labels", "ambiguous", "labels-of-something-else"],
 )
-def test_what_does_not_fit_is_refused(lengths, labels, message):
+def test_unusable_speech_or_labels_are_refused(lengths, labels, message):
     with pytest.raises(ValueError, match=message):
         held_out(pretraining_model(), MemorySource(lengths), labels=labels)

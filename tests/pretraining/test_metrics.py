@@ -1,11 +1,11 @@
-"""The sums of a run: any grouping of utterances gives the numbers of one big batch; and the variation over time."""
+"""Metric sums: any grouping of utterances gives the numbers of one big batch; and the variation over time."""
 
 import pytest
 import torch
 from test_pretraining_model import every_third, pretraining_model
 
 from dinosr_hf import DinoSRForPreTraining
-from dinosr_hf.model.objective_dinosr import energy_sums
+from dinosr_hf.model.modeling_dinosr import energy_sums
 from dinosr_hf.pretraining.metrics import MetricSums
 from tiny import deterministic_config, padded, tiny_config, waveforms
 
@@ -14,7 +14,7 @@ EXACT = {"masked_frames", "seconds", "padded_share", "active_codewords", "codebo
 
 
 def variation_by_hand(utterances) -> float:
-    """The twin: one utterance and channel at a time."""
+    """Compute the variation plainly, one utterance and channel at a time."""
     changing = energy = 0.0
     for utterance in utterances:
         for channel in utterance.double().T:
@@ -27,14 +27,14 @@ def share(energies):
     return (energies[..., 0] / energies[..., 1]).tolist()
 
 
-def test_variation_is_that_of_the_definition():
+def test_variation_equals_its_definition():
     features = torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(0)) + 0.7
     expected = [variation_by_hand(layer) for layer in features]
     assert share(energy_sums(features, None)) == pytest.approx(expected, rel=1e-5)
     assert not energy_sums(features.requires_grad_(), None).requires_grad
 
 
-def test_padding_does_not_vary():
+def test_padding_is_ignored_in_the_variation():
     features = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0)) + 0.7
     frame_mask = torch.arange(7) < torch.tensor([[4], [7]])
     expected = variation_by_hand([features[0, :4], features[1]])
@@ -51,11 +51,18 @@ def test_padding_does_not_vary():
     ],
     ids=["utterances-differ-frames-do-not", "no-mean", "half"],
 )
-def test_what_the_variation_is_of(features, expected):
+def test_variation_of_simple_features(features, expected):
     assert share(energy_sums(features, None)) == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_model_gives_the_energies_of_teacher_and_convolutions():
+def teacher_layers(model, features, frame_mask=None):
+    """Return the feed-forward outputs of the teacher's layers that have a codebook: (N, B, T, D)."""
+    projected = model.dinosr.feature_projection.projection(features)
+    _, layers = model.teacher(projected, frame_mask, return_layers=model.config.codebook_layers)
+    return torch.stack([output for _, output in layers.values()])
+
+
+def test_energies_are_those_of_teacher_and_convolutions():
     model = pretraining_model().eval()
     waves = [waveforms(1, length, seed=length)[0] for length in LENGTHS]
     x, attention_mask = padded(waves)
@@ -63,7 +70,7 @@ def test_the_model_gives_the_energies_of_teacher_and_convolutions():
     layers, convolutions = [], []
     for wave in waves:
         features = model.dinosr(wave[None]).extract_features
-        layers.append(model.teacher(model.dinosr.feature_projection.projection(features))[:, 0])
+        layers.append(teacher_layers(model, features)[:, 0])
         convolutions.append(features[0])
     for number in range(2):
         expected = variation_by_hand([layer[number].detach() for layer in layers])
@@ -73,7 +80,7 @@ def test_the_model_gives_the_energies_of_teacher_and_convolutions():
     assert output.target_energies.dtype == output.feature_energies.dtype == torch.float32
 
 
-def test_padding_that_the_reference_counts_does_not_vary_either():
+def test_padding_is_ignored_with_reference_padding_too():
     model = pretraining_model(reference_padding=True).eval()
     x, attention_mask = padded([waveforms(1, length)[0] for length in LENGTHS])
     num_frames = [model.config.num_frames(length) for length in LENGTHS]
@@ -81,20 +88,20 @@ def test_padding_that_the_reference_counts_does_not_vary_either():
     with torch.no_grad():
         energies = model(x, attention_mask, every_third(3, num_frames[0])).target_energies
         features = model.dinosr(x, attention_mask).extract_features
-        layers = model.teacher(model.dinosr.feature_projection.projection(features), frame_mask)
+        layers = teacher_layers(model, features, frame_mask)
     for layer, energy in zip(layers, energies, strict=True):
         utterances = [row[:length] for row, length in zip(layer, num_frames, strict=True)]
         assert share(energy) == pytest.approx(variation_by_hand(utterances), rel=1e-4)
         assert share(energy) != pytest.approx(variation_by_hand(layer), rel=1e-4)
 
 
-def test_where_nothing_is_masked_there_are_no_energies():
+def test_without_a_mask_there_are_no_energies():
     output = DinoSRForPreTraining(tiny_config()).eval()(waveforms(1, 400))
     assert output.target_energies is None and output.feature_energies is None
 
 
 def sums_of(model, groups):
-    """The sums over groups of waveforms, each padded into one batch; every frame of theirs has its own mask."""
+    """Return the sums over groups of waveforms, each group padded into one batch, every third frame masked."""
     sums = MetricSums(model.config.num_codebooks, model.config.codebook_size, torch.device("cpu"))
     for waves in groups:
         x, attention_mask = padded(waves)
@@ -105,42 +112,42 @@ def sums_of(model, groups):
     return sums
 
 
-def same(tensor):
+def identity(tensor):
     return tensor
 
 
 def test_any_grouping_gives_the_numbers_of_one_batch():
     model = pretraining_model().eval()
     waves = [waveforms(1, length, seed=length)[0] for length in LENGTHS]
-    together = sums_of(model, [waves]).compute(same)
+    together = sums_of(model, [waves]).compute(identity)
     apart = sums_of(model, [[wave] for wave in waves])
     merged = sums_of(model, [waves[:1]])
     merged.merge(sums_of(model, [waves[1:]]))
-    for figures in (apart.compute(same), merged.compute(same)):
+    for figures in (apart.compute(identity), merged.compute(identity)):
         assert figures.keys() == together.keys()
         for name in together.keys() - {"padded_share"}:
             tolerance = 0 if name in EXACT else 1e-5
             assert figures[name] == pytest.approx(together[name], rel=tolerance), name
     assert together["padded_share"] == pytest.approx(1 - sum(LENGTHS) / (3 * 801))
-    assert apart.compute(same)["padded_share"] == 0
-    # the negative control: means of means are something else
-    means = [sums_of(model, [[wave]]).compute(same) for wave in waves]
+    assert apart.compute(identity)["padded_share"] == 0
+    # negative control: means of means differ
+    means = [sums_of(model, [[wave]]).compute(identity) for wave in waves]
     for name in ("loss", "target_variation", "feature_variation", "target_perplexity"):
         assert sum(mean[name] for mean in means) / 3 != pytest.approx(together[name], rel=1e-4), name
 
 
-def test_processes_are_added_up_before_anything_is_divided():
+def test_processes_are_summed_before_dividing():
     model = pretraining_model().eval()
     waves = [waveforms(1, length, seed=length)[0] for length in LENGTHS]
     here, there = sums_of(model, [waves[:1]]), sums_of(model, [waves[1:]])
     figures = here.compute(lambda sums: sums + there.state_dict())
-    expected = sums_of(model, [waves[:1], waves[1:]]).compute(same)
+    expected = sums_of(model, [waves[:1], waves[1:]]).compute(identity)
     for name, value in expected.items():
         assert figures[name] == pytest.approx(value), name
 
 
-def test_the_means_are_those_of_the_lists():
-    figures = sums_of(pretraining_model().eval(), [[waveforms(1, 801)[0]]]).compute(same)
+def test_means_are_means_over_codebooks():
+    figures = sums_of(pretraining_model().eval(), [[waveforms(1, 801)[0]]]).compute(identity)
     for mean, each in [
         ("loss", "codebook_losses"),
         ("target_perplexity", "target_perplexities"),
@@ -153,23 +160,23 @@ def test_the_means_are_those_of_the_lists():
     assert 0 < figures["target_variation"] < 1 and 0 < figures["feature_variation"] < 1
 
 
-def test_silence_that_stands_in_for_a_batch_does_not_count():
+def test_a_silent_batch_without_masks_does_not_count():
     model = pretraining_model().eval()
     sums = sums_of(model, [[waveforms(1, 801)[0]]])
-    expected = sums.compute(same)
+    expected = sums.compute(identity)
     with torch.no_grad():
         silent = model(torch.zeros(1, 801), mask_time_indices=torch.zeros(1, model.config.num_frames(801)).bool())
     assert silent.target_energies.sum() > 0
     sums.add(silent, 0, 0)
-    assert sums.compute(same) == expected
+    assert sums.compute(identity) == expected
 
 
-def test_an_empty_interval_divides_by_nothing():
-    figures = MetricSums(2, 7, torch.device("cpu")).compute(same)
+def test_an_empty_interval_gives_zeros():
+    figures = MetricSums(2, 7, torch.device("cpu")).compute(identity)
     assert figures["loss"] == figures["target_variation"] == figures["masked_frames"] == figures["padded_share"] == 0
 
 
-def test_an_interval_goes_on_from_its_state():
+def test_sums_go_on_from_a_state_dict():
     model = pretraining_model().eval()
     waves = [waveforms(1, length, seed=length)[0] for length in LENGTHS]
     first = sums_of(model, [waves[:2]])
@@ -177,7 +184,7 @@ def test_an_interval_goes_on_from_its_state():
     resumed.load_state_dict(first.state_dict())
     for sums in (first, resumed):
         sums.merge(sums_of(model, [waves[2:]]))
-    assert resumed.compute(same) == first.compute(same)
+    assert resumed.compute(identity) == first.compute(identity)
 
 
 def test_the_state_of_another_model_is_refused():
@@ -192,7 +199,7 @@ def test_energies_in_half_precision_are_summed_in_float32():
     assert share(energy_sums(features.bfloat16(), None)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_gradients_do_not_know_of_the_energies():
+def test_energies_have_no_gradient():
     model = pretraining_model(deterministic_config()).train()
     output = model(waveforms(2, 801), mask_time_indices=every_third(2, model.config.num_frames(801)))
     assert not output.target_energies.requires_grad and not output.feature_energies.requires_grad

@@ -1,4 +1,4 @@
-"""The plan of a run: its numbers against the run's own functions, its words, its picture."""
+"""The plan of a run: its numbers against the run's own functions, its text, its picture."""
 
 import math
 import re
@@ -10,13 +10,14 @@ import torch
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.data import PlanSummary
-from dinosr_hf.pretraining import parse_arguments, tri_stage
-from dinosr_hf.pretraining.plan import describe_plan, format_seconds, plan_figure
+from dinosr_hf.pretraining import parse_arguments
+from dinosr_hf.pretraining.plan import RunPlan, format_seconds, plan_figure
 from dinosr_hf.pretraining.scaling import scale_to_batch
-from dinosr_hf.pretraining.state import save_model
+from dinosr_hf.training.schedules import tri_stage
+from dinosr_hf.utils.model_folder import save_folder
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
-# 10 steps of 80 s, of 64 utterances of 12.5 s in all, on 2 processes that take 2 passes each.
+# 10 steps of 80 s, with 64 utterances of 12.5 s in total, on 2 processes with 2 passes a step each.
 EPOCH = PlanSummary(
     num_steps=10,
     num_utterances=64,
@@ -40,28 +41,28 @@ def base(*flags):
 
 @pytest.fixture(scope="module")
 def tiny_plan():
-    return describe_plan(tiny(), EPOCH, world_size=2)
+    return RunPlan(tiny(), EPOCH, world_size=2)
 
 
-def test_audio_and_epochs(tiny_plan):
+def test_hours_and_passes(tiny_plan):
     assert tiny_plan.seconds_per_step == 80.0
     assert tiny_plan.utterance_seconds == pytest.approx(12.5)
     assert tiny_plan.micro_batches == 2.0
-    assert tiny_plan.epochs == 60.0
+    assert tiny_plan.steps_per_epoch == 10
     assert tiny_plan.hours == pytest.approx(600 * 80 / 3600)
 
 
-def test_masked_frames_are_those_that_masks_come_to(tiny_plan):
+def test_masked_frames_follow_from_the_masks(tiny_plan):
     config = tiny_plan.config
-    # 0.65 of the frames would be masked if no span met another; starts are spread evenly, so about 1 - exp(-0.65) are.
+    # 0.65 of the frames would be masked if no spans overlapped; starts are spread evenly, so about 1 - exp(-0.65) are.
     assert tiny_plan.masked_share == pytest.approx(1 - math.exp(-config.mask_prob), abs=0.03)
     frames = 6.4 * config.num_frames(int(12.5 * 16_000))
     assert tiny_plan.masked_frames == pytest.approx(frames * tiny_plan.masked_share)
     assert tiny_plan.frames_per_codeword == tiny_plan.masked_frames / 128
 
 
-def test_paper_s_figures():
-    plan = describe_plan(base(), None, world_size=16)
+def test_figures_of_the_paper():
+    plan = RunPlan(base(), None, world_size=16)
     assert plan.masked_share == pytest.approx(0.566, abs=0.01)  # docs/parity.md
     assert plan.frames_per_codeword == pytest.approx(420, rel=0.05)
     assert plan.first_move == pytest.approx(0.98, abs=0.01)
@@ -70,15 +71,15 @@ def test_paper_s_figures():
     assert plan.notes == []
 
 
-def test_without_a_summary_steps_are_full():
-    plan = describe_plan(tiny("--micro_seconds", "16"), None)
+def test_a_stream_is_planned_with_full_steps():
+    plan = RunPlan(tiny("--micro_seconds", "16"), None)
     assert (plan.seconds_per_step, plan.utterance_seconds, plan.micro_batches) == (40.0, 10.0, 3)
-    assert plan.epochs is None
+    assert plan.steps_per_epoch is None
     assert plan.padded_share is None
     assert "a stream" in str(plan)
 
 
-def test_points_are_what_the_run_will_do(tiny_plan):
+def test_points_have_the_learning_rates_and_decays_of_the_run(tiny_plan):
     options, config = tiny_plan.arguments.run, tiny_plan.config
     assert [point.step for point in tiny_plan.points] == [1, 150, 300, 450, 600]
     for point in tiny_plan.points:
@@ -98,10 +99,10 @@ def test_points_are_what_the_run_will_do(tiny_plan):
         assert decays == {"codebook_decay": point.codebook_decay, "ema_decay": point.ema_decay}
 
 
-def test_weights_and_disk_are_those_of_the_files(tiny_plan, tmp_path):
+def test_sizes_are_those_of_the_files(tiny_plan, tmp_path):
     model = DinoSRForPreTraining(tiny_plan.config)
     assert tiny_plan.num_trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    save_model(model, tmp_path)
+    save_folder(model, tmp_path)
     weights = (tmp_path / "model.safetensors").stat().st_size
     assert tiny_plan.model_bytes == pytest.approx(weights, rel=0.02)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
@@ -117,21 +118,21 @@ def test_weights_and_disk_are_those_of_the_files(tiny_plan, tmp_path):
 
 
 @pytest.mark.parametrize(("save_steps", "expected"), [(0, 1), (100, 6), (599, 2), (600, 1), (1000, 1)])
-def test_saved_models_are_counted(save_steps, expected):
-    assert describe_plan(tiny("--save_steps", str(save_steps)), EPOCH).num_saved_models == expected
+def test_number_of_saved_models(save_steps, expected):
+    assert RunPlan(tiny("--save_steps", str(save_steps)), EPOCH).num_saved_models == expected
 
 
-def test_text_has_it_all(tiny_plan):
+def test_text(tiny_plan):
     text = str(tiny_plan)
     for words in (
-        "step            80 s of audio, at most 40 s: 6.4 utterances of 12.5 s, 1.2% padding",
-        "2.0 a step in each of 2 process(es), at most 40 s each",
+        "step            80 s of audio (step_seconds=40): 6.4 utterances of 12.5 s, 1.2% padding",
+        "2.0 per step in each of 2 process(es), of at most 40 s",
         "for each of 128 codewords",
         "600: 13.3 hours of audio, 60.0 epochs of 10 steps",
-        "0.001 after 60 updates of warm-up; tri_stage; at last 0.0001",
+        "0.001 after 60 updates of warm-up; tri_stage; finally 0.0001",
         "betas 0.9, 0.98; epsilon 1e-06; weight decay 0.01; clipping off",
-        "2 of 128, moved every 1 update(s); they remember 2 updates, 2.67 min of audio at first",
-        "remembers 100 updates, 2.23 h of audio at first; never stands still",
+        "2 of 128, updated every 1 update(s); memory at first: 2 updates, 2.67 min of audio",
+        "memory at first: 100 updates, 2.23 h of audio; never frozen",
         "6 model(s) of 4.7 MB, 2 checkpoint(s) of 10.2 MB and one being written",
     ):
         assert words in text
@@ -141,35 +142,35 @@ def test_text_has_it_all(tiny_plan):
     assert table[-1][3:] == ["13.3", "0.000101", "0.999", "0.9"]
 
 
-def test_text_says_what_was_scaled():
+def test_text_lists_scaled_values():
     arguments, changes = scale_to_batch(base("--scale_to_batch", "--step_seconds", "475"))
-    text = str(describe_plan(arguments, None, changes=changes))
-    assert "a step is 0.125 (kappa) of the reference step" in text
+    text = str(RunPlan(arguments, None, changes=changes))
+    assert "a step is 0.125 (kappa) times the reference step" in text
     assert "max_steps" in text.split("(kappa)")[1]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--freeze_teacher_step", "601"], "not frozen in this run: freeze_teacher_step=601"),
-        (["--ema_anneal_steps", "1200"], r"EMA decay ends at 0\.9945 and not at 0\.999: ema_anneal_steps=1,200"),
-        (["--codebook_end_decay_step", "1200"], r"codebook decay ends at 0\.7 and not at 0\.9: codebook_end"),
-        (["--ema_decay", "0.999"], "remembers 1,000 updates, and the run has 600"),
+        (["--freeze_teacher_step", "601"], "never frozen in this run: freeze_teacher_step=601"),
+        (["--ema_anneal_steps", "1200"], r"EMA decay ends at 0\.9945 instead of 0\.999: ema_anneal_steps=1,200"),
+        (["--codebook_end_decay_step", "1200"], r"codebook decay ends at 0\.7 instead of 0\.9: codebook_end"),
+        (["--ema_decay", "0.999"], "averages over 1,000 updates, and the run has 600"),
         (
             ["--codebook_decay", "0.99", "--codebook_end_decay", "0.99"],
             r"14% of the way .* codebook_update_steps, or let .* codebook_revival_share",
         ),
         (
             ["--codebook_decay", "0.9", "--ema_decay", "0.999", "--ema_end_decay", "0.9999"],
-            r"0\.0105 of the paper's, and the decays are the paper's.* scale_to_batch adapts",
+            r"0\.0105 times the audio of the paper's, but .* cover less audio\. Set scale_to_batch",
         ),
     ],
     ids=["freeze", "anneal", "codebook_anneal", "long_memory", "slow_codewords", "unscaled"],
 )
-def test_notes_say_what_is_unusual(flags, message):
-    notes = describe_plan(tiny(*flags), EPOCH).notes
+def test_notes_on_unusual_runs(flags, message):
+    notes = RunPlan(tiny(*flags), EPOCH).notes
     assert any(re.search(message, note) for note in notes), notes
-    assert f"Note: {notes[0]}" in str(describe_plan(tiny(*flags), EPOCH))
+    assert f"Note: {notes[0]}" in str(RunPlan(tiny(*flags), EPOCH))
 
 
 def test_usual_runs_have_no_notes(tiny_plan):
@@ -177,9 +178,9 @@ def test_usual_runs_have_no_notes(tiny_plan):
     assert "Note" not in str(tiny_plan)
 
 
-def test_frozen_teacher_is_no_unfinished_annealing():
-    # Its decay is 1 at the end, which is not the end of annealing either.
-    notes = describe_plan(tiny("--freeze_teacher_step", "500", "--ema_anneal_steps", "1200"), EPOCH).notes
+def test_a_frozen_teacher_is_not_unfinished_annealing():
+    # Its decay at the end is 1, and not that of the end of annealing.
+    notes = RunPlan(tiny("--freeze_teacher_step", "500", "--ema_anneal_steps", "1200"), EPOCH).notes
     assert not any("EMA decay ends" in note for note in notes)
 
 
@@ -187,7 +188,7 @@ def test_frozen_teacher_is_no_unfinished_annealing():
     ("seconds", "expected"),
     [(9.5, "9.5 s"), (80, "80 s"), (3760, "62.7 min"), (38_000, "10.6 h"), (3.8e6, "1,056 h")],
 )
-def test_seconds_are_written_to_be_read(seconds, expected):
+def test_format_seconds(seconds, expected):
     assert format_seconds(seconds) == expected
 
 
@@ -208,7 +209,7 @@ def test_figure_shows_rates_and_decays(tiny_plan):
 
 
 def test_figure_marks_what_changes():
-    figure = plan_figure(describe_plan(tiny("--freeze_teacher_step", "500"), EPOCH))
+    figure = plan_figure(RunPlan(tiny("--freeze_teacher_step", "500"), EPOCH))
     words = [text.get_text().strip() for axes in figure.axes for text in axes.texts]
     assert sorted(words) == [
         "EMA decay reaches its end: 400",
@@ -220,7 +221,7 @@ def test_figure_marks_what_changes():
 
 
 def test_figure_leaves_a_frozen_teacher_out():
-    _, ema, _ = curves(plan_figure(describe_plan(tiny("--freeze_teacher_step", "500"), EPOCH)))
+    _, ema, _ = curves(plan_figure(RunPlan(tiny("--freeze_teacher_step", "500"), EPOCH)))
     assert np.isfinite(ema[ema[:, 0] < 500, 1]).all()
     assert np.isnan(ema[ema[:, 0] >= 500, 1]).all()
 
@@ -237,7 +238,7 @@ def test_figure_leaves_a_frozen_teacher_out():
 )
 @pytest.mark.filterwarnings("error")
 def test_odd_runs_are_described_and_drawn(flags, tmp_path):
-    plan = describe_plan(tiny(*flags), EPOCH)
+    plan = RunPlan(tiny(*flags), EPOCH)
     assert str(plan)
     plan_figure(plan).savefig(tmp_path / "plan.png", dpi=50)
     assert (tmp_path / "plan.png").stat().st_size > 1000

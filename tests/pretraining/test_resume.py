@@ -1,4 +1,4 @@
-"""No work is lost: checkpoints, resume bit for bit, signals, kills, full disks."""
+"""Checkpoints, resuming bit for bit, signals, kills and full disks: no work is lost."""
 
 import json
 import os
@@ -24,6 +24,7 @@ from dinosr_hf.pretraining import (
     parse_arguments,
     read_checkpoint,
     run,
+    train_state,
 )
 from pretraining_runs import (
     CHANCE,
@@ -47,7 +48,7 @@ def undisturbed(tmp_path_factory, recordings):
 
 # An epoch has 3 steps of 4 or 5 recordings: in its middle, at its end, in the next one.
 @pytest.mark.parametrize("call", [0, 6, 13, 30])
-def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(tmp_path, recordings, undisturbed, monkeypatch, call):
+def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(tmp_path, recordings, undisturbed, monkeypatch, call):
     arguments = tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=100)
     with monkeypatch.context() as patch:
         send_at_load(patch, signal.SIGTERM, call)
@@ -74,8 +75,8 @@ def test_every_checkpoint_leads_to_the_same_end(tmp_path, recordings, undisturbe
     assert_same_run(tmp_path / "out", undisturbed)
 
 
-def test_without_its_random_states_a_resumed_run_is_another_one(tmp_path, recordings, undisturbed, monkeypatch):
-    # the negative control of the tests above
+def test_without_its_random_states_a_resumed_run_differs(tmp_path, recordings, undisturbed, monkeypatch):
+    # negative control of the tests above
     arguments = tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=5)
     run(arguments)
     shutil.rmtree(tmp_path / "out" / "checkpoint-10")
@@ -86,7 +87,7 @@ def test_without_its_random_states_a_resumed_run_is_another_one(tmp_path, record
         assert_same_run(tmp_path / "out", undisturbed)
 
 
-def test_a_run_with_workers_and_a_freeze_in_between_goes_on_bit_for_bit(tmp_path, recordings):
+def test_a_run_with_workers_and_a_freeze_resumes_bit_for_bit(tmp_path, recordings):
     options = {**CHANCE, "freeze_teacher_step": 4, "num_workers": 2, "keep_checkpoints": 9}
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
@@ -110,7 +111,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path, recordings):
     assert [path.name for path in (tmp_path / "out").glob(".*")] in ([], [".lock"])
 
 
-def test_a_checkpoint_says_what_wrote_it(tmp_path, recordings):
+def test_a_checkpoint_names_versions_arguments_and_files(tmp_path, recordings):
     run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, keep_checkpoints=9))
     manifest = read_checkpoint(tmp_path / "out" / "checkpoint-2").manifest
     assert manifest["versions"]["torch"] == torch.__version__
@@ -143,11 +144,11 @@ def flip_a_bit(path):
         (lambda folder: (folder / "process_states.pt").unlink(), r"checkpoint-10 lacks process_states\.pt"),
         (lambda folder: (folder / "checkpoint.json").unlink(), r"checkpoint-10 has no checkpoint\.json"),
         (lambda folder: truncate(folder / "checkpoint.json"), r"checkpoint\.json cannot be read"),
-        (lambda folder: (folder / "checkpoint.json").write_text("{}"), r"is of format None"),
+        (lambda folder: (folder / "checkpoint.json").write_text("{}"), r"has format None"),
     ],
-    ids=["truncated", "changed", "incomplete", "unfinished", "half a manifest", "another program's"],
+    ids=["truncated", "changed", "incomplete", "unfinished", "half-manifest", "other-program"],
 )
-def test_a_bad_checkpoint_is_refused_by_name_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(
     tmp_path, recordings, undisturbed, caplog, damage, message
 ):
     arguments, out = finished_run(tmp_path, recordings)
@@ -183,7 +184,7 @@ def test_a_folder_with_a_model_and_no_checkpoint_is_refused(tmp_path, recordings
         run(tiny_arguments(tmp_path, recordings, checkpoint_steps=0, max_steps=5))
 
 
-def test_a_finished_run_is_left_alone_and_goes_on_with_more_steps(tmp_path, recordings, caplog):
+def test_a_finished_run_stays_and_goes_on_with_more_steps(tmp_path, recordings, caplog):
     with caplog.at_level("INFO", "dinosr_hf"):
         first = run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
         again = run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
@@ -195,7 +196,7 @@ def test_a_finished_run_is_left_alone_and_goes_on_with_more_steps(tmp_path, reco
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_can_begin_and_end_to_revive_codewords(tmp_path, recordings, caplog):
+def test_revival_can_be_switched_on_and_off_when_resuming(tmp_path, recordings, caplog):
     run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
     with caplog.at_level("INFO", "dinosr_hf"):
         options = {"checkpoint_steps": 2, "codebook_revival_share": 0.1}
@@ -206,7 +207,7 @@ def test_a_run_can_begin_and_end_to_revive_codewords(tmp_path, recordings, caplo
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == list(range(1, 9))
 
 
-def test_resuming_by_path_goes_on_with_what_that_run_has_reached(tmp_path, recordings, monkeypatch, caplog):
+def test_resuming_by_path_goes_on_from_the_newest_checkpoint_after_it(tmp_path, recordings, monkeypatch, caplog):
     (tmp_path / "first").mkdir()
     run(tiny_arguments(tmp_path / "first", recordings, checkpoint_steps=2))
     origin = tmp_path / "first" / "out" / "checkpoint-2"
@@ -229,21 +230,21 @@ def test_resuming_by_path_goes_on_with_what_that_run_has_reached(tmp_path, recor
         run(tiny_arguments(tmp_path, recordings, resume="nowhere"))
 
 
-def test_going_back_sets_later_checkpoints_aside(tmp_path, recordings, caplog):
+def test_going_back_renames_later_checkpoints(tmp_path, recordings, caplog):
     options = {"max_steps": 6, "checkpoint_steps": 1, "keep_checkpoints": 9}
     run(tiny_arguments(tmp_path, recordings, **options))
     out = tmp_path / "out"
     back = {**options, "resume": str(out / "checkpoint-3"), "max_steps": 7, "learning_rate": 1e-4}
     run(tiny_arguments(tmp_path, recordings, **back))
-    assert "checkpoint-6 is after checkpoint-3, so it is set aside as abandoned-checkpoint-6" in caplog.text
+    assert "checkpoint-6 is after checkpoint-3, so it is renamed to abandoned-checkpoint-6" in caplog.text
     assert [line["learning_rate"] < 2e-4 for line in metrics_of(out)] == [False] * 3 + [True] * 4
     assert read_checkpoint(find_checkpoints(out)[0]).step == 7
 
 
-def test_a_finished_model_is_of_the_last_step(tmp_path, recordings, monkeypatch):
+def test_the_model_of_a_finished_run_is_of_the_last_step(tmp_path, recordings, monkeypatch):
     run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
     with monkeypatch.context() as patch:  # killed between the last checkpoint and the model
-        patch.setattr("dinosr_hf.pretraining.loop.save_model", lambda *_: 1 / 0)
+        patch.setattr("dinosr_hf.pretraining.loop.save_folder", lambda *_: 1 / 0)
         with pytest.raises(CheckpointError, match=r"The model could not be written.*Free space there"):
             run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, max_steps=6))
     again = run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, max_steps=6))
@@ -252,13 +253,13 @@ def test_a_finished_model_is_of_the_last_step(tmp_path, recordings, monkeypatch)
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["codebooks.sums"], last["codebooks.sums"])
 
 
-def test_changed_optimizer_options_are_in_force_after_a_resume(tmp_path, recordings, monkeypatch):
+def test_changed_optimizer_options_apply_after_a_resume(tmp_path, recordings, monkeypatch):
     run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
     groups = []
     plain = loop.Pretraining._finish
 
     def finish(self):
-        groups.extend(self._optimizer.param_groups)
+        groups.extend(self.state.optimizer.param_groups)
         plain(self)
 
     monkeypatch.setattr(loop.Pretraining, "_finish", finish)
@@ -270,7 +271,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, recordings):
     (tmp_path / "out").mkdir()
     with (
         FileLock(tmp_path / "out" / ".lock"),
-        pytest.raises(ArgumentError, match="Another run is at work"),
+        pytest.raises(ArgumentError, match="Another run is using output_dir"),
     ):
         run(tiny_arguments(tmp_path, recordings))
 
@@ -286,20 +287,20 @@ def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path, recordings,
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_a_signal_while_the_last_checkpoint_is_written_is_no_loss(tmp_path, recordings, monkeypatch):
-    plain = loop.save_checkpoint
+def test_a_signal_while_the_last_checkpoint_is_written_loses_nothing(tmp_path, recordings, monkeypatch):
+    plain = train_state.save_checkpoint
 
     def save(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(train_state, "save_checkpoint", save)
     run(tiny_arguments(tmp_path, recordings, checkpoint_steps=100))
     assert read_checkpoint(find_checkpoints(tmp_path / "out")[0]).step == 4
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_an_interval_cut_by_a_checkpoint_keeps_its_time(tmp_path, recordings):
+def test_a_log_interval_cut_by_a_checkpoint_keeps_its_time(tmp_path, recordings):
     options = {"max_steps": 6, "checkpoint_steps": 3, "log_steps": 5, "keep_checkpoints": 9}
     run(tiny_arguments(tmp_path, recordings, **options))
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
@@ -311,13 +312,13 @@ def test_an_interval_cut_by_a_checkpoint_keeps_its_time(tmp_path, recordings):
     assert line["seconds"] / line["audio_seconds_per_second"] > before["interval_seconds"]
 
 
-def test_other_data_begin_a_new_epoch_and_say_so(tmp_path, recordings, caplog):
+def test_changed_data_start_a_new_epoch_with_a_warning(tmp_path, recordings, caplog):
     run(tiny_arguments(tmp_path, recordings, max_steps=5, checkpoint_steps=5))
     fewer = tmp_path / "fewer"
     shutil.copytree(recordings, fewer)
     next(iter(sorted(fewer.glob("*.wav")))).unlink()
     run(tiny_arguments(tmp_path, fewer, max_steps=7, checkpoint_steps=5, step_seconds=7.0))
-    assert "because the recordings, step_seconds changed since the checkpoint: epoch 2 begins now" in caplog.text
+    assert "because the recordings, step_seconds changed since the checkpoint: epoch 2 starts now" in caplog.text
 
 
 def test_sigusr1_asks_for_a_checkpoint_and_the_run_goes_on(tmp_path, recordings, undisturbed, monkeypatch):
@@ -328,7 +329,7 @@ def test_sigusr1_asks_for_a_checkpoint_and_the_run_goes_on(tmp_path, recordings,
     assert_same_run(tmp_path / "out", undisturbed)
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path, recordings, monkeypatch):
+def test_a_second_ctrl_c_stops_at_once(tmp_path, recordings, monkeypatch):
     plain = FolderSource.load
 
     def load(self, *arguments):
@@ -341,13 +342,13 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, recordings, monkeypatch):
     assert not find_checkpoints(tmp_path / "out")
 
 
-def test_signal_handlers_are_put_back(tmp_path, recordings):
+def test_signal_handlers_are_restored(tmp_path, recordings):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     run(tiny_arguments(tmp_path, recordings, max_steps=1))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
-def in_a_process(code, *arguments, **options):
+def run_python(code, *arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, **options)
@@ -359,13 +360,13 @@ from dinosr_hf.pretraining import CheckpointError, find_checkpoints, parse_argum
 from dinosr_hf.pretraining.loop import Pretraining
 logging.basicConfig(level=logging.INFO)
 arguments = parse_arguments([sys.argv[1]], "unused")
-take = Pretraining._take
-def take_and_fill_the_disk(self, *arguments):
-    done = take(self, *arguments)
-    if self.progress.step == 3:  # from here on no file may grow beyond 20 kB, as if the disk were full
+train_step = Pretraining._train_step
+def train_step_and_fill_the_disk(self, *arguments):
+    update = train_step(self, *arguments)
+    if self.state.progress.step == 3:  # from here on no file may grow beyond 20 kB, as if the disk were full
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    return done
-Pretraining._take = take_and_fill_the_disk
+    return update
+Pretraining._train_step = train_step_and_fill_the_disk
 try:
     run(arguments)
 except CheckpointError as error:
@@ -373,22 +374,22 @@ except CheckpointError as error:
 """
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it_and_says_so(tmp_path, recordings, undisturbed):
+def test_a_full_disk_keeps_the_checkpoint_before_it_and_is_reported(tmp_path, recordings, undisturbed):
     write_config(tmp_path, data=str(recordings), output_dir=str(tmp_path / "out"), **CHANCE, checkpoint_steps=2)
-    done = in_a_process(FULL_DISK, tmp_path / "tiny.yaml")
+    done = run_python(FULL_DISK, tmp_path / "tiny.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
-    # Those of steps 4, 6 and 8 are missed and the run goes on; the last one is an error.
+    # Without those of steps 4, 6 and 8 the run goes on; that the last one is missing is an error.
     for step in (4, 6, 8):
         assert f"checkpoint-{step} could not be written" in done.stderr
     assert "refused:" in done.stdout and "checkpoint-10 could not be written" in done.stdout
-    assert f"The last one, {tmp_path / 'out' / 'checkpoint-2'}, is as it was. Free space" in done.stdout
+    assert f"The last checkpoint, {tmp_path / 'out' / 'checkpoint-2'}, is unchanged. Free space" in done.stdout
     assert [read_checkpoint(path).step for path in find_checkpoints(tmp_path / "out")] == [2]
     assert [path.name for path in (tmp_path / "out").glob(".*")] in ([], [".lock"])
     run(parse_arguments([str(tmp_path / "tiny.yaml")], "unused"))
     assert_same_run(tmp_path / "out", undisturbed)
 
 
-# Importing takes seconds and a step milliseconds: one process imports, its children run the command and are killed.
+# Imports take seconds and a step milliseconds: one process imports, its forks run the command and are killed.
 KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -435,7 +436,7 @@ def test_twenty_kills_end_with_the_weights_of_an_undisturbed_run(tmp_path, recor
     config = write_config(
         tmp_path / "killed", data=str(recordings), output_dir=str(out), **options, checkpoint_steps=1
     )
-    done = in_a_process(KILLS, ROOT / "examples", config, out, 20)
+    done = run_python(KILLS, ROOT / "examples", config, out, 20)
     assert done.returncode == 0, done.stderr[-3000:]
     kills, while_saving, _ = map(int, done.stdout.split()[-3:])
     assert kills == 20 and while_saving >= 3
@@ -449,7 +450,7 @@ def test_resume_with_two_processes_goes_on_from_one(tmp_path, recordings):
     (tmp_path / "parts").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "parts" / "checkpoint-3")
     parts, parts_metrics, done = launch(tmp_path, "parts", 2)
-    assert "is of 1 process(es), and now there are 2" in done.stderr
+    assert "is of 1 process(es), but there are 2 now" in done.stderr
     assert max((whole[name] - parts[name]).abs().max().item() for name in whole) < 1e-4
     assert parts_metrics[-1]["loss"] == pytest.approx(whole_metrics[-1]["loss"], abs=1e-4)
 
@@ -465,10 +466,10 @@ def test_the_command_answers_signals_with_a_checkpoint_and_its_exit_code(tmp_pat
     assert process.stderr is not None
     while not (out / "metrics.jsonl").exists():
         assert process.poll() is None
-    os.killpg(process.pid, number)  # as a terminal or Slurm does: to the reading processes as well
+    os.killpg(process.pid, number)  # as a terminal or Slurm does: to the data loading processes as well
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == code, errors[-3000:]
-    assert "The same command goes on from there." in errors and "Traceback" not in errors
+    assert "The same command resumes from there." in errors and "Traceback" not in errors
     assert (
         read_checkpoint(find_checkpoints(out)[0]).step
         == json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
@@ -479,7 +480,7 @@ def test_default_configurations_can_be_parsed():
     assert parse_arguments([], CONFIGS / "tiny_cpu.yaml").run.resume == "auto"
 
 
-def test_the_main_process_checks_paths(tmp_path):
+def test_folders_without_checkpoints(tmp_path):
     assert find_checkpoints(tmp_path) == []
     with pytest.raises(CheckpointError, match=r"has no checkpoint\.json: it is unfinished, or from another program"):
         read_checkpoint(Path(tmp_path))

@@ -1,4 +1,4 @@
-"""`scale_to_batch`: the values for an eighth of a batch by hand, what they keep, and that nothing scales twice."""
+"""`scale_to_batch`: values for an eighth of the batch by hand, what they keep, and that nothing is scaled twice."""
 
 import math
 from dataclasses import asdict
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dinosr_hf.pretraining import ArgumentError, parse_arguments, tri_stage
+from dinosr_hf.pretraining import ArgumentError, parse_arguments
 from dinosr_hf.pretraining.scaling import Change, changes_table, format_value, scale_to_batch
+from dinosr_hf.training.schedules import tri_stage
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -44,7 +45,7 @@ EIGHTH = {
 }
 
 
-def test_an_eighth_of_the_paper_s_batch():
+def test_values_for_an_eighth_of_the_batch():
     scaled, changes = eighth()
     before, after = values(base("--step_seconds", "475")), values(scaled)
     changed = {name: after[name] for name in after if after[name] != before[name]}
@@ -62,7 +63,7 @@ def test_whole_numbers_stay_whole():
         assert isinstance(value, int) == isinstance(values(base())[name], int), name
 
 
-def test_clipping_and_codebook_annealing_where_they_are_used():
+def test_clipping_and_codebook_annealing_are_scaled_if_used():
     flags = ("--max_grad_norm", "2", "--codebook_decay", "0.5", "--codebook_end_decay", "0.9")
     scaled, changes = eighth(*flags, "--codebook_end_decay_step", "200")
     assert scaled.run.max_grad_norm == pytest.approx(2 * math.sqrt(8))
@@ -77,14 +78,14 @@ def test_clipping_and_codebook_annealing_where_they_are_used():
 
 
 @pytest.mark.parametrize(("seconds", "num_steps"), [(2500, 2), (3000, 1), (7600, 1), (1000, 4)])
-def test_codebooks_remember_the_same_audio_where_the_ratio_is_not_whole(seconds, num_steps):
+def test_codebooks_remember_the_same_audio_if_the_ratio_is_not_whole(seconds, num_steps):
     scaled, _ = scale_to_batch(base("--step_seconds", str(seconds)))
     assert scaled.model.codebook_update_steps == num_steps
     kept_a_second = scaled.model.codebook_decay ** (1 / (num_steps * seconds))
     assert kept_a_second == pytest.approx(0.9 ** (1 / 3800))
 
 
-def test_what_is_off_stays_off():
+def test_options_that_are_off_stay_off():
     scaled, changes = eighth("--save_steps", "0", "--freeze_teacher_step", "0", "--max_grad_norm", "0")
     assert (scaled.run.save_steps, scaled.model.freeze_teacher_step, scaled.run.max_grad_norm) == (0, 0, 0)
     scaled.model.freeze_teacher_step = None
@@ -96,14 +97,14 @@ def test_what_is_off_stays_off():
     assert tiny.model.freeze_teacher_step is None
 
 
-def test_what_is_about_the_machine_stays():
+def test_options_that_concern_the_machine_stay():
     before, after = values(base("--step_seconds", "475")), values(eighth()[0])
     for name in ("log_steps", "checkpoint_steps", "keep_checkpoints", "warmup_share", "hold_share", "final_lr_scale"):
         assert after[name] == before[name]
 
 
 @pytest.mark.parametrize("moves", [1, 7, 200_000])
-def test_the_teacher_s_last_move_is_at_the_same_audio(moves):
+def test_the_last_move_of_the_teacher_is_at_the_same_audio(moves):
     before = base("--step_seconds", "475", "--freeze_teacher_step", str(moves + 1))
     after, _ = scale_to_batch(before)
     paper, small = before.model_config(), after.model_config()
@@ -122,7 +123,7 @@ def test_schedule_and_annealing_are_the_same_over_audio():
             for n, a in ((step, before), (8 * step, after))
         ]
         assert factors[0] == pytest.approx(factors[1], rel=1e-6)
-        # Not the same to all digits: the line goes from start to end in decays, and powers of a line are no line.
+        # Only about the same: annealing is linear in the decay, and a power of a line is not a line.
         assert math.log(small.ema_decay_at(8 * step)) * 8 == pytest.approx(
             math.log(paper.ema_decay_at(step)), rel=0.01
         )
@@ -130,7 +131,7 @@ def test_schedule_and_annealing_are_the_same_over_audio():
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.98, 0.999])
 def test_an_average_keeps_its_memory_and_its_noise(decay):
-    """Impulse response after a reference step, and variance of an average of noise that is eight times as large."""
+    """Compare the impulse response after a reference step, and the variance for noise that is eight times as large."""
     kappa = 1 / 8
     scaled = decay**kappa
     assert scaled**8 == pytest.approx(decay)
@@ -145,7 +146,7 @@ def test_an_average_keeps_its_memory_and_its_noise(decay):
 
 
 def adam_walk(arguments, num_steps, noise, generator):
-    """Where AdamW takes weights whose gradients are noise around a small slope."""
+    """Return mean and deviation of weights that AdamW trains on gradients that are noise around a small slope."""
     run = arguments.run
     weights = torch.nn.Parameter(torch.full((4000,), 0.5))
     betas = (run.adam_beta1, run.adam_beta2)
@@ -170,7 +171,7 @@ def test_adam_gets_as_far_and_is_as_noisy_with_the_same_audio():
     assert unscaled_spread > 2 * spread
 
 
-def test_nothing_to_do_without_the_option():
+def test_without_the_option_nothing_changes():
     arguments = parse_arguments([str(CONFIGS / "base_ls960.yaml"), "--step_seconds", "475"], "unused")
     assert scale_to_batch(arguments) == (arguments, [])
 
@@ -190,18 +191,18 @@ def test_scaled_arguments_are_not_scaled_again(tmp_path):
     assert scale_to_batch(again) == (scaled, [])
 
 
-def test_given_arguments_stay_as_they_are():
+def test_the_given_arguments_are_not_modified():
     arguments = base("--step_seconds", "475")
     before = values(arguments)
     scale_to_batch(arguments)
     assert values(arguments) == before
 
 
-def test_there_and_back_again():
+def test_scaling_back_restores_the_values():
     scaled, _ = eighth()
     scaled.run.scale_to_batch, scaled.run.reference_step_seconds, scaled.data.step_seconds = True, 475.0, 3800.0
     back, _ = scale_to_batch(scaled)
-    # Decays next to 1 have lost a few digits.
+    # Decays close to 1 lose a few digits.
     expected = values(base()) | {"scale_to_batch": False, "reference_step_seconds": 475.0}
     numbers = {name for name, value in expected.items() if isinstance(value, float)}
     assert {n: values(back)[n] for n in numbers} == pytest.approx({n: expected[n] for n in numbers}, rel=1e-9)
@@ -243,21 +244,19 @@ def test_impossible_batches_are_refused(seconds, value):
         (1.0, "1"),
     ],
 )
-def test_values_are_written_to_be_read(value, expected):
+def test_format_value(value, expected):
     assert format_value(value) == expected
 
 
 @pytest.mark.parametrize("decay", np.linspace(0.5, 0.99999, 50))
-def test_decays_are_written_with_three_digits_of_what_they_lack(decay):
+def test_decays_keep_three_digits_of_their_distance_to_one(decay):
     assert 1 - float(format_value(decay)) == pytest.approx(1 - decay, rel=0.01)
 
 
-def test_changes_are_written_as_a_table():
+def test_changes_table():
     changes = [Change("learning_rate", 5e-4, 1.25e-4, "rule one"), Change("max_steps", 10, 80, "rule two")]
-    assert changes_table(changes, 1 / 8).splitlines() == [
-        "scale_to_batch: a step is 0.125 (kappa) of the reference step.",
+    assert changes_table(base("--step_seconds", "475"), changes).splitlines() == [
+        "scale_to_batch: a step is 0.125 (kappa) times the reference step.",
         "  learning_rate  0.0005 -> 0.000125  rule one",
         "  max_steps          10 ->       80  rule two",
     ]
-    assert str(changes[1]) == "max_steps: 10 -> 80 (rule two)"
-    assert "nothing is changed" in changes_table([], 1.0)

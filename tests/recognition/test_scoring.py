@@ -1,6 +1,8 @@
-"""Error rates: sums of edits by hand and by a plain dynamic programme, tables, and the metric of `evaluate`."""
+"""Error rates, checked by hand and by a plain dynamic programme; tables; the metric of `evaluate`."""
 
 import json
+import socket
+import sys
 
 import numpy as np
 import pytest
@@ -9,13 +11,13 @@ from dinosr_hf.recognition import score, speech_errors_metric
 
 pytest.importorskip("jiwer")
 
-# One substitution; one deletion and one insertion of words; a perfect one; all wrong, and more said than there was.
+# One substitution; two errors; a correct one; all wrong, with more words than the reference.
 REFERENCES = ["the ship sails", "a b", "moon", "oh"]
 PREDICTIONS = ["the sheep sails", "b c", "moon", "no no no"]
 
 
 def edits(reference, prediction):
-    """Levenshtein's distance, cell by cell."""
+    """Levenshtein distance, cell by cell."""
     table = np.zeros((len(reference) + 1, len(prediction) + 1), dtype=int)
     table[:, 0], table[0] = range(len(reference) + 1), range(len(prediction) + 1)
     for row, left in enumerate(reference, 1):
@@ -25,17 +27,17 @@ def edits(reference, prediction):
     return int(table[-1, -1])
 
 
-def test_rates_are_sums_of_edits():
+def test_rates_are_of_summed_edits():
     report = score(REFERENCES, PREDICTIONS)
     assert [row.word_errors for row in report.utterances] == [1, 2, 0, 3]
     assert report.wer == 6 / 7
-    # The control: a mean over utterances is another figure.
+    # Negative control: the mean over utterances differs.
     means = [row.word_errors / row.num_words for row in report.utterances]
     assert np.mean(means) == pytest.approx(4.3333 / 4, abs=1e-3)
     assert report.wer != pytest.approx(np.mean(means))
 
 
-def test_edits_are_those_of_a_plain_programme():
+def test_edits_equal_a_plain_dynamic_programme():
     generator = np.random.default_rng(0)
     texts = [" ".join(generator.choice(["a", "bc", "d"], size)) for size in (1, 2, 3, 5, 8, 13)]
     references, predictions = texts * 6, [text for text in [*texts[:5], ""] for _ in range(6)]
@@ -48,7 +50,7 @@ def test_edits_are_those_of_a_plain_programme():
     assert report.cer == sum(map(edits, references, predictions)) / characters
 
 
-def test_empty_texts_count():
+def test_empty_texts():
     report = score(["", "a b", ""], ["oh no", "", ""], ["x", "y", "z"])
     assert [(row.id, row.word_errors, row.character_errors) for row in report.utterances] == [
         ("x", 2, 5),
@@ -59,7 +61,7 @@ def test_empty_texts_count():
     assert report.confusions == {("", "oh"): 1, ("", "no"): 1, ("a", ""): 1, ("b", ""): 1}
 
 
-def test_confusions_are_words():
+def test_confusions_are_pairs_of_words():
     report = score(REFERENCES, PREDICTIONS)
     assert report.confusions[("ship", "sheep")] == 1
     assert sum(report.confusions.values()) == 6
@@ -70,13 +72,13 @@ def test_confusions_are_words():
 @pytest.mark.parametrize(
     ("references", "predictions", "ids", "message"),
     [
-        (["a"], ["a", "b"], None, "1 references, 2 predictions, 1 ids: give one each"),
-        (["a"], ["a"], ["x", "y"], "1 references, 1 predictions, 2 ids"),
+        (["a"], ["a", "b"], None, "1 references, 2 predictions and 1 ids. Give one of each per utterance"),
+        (["a"], ["a"], ["x", "y"], "1 references, 1 predictions and 2 ids"),
         (["", ""], ["a", "b"], None, "None of the references has a word"),
         ([], [], None, "None of the references has a word"),
     ],
 )
-def test_what_cannot_be_scored(references, predictions, ids, message):
+def test_invalid_texts_raise(references, predictions, ids, message):
     with pytest.raises(ValueError, match=message):
         score(references, predictions, ids)
 
@@ -101,19 +103,19 @@ def test_files_of_predictions_and_errors(tmp_path):
     assert "| 1 | a | b |" in table
 
 
-def test_tables_have_the_most_frequent_first():
+def test_tables_list_the_most_frequent_confusions():
     report = score(["a", "a", "b"], ["x", "x", "y"])
     table = report.to_markdown("dev", num_confusions=1)
     assert "| 2 | a | x |" in table
     assert "| b | y |" not in table
 
 
-def test_bars_do_not_break_the_table():
+def test_bars_are_escaped_in_tables():
     table = score(["a|b"], ["c"]).to_markdown("dev")
     assert "| 1 | a\\|b | c |" in table
 
 
-def test_metric_adds_up_batches():
+def test_metric_sums_over_batches():
     whole = speech_errors_metric().compute(references=REFERENCES, predictions=PREDICTIONS)
     report = score(REFERENCES, PREDICTIONS)
     assert (whole["wer"], whole["cer"]) == (report.wer, report.cer)
@@ -127,13 +129,20 @@ def test_metric_adds_up_batches():
     assert whole["wer"] != pytest.approx(np.mean(means))
 
 
-def test_metric_can_be_used_again_and_needs_no_network(monkeypatch):
-    import socket
+def test_metric_needs_no_network(monkeypatch):
+    import evaluate
 
     def refuse(*args, **kwargs):
-        raise AssertionError("a metric that goes online")
+        raise AssertionError("the metric connects to the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     metric = speech_errors_metric()
+    assert metric.name == "speech_errors" and isinstance(metric, evaluate.Metric)
     assert metric.compute(references=["a b"], predictions=["a c"])["wer"] == 0.5
-    assert metric.compute(references=["a"], predictions=["a"])["wer"] == 0.0
+    assert metric.compute(references=["a"], predictions=["a"])["wer"] == 0.0  # it can be used again
+
+
+def test_missing_evaluate_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    with pytest.raises(ImportError, match=r'Scoring needs evaluate: pip install "dinosr-hf\[asr\]"'):
+        speech_errors_metric()

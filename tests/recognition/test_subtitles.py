@@ -1,4 +1,4 @@
-"""Transcripts as text, JSON, SubRip and WebVTT: where captions are cut, and what is in the files to the letter."""
+"""Transcripts as text, JSON, SubRip and WebVTT: where captions are cut, and the exact content of files."""
 
 import json
 from itertools import pairwise
@@ -24,32 +24,32 @@ def texts(found):
     return [" ".join(caption.lines) for caption in found]
 
 
-def test_cut_at_a_pause():
+def test_captions_are_cut_at_pauses():
     found = captions(words_of("a b c d", [0, 0.5, 2, 2.5]))
     assert texts(found) == ["a b", "c d"]
     assert texts(captions(words_of("a b c d", [0, 0.5, 2, 2.5]), pause_seconds=1.3)) == ["a b c d"]
 
 
-def test_cut_what_is_too_long_where_the_pause_is_longest():
-    # Twelve characters fit: "aa bb cc dd" and its second half has the pause in front of "dd".
+def test_long_captions_are_cut_at_the_longest_pause():
+    # "aa bb cc dd" fits in twelve characters; the longest pause of its second half is before "dd".
     words = words_of("aa bb cc dd ee ff", [0, 0.6, 1, 1.6, 2.0, 2.4])
     assert texts(captions(words, max_characters=12, max_lines=1)) == ["aa bb cc", "dd ee ff"]
     assert texts(captions(words_of("aa bb cc dd ee"), max_characters=12, max_lines=1)) == ["aa bb cc dd", "ee"]
 
 
-def test_cut_what_lasts_too_long():
+def test_captions_of_long_duration_are_cut():
     assert texts(captions(words_of("a b c d e f g"), max_seconds=1.4)) == ["a b c", "d e f", "g"]
     assert texts(captions(words_of("a b", seconds=3), max_seconds=1)) == ["a", "b"]
 
 
-def test_lines():
+def test_captions_are_wrapped_into_lines():
     found = captions(words_of("one two three four", [0, 0.1, 0.2, 0.3], 0.1), max_characters=9)
     assert [caption.lines for caption in found] == [["one two", "three"], ["four"]]
     (long,) = captions(words_of("x" * 50))
     assert long.lines == ["x" * 50]
 
 
-def test_short_captions_stay_if_there_is_room():
+def test_short_captions_stay_for_the_minimum_time():
     found = captions(words_of("a b", [1.0, 2.5]))
     assert [(caption.start, caption.end) for caption in found] == [(1.0, 2.0), (2.5, 3.5)]
     found = captions(words_of("a b", [1.0, 1.6], 0.1), pause_seconds=0.4)
@@ -57,7 +57,7 @@ def test_short_captions_stay_if_there_is_room():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_captions_are_the_words_and_do_not_overlap(seed):
+def test_captions_have_all_words_and_do_not_overlap(seed):
     generator = np.random.default_rng(seed)
     starts = np.cumsum(generator.exponential(0.5, 200)) + 0.4
     words = [
@@ -106,14 +106,14 @@ def test_text_and_json():
     assert "é" in text
 
 
-def test_nothing_said():
+def test_empty_transcript():
     contents = {suffix: FORMATS[suffix](transcript()) for suffix in ("txt", "srt", "vtt")}
     assert contents == {"txt": "\n", "srt": "", "vtt": "WEBVTT\n"}
 
 
 @pytest.mark.parametrize("name", ["max_characters", "max_lines", "max_seconds", "pause_seconds"])
-def test_numbers_that_cannot_be(name):
-    with pytest.raises(ValueError, match=f"{name}=0 must be more than 0"):
+def test_invalid_numbers_raise(name):
+    with pytest.raises(ValueError, match=f"{name}=0 is out of range: it must be more than 0"):
         captions(words_of("a"), **{name: 0})
 
 

@@ -1,4 +1,4 @@
-"""From transcripts to labels and back: what is written down of it, what is counted, and what survives."""
+"""Transcripts to labels and back: normalisation, vocabulary, processors."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from dinosr_hf.utils.model_folder import feature_extractor
 
 
 class Silence(SpeechSource):
-    """Utterances of so many samples."""
+    """Silent utterances of 0.1 s."""
 
     def __init__(self, num_utterances):
         self.utterances = [Utterance(f"u{number}", 1_600) for number in range(num_utterances)]
@@ -43,11 +43,8 @@ def recognition(*labels, **arguments):
 
 
 def frames_of(labels, blank=0, repeats=2):
-    """Frames that spell labels: each several times, a blank after each."""
+    """Frames that spell labels: each label `repeats` times, then a blank."""
     return np.array([frame for label in labels for frame in [label] * repeats + [blank]], dtype=np.int64)
-
-
-# -- normalisation
 
 
 @pytest.mark.parametrize(
@@ -79,12 +76,12 @@ def test_normalisation(text, settings, wanted):
         ({"units": "words"}, "units='words' is unknown. Choose one of characters, phonemes"),
     ],
 )
-def test_unknown_normalisations(settings, message):
+def test_unknown_normalisation_raises(settings, message):
     with pytest.raises(ValueError, match=message):
         TextNormalization(**settings)
 
 
-def test_normalisation_is_written_down(tmp_path):
+def test_normalisation_is_saved(tmp_path):
     assert TextNormalization.load(tmp_path) is None
     normalize = TextNormalization(case="upper", keep="'&")
     normalize.save(tmp_path)
@@ -97,16 +94,13 @@ def test_normalisation_is_written_down(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"case": "title"}', '{"casing": "lower"}', "[", "3"])
-def test_a_file_that_is_no_normalisation_is_refused(tmp_path, content):
+def test_invalid_normalisation_file_raises(tmp_path, content):
     (tmp_path / NORMALIZATION_FILE).write_text(content)
-    with pytest.raises(ValueError, match=f"{NORMALIZATION_FILE} is no text normalisation"):
+    with pytest.raises(ValueError, match=f"{NORMALIZATION_FILE} is not a text normalisation"):
         TextNormalization.load(tmp_path)
 
 
-# -- vocabulary
-
-
-def test_vocabulary_is_that_of_the_texts():
+def test_vocabulary_has_the_characters_of_the_texts():
     wanted = ["<pad>", "<s>", "</s>", "<unk>", "|", "'", "a", "b", "ä"]
     assert list(build_vocabulary(["ab a", "bä'"])) == wanted
     assert list(build_vocabulary(["ab a", "bä'"]).values()) == list(range(9))
@@ -120,17 +114,17 @@ def test_vocabulary_of_phones():
 @pytest.mark.parametrize(
     ("texts", "units", "message"),
     [
-        ([], "characters", "No transcript has a label in it"),
-        (["", " "], "characters", "No transcript has a label in it"),
-        (["a <s>"], "phonemes", "have <s>, which are special tokens"),
+        ([], "characters", "All transcripts are empty after normalisation"),
+        (["", " "], "characters", "All transcripts are empty after normalisation"),
+        (["a <s>"], "phonemes", "contain the special tokens <s>"),
     ],
 )
-def test_texts_that_make_no_vocabulary(texts, units, message):
+def test_texts_without_vocabulary_raise(texts, units, message):
     with pytest.raises(ValueError, match=message):
         build_vocabulary(texts, units)
 
 
-def test_vocabulary_comes_from_the_training_transcripts_alone(caplog):
+def test_vocabulary_comes_from_the_training_transcripts_only(caplog):
     task = recognition("Hello, moon", "No?")
     tokenizer = task.processor.tokenizer
     assert set(tokenizer.get_vocab()) == {"<pad>", "<s>", "</s>", "<unk>", *"|helomn"}
@@ -145,43 +139,40 @@ def test_vocabulary_comes_from_the_training_transcripts_alone(caplog):
     assert "some data: 5 labels are not in the vocabulary: 'z' 3 times, 'ß' 2 times." in caplog.text
 
 
-def test_nothing_is_reported_of_the_training_transcripts(caplog):
+def test_training_transcripts_cause_no_warning(caplog):
     task = recognition("hello moon")
     task.targets(labelled("hello moon"))
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
 
 
-def test_characters_outside_of_the_vocabulary_are_errors(tmp_path):
+def test_characters_outside_the_vocabulary_count_as_errors(tmp_path):
     task = recognition("no oh")
     source = labelled("no", "zoo")
     targets = task.targets(source)
     predictions = [frames_of(target) for target in targets]
     assert task.report(source, predictions, tmp_path, "test") == {"wer": 0.5, "cer": 1 / 5}
-    # The best checkpoint is chosen by what can be spelt.
+    # The metric that selects the best checkpoint counts what the vocabulary can spell.
     prediction = type("P", (), {"predictions": predictions, "label_ids": targets})
     assert task.metrics(prediction) == {"wer": 0.0, "cer": 0.0}
 
 
-# -- labels and back
-
-
 @pytest.mark.parametrize("text", ["hello", "aa", "hello moon ooh", "o o", "don't", "a 'b' n't ."])
-def test_what_is_spelt_frame_by_frame_is_read_back(text):
+def test_spelled_frames_are_read_back(text):
     tokenizer = make_processor(build_vocabulary([text])).tokenizer
     (labels,), outside = encode([text], tokenizer)
     assert not outside
     assert texts_of([frames_of(labels)], tokenizer) == [text]
-    assert tokenizer.decode(frames_of(labels)) == text  # as the pipeline does
+    assert tokenizer.decode(frames_of(labels)) == text  # as in the pipeline
 
 
-def test_transformers_loses_double_letters_where_special_tokens_are_skipped():
-    # Why `texts_of` does not leave it to the tokenizer; when this fails, it can.
+def test_transformers_loses_double_letters_when_skipping_special_tokens():
+    # The reason why `texts_of` does not use `skip_special_tokens`; when this test fails, it can.
     tokenizer = make_processor(build_vocabulary(["hello"])).tokenizer
     (labels,), _ = encode(["hello"], tokenizer)
     assert tokenizer.decode(frames_of(labels), skip_special_tokens=True) == "helo"
 
 
-def test_phones_are_spelt_and_read_back(tmp_path):
+def test_spelled_phones_are_read_back(tmp_path):
     text = "HH AH L L OW"
     processor = make_processor(build_vocabulary([text], "phonemes"), "phonemes")
     processor.save_pretrained(tmp_path)
@@ -192,7 +183,7 @@ def test_phones_are_spelt_and_read_back(tmp_path):
         assert texts_of([frames_of(labels)], tokenizer) == [text]
 
 
-def test_special_labels_and_unread_utterances_are_nothing():
+def test_special_labels_and_unread_utterances_are_empty():
     tokenizer = make_processor(build_vocabulary(["ab"])).tokenizer
     a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
     frames = [np.array([1, a, 3, 2, b, b, 0, 0]), None, np.zeros(0, dtype=np.int64), np.zeros(3, dtype=np.int64)]
@@ -200,7 +191,7 @@ def test_special_labels_and_unread_utterances_are_nothing():
 
 
 def naive_text(frames, tokenizer):
-    """Join repeats, drop blanks and special tokens, spell: one frame after the other."""
+    """Merge repetitions, drop blanks and special tokens, and spell, frame by frame."""
     text, before = "", None
     for frame in frames.tolist():
         token = tokenizer.convert_ids_to_tokens(frame)
@@ -210,7 +201,7 @@ def naive_text(frames, tokenizer):
     return " ".join(text.split())
 
 
-def test_any_frames_read_as_one_by_one():
+def test_texts_of_equal_naive_text():
     tokenizer = make_processor(build_vocabulary(["abc"])).tokenizer
     generator = np.random.default_rng(0)
     frames = [generator.integers(0, len(tokenizer), size) for size in (1, 2, 7, 30, 101)]
@@ -224,18 +215,15 @@ def test_frames_needed(labels, needed):
     assert frames_needed(np.array(labels, dtype=np.int64)) == needed
 
 
-def test_what_cannot_be_trained_on():
+def test_utterances_excluded_from_training():
     task = recognition("hello")
     (target,) = task.targets(labelled("hello"))
-    assert task.unusable(target, 6) is None
-    assert task.unusable(target, 5) == "too short for their transcript"
-    assert task.unusable(np.zeros(0, dtype=np.int64), 9) == "with an empty transcript"
+    assert task.exclusion_reason(target, 6) is None
+    assert task.exclusion_reason(target, 5) == "too short for their transcript"
+    assert task.exclusion_reason(np.zeros(0, dtype=np.int64), 9) == "with an empty transcript"
 
 
-# -- processors
-
-
-def test_a_processor_is_what_transformers_opens(tmp_path):
+def test_transformers_loads_the_processor(tmp_path):
     make_processor(build_vocabulary(["hello moon"])).save_pretrained(tmp_path)
     processor, normalize = load_processor(tmp_path)
     assert normalize is None
@@ -250,7 +238,7 @@ def saved(folder, *labels, **arguments):
     return str(folder)
 
 
-def test_an_existing_processor_brings_vocabulary_and_normalisation(tmp_path):
+def test_existing_processor_sets_vocabulary_and_normalisation(tmp_path):
     name = saved(tmp_path, "HELLO MOON", case="upper")
     task = recognition("other letters", processor=name)
     assert task.processor.tokenizer.get_vocab() == build_vocabulary(["HELLO MOON"])
@@ -262,25 +250,25 @@ def test_an_existing_processor_brings_vocabulary_and_normalisation(tmp_path):
     assert TextNormalization.load(tmp_path) == task.normalization
 
 
-def test_another_normalisation_than_the_processor_s_is_refused(tmp_path):
+def test_normalisation_that_differs_from_the_processor_raises(tmp_path):
     name = saved(tmp_path, "hello", keep_punctuation="'-")
     assert recognition("x", processor=name, keep_punctuation="'-").normalization.keep == "'-"
-    with pytest.raises(ArgumentError, match=r"has units=characters, case=lower.* but this run was told.*case=upper"):
+    with pytest.raises(ArgumentError, match=r"has units=characters, case=lower.* but the arguments are.*case=upper"):
         recognition("x", processor=name, case="upper")
 
 
-def test_a_processor_without_normalisation_takes_the_run_s(tmp_path):
+def test_processor_without_normalisation_takes_the_arguments(tmp_path):
     make_processor(build_vocabulary(["A B"], "phonemes"), "phonemes").save_pretrained(tmp_path)
     assert recognition("x", processor=str(tmp_path)).normalization.units == "phonemes"
     make_processor(build_vocabulary(["HI"])).save_pretrained(tmp_path / "letters")
     assert recognition("x", processor=str(tmp_path / "letters"), case="upper").normalization.case == "upper"
-    with pytest.raises(ArgumentError, match=r"has units=characters.*was told units=phonemes"):
+    with pytest.raises(ArgumentError, match=r"has units=characters.*arguments are units=phonemes"):
         recognition("x", processor=str(tmp_path / "letters"), units="phonemes")
 
 
-def test_folders_without_a_tokenizer_are_refused(tmp_path):
-    with pytest.raises(ArgumentError, match=r"processor=.*nowhere has no processor with a tokenizer"):
+def test_folders_without_a_tokenizer_raise(tmp_path):
+    with pytest.raises(ArgumentError, match=r"processor=.*nowhere is neither a folder nor a model"):
         recognition("x", processor=str(tmp_path / "nowhere"))
     feature_extractor().save_pretrained(tmp_path)
-    with pytest.raises(ArgumentError, match=r"has a feature extractor, but no tokenizer|no processor with"):
+    with pytest.raises(ArgumentError, match=r"has a feature extractor but no tokenizer"):
         recognition("x", processor=str(tmp_path))

@@ -1,21 +1,31 @@
-"""How late a recogniser is, from where the signal is loud."""
+"""Emission delay: measured from the level of the signal, stored with the tokenizer, subtracted from times of words."""
+
+import json
 
 import numpy as np
 import pytest
 from test_decoding import LABELS, NAMED, TIMES, of_path, tokenizer_of
+from transformers import AutoProcessor, AutoTokenizer, pipeline
 
 from dinosr_hf import DinoSRConfig
 from dinosr_hf.data import LabelledSource, SpeechSource, Utterance
 from dinosr_hf.finetuning import Recognition, RecognitionArguments
-from dinosr_hf.recognition import GreedyDecoder
-from dinosr_hf.recognition.timing import MIN_WORDS, emission_delay, signal_level
+from dinosr_hf.recognition import GreedyDecoder, SpeechRecognitionPipeline, Transcriber, make_processor
+from dinosr_hf.recognition.timing import (
+    MIN_WORDS,
+    measure_emission_delay,
+    signal_level,
+    store_emission_delay,
+    stored_emission_delay,
+)
+from recognisers import save_models
 from tiny import tiny_config
 
 PAUSE, WORD = 0.17, 0.31
 
 
 def spoken(num_utterances=6, num_words=5, late=0.0, seed=0, noise=1e-3):
-    """Bursts of noise between pauses, and their times, `late` seconds later than they are."""
+    """Utterances of noise bursts between pauses, and the times of the bursts, shifted by `late` seconds."""
     generator = np.random.default_rng(seed)
     for _ in range(num_utterances):
         lengths = generator.uniform(0.6, 1.4, (num_words, 2)) * (PAUSE, WORD)
@@ -28,15 +38,15 @@ def spoken(num_utterances=6, num_words=5, late=0.0, seed=0, noise=1e-3):
 
 
 @pytest.mark.parametrize("late", [-0.12, 0.0, 0.05, 0.23])
-def test_delay_of_words_that_are_late(late):
-    assert emission_delay(spoken(late=late)) == pytest.approx(late, abs=0.011)
+def test_measured_delay(late):
+    assert measure_emission_delay(spoken(late=late)) == pytest.approx(late, abs=0.011)
 
 
-def test_words_are_found_in_noise():
-    assert emission_delay(spoken(late=0.1, noise=0.05)) == pytest.approx(0.1, abs=0.011)
+def test_measured_delay_in_noise():
+    assert measure_emission_delay(spoken(late=0.1, noise=0.05)) == pytest.approx(0.1, abs=0.011)
 
 
-def test_level_is_clipped_below_the_loudest():
+def test_level_is_clipped_40_db_below_the_loudest_step():
     level = signal_level(np.concatenate([np.zeros(333), np.full(333, 0.1), np.zeros(1)]).astype(np.float32))
     assert level.shape == (4,)
     assert level.max() == pytest.approx(-20, abs=0.1)
@@ -54,11 +64,11 @@ def test_level_is_clipped_below_the_loudest():
         pytest.param([(wave[:4_000], words) for wave, words in spoken(num_utterances=9)], id="too short"),
     ],
 )
-def test_no_delay_where_there_is_none_to_find(utterances):
-    assert emission_delay(utterances) is None
+def test_no_delay_is_measured(utterances):
+    assert measure_emission_delay(utterances) is None
 
 
-def test_times_are_earlier_by_the_delay():
+def test_delay_is_subtracted_from_times():
     path = ["<pad>", "<pad>", "a", "a", "<pad>", "b", "|", "|", "<pad>", "a", "<pad>", "<pad>"]
 
     def times(**options):
@@ -68,27 +78,73 @@ def test_times_are_earlier_by_the_delay():
         return [time for _, *span in found.words for time in span]
 
     assert times(delay_seconds=0.03) == pytest.approx([time - 0.03 for time in times()])
-    # Nothing is said before the recording begins or after it ends.
+    # Times stay within the recording.
     assert min(times(delay_seconds=0.1)) == 0.0
     assert max(times(delay_seconds=-0.1)) == pytest.approx(0.245)
     for delay in (0.5, -0.5):
         assert times(delay_seconds=delay) == sorted(times(delay_seconds=delay))
 
 
-def test_a_decoder_takes_the_delay_of_the_model(tmp_path):
-    tokenizer = tokenizer_of(tmp_path, LABELS)
-    config = tiny_config(vocab_size=5, pad_token_id=1, emission_delay=0.12)
+def config_of_earlier_releases(delay):
+    """A configuration that has the delay, as config.json of earlier releases does: unknown keys become attributes."""
+    return DinoSRConfig.from_dict({**tiny_config(vocab_size=5, pad_token_id=1).to_dict(), "emission_delay": delay})
+
+
+@pytest.mark.parametrize("units", ["characters", "phonemes"])
+def test_delay_is_saved_with_the_processor(tmp_path, units):
+    processor = make_processor({label: index for index, label in enumerate(["<pad>", "a", "|", "<unk>"])}, units)
+    config = tiny_config(vocab_size=4, pad_token_id=0)
+    assert GreedyDecoder.from_tokenizer(processor.tokenizer, config).delay_seconds == 0.0
+    store_emission_delay(processor.tokenizer, 0.12)
+    processor.save_pretrained(tmp_path / "first")
+    AutoProcessor.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")  # as an export does
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "second")
     assert GreedyDecoder.from_tokenizer(tokenizer, config).delay_seconds == 0.12
     assert GreedyDecoder.from_tokenizer(tokenizer, config, delay_seconds=0.0).delay_seconds == 0.0
 
 
-def test_a_delay_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"emission_delay=2 is out of range: it must be at least -1 and at most 1"):
-        DinoSRConfig(emission_delay=2)
+def test_delay_of_earlier_releases_is_read_from_the_configuration(tmp_path):
+    tokenizer, config = tokenizer_of(tmp_path, LABELS), config_of_earlier_releases(0.12)
+    config.save_pretrained(tmp_path)
+    assert stored_emission_delay(tokenizer, DinoSRConfig.from_pretrained(tmp_path)) == 0.12
+    assert GreedyDecoder.from_tokenizer(tokenizer, config).delay_seconds == 0.12
+    store_emission_delay(tokenizer, 0.0)  # a later fine-tuning
+    assert GreedyDecoder.from_tokenizer(tokenizer, config).delay_seconds == 0.0
 
 
-class Spoken(SpeechSource):
-    """The waveforms of `spoken`."""
+def test_delay_out_of_range_raises(tmp_path):
+    tokenizer = tokenizer_of(tmp_path, LABELS)
+    store_emission_delay(tokenizer, 2.0)
+    with pytest.raises(ValueError, match=r"emission_delay=2.0 in .* must be at least -1 and at most 1"):
+        stored_emission_delay(tokenizer, DinoSRConfig())
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "configuration"])
+def test_transcriber_and_pipeline_subtract_the_stored_delay(tmp_path, where):
+    save_models(tmp_path)
+    wave = np.random.default_rng(0).standard_normal(8_000).astype(np.float32)
+
+    def starts():
+        (transcript,) = Transcriber.from_folder(tmp_path / "recogniser").transcribe(WaveformSource([wave]))
+        recognise = pipeline(
+            "automatic-speech-recognition",
+            model=str(tmp_path / "recogniser"),
+            pipeline_class=SpeechRecognitionPipeline,
+        )
+        chunks = recognise(wave, return_timestamps="word")["chunks"]
+        return [word.start for word in transcript.words], [chunk["timestamp"][0] for chunk in chunks]
+
+    before = starts()
+    file = tmp_path / "recogniser" / {"tokenizer": "tokenizer_config.json", "configuration": "config.json"}[where]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "emission_delay": 0.02}))
+    for late, early in zip(before, starts(), strict=True):
+        inside = [number for number, start in enumerate(late) if 0.05 < start < 0.4]
+        assert len(inside) > 2
+        assert [early[number] for number in inside] == pytest.approx([late[number] - 0.02 for number in inside])
+
+
+class WaveformSource(SpeechSource):
+    """Waveforms in memory."""
 
     def __init__(self, waveforms):
         self.waveforms, self.skipped = waveforms, {}
@@ -98,14 +154,18 @@ class Spoken(SpeechSource):
         return self.waveforms[index]
 
 
-@pytest.mark.parametrize("late", [0, 6], ids=["at once", "six frames late"])
+@pytest.mark.parametrize("late", [0, 6], ids=["no delay", "six frames"])
 def test_fine_tuning_measures_the_delay(late):
     task = Recognition(RecognitionArguments())
     utterances = list(spoken())
-    source = LabelledSource(Spoken([wave for wave, _ in utterances]), ["a a a a a"] * len(utterances))
+    source = LabelledSource(WaveformSource([wave for wave, _ in utterances]), ["a a a a a"] * len(utterances))
     task.prepare(source)
     config = DinoSRConfig(**task.config_changes())
-    assert config.emission_delay == 0
+
+    def delay():
+        return stored_emission_delay(task.processor.tokenizer, config)
+
+    assert delay() == 0
     letter, delimiter = (task.processor.tokenizer.convert_tokens_to_ids(label) for label in ("a", "|"))
     paths = []
     for wave, words in utterances:
@@ -115,8 +175,8 @@ def test_fine_tuning_measures_the_delay(late):
             path[first : last + 1] = letter
             path[last + 1] = delimiter
         paths.append(path)
-    config.emission_delay = 0.5  # of an earlier calibration: it does not count
+    store_emission_delay(task.processor.tokenizer, 0.5)  # of an earlier calibration, to be ignored
     task.calibrate(config, source, [*paths[:-1], None])
-    assert config.emission_delay == pytest.approx(late * 0.02, abs=0.021)
+    assert delay() == pytest.approx(late * 0.02, abs=0.021)
     task.calibrate(config, source, [None] * len(paths))
-    assert config.emission_delay == pytest.approx(late * 0.02, abs=0.021)
+    assert delay() == pytest.approx(late * 0.02, abs=0.021)

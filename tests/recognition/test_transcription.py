@@ -1,4 +1,4 @@
-"""Recordings of any length to text: windows, normalisation, joining, batches, bad files, the script."""
+"""Transcription of recordings of any length: windows, pauses, batches, unreadable files, the script."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 from audio_files import noise, sf
 from dinosr_hf import DinoSRForCTC
 from dinosr_hf.data import FileSource, normalize_waveform, open_recordings
-from dinosr_hf.inference.windowed import mean_and_variance, plan_windows
+from dinosr_hf.inference.windowed import RunningMoments, plan_windows
 from dinosr_hf.recognition import Transcriber
 from dinosr_hf.recognition.decoding import DecodingOptions, GreedyDecoder
 from dinosr_hf.recognition.transcription import (
@@ -27,7 +27,7 @@ from tolerances import SAME_ARITHMETIC
 
 LENGTHS = {"short": 30, "a": 1_234, "b": 2_345, "long": 9_871}
 
-# Frames that reach into a frame of the tiny model: three convolutions with a kernel of 5.
+# Frames of context that a frame of the tiny model sees without attention: three convolutions with a kernel of 5.
 REACH = 6
 
 
@@ -40,7 +40,7 @@ def recogniser(tmp_path_factory):
 
 @pytest.fixture
 def recordings(tmp_path):
-    """Noise that becomes louder, so that parts normalised by themselves would not fit."""
+    """Noise that gets louder, so that normalising each window by itself would show."""
     folder = tmp_path / "recordings"
     folder.mkdir()
     for seed, (name, length) in enumerate(LENGTHS.items()):
@@ -48,33 +48,33 @@ def recordings(tmp_path):
     return folder
 
 
-def local(model):
-    """Without attention a frame depends on its neighbours only."""
+def without_attention(model):
+    """Remove attention, so that a frame depends on its neighbours only."""
     with torch.no_grad():
         for layer in model.dinosr.encoder.layers:
             layer.attention.out_proj.weight.zero_()
     return model
 
 
-class Listening(GreedyDecoder):
-    """Keeps the emissions that it is given."""
+class RecordingDecoder(GreedyDecoder):
+    """A greedy decoder that keeps the emissions it is given."""
 
     def decode(self, log_probs, num_best=1):
-        self.heard = np.array(log_probs)
+        self.emissions = np.array(log_probs)
         return super().decode(log_probs, num_best)
 
 
 def transcriber(folder, model=None, **seconds):
     model = model or DinoSRForCTC.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
-    decoder = Listening.from_tokenizer(processor.tokenizer, model.config)
+    decoder = RecordingDecoder.from_tokenizer(processor.tokenizer, model.config)
     return Transcriber(model, processor, decoder, **seconds)
 
 
 def emissions_of(folder, path, model=None, **seconds):
     reader = transcriber(folder, model, **seconds)
     (transcript,) = reader.transcribe(FileSource([path]))
-    return reader.decoder.heard, transcript
+    return reader.decoder.emissions, transcript
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def in_one_pass(model, path):
 @pytest.mark.parametrize(
     ("num_frames", "window", "context"), [(0, 9, 2), (9, 9, 2), (10, 9, 2), (101, 9, 4), (77, 9, 0)]
 )
-def test_windows_are_the_recording(num_frames, window, context):
+def test_windows_cover_the_recording(num_frames, window, context):
     windows = plan_windows(num_frames, window, context)
     assert [frame for w in windows for frame in range(w.first, w.last)] == list(range(num_frames))
     for w in windows:
@@ -96,21 +96,21 @@ def test_windows_are_the_recording(num_frames, window, context):
     assert (len(windows) == 1) == (num_frames <= window)
 
 
-def test_mean_and_variance_of_parts():
+def test_mean_and_variance_over_parts():
     samples = noise(1_001).astype(np.float64) * 3 + 100
-    mean, variance = mean_and_variance(np.split(samples, [1, 7, 500]))
-    assert mean == pytest.approx(samples.mean(), rel=1e-12)
-    assert variance == pytest.approx(samples.var(), rel=1e-9)
+    moments = RunningMoments(parts=np.split(samples, [1, 7, 500]))
+    assert moments.mean == pytest.approx(samples.mean(), rel=1e-12)
+    assert moments.variance == pytest.approx(samples.var(), rel=1e-9)
 
 
 @pytest.mark.parametrize(
     ("pattern", "pieces"),
     [
         ("aaa", ["aaa"]),
-        ("aaaaaa.aaa", ["aaaaaa.", "aaa"]),  # the only pause
-        ("aaaa...a.aaaa", ["aaaa..", ".a.aaaa"]),  # the longest of the second half
-        ("..a.aaaaaaaaa", ["..a.", "aaaaaaaa", "a"]),  # the last of the first half
-        ("aaaaaaaaaaa", ["aaaaaaaa", "aaa"]),  # none
+        ("aaaaaa.aaa", ["aaaaaa.", "aaa"]),  # at the only pause
+        ("aaaa...a.aaaa", ["aaaa..", ".a.aaaa"]),  # at the longest pause of the second half
+        ("..a.aaaaaaaaa", ["..a.", "aaaaaaaa", "a"]),  # at the last pause of the first half
+        ("aaaaaaaaaaa", ["aaaaaaaa", "aaa"]),  # no pause
         ("..........", ["......", "...."]),
         ("", [""]),
     ],
@@ -121,7 +121,7 @@ def test_pieces_are_cut_at_pauses(pattern, pieces):
 
 
 @pytest.mark.parametrize("max_frames", [2, 3, 8, 50])
-def test_pieces_are_the_recording(max_frames):
+def test_pieces_cover_the_recording(max_frames):
     for seed in range(20):
         is_pause = np.random.default_rng(seed).random(97) < 0.4
         cuts = cut_at_pauses(is_pause, max_frames)
@@ -136,7 +136,7 @@ def path_emissions(labels):
     return rows
 
 
-def test_pauses_have_a_delimiter():
+def test_pauses_are_runs_of_blanks_with_a_delimiter():
     decoder = GreedyDecoder(LABELS, blank_id=0, word_delimiter_id=4, special_ids=[1, 2, 3])
     blank, line = "<pad>", "|"
     found = pauses(path_emissions([blank, "A", blank, "B", blank, line, blank, "C", line, line, "D"]), decoder)
@@ -145,7 +145,7 @@ def test_pauses_have_a_delimiter():
     assert pauses(path_emissions([blank, "A", blank, "B"]), phones).tolist() == [True, False, True, False]
 
 
-def test_words_part_at_long_pauses():
+def test_words_are_split_at_long_pauses():
     decoder = GreedyDecoder(LABELS, blank_id=0, word_delimiter_id=4, special_ids=[1, 2, 3])
     blank = "<pad>"
     labels = [*[blank] * 5, "A", "B", *[blank] * 2, "A", *[blank] * 3, "C", "|", *[blank] * 4, "D", *[blank] * 9]
@@ -157,7 +157,7 @@ def test_words_part_at_long_pauses():
         return decoder.decode(changed)[0].text, np.flatnonzero((changed != before).any(axis=1)).tolist()
 
     assert text(5) == ("ABAC D", [])
-    assert text(4) == ("ABAC D", [16])  # beside a delimiter
+    assert text(4) == ("ABAC D", [16])  # next to a delimiter
     assert text(3) == ("ABA C D", [11, 16])
     assert text(2) == ("AB A C D", [7, 11, 16])
     np.testing.assert_array_equal(before, path_emissions(labels))
@@ -165,7 +165,7 @@ def test_words_part_at_long_pauses():
     np.testing.assert_array_equal(split_words_at_pauses(before, phones, 2), before)
 
 
-def test_the_transcriber_parts_words_at_pauses(recogniser, recordings):
+def test_transcriber_splits_words_at_pauses(recogniser, recordings):
     options = {"window_seconds": 1.0, "context_seconds": 0.0}
     _, calm = emissions_of(recogniser, recordings / "long.wav", **options)
     _, hasty = emissions_of(recogniser, recordings / "long.wav", pause_seconds=0.0025, **options)
@@ -173,7 +173,7 @@ def test_the_transcriber_parts_words_at_pauses(recogniser, recordings):
     assert len(calm.words) < len(hasty.words)
 
 
-def test_pieces_are_read_as_the_whole():
+def test_decoding_in_pieces_equals_decoding_the_whole():
     generator = np.random.default_rng(3)
     labels = [str(label) for label in generator.choice(["<pad>", "<pad>", "|", "A", "B"], 400)]
     decoder = GreedyDecoder(LABELS, blank_id=0, word_delimiter_id=4, special_ids=[1, 2, 3], tail_seconds=0.0)
@@ -182,12 +182,12 @@ def test_pieces_are_read_as_the_whole():
     assert found.text == whole.text and found.score == pytest.approx(whole.score)
     for left, right in zip(found.words, whole.words, strict=True):
         assert left.end == pytest.approx(right.end)
-        assert left.start == pytest.approx(right.start, abs=decoder.lead_seconds)  # cut by the piece's beginning
+        assert left.start == pytest.approx(right.start, abs=decoder.lead_seconds)  # clipped at the start of the piece
     blind = [decoder.decode(log_probs[at : at + 60])[0].text for at in range(0, 400, 60)]
     assert " ".join(blind) != whole.text
 
 
-def test_a_recording_of_one_window_is_what_the_model_says(recogniser, recordings):
+def test_recording_of_one_window_equals_the_model(recogniser, recordings):
     model = DinoSRForCTC.from_pretrained(recogniser).eval()
     found, transcript = emissions_of(recogniser, recordings / "b.wav", model)
     expected = in_one_pass(model, recordings / "b.wav")
@@ -199,8 +199,8 @@ def test_a_recording_of_one_window_is_what_the_model_says(recogniser, recordings
 
 
 @pytest.mark.parametrize("window_seconds", [0.051, 0.1])
-def test_windows_are_joined_to_the_whole(recogniser, recordings, window_seconds):
-    model = local(DinoSRForCTC.from_pretrained(recogniser).eval())
+def test_joined_windows_equal_one_pass(recogniser, recordings, window_seconds):
+    model = without_attention(DinoSRForCTC.from_pretrained(recogniser).eval())
     expected = in_one_pass(model, recordings / "long.wav")
 
     def found(context_frames):
@@ -214,8 +214,8 @@ def test_windows_are_joined_to_the_whole(recogniser, recordings, window_seconds)
     assert np.abs(np.exp(without) - np.exp(expected)).max() > 0.1 and other.text != transcript.text
 
 
-def test_context_brings_windows_near_the_whole(recogniser, recordings):
-    # With attention they cannot be equal.
+def test_more_context_is_closer_to_one_pass(recogniser, recordings):
+    # With attention, windows cannot equal one pass.
     model = DinoSRForCTC.from_pretrained(recogniser).eval()
     expected = in_one_pass(model, recordings / "long.wav")
     errors = []
@@ -227,7 +227,7 @@ def test_context_brings_windows_near_the_whole(recogniser, recordings):
     assert errors[2] < errors[1] < errors[0] and errors[2] < 0.9 * errors[0]
 
 
-def test_no_more_audio_at_once_than_a_batch(recogniser, recordings):
+def test_audio_is_read_in_parts_of_at_most_a_batch(recogniser, recordings):
     source, sizes = open_recordings([recordings]), []
     load = source.load
     source.load = lambda index, start=0, num_samples=None: sizes.append(num_samples) or load(index, start, num_samples)
@@ -235,7 +235,7 @@ def test_no_more_audio_at_once_than_a_batch(recogniser, recordings):
     assert max(sizes) <= 0.06 * 16_000 < max(LENGTHS.values())
 
 
-def test_batches_change_nothing_but_the_order(recogniser, recordings):
+def test_transcripts_do_not_depend_on_the_batch(recogniser, recordings):
     source, seconds = open_recordings([recordings]), []
     options = {"window_seconds": 0.2, "context_seconds": 0.02}
     alone = list(transcriber(recogniser, batch_seconds=0.01, **options).transcribe(source))
@@ -247,10 +247,10 @@ def test_batches_change_nothing_but_the_order(recogniser, recordings):
         assert left._replace(score=0) == right._replace(score=0)
         assert left.score == pytest.approx(right.score, abs=1e-2)
     assert sum(seconds) == pytest.approx(sum(LENGTHS.values()) / 16_000)
-    assert alone[-1].text == "" and alone[-1].words == []  # less than a frame
+    assert alone[-1].text == "" and alone[-1].words == []  # shorter than a frame
 
 
-def test_what_has_gone_bad_is_left_out(recogniser, recordings, caplog):
+def test_unreadable_recordings_are_skipped(recogniser, recordings, caplog):
     source = open_recordings([recordings])
     (recordings / "long.wav").write_bytes(b"gone")
     reader = transcriber(recogniser, window_seconds=0.1, context_seconds=0.01)
@@ -259,8 +259,8 @@ def test_what_has_gone_bad_is_left_out(recogniser, recordings, caplog):
     assert caplog.text.count("long.wav is left out") == 1
 
 
-def test_what_cannot_be_is_refused(recogniser):
-    with pytest.raises(ValueError, match=r"context_seconds=5.0 on both sides leaves nothing of window_seconds=10"):
+def test_invalid_arguments_raise(recogniser):
+    with pytest.raises(ValueError, match=r"window_seconds=10.* must be more than twice context_seconds=5\.0"):
         transcriber(recogniser, window_seconds=10.0)
     with pytest.raises(ValueError, match="context_seconds=-1"):
         transcriber(recogniser, context_seconds=-1)
@@ -270,13 +270,13 @@ def test_what_cannot_be_is_refused(recogniser):
         transcriber(recogniser, pause_seconds=0)
     with pytest.raises(ValueError, match=r"dtype='int8' is unknown. Choose one of float32"):
         Transcriber.from_folder(recogniser, dtype="int8")
-    with pytest.raises(ValueError, match=r"decoding=x.json is for beam search, and greedy"):
+    with pytest.raises(ValueError, match=r"decoding=x.json is for beam search, but greedy"):
         Transcriber.from_folder(recogniser, decoding="x.json", greedy=True)
     with pytest.raises(ValueError, match=r"x.json is not a file"):
         Transcriber.from_folder(recogniser, decoding="x.json")
 
 
-def test_half_precision(recogniser, recordings):
+def test_half_precision_is_close(recogniser, recordings):
     source = FileSource([recordings / "b.wav"])
     (exact,) = Transcriber.from_folder(recogniser).transcribe(source)
     (half,) = Transcriber.from_folder(recogniser, dtype="bfloat16").transcribe(source)
@@ -284,7 +284,7 @@ def test_half_precision(recogniser, recordings):
     assert half.score == pytest.approx(exact.score, rel=0.1)
 
 
-def test_the_folder_says_how_to_decode(recogniser, recordings, tmp_path):
+def test_decoding_json_of_the_folder_is_used(recogniser, recordings, tmp_path):
     pytest.importorskip("flashlight")
     source = FileSource([recordings / "b.wav"])
     words = tmp_path / "words.txt"
@@ -334,14 +334,14 @@ def test_script_writes_files(main, recogniser, recordings, tmp_path, capsys):
     main([*command, "--overwrite"])
 
 
-def test_script_complains(main, recogniser, recordings, tmp_path):
+def test_script_reports_errors(main, recogniser, recordings, tmp_path):
     (recordings / "bad.wav").write_text("no audio")
     with pytest.raises(SystemExit, match=r"transcribe.py: 1 recordings could not be read"):
         main([str(recogniser), str(recordings)])
-    with pytest.raises(SystemExit, match=r"4 recordings make as many .vtt files. Give --output_dir"):
+    with pytest.raises(SystemExit, match=r"--format vtt writes one file per recording, and there are 4: give --out"):
         main([str(recogniser), str(recordings), "--format", "vtt"])
     sf.write(recordings / "b.flac", noise(1_000), 16_000)
     with pytest.raises(SystemExit, match=r"b.flac, b.wav would all be written to"):
         main([str(recogniser), str(recordings), "--output_dir", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match=r"has no processor with a tokenizer|has no tokenizer|no tokenizer"):
+    with pytest.raises(SystemExit, match=r"^transcribe.py: \S+pretrained has no tokenizer: vocab\.json"):
         main([str(recogniser.parent / "pretrained"), str(recordings)])

@@ -1,4 +1,4 @@
-"""Tuning of decoding: what is tried, how errors are counted, and the script from a folder to decoding.json."""
+"""Tuning of decoding: the pairs, the counts of errors, and the script that writes decoding.json."""
 
 import csv
 import importlib.util
@@ -13,7 +13,7 @@ import torch
 from dinosr_hf import DinoSRForCTC
 from dinosr_hf.recognition import make_processor
 from dinosr_hf.recognition.decoding import BeamSearchDecoder, DecodingOptions
-from dinosr_hf.recognition.tuning import Trial, grid, random_pairs, tune
+from dinosr_hf.recognition.tuning import Trial, random_pairs, tune
 from language_models import write_arpa
 from tiny import deterministic_config
 
@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "tune_decoding.py"
 
 
 def emissions(text, doubt=0.0):
-    """Emissions of a text with a blank after each label; `doubt` goes from a to b and back."""
+    """Emissions of a text with a blank after each label; `doubt` is the logit of the other letter, b for a."""
     logits = np.full((2 * len(text), len(LABELS)), -9.0)
     logits[1::2, 0] = 0
     for frame, label in enumerate(text.replace(" ", "|")):
@@ -33,10 +33,6 @@ def emissions(text, doubt=0.0):
     return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
 
 
-def test_grid():
-    assert grid([0.0, 2.0], [-1.0, 1.0]) == [(0.0, -1.0), (0.0, 1.0), (2.0, -1.0), (2.0, 1.0)]
-
-
 def test_random_pairs():
     pairs = random_pairs(200, lm_weights=(1.0, 3.0), word_scores=(-2.0, 0.0), seed=3)
     weights, scores = np.transpose(pairs)
@@ -44,14 +40,14 @@ def test_random_pairs():
     assert -2 <= scores.min() < -1.8 and -0.2 < scores.max() <= 0
     assert random_pairs(7, lm_weights=(1.0, 3.0), word_scores=(-2.0, 0.0), seed=3) == pairs[:7]
     assert random_pairs(7, lm_weights=(1.0, 3.0), word_scores=(-2.0, 0.0), seed=4) != pairs[:7]
-    with pytest.raises(ValueError, match=r"lm_weights=\(3, 1\) must be the least and the greatest"):
+    with pytest.raises(ValueError, match=r"lm_weights=\(3, 1\) must be the minimum and the maximum"):
         random_pairs(7, lm_weights=(3, 1))
     with pytest.raises(ValueError, match="num_pairs=0 must be at least 1"):
         random_pairs(0)
 
 
-class Parrot:
-    """Says what it is given, where the weights are right, else something else."""
+class EchoDecoder:
+    """A decoder that returns its input if lm_weight is 2, else \"a x\"."""
 
     def __init__(self, lm_weight, word_score):
         self.right = lm_weight == 2.0
@@ -60,41 +56,41 @@ class Parrot:
         return [type("Said", (), {"text": text if self.right else "a x"})]
 
 
-def test_errors_are_summed():
-    # "a x" for "a b a" is 2 errors, for "b" 2, for "" 2: 6 of 4 words, where the mean of rates would be another.
+def test_errors_are_summed_over_utterances():
+    # "a x" has 2 errors against each of "a b a", "b" and "": 6 errors in 4 words; the mean of rates differs.
     seen = []
     said = ["A b a", "b", ""]
-    trials = tune(Parrot, said, ["a b A", "b", ""], [(1.0, 0.5), (2.0, 0.0), (3.0, 0.0)], normalize=str.lower)
+    trials = tune(EchoDecoder, said, ["a b A", "b", ""], [(1.0, 0.5), (2.0, 0.0), (3.0, 0.0)], normalize=str.lower)
     assert trials == [Trial(2.0, 0.0, 0, 4), Trial(1.0, 0.5, 6, 4), Trial(3.0, 0.0, 6, 4)]
     assert trials[1].word_error_rate == 1.5
-    trials = tune(Parrot, said, ["a b A", "b", ""], [(2.0, 0.0)], on_trial=seen.append)
-    assert seen == trials == [Trial(2.0, 0.0, 2, 4)], "without normalisation, A is not a"
+    trials = tune(EchoDecoder, said, ["a b A", "b", ""], [(2.0, 0.0)], on_trial=seen.append)
+    assert seen == trials == [Trial(2.0, 0.0, 2, 4)], "without normalisation, A differs from a"
 
 
 @pytest.mark.parametrize(
     ("said", "references", "pairs", "message"),
     [
-        (["a"], ["a", "b"], [(1.0, 0.0)], "1 utterances and 2 references"),
+        (["a"], ["a", "b"], [(1.0, 0.0)], "2 references, 1 predictions"),
         (["a"], ["a"], [], "no pairs of weights"),
         (["a"], [""], [(1.0, 0.0)], "None of the references has a word"),
     ],
     ids=["numbers", "pairs", "words"],
 )
-def test_what_cannot_be_tuned_is_refused(said, references, pairs, message):
+def test_invalid_arguments_raise(said, references, pairs, message):
     with pytest.raises(ValueError, match=message):
-        tune(Parrot, said, references, pairs)
+        tune(EchoDecoder, said, references, pairs)
 
 
-def test_the_weight_that_is_needed_is_found(tmp_path):
-    # The ear hears b for a as often as not; the model has never seen b.
+def test_tuning_finds_the_better_weight(tmp_path):
+    # The emissions favour b over a; the language model has never seen b.
     texts = ["a aa", "aa a aa", "a"]
     model = str(write_arpa(tmp_path / "lm.arpa", texts * 3, order=2))
     rows = [emissions(text, doubt=0.2) for text in texts]
     decoder = BeamSearchDecoder(LABELS, words=["a", "aa", "b", "bb"], options=DecodingOptions(model), **NAMED)
-    trials = tune(decoder.reweighted, rows, texts, grid([0.0, 1.0], [0.0]))
+    trials = tune(decoder.reweighted, rows, texts, [(0.0, 0.0), (1.0, 0.0)])
     assert [trial[:2] for trial in trials] == [(1.0, 0.0), (0.0, 0.0)]
     assert trials[0].word_errors == 0 < trials[1].word_errors
-    assert trials == tune(decoder.reweighted, rows, texts, grid([0.0, 1.0], [0.0]))
+    assert trials == tune(decoder.reweighted, rows, texts, [(0.0, 0.0), (1.0, 0.0)])
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +126,7 @@ def recogniser(tmp_path_factory):
     return folder
 
 
-def test_the_script_writes_what_it_found(recogniser, script, capsys):
+def test_script_writes_the_best_trial(recogniser, script, capsys):
     arguments = [str(recogniser / name) for name in ("model", "dev", "model/lm.arpa")]
     script.main([*arguments, "--lm_weights", "0", "1", "--word_scores", "-9", "9", "--batch_seconds", "0.1"])
     printed = capsys.readouterr().out
@@ -145,7 +141,7 @@ def test_the_script_writes_what_it_found(recogniser, script, capsys):
     assert rates == sorted(rates) and rates[0] < rates[-1]
 
 
-def test_the_script_without_a_lexicon(recogniser, script, capsys, tmp_path):
+def test_script_without_a_lexicon(recogniser, script, capsys, tmp_path):
     arguments = [str(recogniser / name) for name in ("model", "dev", "labels.arpa")]
     script.main(
         [*arguments, "--no_lexicon", "--trials", "3", "--max_utterances", "2", "--output", str(tmp_path / "d.json")]
@@ -168,7 +164,7 @@ def test_emissions_do_not_depend_on_the_batch(recogniser, script):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_the_script_says_what_is_wrong(recogniser, script):
+def test_script_reports_errors(recogniser, script):
     arguments = [str(recogniser / name) for name in ("model", "dev")]
     with pytest.raises(SystemExit, match=r"tune_decoding\.py: The language model .* is not a file"):
         script.main([*arguments, str(recogniser / "nothing.arpa")])

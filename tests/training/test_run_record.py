@@ -1,4 +1,4 @@
-"""`run.json`: complete or refused, and what pre-training writes into it."""
+"""`run.json`: complete or refused, and the record that pre-training writes."""
 
 import dataclasses
 import json
@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from dinosr_hf.pretraining import run
-from dinosr_hf.pretraining.checkpoint import CheckpointError
+from dinosr_hf.pretraining import CheckpointError, run
 from dinosr_hf.training.run_record import (
     RunRecord,
     describe_hardware,
@@ -34,14 +33,14 @@ RECORD = RunRecord(
 )
 
 
-def test_record_is_read_as_it_was_written(tmp_path):
+def test_a_record_is_read_as_it_was_written(tmp_path):
     (tmp_path / "run.json").write_text("of an earlier run")
     assert write_record(tmp_path, RECORD) == tmp_path / "run.json"
     assert read_record(str(tmp_path)) == RECORD
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_what_a_record_says_of_this_machine_is_of_the_right_form(tmp_path):
+def test_versions_hardware_and_times_of_this_machine_are_valid(tmp_path):
     record = dataclasses.replace(
         RECORD, versions=library_versions(), hardware=describe_hardware(2), started=time_now(), finished=time_now()
     )
@@ -53,56 +52,56 @@ def test_what_a_record_says_of_this_machine_is_of_the_right_form(tmp_path):
     ("changes", "message"),
     [
         ({"task": "translation"}, "task must be one of pretraining"),
-        ({"arguments": []}, "arguments must be arguments by their names"),
+        ({"arguments": []}, "arguments must map names to values"),
         ({"base_model": 3}, "base_model must be a name or null"),
         ({"data": [{"name": "corpus"}]}, "data must be a list, each with name, split, hours and utterances"),
         ({"steps": "many"}, "steps must be a number of updates"),
         ({"evaluation": [{"wer": 0.1}]}, "evaluation must be a list, each with dataset, split and num_utterances"),
         (
             {"evaluation": [{"dataset": "a", "split": None, "num_utterances": 2, "bleu": 3}]},
-            "evaluation has bleu, which is none of wer, cer, accuracy",
+            "evaluation has bleu, which is not one of wer, cer, accuracy",
         ),
-        ({"versions": "new ones"}, "versions must be versions by the libraries' names"),
+        ({"versions": "new ones"}, "versions must map libraries to versions"),
         ({"started": "yesterday"}, "started must be a time"),
-        ({"started": "2026-11-25T09:00:00"}, "started must be a time"),  # where?
-        ({"finished": None}, "finished is not a time: the run was not seen to its end"),
-        ({"hardware": ""}, "hardware must say what the run ran on"),
-        ({"mood": "good"}, "mood is no field of it"),
+        ({"started": "2026-11-25T09:00:00"}, "started must be a time"),  # no time zone
+        ({"finished": None}, "finished is not a time: the run did not finish"),
+        ({"hardware": ""}, "hardware must not be empty"),
+        ({"mood": "good"}, "mood is not a known field"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_record_that_cannot_be_so_is_refused(tmp_path, changes, message):
+def test_invalid_fields_are_refused(tmp_path, changes, message):
     (tmp_path / "run.json").write_text(json.dumps(dataclasses.asdict(RECORD) | changes))
     with pytest.raises(ValueError, match=message):
         read_record(tmp_path)
 
 
-def test_all_that_is_missing_is_named(tmp_path):
+def test_all_missing_fields_are_named(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"task": "pretraining"}))
-    with pytest.raises(ValueError, match=r"run\.json is no complete record") as caught:
+    with pytest.raises(ValueError, match=r"run\.json is not a complete record") as caught:
         read_record(tmp_path)
     missing = set(re.findall(r"- (\w+) is missing", str(caught.value)))
     assert missing == {field.name for field in dataclasses.fields(RunRecord)} - {"task"}
 
 
-def test_no_record_or_none_that_can_be_read(tmp_path):
-    with pytest.raises(ValueError, match=r"has no run\.json, the record that a run leaves"):
+def test_a_missing_or_unreadable_record_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no run\.json, which every run writes"):
         read_record(tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
         read_record(tmp_path)
     (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds a list"):
+    with pytest.raises(ValueError, match="must be an object with the fields of a run, not a list"):
         read_record(tmp_path)
 
 
-def test_a_wrong_record_is_not_written(tmp_path):
-    with pytest.raises(ValueError, match="This record is no complete record of a run"):
+def test_an_invalid_record_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="This record is not a complete record of a run"):
         write_record(tmp_path, dataclasses.replace(RECORD, task="sleep"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pretraining_records_itself(tmp_path, recordings):
+def test_pretraining_writes_a_record(tmp_path, recordings):
     arguments = tiny_arguments(tmp_path, recordings, max_steps=2, eval_steps=2, eval_data=str(recordings))
     run(arguments)
     record = read_record(tmp_path / "out")
@@ -117,13 +116,13 @@ def test_pretraining_records_itself(tmp_path, recordings):
     assert record.finished >= record.started
 
 
-def test_a_run_that_was_stopped_is_not_finished_and_goes_on_with_its_record(tmp_path, recordings, monkeypatch):
+def test_a_stopped_run_is_unfinished_and_keeps_its_start_time(tmp_path, recordings, monkeypatch):
     arguments = tiny_arguments(tmp_path, recordings, max_steps=2, checkpoint_steps=1)
     with monkeypatch.context() as patch:
-        patch.setattr("dinosr_hf.pretraining.loop.save_model", lambda *_: 1 / 0)
+        patch.setattr("dinosr_hf.pretraining.loop.save_folder", lambda *_: 1 / 0)
         with pytest.raises(CheckpointError, match="could not be written"):
             run(arguments)
-    with pytest.raises(ValueError, match="the run was not seen to its end"):
+    with pytest.raises(ValueError, match="the run did not finish"):
         read_record(tmp_path / "out")
     path = tmp_path / "out" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "2026-01-01T00:00:00+00:00"}))

@@ -1,4 +1,4 @@
-"""The learning rate over a run: hand-computed values of each schedule, and the choice among them."""
+"""Learning rate schedules: hand-computed values of each, and the choice among them."""
 
 import pickle
 import warnings
@@ -21,7 +21,7 @@ SHARES = {"warmup_share": 0.1, "hold_share": 0.4, "final_lr_scale": 0.01}
         (100, 1.0),
         (499, 1.0),
         (500, 1.0),
-        (750, 0.1),  # half way down, in logarithms
+        (750, 0.1),  # half way down on a logarithmic scale
         (1000, 0.01),
         (5000, 0.01),
     ],
@@ -50,7 +50,7 @@ def make(name, max_steps=1000):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_warm_up_is_the_same_in_all(name):
+def test_all_schedules_have_the_same_warm_up(name):
     schedule = make(name)
     for step in range(100):
         assert schedule(step) == tri_stage(step, max_steps=1000, **SHARES)
@@ -58,7 +58,7 @@ def test_warm_up_is_the_same_in_all(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 7])
-def test_short_runs_have_rates_too(name, max_steps):
+def test_short_runs(name, max_steps):
     schedule = make(name, max_steps)
     assert all(0 < schedule(step) <= 1 for step in range(max_steps + 2))
 
@@ -94,19 +94,19 @@ def test_unknown_schedule_is_refused():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("cosine", {"hold_share": 0.2}, "hold_share=0.2 counts for nothing: schedule=cosine has none"),
-        ("constant", {"hold_share": 0.2}, "hold_share=0.2 counts for nothing"),
-        ("constant", {"final_lr_scale": 0.5}, "final_lr_scale=0.5 counts for nothing: schedule=constant has none"),
+        ("cosine", {"hold_share": 0.2}, "hold_share=0.2 is ignored: schedule=cosine does not use it"),
+        ("constant", {"hold_share": 0.2}, "hold_share=0.2 is ignored"),
+        ("constant", {"final_lr_scale": 0.5}, "final_lr_scale=0.5 is ignored: schedule=constant does not use it"),
     ],
     ids=["cosine_hold", "constant_hold", "constant_final"],
 )
-def test_an_option_without_use_is_warned_of(name, changes, message):
+def test_an_ignored_option_gives_a_warning(name, changes, message):
     with pytest.warns(UserWarning, match=message):
         make_schedule(RunArguments(schedule=name, **changes))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_defaults_warn_of_nothing(name):
+def test_defaults_give_no_warning(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_schedule(RunArguments(schedule=name))

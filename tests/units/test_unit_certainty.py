@@ -1,4 +1,4 @@
-"""Units with scores: the same units, and scores that can be computed by hand."""
+"""Units with scores: the units of the model, and scores that equal a direct computation."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def recordings(tmp_path_factory):
     return open_recordings([folder])
 
 
-def values(recordings, name):
+def input_values(recordings, name):
     index = [utterance.id for utterance in recordings.utterances].index(name)
     return torch.from_numpy(normalize_waveform(recordings.load(index)))[None]
 
@@ -40,30 +40,30 @@ def values(recordings, name):
 @pytest.mark.parametrize("reference_padding", [False, True], ids=["ours", "reference"])
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("layer", [2, 3])
-def test_units_are_those_of_the_model(recordings, layer, source, reference_padding):
+def test_units_equal_encode_units(recordings, layer, source, reference_padding):
     model = tiny_model(reference_padding=reference_padding)
     found = {units.id: units for units in scored_units(model, recordings, layer=layer, source=source)}
     assert found.keys() == {"short.wav", "a.wav", "b.wav"}
     for name in ("a.wav", "b.wav"):
-        expected, _ = model.encode_units(values(recordings, name), layer=layer, source=source)
+        expected, _ = model.encode_units(input_values(recordings, name), layer=layer, source=source)
         np.testing.assert_array_equal(found[name].codes, expected[0])
         assert found[name].codes.shape == found[name].scores.shape and found[name].scores.dtype == np.float32
     assert found["short.wav"].codes.shape == (0,)
     assert len(np.unique(found["b.wav"].codes)) > 1
 
 
-def test_scores_of_the_student_are_probabilities(model, recordings):
+def test_student_scores_are_probabilities(model, recordings):
     units = next(scored_units(model, recordings, layer=3, source="student"))
     with torch.no_grad():
-        hidden = model.dinosr(values(recordings, units.id)).last_hidden_state[0]
+        hidden = model.dinosr(input_values(recordings, units.id)).last_hidden_state[0]
         expected = torch.softmax(model.heads[1](hidden), dim=-1)
     np.testing.assert_allclose(units.scores, expected.max(dim=-1).values, **SAME_ARITHMETIC)
 
 
-def test_scores_of_the_teacher_are_distances(model, recordings):
+def test_teacher_scores_are_negative_distances(model, recordings):
     seconds = []
     units, *_ = scored_units(model, recordings, layer=2, source="teacher", on_progress=seconds.append)
-    samples = values(recordings, units.id)
+    samples = input_values(recordings, units.id)
     with torch.no_grad():
         targets = model.compute_targets(samples, model.dinosr(samples).extract_features)[0, 0]
     distances = (targets[:, None] - model.codebooks.codewords[0]).square().mean(dim=-1).sqrt()
@@ -75,6 +75,6 @@ def test_scores_of_the_teacher_are_distances(model, recordings):
     ("options", "message"),
     [({"layer": 1}, "layer=1 has no codebook"), ({"layer": 2, "source": "pupil"}, "source='pupil' is unknown")],
 )
-def test_refused(model, recordings, options, message):
+def test_invalid_arguments_raise(model, recordings, options, message):
     with pytest.raises(ValueError, match=message):
         next(scored_units(model, recordings, **options))

@@ -1,4 +1,4 @@
-"""A corpus of units on disk: the script, shards, several processes, kills, and what is refused."""
+"""A corpus of units on disk: the script, shards, several processes, kills, errors."""
 
 import json
 import os
@@ -17,9 +17,11 @@ from filelock import FileLock
 
 from audio_files import noise, sf
 from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.analysis.segmentation import find_runs
 from dinosr_hf.data import open_recordings
-from dinosr_hf.units import LayerKMeans, UnitCorpus, UnitExtractor, corpus, deduplicate, load_units
+from dinosr_hf.units import LayerKMeans, UnitCorpus, UnitExtractor, load_units
 from dinosr_hf.units.corpus import shards_of, share_of
+from dinosr_hf.utils import files
 from dinosr_hf.utils.model_folder import save_folder
 from scripts import load_script
 from tiny import randomize, tiny_config
@@ -51,14 +53,14 @@ def script():
 
 @pytest.fixture
 def command(model_folder, folder, tmp_path):
-    """Layer 2, and a shard for every second recording or so."""
+    """Arguments for layer 2, with a shard for about every second recording."""
     out = str(tmp_path / "units")
     flags = ["--output_dir", out, "--layers", "2", "--shard_seconds", "0.1", "--device", "cpu"]
     return [str(model_folder), str(folder), *flags, "--batch_seconds", "0.1", "--num_threads", "1"]
 
 
 def rows_of(out):
-    """id -> row; every line is whole, and no id comes twice."""
+    """id -> row; every line is complete, and no id is duplicated."""
     found = [json.loads(line) for shard in shards_of(out) for line in shard.read_text().splitlines()]
     counts = Counter(row["id"] for row in found)
     assert not counts or max(counts.values()) == 1
@@ -76,15 +78,15 @@ def expected_rows(model_folder, folder, layers=(2,), source="student"):
     [([3, 3, 1, 3], [3, 1, 3], [2, 1, 1]), ([0], [0], [1]), ([], [], []), ([5, 5], [5], [2])],
     ids=str,
 )
-def test_runs_are_one(codes, units, durations):
+def test_runs_of_a_unit_are_merged(codes, units, durations):
     codes = np.array(codes, dtype=np.int64)
-    found, lasting = deduplicate(codes)
-    assert found.tolist() == units and lasting.tolist() == durations
-    np.testing.assert_array_equal(np.repeat(found, lasting), codes)
+    starts, lasting = find_runs(codes)
+    assert codes[starts].tolist() == units and lasting.tolist() == durations
+    np.testing.assert_array_equal(np.repeat(codes[starts], lasting), codes)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 5, 30])
-def test_every_recording_is_of_one_process(folder, num_processes):
+def test_each_recording_belongs_to_one_process(folder, num_processes):
     recordings = open_recordings([folder])
     shares = [share_of(recordings, process, num_processes) for process in range(num_processes)]
     assert sorted(index for share in shares for index in share) == list(range(NUM_RECORDINGS))
@@ -101,9 +103,9 @@ def test_the_script_writes_units(script, command, model_folder, folder, tmp_path
     summary = json.loads((out / "summary.json").read_text())
     assert summary["num_recordings"] == NUM_RECORDINGS and summary["num_units"] == 7 and summary["left_out"] == {}
     assert summary["files"] == [shard.name for shard in shards_of(out)] and len(summary["files"]) > 5
-    assert re.search(r"23 recordings, 0.00 hours, .* s of audio at [\d,]+ hours an hour", capsys.readouterr().out)
+    assert re.search(r"23 recordings, 0.00 hours, .* s of audio at [\d,]+ hours per hour", capsys.readouterr().out)
     before = {path: path.stat().st_mtime_ns for path in shards_of(out)}
-    script.main(command)  # nothing is left to do
+    script.main(command)  # nothing to do
     assert {path: path.stat().st_mtime_ns for path in shards_of(out)} == before
 
 
@@ -128,7 +130,7 @@ def test_several_layers_are_columns(script, command, model_folder, folder, tmp_p
 
 
 def kill_when(words, out, num_shards):
-    """Start a process, and kill it as soon as there are so many shards. Returns whether it was still at work."""
+    """Start a process and kill it once there are `num_shards` shards; return whether it was still running."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         until = time.monotonic() + 120
@@ -141,9 +143,9 @@ def kill_when(words, out, num_shards):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(script, command, model_folder, folder, tmp_path):
+def test_killed_run_resumes(script, command, model_folder, folder, tmp_path):
     out = tmp_path / "units"
-    # Slow enough to be killed within a shard: the write of each takes a while, between the file and its name.
+    # Slow down the write of each shard, between content and rename, so that a kill falls into it.
     slow = (
         "import os, sys, time, runpy; sync = os.fsync; os.fsync = lambda file: (time.sleep(0.05), sync(file));"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -160,27 +162,28 @@ def test_a_killed_run_goes_on(script, command, model_folder, folder, tmp_path):
     assert not list(out.glob(".unfinished-*"))
 
 
-def test_what_is_half_written_does_not_count(script, command, model_folder, folder, tmp_path, monkeypatch):
-    out, calls = tmp_path / "units", []
+def test_half_written_shards_do_not_count(script, command, model_folder, folder, tmp_path, monkeypatch):
+    out, flushed = tmp_path / "units", []
 
-    def rename(aside, path):
-        calls.append(path)
-        if len(calls) == 4:
+    def flush(path):
+        flushed.append(path)
+        if len(flushed) == 7:  # settings.json and each shard are flushed twice: file and folder
             raise OSError("the disk is full")
-        original(aside, path)
+        original(path)
 
-    original = corpus.rename_whole
-    monkeypatch.setattr(corpus, "rename_whole", rename)
+    original = files.flush_to_disk
+    monkeypatch.setattr(files, "flush_to_disk", flush)
     with pytest.raises(SystemExit, match=r"extract_units\.py: the disk is full"):
         script.main(command)
     monkeypatch.undo()
-    assert list(out.glob(".unfinished-*")) and 0 < len(rows_of(out)) < NUM_RECORDINGS
+    assert 0 < len(rows_of(out)) < NUM_RECORDINGS
+    (out / f"{files.TEMPORARY_PREFIX}0123456789ab").write_text('{"id": "of a killed proc')
     script.main(command)
     assert {name: [row["units"]] for name, row in rows_of(out).items()} == expected_rows(model_folder, folder)
     assert not list(out.glob(".unfinished-*"))
 
 
-def test_what_is_there_is_written_before_an_error_goes_on(model_folder, folder, tmp_path):
+def test_units_so_far_are_written_when_interrupted(model_folder, folder, tmp_path):
     recordings = open_recordings([folder])
     extractor = UnitExtractor(DinoSRForPreTraining.from_pretrained(model_folder), layers=[2], batch_seconds=0.1)
     seconds = []
@@ -196,8 +199,8 @@ def test_what_is_there_is_written_before_an_error_goes_on(model_folder, folder, 
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(script, command, model_folder, folder, tmp_path):
-    # Several processes on a CPU: torchrun starts them (with --cpu, accelerate wants MPI, and starts a single one).
+def test_two_processes_write_the_same_as_one(script, command, model_folder, folder, tmp_path):
+    # Several processes on a CPU, by torchrun: with --cpu, accelerate needs MPI and starts a single process.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--multi_gpu"]
     launch += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--main_process_port", str(29500 + os.getpid() % 2000)]
@@ -213,14 +216,14 @@ def test_two_processes_write_what_one_writes(script, command, model_folder, fold
     assert done.stdout.count("23 recordings") == 1
 
 
-def test_a_process_extracts_with_its_share_of_the_cores(script, command):
+def test_process_uses_its_share_of_the_cores(script, command):
     script.main(command)
     assert torch.get_num_threads() == 1
     script.main([*command, "--num_threads", "0"])
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))
 
 
-def test_a_split_of_a_folder(script, command, folder, tmp_path):
+def test_split_of_a_folder(script, command, folder, tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("train", "test"):
         (tmp_path / "data" / name).symlink_to(folder, target_is_directory=True)
@@ -228,7 +231,7 @@ def test_a_split_of_a_folder(script, command, folder, tmp_path):
     assert len(rows_of(tmp_path / "units")) == NUM_RECORDINGS
 
 
-def test_another_number_of_processes_goes_on(model_folder, folder, tmp_path):
+def test_resume_with_another_number_of_processes(model_folder, folder, tmp_path):
     recordings = open_recordings([folder])
     extractor = UnitExtractor(DinoSRForPreTraining.from_pretrained(model_folder), layers=[2])
     with UnitCorpus(tmp_path, {}, process=1, num_processes=3) as units:
@@ -239,17 +242,17 @@ def test_another_number_of_processes_goes_on(model_folder, folder, tmp_path):
     assert len(rows_of(tmp_path)) == NUM_RECORDINGS
 
 
-def test_bad_recordings_are_listed(script, model_folder, tmp_path, capsys, monkeypatch):
+def test_unreadable_recordings_are_listed(script, model_folder, tmp_path, capsys, monkeypatch):
     for name in ("good", "bad", "worse"):
         sf.write(tmp_path / f"{name}.wav", noise(900), 16_000)
     (tmp_path / "worse.wav").write_bytes(b"no audio")
 
-    def open_then_spoil(names):
+    def open_then_damage(names):
         source = open_recordings(names)
         (tmp_path / "bad.wav").write_bytes(b"gone")
         return source
 
-    monkeypatch.setattr(script, "open_recordings", open_then_spoil)
+    monkeypatch.setattr(script, "open_recordings", open_then_damage)
     words = [str(model_folder), str(tmp_path), "--layers", "2", "--device", "cpu", "--output_dir"]
     script.main([*words, str(tmp_path / "units")])
     summary = json.loads((tmp_path / "units" / "summary.json").read_text())
@@ -257,19 +260,19 @@ def test_bad_recordings_are_listed(script, model_folder, tmp_path, capsys, monke
     assert "2 recordings could not be read" in capsys.readouterr().err
     sf.write(tmp_path / "bad.wav", noise(900), 16_000)
     monkeypatch.undo()
-    script.main([*words, str(tmp_path / "units")])  # it is good again
+    script.main([*words, str(tmp_path / "units")])  # it is readable again
     assert set(rows_of(tmp_path / "units")) == {"good.wav", "bad.wav"}
     assert list(json.loads((tmp_path / "units" / "summary.json").read_text())["left_out"]) == ["worse.wav"]
 
 
 def test_the_script_writes_features(script, command, tmp_path, capsys):
     script.main([*command, "--features", "npy", "--layers", "1", "3"])
-    assert f"{NUM_RECORDINGS} recordings, of each 2 file(s), in {tmp_path / 'units'}" in capsys.readouterr().out
+    assert f"{NUM_RECORDINGS} recordings, with 2 file(s) each, in {tmp_path / 'units'}" in capsys.readouterr().out
     files = sorted(path.relative_to(tmp_path / "units").as_posix() for path in (tmp_path / "units").rglob("*.npy"))
     assert len(files) == 2 * NUM_RECORDINGS and files[0] == "layer-1/00.npy"
 
 
-def test_the_scripts_cluster(script, command, model_folder, folder, tmp_path, capsys):
+def test_scripts_fit_and_use_kmeans(script, command, model_folder, folder, tmp_path, capsys):
     file = str(tmp_path / "kmeans.safetensors")
     fit = load_script("examples/fit_kmeans.py")
     words = [str(model_folder), str(folder), "--output", file, "--num_clusters", "11", "--device", "cpu"]
@@ -281,29 +284,31 @@ def test_the_scripts_cluster(script, command, model_folder, folder, tmp_path, ca
     expected = extractor.units(open_recordings([folder]), kmeans=LayerKMeans.load(file))
     assert {name: row["units"] for name, row in found.items()} == {u.id: u.codes[0].tolist() for u in expected}
     assert json.loads((tmp_path / "units" / "summary.json").read_text())["num_units"] == 11
+    with pytest.raises(SystemExit, match=r"^fit_kmeans.py: --output must end in \.safetensors\.$"):
+        fit.main(["nowhere", "nothing.wav", "--output", "k.bin"])
     with pytest.raises(SystemExit, match=r"fit_kmeans.py: num_clusters=9999"):
         fit.main([*words, "--num_clusters", "9999", "--layer", "1"])
 
 
-def test_other_settings_want_another_folder(script, command):
+def test_other_settings_need_another_folder(script, command):
     script.main(command)
-    with pytest.raises(SystemExit, match=r"has units with layers=\[2\], and now it is \[3\]"):
+    with pytest.raises(SystemExit, match=r"has units with layers=\[2\], but this run has layers=\[3\]"):
         script.main([*command, "--layers", "3"])
-    with pytest.raises(SystemExit, match="has units with format='jsonl', and now it is 'parquet'"):
+    with pytest.raises(SystemExit, match="has units with format='jsonl', but this run has format='parquet'"):
         script.main([*command, "--format", "parquet"])
 
 
-def test_two_runs_at_once_are_refused(tmp_path):
-    with UnitCorpus(tmp_path, {}), pytest.raises(ValueError, match="is being written by another run"):
+def test_second_run_at_once_raises(tmp_path):
+    with UnitCorpus(tmp_path, {}), pytest.raises(ValueError, match="Another run is writing to"):
         UnitCorpus(tmp_path, {}).open()
-    orphan = FileLock(tmp_path / ".lock-001").acquire()  # its launcher was killed, and it was not
-    with pytest.raises(ValueError, match=r"another run \(.lock-001\). Wait for it, or stop all"):
+    orphan = FileLock(tmp_path / ".lock-001").acquire()  # a process that outlived its launcher
+    with pytest.raises(ValueError, match=r"\(.lock-001 is locked\). Wait for it, or stop all"):
         UnitCorpus(tmp_path, {}).open()
     orphan.lock.release()
     UnitCorpus(tmp_path, {}).open()
 
 
-def test_what_cannot_be_is_refused(script, command, tmp_path):
+def test_invalid_arguments_raise(script, command, tmp_path):
     with pytest.raises(ValueError, match=r"form='csv' is unknown. Choose one of jsonl, parquet"):
         UnitCorpus(tmp_path, {}, form="csv")
     with pytest.raises(ValueError, match="shard_seconds=0 must be more than 0"):
@@ -312,9 +317,9 @@ def test_what_cannot_be_is_refused(script, command, tmp_path):
         UnitCorpus(tmp_path, {}, process=2, num_processes=2)
     with pytest.raises(ValueError, match="has no units"):
         load_units(tmp_path)
-    with pytest.raises(SystemExit, match="--split is of one input, but there are 2"):
+    with pytest.raises(SystemExit, match="--split needs a single input, but there are 2"):
         script.main([command[0], command[1], *command[1:], "--split", "train"])
-    with pytest.raises(SystemExit, match=r"--features writes no units. Leave out --kmeans and --deduplicate"):
+    with pytest.raises(SystemExit, match="--features cannot be combined with --kmeans and --deduplicate"):
         script.main([*command, "--features", "npy", "--deduplicate"])
     with pytest.raises(SystemExit, match=r"extract_units.py: layer=1 has no codebook"):
         script.main([*command, "--layers", "1"])

@@ -1,16 +1,16 @@
-"""Recordings to units and features: windows, joined normalisation, k-means, files, bad recordings."""
+"""Extraction of units and features: windows, normalisation, k-means, feature files, unreadable recordings."""
 
 import sys
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from audio_files import noise, sf
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 from dinosr_hf.data import normalize_waveform, open_recordings
-from dinosr_hf.units import FeatureFiles, LayerKMeans, UnitExtractor, fit_kmeans, load_model
+from dinosr_hf.units import FeatureFiles, LayerKMeans, UnitExtractor, fit_layer_kmeans, load_model
 from dinosr_hf.utils.model_folder import save_folder
 from tiny import randomize, tiny_config
 from tolerances import SAME_ARITHMETIC
@@ -18,7 +18,7 @@ from tolerances import SAME_ARITHMETIC
 LENGTHS = {"deep/short": 30, "a": 1_234, "b": 2_345, "long": 9_871}
 SOURCES = ("student", "teacher")
 
-# Frames that reach into a frame of the tiny model: three convolutions with a kernel of 5.
+# Seconds of context that a frame of the tiny model sees without attention: three convolutions with a kernel of 5.
 REACH = 6 * 20 / 16_000
 
 
@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Noise that becomes louder, so that parts normalised by themselves would not fit."""
+    """Noise that gets louder, so that normalising each window by itself would show."""
     path = tmp_path_factory.mktemp("recordings")
     (path / "deep").mkdir()
     for seed, (name, length) in enumerate(LENGTHS.items()):
@@ -43,7 +43,7 @@ def recordings(folder):
     return open_recordings([folder])
 
 
-def local(model):
+def without_attention(model):
     """A copy without attention, in which a frame depends on its neighbours only."""
     copy = DinoSRForPreTraining(model.config).eval()
     copy.load_state_dict(model.state_dict())
@@ -54,7 +54,7 @@ def local(model):
     return copy
 
 
-def in_one_pass(model, path, layers, source):
+def units_in_one_pass(model, path, layers, source):
     samples, _ = sf.read(path, dtype="float32")
     return model.encode_units(torch.from_numpy(normalize_waveform(samples))[None], layers=layers, source=source)[0][
         :, 0
@@ -62,37 +62,37 @@ def in_one_pass(model, path, layers, source):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_authors_padding_does_not_reach_other_recordings(model, folder, recordings, source):
+def test_reference_padding_does_not_mix_recordings(model, folder, recordings, source):
     config = DinoSRConfig(**{**model.config.to_diff_dict(), "reference_padding": True})
     padded = DinoSRForPreTraining(config).eval()
     padded.load_state_dict(model.state_dict())
     for units in UnitExtractor(padded, layers=[3, 2], source=source).units(recordings):
         if units.codes.shape[1]:
-            wanted = in_one_pass(padded, folder / units.id, [3, 2], source)
+            wanted = units_in_one_pass(padded, folder / units.id, [3, 2], source)
             assert np.array_equal(units.codes, wanted), units.id
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_units_are_those_of_the_model(model, folder, recordings, source):
+def test_units_equal_encode_units(model, folder, recordings, source):
     seconds = []
     extractor = UnitExtractor(model, layers=[3, 2], source=source)
     found = list(extractor.units(recordings, on_progress=seconds.append))
     assert [units.id for units in found] == ["long.wav", "b.wav", "a.wav", "deep/short.wav"]
     for units in found[:-1]:
-        np.testing.assert_array_equal(units.codes, in_one_pass(model, folder / units.id, [3, 2], source))
-    assert found[-1].codes.shape == (2, 0)  # less than a frame
+        np.testing.assert_array_equal(units.codes, units_in_one_pass(model, folder / units.id, [3, 2], source))
+    assert found[-1].codes.shape == (2, 0)  # shorter than a frame
     assert sum(seconds) == pytest.approx(sum(LENGTHS.values()) / 16_000)
     assert extractor.frame_seconds == 20 / 16_000
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_windows_leave_no_seams(model, folder, recordings, source):
-    near = local(model)
-    expected = in_one_pass(near, folder / "long.wav", [2, 3], source)
+def test_units_of_windows_equal_one_pass(model, folder, recordings, source):
+    plain = without_attention(model)
+    expected = units_in_one_pass(plain, folder / "long.wav", [2, 3], source)
 
     def found(context_seconds):
         seconds = {"window_seconds": 0.051, "context_seconds": context_seconds, "batch_seconds": 0.2}
-        extractor = UnitExtractor(near, layers=[2, 3], source=source, **seconds)
+        extractor = UnitExtractor(plain, layers=[2, 3], source=source, **seconds)
         return next(extractor.units(recordings, indices=[recordings_index(recordings, "long.wav")])).codes
 
     np.testing.assert_array_equal(found(REACH), expected)
@@ -103,20 +103,20 @@ def recordings_index(recordings, name):
     return [utterance.id for utterance in recordings.utterances].index(name)
 
 
-def test_features_of_windows(model, folder, recordings):
-    near = local(model)
+def test_features_of_windows_equal_one_pass(model, folder, recordings):
+    plain = without_attention(model)
     samples, _ = sf.read(folder / "long.wav", dtype="float32")
     values = torch.from_numpy(normalize_waveform(samples))[None]
     index = [recordings_index(recordings, "long.wav")]
     short = {"window_seconds": 0.051, "context_seconds": REACH}
-    ((_, student),) = UnitExtractor(near, layers=[1], **short).features(recordings, indices=index)
-    np.testing.assert_allclose(student[:, 0], near.layer_features(values, layers=[1])[0, 0], **SAME_ARITHMETIC)
-    ((_, teacher),) = UnitExtractor(near, layers=[3], source="teacher", **short).features(recordings, indices=index)
-    targets = near.compute_targets(values, near.dinosr(values).extract_features)[1, 0]
+    ((_, student),) = UnitExtractor(plain, layers=[1], **short).features(recordings, indices=index)
+    np.testing.assert_allclose(student[:, 0], plain.layer_features(values, layers=[1])[0, 0], **SAME_ARITHMETIC)
+    ((_, teacher),) = UnitExtractor(plain, layers=[3], source="teacher", **short).features(recordings, indices=index)
+    targets = plain.compute_targets(values, plain.dinosr(values).extract_features)[1, 0]
     np.testing.assert_allclose(teacher[:, 0], targets, **SAME_ARITHMETIC)
 
 
-def test_what_has_gone_bad_is_left_out(model, folder, tmp_path, caplog):
+def test_unreadable_recordings_are_skipped(model, folder, tmp_path, caplog):
     for name in ("good", "bad"):
         sf.write(tmp_path / f"{name}.wav", noise(2_000), 16_000)
     recordings = open_recordings([tmp_path])
@@ -129,7 +129,7 @@ def test_what_has_gone_bad_is_left_out(model, folder, tmp_path, caplog):
 @pytest.mark.parametrize("source", SOURCES)
 def test_kmeans_of_a_layer(model, recordings, source, tmp_path):
     extractor = UnitExtractor(model, layers=[1], source=source)
-    fitted = fit_kmeans(extractor, recordings, 9)
+    fitted = fit_layer_kmeans(extractor, recordings, 9)
     assert fitted.centroids.shape == (9, 36) and fitted.centroids.dtype == np.float32
     loaded = LayerKMeans.load(fitted.save(tmp_path / "deep" / "kmeans.safetensors"))
     np.testing.assert_array_equal(loaded.centroids, fitted.centroids)
@@ -139,30 +139,40 @@ def test_kmeans_of_a_layer(model, recordings, source, tmp_path):
         rows = features[units.id][:, 0].astype(np.float64)
         distances = ((rows[:, None] - loaded.centroids) ** 2).sum(-1)
         np.testing.assert_array_equal(units.codes[0], distances.argmin(1))
-    again, other = (fit_kmeans(extractor, recordings, 9, max_frames=300, seed=seed) for seed in (0, 1))
+    again, other = (fit_layer_kmeans(extractor, recordings, 9, max_frames=300, seed=seed) for seed in (0, 1))
     assert not np.array_equal(again.centroids, other.centroids)
 
 
-def test_kmeans_of_what_it_is_not_for(model, recordings, tmp_path):
+def test_kmeans_of_another_layer_or_file_raises(model, recordings, tmp_path):
     kmeans = LayerKMeans(np.zeros((4, 36), np.float32), 1, "student")
     with pytest.raises(ValueError, match=r"k-means is of layer 1 of the student .* layers \[2\] of the teacher"):
         next(UnitExtractor(model, layers=[2], source="teacher").units(recordings, kmeans=kmeans))
-    with pytest.raises(ValueError, match="k-means is of one layer"):
-        fit_kmeans(UnitExtractor(model, layers=[2, 3]), recordings)
-    with pytest.raises(ValueError, match=r"num_clusters=5000, but there are \d+ frames"):
-        fit_kmeans(UnitExtractor(model, layers=[2]), recordings, 5_000)
-    with pytest.raises(ValueError, match="is no k-means of ours"):
+    with pytest.raises(ValueError, match="k-means clusters a single layer"):
+        fit_layer_kmeans(UnitExtractor(model, layers=[2, 3]), recordings)
+    with pytest.raises(ValueError, match=r"num_clusters=5000, but must be .* at most the number of frames, \d+\."):
+        fit_layer_kmeans(UnitExtractor(model, layers=[2]), recordings, 5_000)
+    with pytest.raises(ValueError, match="is not a k-means file"):
         LayerKMeans.load(tmp_path / "missing.safetensors")
 
 
-def test_kmeans_without_scikit_learn(model, recordings, monkeypatch):
+def test_files_of_earlier_releases_load(tmp_path):
+    centroids = np.arange(12, dtype=np.float32).reshape(3, 4)
+    file = tmp_path / "kmeans.safetensors"
+    save_file({"centroids": centroids}, file, metadata={"kmeans": '{"layer": 9, "source": "teacher"}'})
+    loaded = LayerKMeans.load(file)
+    np.testing.assert_array_equal(loaded.centroids, centroids)
+    assert (loaded.layer, loaded.source) == (9, "teacher")
+    assert loaded.predict(centroids + 0.1).tolist() == [0, 1, 2]
+
+
+def test_kmeans_without_scikit_learn_raises(model, recordings, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(ImportError, match=r"needs sklearn.cluster: pip install .dinosr-hf\[analysis\]"):
-        fit_kmeans(UnitExtractor(model, layers=[2]), recordings)
+        fit_layer_kmeans(UnitExtractor(model, layers=[2]), recordings)
 
 
 @pytest.mark.parametrize("form", ["npy", "safetensors"])
-def test_features_as_files(model, folder, recordings, tmp_path, form):
+def test_feature_files_have_the_features(model, folder, recordings, tmp_path, form):
     extractor = UnitExtractor(model, layers=[3, 1])
     files = FeatureFiles(tmp_path, extractor, recordings, form=form)
     assert files.write() == 4 and files.todo() == [] and files.write() == 0
@@ -177,7 +187,7 @@ def test_features_as_files(model, folder, recordings, tmp_path, form):
     assert [recordings.utterances[index].id for index in files.todo()] == ["a.wav"]
 
 
-def test_feature_files_that_cannot_be(model, recordings, tmp_path):
+def test_invalid_feature_files_raise(model, recordings, tmp_path):
     extractor = UnitExtractor(model, layers=[1])
     with pytest.raises(ValueError, match=r"form='txt' is unknown. Choose one of npy, safetensors"):
         FeatureFiles(tmp_path, extractor, recordings, form="txt")
@@ -187,20 +197,20 @@ def test_feature_files_that_cannot_be(model, recordings, tmp_path):
         FeatureFiles(tmp_path, extractor, open_recordings([tmp_path]))
 
 
-def test_models_that_have_units(model, tmp_path):
+def test_load_model_needs_a_pretraining_checkpoint(model, tmp_path):
     save_folder(model, tmp_path / "pretrained")
     loaded = load_model(tmp_path / "pretrained", dtype="bfloat16")
     assert loaded.dtype == torch.bfloat16 and not loaded.training
     save_folder(model.dinosr, tmp_path / "encoder")
     with pytest.raises(ValueError, match="has DinoSRModel, but units come from a DinoSRForPreTraining"):
         load_model(tmp_path / "encoder")
-    with pytest.raises(ValueError, match="nowhere cannot be opened"):
+    with pytest.raises(ValueError, match="nowhere is neither a folder nor a model"):
         load_model(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="dtype='int8' is unknown"):
         load_model(tmp_path / "pretrained", dtype="int8")
 
 
-def test_half_precision(model, recordings):
+def test_half_precision_changes_few_units(model, recordings):
     half = DinoSRForPreTraining(model.config)
     half.load_state_dict(model.state_dict())
     half.to(torch.bfloat16)
@@ -212,12 +222,12 @@ def test_half_precision(model, recordings):
         assert 0.7 < (exact == rough).mean() < 1
 
 
-def test_what_cannot_be_is_refused(model, recordings):
+def test_invalid_arguments_raise(model, recordings):
     with pytest.raises(ValueError, match="layer=1 has no codebook"):
         next(UnitExtractor(model, layers=[1]).units(recordings))
-    with pytest.raises(ValueError, match="layer=4 has no transformer layer"):
+    with pytest.raises(ValueError, match="layer=4 does not exist"):
         UnitExtractor(model, layers=[4])
     with pytest.raises(ValueError, match="source='both' is unknown"):
         UnitExtractor(model, layers=[2], source="both")
-    with pytest.raises(ValueError, match="leaves nothing of window_seconds=1"):
+    with pytest.raises(ValueError, match=r"window_seconds=1.* must be more than twice context_seconds="):
         UnitExtractor(model, layers=[2], window_seconds=1.0)

@@ -1,4 +1,4 @@
-"""A live signal to units: however it is cut, with bounded memory and delay, and near what is found offline."""
+"""Units of a live signal: independent of its chunks, with bounded memory and latency, close to the offline units."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ import torch
 from audio_files import noise
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.data import normalize_waveform
+from dinosr_hf.inference.windowed import RunningMoments
 from dinosr_hf.units import UnitStreamer
-from dinosr_hf.units.live import RunningMoments
 from tiny import randomize, tiny_config
 
 SOURCES = ("student", "teacher")
@@ -38,11 +38,11 @@ def cuts(kind):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_chunks_do_not_matter(model, source):
+def test_units_do_not_depend_on_the_chunks(model, source):
     streamer = UnitStreamer(model, layers=[2, 3], source=source, **SETTINGS)
     whole = streamed(streamer, [SIGNAL])
     assert whole.shape == (2, model.config.num_frames(len(SIGNAL))) and whole.dtype == np.int64
-    for kind in (7, 160, 1_000, "at random"):  # and the same streamer begins anew after each flush
+    for kind in (7, 160, 1_000, "at random"):  # and flush resets the streamer
         np.testing.assert_array_equal(streamed(streamer, cuts(kind)), whole)
     single = streamed(UnitStreamer(model, 3, source, **SETTINGS), [SIGNAL])
     np.testing.assert_array_equal(single, whole[1])
@@ -51,13 +51,13 @@ def test_chunks_do_not_matter(model, source):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_signal_within_a_step_is_as_offline(model, source):
+def test_signal_within_one_step_equals_offline(model, source):
     streamer = UnitStreamer(model, 2, source, step_seconds=1.0)
     np.testing.assert_array_equal(streamed(streamer, cuts(333)), offline(model, SIGNAL, [2], source)[0])
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_more_context_brings_units_near_offline(model, source):
+def test_more_context_agrees_more_with_offline(model, source):
     expected = offline(model, SIGNAL, [2], source)[0]
     agreement = []
     for seconds in (0.0, 0.02, 0.3):
@@ -67,7 +67,7 @@ def test_more_context_brings_units_near_offline(model, source):
     assert agreement[0] < agreement[2] and agreement[2] > 0.6, agreement
 
 
-def test_a_level_known_in_advance(model):
+def test_level_known_in_advance_helps(model):
     level = (float(SIGNAL.mean()), float(SIGNAL.var()))
     settings = {"context_seconds": 1.0, "lookahead_seconds": 0.1, "step_seconds": 0.01}
     expected = offline(model, SIGNAL, [2], "student")[0]
@@ -80,16 +80,16 @@ def test_a_level_known_in_advance(model):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_delay_is_kept(model, source):
+def test_latency_stays_within_delay_seconds(model, source):
     streamer = UnitStreamer(model, 2, source, **SETTINGS)
     hop, done = model.config.inputs_to_logits_ratio, 0
-    for heard, sample in enumerate(SIGNAL, start=1):
+    for num_samples, sample in enumerate(SIGNAL, start=1):
         done += len(streamer.push([sample]))
-        assert heard - done * hop <= streamer.delay_seconds * 16_000
+        assert num_samples - done * hop <= streamer.delay_seconds * 16_000
     assert streamer.delay_seconds < 0.03
 
 
-def test_memory_does_not_grow(model):
+def test_memory_is_bounded(model):
     streamer = UnitStreamer(model, 2, **SETTINGS)
     sizes = []
     for _ in range(4):
@@ -99,7 +99,7 @@ def test_memory_does_not_grow(model):
     assert streamer.push(np.zeros(0)).shape == (0,)
 
 
-def test_the_buffer_may_be_filled_again(model):
+def test_caller_may_reuse_its_buffer(model):
     streamer, buffer = UnitStreamer(model, 2, **SETTINGS), np.empty(100, np.float32)
     found = []
     for start in range(0, 5_000, 100):
@@ -110,14 +110,14 @@ def test_the_buffer_may_be_filled_again(model):
     np.testing.assert_array_equal(found, streamed(streamer, [SIGNAL[:5_000]]))
 
 
-def test_nothing_heard(model):
+def test_signal_shorter_than_a_frame_has_no_units(model):
     streamer = UnitStreamer(model, 2)
     assert streamer.flush().shape == (0,)
-    streamer.push(SIGNAL[:30])  # less than a frame
+    streamer.push(SIGNAL[:30])  # shorter than a frame
     assert streamer.flush().shape == (0,)
 
 
-def test_running_moments_are_those_of_all():
+def test_running_moments_equal_those_of_all_rows():
     rows = noise(999).reshape(111, 9).astype(np.float64) * 3 + 100
     moments = RunningMoments()
     for part in np.split(rows, [0, 1, 7, 50]):
@@ -126,7 +126,7 @@ def test_running_moments_are_those_of_all():
     np.testing.assert_allclose(moments.normalize(rows), expected, atol=1e-5)
 
 
-def test_what_cannot_be_is_refused(model):
+def test_invalid_arguments_raise(model):
     streamer = UnitStreamer(model, 2, **SETTINGS)
     for samples in (np.zeros((2, 3)), [0.0, np.nan]):
         with pytest.raises(ValueError, match="Give one channel of audio at 16 kHz as finite numbers"):

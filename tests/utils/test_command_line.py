@@ -1,5 +1,6 @@
-"""Arguments from a file and flags over it: what the tests of pre-training's arguments do not cover."""
+"""Arguments from a file and flags over it, beside the tests of pre-training's arguments."""
 
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -31,11 +32,11 @@ def parse(tmp_path, content, *flags):
     return parse_groups([str(path), *flags], (Sound, Place))
 
 
-def test_without_a_file_only_flags_count():
+def test_flags_without_a_file():
     assert parse_groups(["--rate=8", "--town", "Rome"], (Sound, Place)) == [Sound(rate=8), Place("Rome")]
 
 
-def test_flags_go_over_the_file(tmp_path):
+def test_flags_take_precedence_over_the_file(tmp_path):
     sound, place = parse(tmp_path, "rate: 3\ntown: Rome\nnames: [x, y]\n", "--rate", "4", "--names", "z")
     assert (sound.rate, sound.names, place.town) == (4, ["z"], "Rome")
 
@@ -56,16 +57,16 @@ def test_flags_go_over_the_file(tmp_path):
         ("", "rate", 16),
     ],
 )
-def test_values_of_a_file_arrive_as_they_are(tmp_path, content, name, value):
+def test_values_of_a_file_keep_their_type(tmp_path, content, name, value):
     assert getattr(parse(tmp_path, content)[0], name) == value
 
 
 @pytest.mark.parametrize("flags", [["--limit", "7"], ["--limit=7"]], ids=["two words", "one word"])
-def test_flags_go_over_an_empty_line_of_the_file(tmp_path, flags):
+def test_flags_take_precedence_over_null(tmp_path, flags):
     assert parse(tmp_path, "limit: null\n", *flags)[0].limit == 7
 
 
-def test_tables_of_a_file_become_those_of_training_arguments(tmp_path):
+def test_a_mapping_reaches_training_arguments(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(f"output_dir: {tmp_path}\naccelerator_config: {{split_batches: true}}\n")
     (arguments,) = parse_groups([str(path)], (TrainingArguments,))
@@ -75,22 +76,22 @@ def test_tables_of_a_file_become_those_of_training_arguments(tmp_path):
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        ("rat: 1", [], r"a\.yaml: rat is no argument\. The nearest is rate"),
-        ("", ["--tow=Rome"], r"tow is no argument\. The nearest is town"),
-        ("", ["--rat", "1"], r"rat is no argument\. The nearest is rate"),  # and no abbreviation
+        ("rat: 1", [], r"a\.yaml: rat is not a known argument\. The nearest is rate"),
+        ("", ["--tow=Rome"], r"tow is not a known argument\. The nearest is town"),
+        ("", ["--rat", "1"], r"rat is not a known argument\. The nearest is rate"),  # abbreviations are refused
         ("rate: fast", [], "rate.*fast"),
         ("town: Paris", [], "town.*Paris"),
-        ("3: 4", [], "3 is no argument"),
+        ("3: 4", [], "3 is not a known argument"),
         ("text", [], "must be lines of `key: value`, but holds a str"),
     ],
     ids=["key", "flag", "abbreviation", "type", "choice", "number", "no table"],
 )
-def test_what_cannot_be_read_is_named(tmp_path, content, flags, message):
+def test_unreadable_arguments_are_named(tmp_path, content, flags, message):
     with pytest.raises(ArgumentError, match=message):
         parse(tmp_path, content, *flags)
 
 
-def test_what_a_dataclass_refuses_is_an_error_of_arguments(tmp_path):
+def test_what_a_dataclass_refuses_is_an_argument_error(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--load_best_model_at_end", "true", "--eval_strategy", "epoch"]
     with pytest.raises(ArgumentError, match="save and eval strategy to match"):
         parse_groups(flags, (TrainingArguments,))
@@ -103,13 +104,30 @@ def test_the_first_value_out_of_range_is_named():
     check_ranges(rules[:1])
 
 
+@dataclass
+class Noise:
+    rooms: bool = field(default=True, metadata={"help": "Whether to add rooms."})
+
+
+def test_help_begins_with_the_description_and_names_each_flag_once(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["make.py", "--help"])
+    with pytest.raises(SystemExit):
+        parse_groups(["--help"], (Noise,), description="Make noise.\n\n    make.py loud.yaml\n")
+    help_text = capsys.readouterr().out
+    assert help_text.startswith(
+        "usage: make.py [CONFIG.yaml] [--flag value ...]\n\nMake noise.\n\n    make.py loud.yaml\n\n"
+    )
+    assert help_text.count("Whether to add rooms. (default: True)") == 1 and "--no_rooms" not in help_text
+    assert parse_groups(["--no_rooms"], (Noise,)) == [Noise(rooms=False)]
+
+
 @pytest.mark.parametrize("error", [ValueError, OSError, ImportError, ArgumentError])
-def test_an_error_that_its_user_can_mend_is_one_line_of_a_script(error):
+def test_a_user_error_is_one_line(error):
     with pytest.raises(SystemExit, match=r"^say\.py: give another$"), command("/somewhere/say.py"):
         raise error("give another")
 
 
-def test_other_errors_of_a_script_keep_their_traceback():
+def test_other_errors_keep_their_traceback():
     with pytest.raises(KeyError), command("say.py"):
         raise KeyError("a bug")
     with pytest.raises(ValueError, match="a bug"), command("say.py", ArgumentError):
@@ -117,7 +135,7 @@ def test_other_errors_of_a_script_keep_their_traceback():
 
 
 @pytest.mark.parametrize("are_shown", [True, False])
-def test_a_script_hides_the_bars_of_loading_weights_and_leaves_those_of_downloads(are_shown, monkeypatch):
+def test_a_script_hides_the_bar_of_loading_weights_but_not_of_downloads(are_shown, monkeypatch):
     monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
     (enable_progress_bars if are_shown else disable_progress_bars)()
     try:

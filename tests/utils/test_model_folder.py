@@ -1,12 +1,17 @@
-"""Folders that `from_pretrained` opens: whole, or not there."""
+"""Model folders: what is in them, and that they are written completely or not at all."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.data import SAMPLING_RATE
-from dinosr_hf.utils.files import claim_output_folder
 from dinosr_hf.utils.model_folder import feature_extractor, open_config, save_folder
+from hub_server import hub_server
 from tiny import tiny_config
 
 
@@ -19,20 +24,11 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_extractor_is_for_the_rate_that_audio_is_read_at():
+def test_feature_extractor_has_the_rate_that_audio_is_read_at():
     assert feature_extractor().sampling_rate == SAMPLING_RATE
 
 
-def test_a_folder_of_ones_own_begins_anew(tmp_path):
-    folder = claim_output_folder(tmp_path / "deep" / "runs", ".mine")
-    (folder / "old").mkdir()
-    assert claim_output_folder(folder, ".mine") == folder and names(folder) == [".mine"]
-    with pytest.raises(ValueError, match="runs has files of something else, which stay"):
-        claim_output_folder(folder, ".others")
-    assert names(folder) == [".mine"]
-
-
-def test_new_folder_appears_when_it_is_whole(model, tmp_path, monkeypatch):
+def test_a_new_folder_appears_when_it_is_complete(model, tmp_path, monkeypatch):
     while_saving = []
     save = DinoSRForPreTraining.save_pretrained
 
@@ -49,16 +45,7 @@ def test_new_folder_appears_when_it_is_whole(model, tmp_path, monkeypatch):
     )
 
 
-def test_new_folder_can_be_read_by_whom_the_user_lets(model, tmp_path):
-    (tmp_path / "usual").mkdir()
-    (tmp_path / "usual" / "file").touch()
-    save_folder(model, tmp_path / "model")
-    assert (tmp_path / "model").stat().st_mode == (tmp_path / "usual").stat().st_mode
-    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
-    assert modes == {(tmp_path / "usual" / "file").stat().st_mode}
-
-
-def test_files_of_other_names_stay_and_a_model_is_replaced(model, tmp_path):
+def test_a_model_is_replaced_and_other_files_stay(model, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     save_folder(DinoSRForPreTraining(tiny_config()), tmp_path)
     save_folder(model, tmp_path)
@@ -68,7 +55,7 @@ def test_files_of_other_names_stay_and_a_model_is_replaced(model, tmp_path):
 
 
 @pytest.mark.parametrize("target", [".", "new"])
-def test_failed_save_changes_nothing(model, tmp_path, monkeypatch, target):
+def test_a_failed_save_changes_nothing(model, tmp_path, monkeypatch, target):
     def fail(self, folder, **kwargs):
         (folder / "config.json").write_text("half")
         raise OSError("no space left on device")
@@ -81,6 +68,48 @@ def test_failed_save_changes_nothing(model, tmp_path, monkeypatch, target):
     assert (tmp_path / "config.json").read_text() == "mine"
 
 
-def test_a_model_that_is_not_there_is_named_with_what_to_give(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere cannot be opened \((.|\n)*\)\. Give a folder with a model"):
-        open_config(tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("somewhere/runs/nothing", "is neither a folder nor a model on the Hub"),
+        ("runs/nothing", "is not a folder, and the Hub cannot be reached to look for a model of this name"),
+    ],
+)
+def test_a_missing_model_is_named(name, problem, capfd):
+    with pytest.raises(ValueError, match=rf"^{name} {problem}\. Give a folder with a model, or a name on the Hub\.$"):
+        open_config(name)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^\S+ cannot be opened: .*config\.json\. Give a folder with a model"):
+        open_config(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_name_that_is_no_folder_is_looked_up_on_the_hub(tmp_path):
+    tiny_config().save_pretrained(tmp_path / "runs" / "tiny")
+    code = "import sys; from dinosr_hf.utils.model_folder import open_config; open_config(sys.argv[1])"
+    with hub_server(tmp_path) as hub:
+        places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        tiny, nothing = (
+            subprocess.run([sys.executable, "-c", code, name], env={**os.environ, **places}, capture_output=True)
+            for name in ("runs/tiny", "runs/nothing")
+        )
+    assert tiny.returncode == 0, tiny.stderr
+    last = nothing.stderr.decode().splitlines()[-1]
+    assert last.startswith("ValueError: runs/nothing is neither a folder nor a model on the Hub. Give a folder")
+
+
+def test_saving_leaves_progress_bars_as_they_were(model, tmp_path, monkeypatch):
+    while_saving = []
+    save = DinoSRForPreTraining.save_pretrained
+
+    def watched(self, folder, **kwargs):
+        while_saving.append(transformers_logging.is_progress_bar_enabled())
+        save(self, folder, **kwargs)
+
+    monkeypatch.setattr(DinoSRForPreTraining, "save_pretrained", watched)
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    save_folder(model, tmp_path / "model")
+    assert while_saving == [False] and transformers_logging.is_progress_bar_enabled()

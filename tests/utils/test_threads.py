@@ -18,16 +18,16 @@ def eight_cores(monkeypatch):
 @pytest.mark.parametrize(
     ("num_threads", "num_processes", "expected"), [(0, 1, 8), (0, 3, 2), (0, 9, 1), (3, 1, 3), (3, 8, 3)]
 )
-def test_a_process_has_its_share_of_the_cores_or_what_is_asked_for(eight_cores, num_threads, num_processes, expected):
+def test_a_process_gets_its_share_of_the_cores_or_what_is_asked_for(eight_cores, num_threads, num_processes, expected):
     assert set_cpu_threads(num_threads, num_processes) == torch.get_num_threads() == expected
 
 
-def test_fewer_than_none_are_refused():
-    with pytest.raises(ValueError, match=r"num_threads=-2 must be at least 0, which means a process's share"):
+def test_a_negative_number_is_refused():
+    with pytest.raises(ValueError, match=r"num_threads=-2 must be at least 0, where 0 is the process's share"):
         set_cpu_threads(-2)
 
 
-def test_without_affinity_all_cores_are_shared(monkeypatch):
+def test_without_affinity_all_cores_are_counted(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert set_cpu_threads(0, 2) == 3
@@ -35,11 +35,11 @@ def test_without_affinity_all_cores_are_shared(monkeypatch):
     assert set_cpu_threads(0) == 1
 
 
-def test_fine_tuning_has_the_threads_asked_for_or_all_there_are(tmp_path):
+def test_fine_tuning_uses_the_threads_asked_for_or_all_cores(tmp_path):
     model, corpus = write_model(tmp_path / "model"), write_corpus(tmp_path / "corpus", 4, seed=0)
     recognise(model, corpus, tmp_path / "one", max_steps=1, num_threads=1)
     assert torch.get_num_threads() == 1
     recognise(model, corpus, tmp_path / "all", max_steps=1, num_threads=0)
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))
-    with pytest.raises(ArgumentError, match=r"num_threads=-1 is out of range: .* its share of the cores"):
+    with pytest.raises(ArgumentError, match=r"num_threads=-1 is out of range: .*share of the cores"):
         recognise(model, corpus, tmp_path / "none", num_threads=-1)

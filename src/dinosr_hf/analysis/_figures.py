@@ -1,82 +1,88 @@
-"""What the figures of this package share: no pyplot, colours that are told apart in grey, texts that fit."""
+"""Common parts of the figures: made without pyplot, with colours that differ in greyscale and texts that fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
 
+from ..utils.command_line import check_ranges
 from ..utils.extras import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Points.
-TEXT_SIZE = 8
-TICK_SIZE = 7
-
-
-class LineStyle(NamedTuple):
-    """How a series of several is drawn; each part alone tells the first eight apart."""
-
-    color: Any
-    dashes: Any
-    marker: str
-
+TEXT_SIZE, TICK_SIZE = 8, 7  # points
 
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 _MARKERS = "osD^vPX*"
 
 
-def check_width(width: float) -> None:
-    """Raises `ValueError` for a width of a figure that is not positive."""
-    if not width > 0:
-        raise ValueError(f"width={width} is out of range: it must be more than 0 inches.")
-
-
 def new_figure(width: float, height: float) -> Any:
-    """A figure whose parts keep clear of each other; needs no display, and nothing closes it."""
+    """Create a figure of so many inches whose parts do not overlap. Raises `ValueError` for a width of 0 or less."""
+    check_ranges([(width > 0, "width", width, "more than 0 inches")])
     return import_extra("matplotlib.figure", "analysis").Figure(figsize=(width, height), layout="constrained")
 
 
+def add_panels(figure: Any, num_panels: int, num_columns: int) -> list[Axes]:
+    """Add so many panels to a figure, row by row."""
+    panels = figure.subplots(-(-num_panels // num_columns), num_columns, squeeze=False).ravel().tolist()
+    for axes in panels[num_panels:]:
+        axes.remove()
+    return panels[:num_panels]
+
+
 def line_colors(count: int) -> list[Any]:
-    """From dark to light evenly, also in grey; the lightest are left out, which do not show on white."""
+    """Colours evenly spaced from dark to light, also in greyscale, without those too light for a white page."""
     colormap = import_extra("matplotlib", "analysis").colormaps["plasma"]
     return [colormap(0.78 * number / max(count - 1, 1)) for number in range(count)]
 
 
-def line_styles(count: int) -> list[LineStyle]:
-    """A style for each series."""
+def line_styles(count: int) -> list[dict[str, Any]]:
+    """Arguments of `plot` for so many series; colour, dashes and marker each distinguish the first four to eight."""
     return [
-        LineStyle(color, _DASHES[number % len(_DASHES)], _MARKERS[number % len(_MARKERS)])
-        for number, color in enumerate(line_colors(count))
+        {"color": color, "linestyle": dashes, "marker": marker, "markersize": 3.5}
+        for color, dashes, marker in zip(line_colors(count), cycle(_DASHES), cycle(_MARKERS), strict=False)
     ]
 
 
 def text_color(background: Any) -> str:
-    """Black or white, whichever is read better on a colour."""
+    """Black or white, whichever has more contrast to a background."""
     red, green, blue = import_extra("matplotlib.colors", "analysis").to_rgb(background)
-    # Luminance of sRGB, near enough; both colours have the same contrast a little below the middle.
+    # Approximate luminance of sRGB; black and white have the same contrast a little below the middle.
     return "black" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.18 else "white"
 
 
-def small_axes(axes: Axes, *, grid: bool = False) -> None:
-    """Sizes of a printed picture, and thin lines behind the curves."""
+def label_axes(axes: Axes, x: str = "", y: str = "", title: str | None = None, *, grid: bool = False) -> None:
+    """Label axes in sizes for print, and draw a thin grid behind the curves."""
     axes.tick_params(labelsize=TICK_SIZE, length=2)
+    axes.set_xlabel(x, fontsize=TEXT_SIZE)
+    axes.set_ylabel(y, fontsize=TEXT_SIZE)
+    if title is not None:
+        axes.set_title(title, fontsize=TEXT_SIZE + 1)
     if grid:
         axes.grid(color="0.93", linewidth=0.6)
         axes.set_axisbelow(True)
 
 
-def legend_above(figure: Any, handles: Sequence[Any], width: float, title: str | None) -> None:
-    """A legend above all panels, in as many columns as its longest name leaves room for."""
-    longest = max(len(str(handle.get_label())) for handle in handles)
+def span_a_decade(axes: Axes, name: str) -> None:
+    """Extend a logarithmic axis, "x" or "y", to at least a decade, which is what has a label."""
+    axis = getattr(axes, f"{name}axis")
+    axis.set_minor_formatter(import_extra("matplotlib.ticker", "analysis").NullFormatter())
+    low, high = axis.get_view_interval()
+    axes.set(**{f"{name}lim": (min(low, high / 10), high)})
+
+
+def legend_above(figure: Any, lines: Sequence[Mapping[str, Any]], width: float, title: str | None) -> None:
+    """Add a legend of lines (label and style) above all panels, in as many columns as the longest label lets fit."""
     # A letter of this size is about 0.055 inches wide; the line and the gaps take the rest.
-    columns = max(1, min(len(handles), int(width / (0.055 * longest + 0.6))))
+    columns = int(width / (0.055 * max(len(line["label"]) for line in lines) + 0.6))
+    create = import_extra("matplotlib.lines", "analysis").Line2D
     legend = figure.legend(
-        handles=list(handles),
+        handles=[create([], [], **line) for line in lines],
         loc="outside upper center",
-        ncols=columns,
+        ncols=max(1, min(len(lines), columns)),
         fontsize=TICK_SIZE,
         title=title,
         title_fontsize=TEXT_SIZE + 1,
@@ -84,12 +90,11 @@ def legend_above(figure: Any, handles: Sequence[Any], width: float, title: str |
         handlelength=3.2,
     )
     for text in legend.get_texts():
-        # Names of files and folders may have dollars.
-        text.set_parse_math(False)
+        text.set_parse_math(False)  # names of files and folders may have dollars
 
 
 def shorten(text: str, max_letters: int) -> str:
-    """The text, with its middle left out where it is longer."""
+    """Replace the middle of a text by an ellipsis if it is longer than allowed."""
     if len(text) <= max_letters:
         return text
     kept = max_letters - 1
@@ -98,22 +103,16 @@ def shorten(text: str, max_letters: int) -> str:
 
 def fit_texts(figure: Figure, fitted: Sequence[tuple[Any, float]]) -> None:
     """
-    Turn texts upright that are wider than their place, and hide those that do not fit so either.
+    Rotate texts that are wider than their box, and hide those that do not fit rotated either.
 
-    Args:
-        figure: With all that has to do with its layout in it.
-        fitted: Texts with the width of their place, in units of their axes' x; its height is that of the axes.
+    `fitted` has texts with the width of their box in data units of x; its height is that of the axes.
     """
     figure.draw_without_rendering()
     for text, units in fitted:
         transform = text.axes.transData
         width = transform.transform((units, 0))[0] - transform.transform((0, 0))[0]
         box = text.get_window_extent()
-        # Half a point on each side.
-        margin = text.figure.dpi / 72
-        if box.width + margin <= width:
-            continue
-        if box.height + margin <= width and box.width + margin <= text.axes.bbox.height:
-            text.set_rotation(90)
-        else:
-            text.set_visible(False)
+        margin = text.figure.dpi / 72  # half a point on each side
+        if box.width + margin > width:
+            fits_rotated = box.height + margin <= width and box.width + margin <= text.axes.bbox.height
+            text.set(rotation=90, visible=fits_rotated)

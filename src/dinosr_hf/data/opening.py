@@ -1,28 +1,16 @@
-"""
-From the name of a collection of recordings to the source, or stream, that reads it.
-"""
-
-from __future__ import annotations
+"""Open the source, or stream, that a name stands for."""
 
 import glob
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 from .archives import TarSource
 from .audio import require
 from .manifests import TABLE_SUFFIXES, ManifestSource, TableSource
-from .sources import (
-    AUDIO_SUFFIXES,
-    DatasetSource,
-    FileSource,
-    FolderSource,
-    SpeechSource,
-    _find_audio,
-    _is_hidden,
-)
+from .sources import AUDIO_SUFFIXES, DatasetSource, FileSource, FolderSource, SpeechSource, find_audio_files, is_hidden
 from .streaming import SpeechStream
 
 logger = logging.getLogger(__name__)
@@ -35,17 +23,30 @@ _ACCEPTED = """Accepted are:
   the name of a dataset on the Hub ("organisation/name"), with `split`."""
 
 
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _has_parquet(path: Path) -> bool:
+    return any(path.glob("*.parquet")) or any(path.glob("*/*.parquet"))
+
+
+def _is_pattern(name: str) -> bool:
+    return glob.has_magic(name) and name.endswith(".tar")
+
+
 def _load_dataset(*arguments: Any, split: str | None, what: str, **options: Any) -> Any:
-    """`datasets.load_dataset`, with advice where it fails for want of a split or of torchcodec."""
+    """Call `datasets.load_dataset`; explain failures because of a missing split or torchcodec."""
     datasets = require("datasets")
     try:
         loaded = datasets.load_dataset(*arguments, split=split, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         if not isinstance(error.__cause__, ImportError):
             raise
+        problem = f"{what}: datasets cannot prepare this dataset without torchcodec"
+        download = "`hf download --repo-type dataset NAME --local-dir FOLDER`"
         raise ValueError(
-            f"{what}: datasets cannot prepare this one without torchcodec. Download its files (`hf download"
-            " --repo-type dataset NAME --local-dir FOLDER`) and give that folder, or use streaming."
+            f"{problem}. Download its files ({download}) and give that folder, or use streaming."
         ) from error
     return _choose_split(loaded, None, what)
 
@@ -62,20 +63,8 @@ def _choose_split(dataset: Any, split: str | None, what: str) -> Any:
     return dataset[split]
 
 
-def _is_saved_dataset(path: Path) -> bool:
-    return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
-def _has_parquet(path: Path) -> bool:
-    return any(path.glob("*.parquet")) or any(path.glob("*/*.parquet"))
-
-
-def _is_pattern(name: str) -> bool:
-    return glob.has_magic(name) and name.endswith(".tar")
-
-
-def _open_dataset(path: Path, name: str, split: str | None, config_name: str | None, options: dict[str, Any]) -> Any:
-    """What `datasets` opens: a folder of `save_to_disk`, parquet, or a name on the Hub."""
+def _open_dataset(path: Path, name: str, split: str | None, config_name: str | None, **options: Any) -> Any:
+    """Open a folder of `save_to_disk`, parquet, or a dataset on the Hub."""
     if _is_saved_dataset(path):
         return _choose_split(require("datasets").load_from_disk(name), split, name)
     if path.is_dir():
@@ -85,29 +74,25 @@ def _open_dataset(path: Path, name: str, split: str | None, config_name: str | N
         return _choose_split(dataset, split, name)
     try:
         return _load_dataset(name, config_name, split=split, what=name, **options)
-    except (FileNotFoundError, ConnectionError) as error:  # the first: datasets knows no such name
-        raise ValueError(f"{name} is not here, and not found on the Hub ({error}). {_ACCEPTED}") from error
+    except (FileNotFoundError, ConnectionError) as error:  # the first if there is no dataset of this name
+        raise ValueError(f"{name} does not exist here, and was not found on the Hub ({error}). {_ACCEPTED}") from error
 
 
 def _split_folder(path: Path, split: str | None) -> Path:
-    if split is None:
-        return path
-    if not (path / split).is_dir():
-        folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        raise ValueError(
-            f"split={split!r} is not a folder in {path}, which has {', '.join(folders) or 'no folders'}. Choose one of"
-            " them, or leave split out for all."
-        )
-    return path / split
+    if split is not None and not (path / split).is_dir():
+        folders = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir())) or "no folders"
+        advice = "Choose one of them, or leave split out for all."
+        raise ValueError(f"split={split!r} is not a folder in {path}, which has {folders}. {advice}")
+    return path / (split or "")
 
 
 def _open_files(path: Path, name: str, split: str | None) -> SpeechSource | None:
-    """A source of what is neither a dataset nor on the Hub; None if it is none of these."""
+    """Open a folder with audio, a manifest, a table or archives; return None if it is none of these."""
     if path.is_dir():
-        if next(_find_audio(path), None) is not None:
+        if next(find_audio_files(path), None) is not None:
             folder = _split_folder(path, split)
             if any(folder.glob("*.tar")):
-                logger.warning("%s has .tar archives too, which are not read beside its audio files.", folder)
+                logger.warning("%s has .tar archives too, which are ignored because it has audio files.", folder)
             return FolderSource(folder)
         return TarSource(_split_folder(path, split)) if any(path.glob("**/*.tar")) else None
     is_list = path.is_file() and path.suffix.lower() in (".tsv", *TABLE_SUFFIXES)
@@ -120,88 +105,38 @@ def _open_files(path: Path, name: str, split: str | None) -> SpeechSource | None
     return TarSource(name) if is_archive else None
 
 
-def _open_stream(path: Path, name: str, split: str | None, config_name: str | None) -> Any:
-    """A `datasets.IterableDataset`."""
-    if _is_saved_dataset(path):
-        dataset = _open_dataset(path, name, split, None, {})
-        return dataset.to_iterable_dataset(num_shards=max(1, min(len(dataset), len(dataset.cache_files))))
-    archives = name if path.suffix == ".tar" else str(path / "**" / "*.tar")
-    if _is_pattern(name) or path.suffix == ".tar" or (path.is_dir() and any(path.glob("**/*.tar"))):
-        dataset = _load_dataset("webdataset", data_files=archives, split=None, what=name, streaming=True)
-        return _choose_split(dataset, split, name)
-    if path.exists() and path.suffix != ".parquet" and not _has_parquet(path):
-        raise ValueError(
-            f"streaming is for datasets (on the Hub, parquet, WebDataset archives, save_to_disk), and {name} is none."
-            " Its audio is read piece by piece in any case: leave streaming out."
-        )
-    return _open_dataset(path, name, split, config_name, {"streaming": True})
+def _parse_name(name: str | Path, config_name: str | None) -> tuple[Path, str]:
+    """Return a name as path and as text; refuse one that does not exist and cannot be on the Hub."""
+    path, name = Path(name), str(name)
+    is_hub_name = not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+    is_hub_name &= path.suffix.lower() not in (".tsv", ".parquet", ".tar", *TABLE_SUFFIXES)
+    if config_name is not None and not is_hub_name:
+        raise ValueError(f"config_name={config_name!r} is for a dataset on the Hub, and {name} is not one.")
+    if not path.exists() and not is_hub_name and not _is_pattern(name):
+        raise ValueError(f"{name} does not exist. {_ACCEPTED}")
+    return path, name
 
 
-@overload
 def open_source(
-    name: str | Path,
-    *,
-    split: str | None = ...,
-    config_name: str | None = ...,
-    audio_column: str = ...,
-    streaming: Literal[False] = ...,
-    window_seconds: float = ...,
-    seed: int | None = ...,
-) -> SpeechSource: ...
-@overload
-def open_source(
-    name: str | Path,
-    *,
-    split: str | None = ...,
-    config_name: str | None = ...,
-    audio_column: str = ...,
-    streaming: bool,
-    window_seconds: float = ...,
-    seed: int | None = ...,
-) -> SpeechSource | SpeechStream: ...
-def open_source(
-    name: str | Path,
-    *,
-    split: str | None = None,
-    config_name: str | None = None,
-    audio_column: str = "audio",
-    streaming: bool = False,
-    window_seconds: float = 14_400.0,
-    seed: int | None = None,
-) -> SpeechSource | SpeechStream:
+    name: str | Path, *, split: str | None = None, config_name: str | None = None, audio_column: str = "audio"
+) -> SpeechSource:
     """
-    Open whatever a name stands for.
+    Open the recordings that a name stands for.
 
     Args:
         name: A folder with audio; a `.tar` archive, a folder of them or a pattern; a fairseq manifest (`.tsv`) or
             another table of paths (`.csv`, `.jsonl`, `.json`); a folder written by `save_to_disk`, a `.parquet` file
             or a folder of them; or the name of a dataset on the Hub.
-        split: Of a dataset that has several; of a folder with audio or archives, the name of a folder in it.
-        config_name: Of a Hub dataset that has several configurations.
-        audio_column: Column of a dataset that has the audio; in a stream of WebDataset archives the files' suffix.
-        streaming: Whether a dataset is read from its beginning to its end, window by window, without a list of its
-            utterances and without a copy on disk. Archives are then taken for WebDatasets.
-        window_seconds: Of a stream, see `SpeechStream`.
-        seed: Of the order of a stream's shards, see `SpeechStream`; no other source has an order of its own.
-
-    Returns:
-        A `SpeechSource`, or with `streaming` a `SpeechStream`.
+        split: Split of a dataset that has several, or the name of a subfolder of a folder with audio or archives.
+        config_name: Configuration of a Hub dataset that has several.
+        audio_column: Column of a dataset that has the audio.
 
     Raises:
-        ValueError: If the name stands for nothing, with a list of what is accepted; if a split is needed or does not
-            exist; if it cannot be streamed; and as the source's own class.
-        ImportError: Without `datasets`, where it is needed.
+        ValueError: If the name stands for nothing (the message lists what is accepted), a split is missing or does
+            not exist, or as the source's own class.
+        ImportError: If `datasets` is needed and not installed.
     """
-    path, name = Path(name), str(name)
-    is_hub_name = not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
-    is_hub_name &= path.suffix.lower() not in (".tsv", ".parquet", ".tar", *TABLE_SUFFIXES)
-    if config_name is not None and not is_hub_name:
-        raise ValueError(f"config_name={config_name!r} belongs to a dataset on the Hub, and {name} is not one.")
-    if not path.exists() and not is_hub_name and not _is_pattern(name):
-        raise ValueError(f"{name} is not here. {_ACCEPTED}")
-    if streaming:
-        dataset = _open_stream(path, name, split, config_name)
-        return SpeechStream(dataset, audio_column, window_seconds=window_seconds, shuffle_seed=seed)
+    path, name = _parse_name(name, config_name)
     if not _is_saved_dataset(path):
         source = _open_files(path, name, split)
         if source is not None:
@@ -209,31 +144,66 @@ def open_source(
         if path.is_dir() and not _has_parquet(path):
             raise ValueError(f"{path} has no audio in it. {_ACCEPTED}")
         if path.is_file() and path.suffix != ".parquet":
-            raise ValueError(f"{name} is nothing to train on. {_ACCEPTED}")
-    return DatasetSource(_open_dataset(path, name, split, config_name, {}), audio_column)
+            raise ValueError(f"{name} has no recordings. {_ACCEPTED}")
+    return DatasetSource(_open_dataset(path, name, split, config_name), audio_column)
+
+
+def open_stream(
+    name: str | Path,
+    *,
+    split: str | None = None,
+    config_name: str | None = None,
+    audio_column: str = "audio",
+    window_seconds: float = 14_400.0,
+    seed: int | None = None,
+) -> SpeechStream:
+    """
+    Open a dataset to read it from start to end, window by window, without a list of utterances or a copy on disk.
+
+    `split` and `config_name` are those of `open_source`, `window_seconds` and `seed` (of the order of shards) those of
+    `SpeechStream`.
+
+    Args:
+        name: A dataset on the Hub, a folder written by `save_to_disk`, parquet, or archives, read as WebDatasets.
+        audio_column: As in `open_source`; for WebDatasets the suffix of the audio files.
+
+    Raises:
+        ValueError: As `open_source`, or if the name stands for recordings that cannot be streamed.
+        ImportError: If `datasets` is not installed.
+    """
+    path, name = _parse_name(name, config_name)
+    if _is_saved_dataset(path):
+        dataset = _open_dataset(path, name, split, None)
+        dataset = dataset.to_iterable_dataset(num_shards=max(1, min(len(dataset), len(dataset.cache_files))))
+    elif _is_pattern(name) or path.suffix == ".tar" or (path.is_dir() and any(path.glob("**/*.tar"))):
+        archives = name if path.suffix == ".tar" else str(path / "**" / "*.tar")
+        dataset = _load_dataset("webdataset", data_files=archives, split=None, what=name, streaming=True)
+        dataset = _choose_split(dataset, split, name)
+    elif path.exists() and path.suffix != ".parquet" and not _has_parquet(path):
+        rule = "streaming is for datasets (on the Hub, parquet, WebDataset archives, save_to_disk)"
+        advice = "Leave streaming out: its audio is read on demand in any case."
+        raise ValueError(f"{rule}, and {name} is not one. {advice}")
+    else:
+        dataset = _open_dataset(path, name, split, config_name, streaming=True)
+    return SpeechStream(dataset, audio_column, window_seconds=window_seconds, shuffle_seed=seed)
 
 
 def open_recordings(names: Sequence[str | Path]) -> SpeechSource:
     """
-    Open audio files, or folders of them, or one name of anything else that `open_source` opens.
+    Open audio files and folders of them, or one name of anything else that `open_source` opens.
 
-    Args:
-        names: Files and folders, whose recordings are then called by their paths below the lowest folder that has all
-            of them; or one name.
-
-    Raises:
-        ValueError: If a name is not here, nothing is readable, or something else than files and folders is not alone.
+    Recordings of several files and folders are named by their paths below the lowest folder that contains all of them.
+    Raises `ValueError` if a name does not exist, nothing is readable, or several names are not all files and folders.
     """
     paths = [Path(name) for name in names]
-    is_audio = [path.suffix.lower() in AUDIO_SUFFIXES for path in paths]
-    if len(paths) == 1 and not is_audio[0]:
-        return open_source(paths[0])
     files: list[Path] = []
-    for path, is_file in zip(paths, is_audio, strict=True):
-        if is_file:
+    for path in paths:
+        if path.suffix.lower() in AUDIO_SUFFIXES:
             files.append(path)
+        elif len(paths) == 1:
+            return open_source(path)
         elif path.is_dir():
-            files += [path / name for name in sorted(_find_audio(path)) if not _is_hidden(name)]
+            files += [path / name for name in sorted(find_audio_files(path)) if not is_hidden(name)]
         else:
             raise ValueError(
                 f"{path} is neither an audio file ({', '.join(AUDIO_SUFFIXES)}) nor a folder. Name several of those,"

@@ -1,10 +1,4 @@
-"""
-Streams: a `datasets.IterableDataset`, window by window. A window is in memory and is used as any other source is.
-
-`S` samples at 16 kHz.
-"""
-
-from __future__ import annotations
+"""Read a `datasets.IterableDataset` window by window. A window is in memory and is used like any other source."""
 
 import hashlib
 import logging
@@ -12,86 +6,56 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .audio import SAMPLING_RATE, AudioFileError, audio_info, load_audio, read_resampled, require, resampled_length
-from .sources import SpeechSource, _audio_kind, _number_repeats, _stored_file
+from .audio import SAMPLING_RATE, AudioFileError, Samples, audio_info, require
+from .sources import SpeechSource, StoredSource, check_column, check_dataset, kind_of_audio, stored_audio
 
 logger = logging.getLogger(__name__)
 
-# Rows whose headers are read, and whose files are fetched where the stream only names them, at the same time.
+# Number of rows whose headers are read, and whose files are downloaded if the stream only names them, at a time.
 _ROWS_AHEAD = 32
 _THREADS = 16
 
-# Seconds between attempts. A file that cannot be fetched now may be there later, and one that is left out would make
-# the windows of processes differ.
-_FETCH_WAITS_SECONDS = (1, 4, 16, 64)
-
-
-class _Samples(NamedTuple):
-    """A recording that is stored as samples: float32 (frames,), and their rate in Hz."""
-
-    frames: np.ndarray
-    rate: int
+# Seconds between attempts. A file that cannot be downloaded now may be there later, and leaving it out would make the
+# windows of processes differ.
+_RETRY_SECONDS = (1, 4, 16, 64)
 
 
 class _Row(NamedTuple):
-    """A row of the stream: id, samples at 16 kHz or why there are none, and the audio: bytes, path or samples."""
+    """A row of the stream: id, length at 16 kHz or why it is skipped, and the audio."""
 
     id: str
     num_samples: int | AudioFileError
-    audio: bytes | str | _Samples | None
+    audio: bytes | str | Samples = b""
 
 
-class WindowSource(SpeechSource):
+class WindowSource(StoredSource):
     """
-    Rows of a stream, in memory as they were stored (compressed, where they are files).
+    Rows of a stream, in memory as they were stored (compressed, if they are files).
 
-    Args:
-        rows: The rows; those without samples are left out and counted.
-        name: What warnings call the window.
-
-    Raises:
-        ValueError: If no row has samples.
+    Rows without samples are left out and counted; `ValueError` if no row has samples. `name` is for warnings.
     """
 
     def __init__(self, rows: Sequence[_Row], name: str) -> None:
-        ids = _number_repeats(row.id for row in rows)
-        kept = self._keep(zip(ids, (row.num_samples for row in rows), strict=True), name)
-        self._audio = [rows[position].audio for position in kept]
+        self._audio = [row.audio for row in rows]
+        self._set_utterances((row.id for row in rows), (row.num_samples for row in rows), name)
 
-    def load(self, index: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
-        """See `SpeechSource.load`."""
-        name, audio = self.utterances[index].id, self._audio[index]
-        assert audio is not None
-        try:
-            if isinstance(audio, (str, bytes)):
-                return load_audio(audio, start=start, num_samples=num_samples)
-            return read_resampled(
-                lambda first, count: audio.frames[first : first + count],
-                len(audio.frames),
-                audio.rate,
-                start=start,
-                num_samples=num_samples,
-            )
-        except AudioFileError as error:
-            raise AudioFileError(f"Utterance {name}: {error}", error.reason) from error
+    def _stored(self, row: int) -> bytes | str | Samples:
+        return self._audio[row]
 
 
 class StreamWindow(NamedTuple):
     """
-    A part of a streamed epoch.
+    A part of a streamed epoch: its utterances, in memory and picklable, and its number in the epoch, from 0.
 
-    Attributes:
-        source: Its utterances, in memory. Picklable, for workers.
-        index: Number of the window in its epoch, from 0.
-        state: From which `SpeechStream.windows` begins with exactly this window again; JSON keeps it. Its "digest"
-            is of all that is in the window, so that processes can compare what they read.
+    `state`, JSON-serializable, is for `SpeechStream.windows`, to begin with exactly this window again. Its "digest" is
+    a hash of the window's content, so that processes can compare what they read.
     """
 
     source: SpeechSource
@@ -99,12 +63,15 @@ class StreamWindow(NamedTuple):
     state: dict[str, Any]
 
 
+Windows = Generator[StreamWindow, None, None]
+
+
 class StreamChangedError(ValueError):
-    """A stream that is not the one that a state was taken from: the message says where, and what may have changed."""
+    """The stream differs from the one that a state was taken from; the message says where, and possible causes."""
 
 
 class _Position(NamedTuple):
-    """Between two rows of a streamed epoch: rows before it, and the stream's own state there (None: the beginning)."""
+    """A position in a streamed epoch: number of rows before it, and the dataset's state (None: the beginning)."""
 
     row: int
     state: dict[str, Any] | None
@@ -112,44 +79,40 @@ class _Position(NamedTuple):
 
 class SpeechStream:
     """
-    A stream of recordings (`datasets` with `streaming=True`) whose lengths nobody knows beforehand.
+    A stream of recordings (`datasets` with `streaming=True`) whose lengths are not known in advance.
 
-    An epoch is a row of windows of about `window_seconds`, each of which is planned, shuffled and read like any other
-    source. The window after the one in use is read ahead by a thread. A window takes up its audio as it is stored (an
-    hour of 16 kHz FLAC is about 60 MB, an hour of float32 samples 230 MB); up to 2.5 windows are held at a time, and
-    once more in each worker that does not share memory with its parent.
+    An epoch is a sequence of windows of about `window_seconds`, each of which is planned, shuffled and read like any
+    other source, while a thread reads the next one. A window holds its audio as it is stored (an hour of 16 kHz FLAC
+    is about 60 MB, an hour of float32 samples 230 MB); up to 2.5 windows are held at a time, and once more in each
+    worker that does not share memory with its parent.
 
-    **Every process reads the same windows**, and takes its share of each step from them, so that steps do not depend
-    on the number of processes, as with any other source. It costs that each process downloads the whole stream. Do
-    not split the dataset among processes (`split_dataset_by_node`, or Accelerate's `prepare`): that is refused. Where
-    the network is too slow for it, download the dataset and open the copy.
+    **Every process reads the same windows**, and takes its share of each step from them, so steps do not depend on the
+    number of processes. The cost is that each process downloads the whole stream. A dataset that is split among
+    processes (`split_dataset_by_node`, or Accelerate's `prepare`) is refused. If the network is too slow, download the
+    dataset and open the copy.
 
     **Order.** Windows follow the order of the stream; within a window the plan shuffles. With `shuffle_seed` the order
     of the dataset's shards (files) is shuffled by (seed, epoch), and `num_open_shards` of them are read in turn, so
-    that a window mixes them. Shuffle in this way rather than by `dataset.shuffle`, whose buffer's content is not part
-    of its state. Where such a buffer, or anything else in the stream, keeps it from going on where it was, that is
-    noticed after a resume: the window's content is compared with what it was. Then the epoch is read again from its
-    beginning, which gives the same windows too, but takes as long as reading them took.
+    that a window mixes them. Do not use `dataset.shuffle`, whose buffer is not part of its state. If such a buffer, or
+    anything else, keeps the stream from resuming where it was, the window's digest shows it: the epoch is then read
+    again from its beginning, which gives the same windows, but takes as long.
+
+    An utterance's id is the row's `id` or `__key__` (of a WebDataset), else the row's number in its epoch.
 
     Args:
-        dataset: A `datasets.IterableDataset`, of the Hub or of local files.
-        audio_column: Its column with audio; the same kinds as for `DatasetSource`. Nothing is decoded but by
-            `load_audio`, in workers. Files that the stream only names are fetched if their name is a URL.
+        dataset: A `datasets.IterableDataset`, on the Hub or of local files.
+        audio_column: Column with audio, of the same kinds as for `DatasetSource`. Audio is decoded by `load_audio`, in
+            workers. Files that the stream only names are downloaded if their name is a URL.
         window_seconds: Audio of a window, at least; the last one of an epoch has from half to one and a half times as
-            much, or all there is. Steps do not go over its end, so make it many times as long as a step.
-        shuffle_seed: Shuffles the order of shards; None leaves it as `datasets` gives it (as stored in epoch 0, and
+            much, or all there is. Steps do not cross windows, so choose many times the audio of a step.
+        shuffle_seed: Seed for the order of shards; None leaves it as `datasets` gives it (as stored in epoch 0, and
             shuffled by the epoch's number alone in later ones).
-        num_open_shards: Shards that are read in turn. Each holds a row group (of parquet) in memory. Without
-            `shuffle_seed` it is one after the other.
-        sampling_rate: Of lists of floats, Hz; the other kinds know their own.
+        num_open_shards: Number of shards to read in turn, if they are shuffled. Each holds a row group of parquet in
+            memory.
+        sampling_rate: Sampling rate of lists of floats, Hz; required for them, and for them only.
 
-    An utterance's id is the row's `id` or `__key__` (of a WebDataset) if there is one, else the row's number in its
-    epoch.
-
-    Raises:
-        ValueError: If the dataset is of another kind, is split among processes, lacks the column or has something
-            else in it, or a number is out of range.
-        ImportError: Without `datasets`.
+    Raises `ValueError` if the dataset is of another kind, is split among processes, lacks the column or has something
+    else in it, or a number is out of range, and `ImportError` if `datasets` is not installed.
     """
 
     def __init__(
@@ -162,149 +125,109 @@ class SpeechStream:
         num_open_shards: int = 4,
         sampling_rate: int | None = None,
     ) -> None:
-        datasets = require("datasets")
-        if not isinstance(dataset, datasets.IterableDataset):
-            choice = f": choose one of its splits, {', '.join(dataset)}" if isinstance(dataset, dict) else ""
-            raise ValueError(f"A datasets.IterableDataset is needed, not {type(dataset).__name__}{choice}.")
+        check_dataset(dataset, "IterableDataset")
         if getattr(dataset, "_distributed", None) is not None:
             raise ValueError(
                 "The dataset is split among processes (split_dataset_by_node), but every process must read the same"
                 " windows, of which it takes its share. Give the dataset as it was before."
             )
-        if not window_seconds > 0 or num_open_shards < 1:
-            raise ValueError(
-                f"window_seconds={window_seconds} must be greater than 0, and num_open_shards={num_open_shards} at"
-                " least 1."
-            )
+        if not window_seconds > 0:
+            raise ValueError(f"window_seconds={window_seconds} must be greater than 0.")
+        if num_open_shards < 1:
+            raise ValueError(f"num_open_shards={num_open_shards} must be at least 1.")
         self.audio_column = audio_column
         self._window_samples = int(window_seconds * SAMPLING_RATE)
         self._sampling_rate = sampling_rate
         columns = dataset.column_names
-        if columns is not None:  # else they are seen with the first row
-            self._check_column(columns)
+        if columns is not None:  # else they are known with the first row
+            check_column(audio_column, columns)
             dataset = dataset.decode(False)
             dataset = dataset.select_columns([c for c in (audio_column, "id", "__key__") if c in columns])
-            self._kind_of(dataset.features.arrow_schema.field(audio_column).type)
+            kind_of_audio(dataset.features.arrow_schema.field(audio_column).type, audio_column, sampling_rate)
         if shuffle_seed is not None:
-            # A buffer of one row is none; what is left is the shuffling and interleaving of shards.
+            # With a buffer of one row, only shards are shuffled and interleaved.
             dataset = dataset.shuffle(seed=shuffle_seed, buffer_size=1, max_buffer_input_shards=num_open_shards)
         self._dataset = dataset
-        self._current: weakref.ref[Generator[StreamWindow, None, None]] | None = None
+        self._current: Callable[[], Windows | None] = lambda: None
 
-    def windows(
-        self, epoch: int, first_window: int = 0, state: dict[str, Any] | None = None
-    ) -> Generator[StreamWindow, None, None]:
+    def windows(self, epoch: int, first_window: int = 0, state: dict[str, Any] | None = None) -> Windows:
         """
-        Read an epoch, window by window, the next one ahead of time.
+        Read an epoch, from 0, window by window, the next one ahead of time; the same in every process.
 
-        A stream is read by one such iterator at a time: a second call ends the first one.
+        A stream is read by one such iterator at a time: a second call closes the first one. Close it when leaving it
+        early, so that its thread ends at once.
 
         Args:
-            epoch: From 0; shuffled streams have another order in each.
-            first_window: Where to begin.
-            state: That of the window to begin with (`StreamWindow.state`), which is then found at once. Without it,
-                the windows before `first_window` are read and dropped.
-
-        Returns:
-            The windows, the same ones in every process and after every restart. Close it if it is left early, so that
-            its thread ends at once.
+            epoch: Shuffled streams have another order in each.
+            first_window: Index of the window to begin with.
+            state: State of that window (`StreamWindow.state`), to find it at once. Without it, the windows before
+                `first_window` are read and dropped.
 
         Raises:
-            ValueError: At once, if the state is of another window, epoch or window length. While reading, if the
-                stream has no utterances or lacks the column.
-            StreamChangedError: While reading the first window, if the stream is not the one that the state is from.
-            OSError: While reading, if a file that the stream names cannot be fetched in spite of several attempts.
+            ValueError: If the state is of another window, epoch or window length; while reading, if the stream has no
+                utterances or lacks the column, or is not the one that the state is from (`StreamChangedError`).
+            OSError: While reading, if a file that the stream names cannot be downloaded, after several attempts.
         """
-        if state is not None:
-            self._check_state(state, epoch, first_window)
-        earlier = self._current() if self._current is not None else None
-        if earlier is not None:
-            # Both would count on in the same state, inside the dataset.
-            earlier.close()
+        wanted = {"epoch": epoch, "window": first_window, "window_samples": self._window_samples}
+        for name, value in wanted.items():
+            if state is not None and state.get(name) != value:
+                problem = f"The stream's state has {name}={state.get(name)}, but {name}={value} is requested"
+                advice = "Resume with the window_seconds of the interrupted run, at the state's own window."
+                raise ValueError(f"{problem}. {advice}")
+        if (earlier := self._current()) is not None:
+            earlier.close()  # both would advance the same state, inside the dataset
         stop = threading.Event()
         windows = _read_ahead(self._from_window(epoch, first_window, state, stop), stop)
-        # Weak, so that an iterator that nobody has any more ends, and its thread with it.
+        # Weak, so that an iterator that nobody refers to any more ends, and its thread with it.
         self._current = weakref.ref(windows)
         return windows
 
-    def _check_column(self, columns: Sequence[str]) -> None:
-        if self.audio_column not in columns:
-            raise ValueError(
-                f"audio_column={self.audio_column!r} is not a column of the stream, which has {', '.join(columns)}."
-                " Name the one that has the audio."
-            )
-
-    def _kind_of(self, arrow_type: Any) -> str:
-        kind = _audio_kind(arrow_type, self.audio_column)
-        if (kind == "samples") != (self._sampling_rate is not None):
-            raise ValueError(
-                f"sampling_rate={self._sampling_rate}, but the column {self.audio_column!r} has {kind}: sampling_rate"
-                " is for columns of plain lists of floats, and they need it."
-            )
-        return kind
-
-    def _check_state(self, state: dict[str, Any], epoch: int, first_window: int) -> None:
-        wanted = {"epoch": epoch, "window": first_window, "window_samples": self._window_samples}
-        for name, value in wanted.items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"The stream's state has {name}={state.get(name)}, but {name}={value} is asked for. Resume with"
-                    " the window_seconds of the run that was interrupted, at the window that the state is of."
-                )
-
     def _from_window(
         self, epoch: int, first_window: int, state: dict[str, Any] | None, stop: threading.Event
-    ) -> Generator[StreamWindow, None, None]:
+    ) -> Windows:
         if state is None:
             yield from islice(self._cut(epoch, 0, _Position(0, None), stop), first_window, None)
             return
-        windows = self._cut(epoch, first_window, _Position(state["row"], state["dataset"]), stop)
-        try:
-            first = next(windows, None)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            logger.warning("The stream cannot take its state (%s: %s).", type(error).__name__, error)
-            first = None
-        if not stop.is_set() and (first is None or first.state["digest"] != state["digest"]):
-            logger.warning(
-                "The stream does not go on from its state with the rows that it had (a shuffle buffer does not). It"
-                " is read again from the epoch's beginning, %s rows.",
-                f"{state['row']:,}",
-            )
-            windows.close()
-            windows = self._cut(epoch, first_window, _Position(state["row"], None), stop)
-            first = next(windows, None)
-            if not stop.is_set() and (first is None or first.state["digest"] != state["digest"]):
-                windows.close()  # its threads must not live as long as the error does
-                raise StreamChangedError(
-                    f"The stream has other rows than before from row {state['row']:,} of epoch {epoch} on, so that"
-                    " the run cannot go on where it was. Have its files, their revision, shuffle_seed, num_open_shards"
-                    " or the version of datasets changed? Go back to what they were, or begin this epoch anew (no"
-                    " state)."
+        saved, beginning = _Position(state["row"], state["dataset"]), _Position(state["row"], None)
+        for position in (saved, beginning):
+            windows, first = self._cut(epoch, first_window, position, stop), None
+            try:
+                first = next(windows, None)
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                if position is beginning:
+                    raise
+                logger.warning("The stream cannot load its state (%s: %s).", type(error).__name__, error)
+            if stop.is_set() or (first is not None and first.state["digest"] == state["digest"]):
+                break
+            windows.close()  # its threads must not live as long as an error
+            if position is saved:
+                logger.warning(
+                    "The stream does not resume from its state with the same rows (a shuffle buffer does not). It is"
+                    " read again from the epoch's beginning, %s rows.",
+                    f"{state['row']:,}",
                 )
+        else:
+            raise StreamChangedError(
+                f"The stream has other rows than before from row {state['row']:,} of epoch {epoch} on, so the run"
+                " cannot resume where it was. Its files, their revision, shuffle_seed, num_open_shards or the"
+                " version of datasets may have changed. Restore them, or begin this epoch anew (no state)."
+            )
         if first is not None:
-            # The first time this is written, it is the state that was given, whichever way led there.
+            # Keep the given state for the first window, whichever way led there.
             yield first._replace(state=state)
             yield from windows
 
-    def _cut(
-        self, epoch: int, first_window: int, begin: _Position, stop: threading.Event
-    ) -> Generator[StreamWindow, None, None]:
-        """The windows of an epoch from a position on."""
+    def _cut(self, epoch: int, first_window: int, begin: _Position, stop: threading.Event) -> Windows:
+        """Yield the windows of an epoch from a position on."""
         rows: list[_Row] = []
-        start, end = begin, None  # of the window; its end is known before what follows it is known to be long enough
+        start, end = begin, None  # of the window; after its end, rows are read until the next window is long enough
         num_rows = num_samples = index = 0
 
         def window(count: int) -> StreamWindow:
             name = f"Window {first_window + index} of epoch {epoch} of the stream"
             own = rows[:count]
-            state = {
-                "epoch": epoch,
-                "window": first_window + index,
-                "window_samples": self._window_samples,
-                "row": start.row,
-                "dataset": start.state,
-                "digest": _digest(own),
-            }
+            where = {"epoch": epoch, "window": first_window + index, "window_samples": self._window_samples}
+            state = {**where, "row": start.row, "dataset": start.state, "digest": _digest(own)}
             return StreamWindow(WindowSource(own, name), first_window + index, state)
 
         for row, position in self._rows(epoch, begin, stop):
@@ -322,15 +245,13 @@ class SpeechStream:
         yield window(len(rows))
 
     def _rows(self, epoch: int, begin: _Position, stop: threading.Event) -> Iterator[tuple[_Row, _Position]]:
-        """The rows from a position on, each with the position after it."""
-        # A new object on the same stream, which has no state of an earlier pass.
+        """Yield the rows from a position on, each with the position after it."""
+        # A new object on the same stream, without the state of an earlier pass.
         dataset = self._dataset.with_format("arrow")
         dataset.set_epoch(epoch)
-        first = 0
         if begin.state is not None:
             dataset.load_state_dict(begin.state)
-            first = begin.row
-        tables = enumerate(dataset, first)
+        tables = enumerate(dataset, 0 if begin.state is None else begin.row)
         pool = ThreadPoolExecutor(_THREADS, "stream")
         ahead: deque[tuple[Future[_Row], _Position]] = deque()
         try:
@@ -342,99 +263,83 @@ class SpeechStream:
                 position = _Position(number + 1, dataset.state_dict())
                 ahead.append((pool.submit(self._examine, number, table), position))
                 if len(ahead) == _ROWS_AHEAD:
-                    yield _result(ahead.popleft())
+                    row, position = ahead.popleft()
+                    yield row.result(), position
             while ahead and not stop.is_set():
-                yield _result(ahead.popleft())
+                row, position = ahead.popleft()
+                yield row.result(), position
         except ImportError as error:
             if "torchcodec" not in str(error):
                 raise
             raise ValueError(
-                "datasets itself handles the audio of this stream on its way, and wants torchcodec for it, because"
-                " something is done to the stream (map, filter, rename_column, ...). Give it as load_dataset returns"
-                " it, with audio_column for the column's name; or install torchcodec."
+                "datasets needs torchcodec to decode the audio of this stream, because the stream is transformed (map,"
+                " filter, rename_column, ...). Give it as load_dataset returns it, with audio_column for the column's"
+                " name; or install torchcodec."
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _examine(self, number: int, table: Any) -> _Row:
-        """Take a row (a table of one) out of Arrow; fetch its file, if it is elsewhere, and read its header."""
-        self._check_column(table.column_names)
+        """Convert a row (an Arrow table of one); download its file if it is a URL, and read its header."""
+        check_column(self.audio_column, table.column_names)
         names = [table[column][0].as_py() for column in ("id", "__key__") if column in table.column_names]
         name = str(names[0]) if names and names[0] is not None else str(number)
+        value = table[self.audio_column][0]
         try:
-            return self._take(name, table[self.audio_column][0])
-        except AudioFileError as error:
-            return _Row(name, error, None)
-
-    def _take(self, name: str, value: Any) -> _Row:
-        if require("pyarrow").types.is_null(value.type):
-            raise AudioFileError("The row has no audio.", "missing")
-        kind = self._kind_of(value.type)
-        if kind == "files":
-            stored = _stored_file(value)
-            audio = _fetch(stored) if isinstance(stored, str) else stored.to_pybytes()
+            if require("pyarrow").types.is_null(value.type):
+                raise AudioFileError("The row has no audio.", "missing")
+            kind = kind_of_audio(value.type, self.audio_column, self._sampling_rate)
+            audio = stored_audio(value, kind, self._sampling_rate)
+            if isinstance(audio, Samples):  # copied, so as not to keep the shard's other rows in memory
+                audio = Samples(np.array(audio.frames, dtype=np.float32), audio.rate)
+            else:
+                audio = _download(audio) if isinstance(audio, str) else audio.read()
             return _Row(name, audio_info(audio).num_samples, audio)
-        rate = self._sampling_rate
-        if kind == "arrays" and value.is_valid:
-            value, rate = value["array"], value["sampling_rate"].as_py()
-        num_samples = resampled_length(len(value.values), int(rate)) if value.is_valid and rate else 0
-        if num_samples == 0:
-            raise AudioFileError("The row has no samples.", "empty")
-        assert rate is not None
-        # A copy, which does not keep the shard's other rows in memory.
-        frames = np.array(value.values.to_numpy(zero_copy_only=False), dtype=np.float32)
-        return _Row(name, num_samples, _Samples(frames, int(rate)))
+        except AudioFileError as error:
+            return _Row(name, error)
 
 
-def _result(pending: tuple[Future[_Row], _Position]) -> tuple[_Row, _Position]:
-    future, position = pending
-    return future.result(), position
-
-
-def _fetch(path: str) -> bytes | str:
-    """The bytes of a file elsewhere (a URL, also one into an archive); a path of this machine is returned as it is."""
+def _download(path: str) -> bytes | str:
+    """Return the bytes of a file at a URL, which may be inside an archive; return a local path as it is."""
     if "://" not in path:
         return path
     fsspec = require("fsspec")
-    for wait in (*_FETCH_WAITS_SECONDS, None):
+    for wait in (*_RETRY_SECONDS, None):
         try:
             with fsspec.open(path, "rb") as file:
                 return file.read()
         except FileNotFoundError as error:
-            raise AudioFileError(f"{path} is not there.", "missing") from error
+            raise AudioFileError(f"{path} does not exist.", "missing") from error
         except OSError as error:
             if wait is None:
-                raise OSError(f"{path} could not be fetched: {error}") from error
-            logger.warning("%s could not be fetched (%s); trying again in %d s.", path, error, wait)
+                raise OSError(f"{path} could not be downloaded: {error}") from error
+            logger.warning("%s could not be downloaded (%s); trying again in %d s.", path, error, wait)
             time.sleep(wait)
     raise AssertionError
 
 
 def _digest(rows: Sequence[_Row]) -> str:
-    """Hash of all that is in the rows."""
+    """Return a hash of the content of the rows."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
-        audio = row.audio.frames.tobytes() if isinstance(row.audio, _Samples) else row.audio or b""
-        data = audio.encode("utf-8", "surrogateescape") if isinstance(audio, str) else audio
+        audio, rate = row.audio if isinstance(row.audio, Samples) else (row.audio, None)
+        data = audio.encode("utf-8", "surrogateescape") if isinstance(audio, str) else bytes(audio)
         length = row.num_samples.reason if isinstance(row.num_samples, AudioFileError) else row.num_samples
-        rate = row.audio.rate if isinstance(row.audio, _Samples) else None
         digest.update(f"{row.id}\x1f{length}\x1f{rate}\x1f{len(data)}\x1f".encode("utf-8", "surrogateescape"))
         digest.update(data)
     return digest.hexdigest()
 
 
-def _read_ahead(
-    windows: Generator[StreamWindow, None, None], stop: threading.Event
-) -> Generator[StreamWindow, None, None]:
-    """The same windows; while one is used, a thread reads the next."""
+def _read_ahead(windows: Windows, stop: threading.Event) -> Windows:
+    """Yield the same windows; while one is used, a thread reads the next."""
     with ThreadPoolExecutor(1, "stream-ahead") as pool:
         try:
             ahead = pool.submit(next, windows, None)
             while (window := ahead.result()) is not None:
                 ahead = pool.submit(next, windows, None)
                 yield window
-                del window  # it must not be held while the one after the next is waited for
+                del window  # do not hold it while waiting for the one after the next
         finally:
-            # What runs ends at the next row, and is waited for: the dataset is then free for another pass.
+            # Reading stops at the next row; wait for it, so that the dataset is free for another pass.
             stop.set()
             pool.submit(windows.close)

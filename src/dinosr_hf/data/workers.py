@@ -1,11 +1,9 @@
 """
-Worker processes that neither die of a signal meant for the run nor outlive it.
+Worker processes that ignore signals meant for the run, and exit with it.
 
-A terminal, Slurm or a shell sends SIGINT, SIGTERM, SIGHUP or SIGUSR1 to every process of a group. What it means is for
-the training process to decide: it may have a step to finish and a checkpoint to save, and needs its workers for that.
+A terminal, Slurm or a shell sends SIGINT, SIGTERM, SIGHUP or SIGUSR1 to every process of a group. The training process
+decides what to do: it may have a step to finish and a checkpoint to save, and needs its workers for that.
 """
-
-from __future__ import annotations
 
 import multiprocessing
 import os
@@ -18,69 +16,58 @@ from multiprocessing import resource_tracker
 
 _POLL_SECONDS = 1.0
 
-
-def _signals() -> set[signal.Signals]:
-    return {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+# Windows has only the first two.
+_SIGNALS = {signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)}
 
 
 @contextmanager
-def shielded_workers(start_method: str | None = None) -> Iterator[None]:
+def block_signals_in_workers(start_method: str | None = None) -> Iterator[None]:
     """
-    Processes started in here begin with SIGINT, SIGTERM, SIGHUP and SIGUSR1 blocked; a signal for this one waits till
-    the end.
+    Start processes within this block with the signals blocked; one to this process is handled when the block ends.
 
-    Without it a worker would be unprotected from its start until it gets to `watch_parent`, which is seconds where it
-    is a fresh interpreter.
-
-    Args:
-        start_method: By which they are started; None for Python's default.
+    Otherwise a signal would kill a worker that has not yet called `initialize_worker`: a fresh interpreter needs
+    seconds for that. `start_method` None is Python's default.
     """
     if sys.platform == "win32":
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _signals())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         if multiprocessing.get_context(start_method).get_start_method() != "fork":
             # The first process started in these ways starts this one too, which unblocks signals in Python 3.11.
             resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, _signals())
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def watch_parent(worker_id: int = 0) -> None:
+def initialize_worker(worker_id: int = 0) -> None:
     """
-    Make this process a worker that leaves signals to its parent, and ends with it.
+    Make this process ignore signals and exit with its parent: `worker_init_fn` of `DataLoader`, or `initializer`.
 
-    A `worker_init_fn` of `DataLoader`, or an `initializer` of `ProcessPoolExecutor`.
-
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 do nothing, unless it is the parent that sends SIGTERM, as `DataLoader` does to
-    a worker that does not end by itself. (macOS and Windows do not say who sent it: there it does nothing, too.) When
-    the parent is gone, even by SIGKILL, the worker ends within a second, whatever it is doing.
-
-    Args:
-        worker_id: Not needed; what `DataLoader` passes.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 are ignored, except a SIGTERM from the parent, which `DataLoader` sends to a
+    worker that does not end by itself. (macOS and Windows do not tell the sender; there it is ignored too.) The
+    process exits within a second after its parent has gone, even by SIGKILL, whatever it is doing.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None, "only for processes that multiprocessing started"
     if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, _signals())
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     else:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            if name in signal.Signals.__members__:
-                signal.signal(signal.Signals[name], signal.SIG_IGN)
-    threading.Thread(target=_watch, args=(parent, os.getppid()), name="watch parent", daemon=True).start()
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_exit_with, args=(parent, os.getppid()), name="exit with parent", daemon=True).start()
 
 
-def _watch(parent: multiprocessing.process.BaseProcess, parent_pid: int) -> None:
-    # Of two signs each fails alone: forked siblings keep each other's sentinels open, and the parent of a process from
-    # a fork server is the server, which lives as long as its children.
+def _exit_with(parent: multiprocessing.process.BaseProcess, parent_pid: int) -> None:
+    # Each check alone fails: forked siblings keep each other's sentinels open, and the parent of a process from a fork
+    # server is the server, which lives as long as its children.
     while parent.is_alive() and os.getppid() == parent_pid:
         if sys.platform != "linux":
             parent.join(_POLL_SECONDS)
             continue
-        received = signal.sigtimedwait(_signals(), _POLL_SECONDS)
+        received = signal.sigtimedwait(_SIGNALS, _POLL_SECONDS)
         if received is not None and received.si_signo == signal.SIGTERM and received.si_pid == parent.pid:
             os._exit(0)
     os._exit(1)

@@ -3,22 +3,21 @@
 from .batches import LabelledCollator, LabelledDataset, LengthBatchSampler, StepBatchSampler
 from .classification_task import Classification, ClassificationArguments
 from .ctc_task import Recognition, RecognitionArguments
-from .finetuning_arguments import FinetuningArguments, LabelledDataArguments, StartArguments
+from .finetuning_arguments import FinetuningArguments, InitialModelArguments, LabelledDataArguments
 from .initial_model import load_model
 from .run import finetune
-from .splits import Splits, open_splits
+from .splits import open_splits
 from .task import Task
-from .trainer import FreezeCallback, SpeechTrainer
+from .trainer import SpeechTrainer
 
 __all__ = [
     "FinetuningArguments",
     "LabelledDataArguments",
-    "StartArguments",
+    "InitialModelArguments",
     "LabelledDataset",
     "LabelledCollator",
     "StepBatchSampler",
     "LengthBatchSampler",
-    "Splits",
     "open_splits",
     "Task",
     "Recognition",
@@ -27,6 +26,5 @@ __all__ = [
     "ClassificationArguments",
     "load_model",
     "SpeechTrainer",
-    "FreezeCallback",
     "finetune",
 ]

@@ -1,8 +1,8 @@
 """
-Classes of utterances as a task of fine-tuning: keyword, language, speaker, emotion.
+Classification of utterances as a fine-tuning task: keyword, language, speaker, emotion.
 
-The head is SUPERB's (arXiv 2105.01051, section 3): a learnt sum of all layers, a projection, the mean over time, a
-linear layer. Figures are those of scikit-learn.
+The head is SUPERB's (arXiv 2105.01051, section 3): a weighted sum of all layers, a projection, the mean over time, a
+linear layer. The metrics are scikit-learn's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,142 +19,115 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from ..analysis.reports import markdown_table
 from ..data import LabelledSource
 from ..model.modeling_dinosr import DinoSRForSequenceClassification
+from ..training.shared_arguments import argument
 from ..utils.command_line import ArgumentError, check_ranges
 from ..utils.extras import import_extra
+from ..utils.files import write_atomically
 from .task import Task
 
 logger = logging.getLogger(__name__)
 
-# Larger tables of confusions nobody reads: the most frequent ones are listed instead.
+# Above this number of classes the report lists the most frequent confusions instead of the whole table.
 MAX_TABLE_CLASSES = 30
-# Predicted where a recording could not be read; the class of what training did not have. No label is like them.
-NOTHING = ""
+# The prediction for a recording that could not be read, and the reference for a class that training does not have. No
+# label is equal to them, since labels have no space around them and are not empty.
+UNREADABLE = ""
 UNKNOWN = " unknown"
 
 
 @dataclass
 class ClassificationArguments:
-    """
-    What the head reads, and how much of an utterance.
+    """Input of the head. Raises `ArgumentError` if a value is out of range."""
 
-    Raises:
-        ArgumentError: For a value that is out of range.
-    """
-
-    use_weighted_layer_sum: bool = field(
-        default=True, metadata={"help": "Whether the head reads a learnt sum of all layers, or only the last one."}
+    use_weighted_layer_sum: bool = argument(
+        True, "Whether the head reads a weighted sum of all layers, or only the last layer."
     )
-    crop_seconds: float | None = field(
-        default=None,
-        metadata={
-            "help": "Train on a random part of this length of longer utterances, which max_seconds then does not leave"
-            " out; left out: on whole ones. Evaluation takes whole ones."
-        },
+    crop_seconds: float | None = argument(
+        None,
+        "Train on a random crop of this length of longer utterances, which max_seconds then does not leave out; if not"
+        " given, on whole ones. Evaluation always takes whole ones.",
     )
 
     def __post_init__(self) -> None:
-        if self.crop_seconds is not None:
-            check_ranges([(self.crop_seconds > 0, "crop_seconds", self.crop_seconds, "more than 0")])
+        is_allowed = self.crop_seconds is None or self.crop_seconds > 0
+        check_ranges([(is_allowed, "crop_seconds", self.crop_seconds, "more than 0")])
 
 
-class ClassFigures(NamedTuple):
-    """Of one class: utterances that have it, those of them that were found, those it was given to, and rates."""
+class ClassMetrics(NamedTuple):
+    """Metrics of one class, and its number of utterances in the references."""
 
     label: str
     num_utterances: int
-    num_right: int
-    num_predicted: int
     precision: float
     recall: float
     f1: float
 
 
-class ClassReport(NamedTuple):
-    """
-    How well classes were told apart.
+class ClassificationReport(NamedTuple):
+    """Metrics of a classification; unknown classes, which the model does not have, count as errors."""
 
-    Attributes:
-        accuracy: Share of utterances whose class was found. Unknown classes and unreadable recordings are errors.
-        macro_f1: Mean F1 over the classes of the model that occur in the references, each with the same weight.
-        classes: Figures of the classes of the model, then of unknown ones in the references.
-        confusions: (reference, prediction) -> utterances, right ones too; "" as a prediction: could not be read.
-        num_unknown: Utterances of classes that the model does not have.
-    """
+    accuracy: float  # unreadable recordings count as errors
+    macro_f1: float  # mean over the model's classes that occur in the references, with equal weights
+    classes: list[ClassMetrics]  # the model's, followed by unknown ones in the references
+    confusions: Counter[tuple[str, str]]  # (reference, prediction), also correct ones; "" for an unreadable recording
+    num_unknown: int  # utterances of unknown classes
 
-    accuracy: float
-    macro_f1: float
-    classes: list[ClassFigures]
-    confusions: Counter[tuple[str, str]]
-    num_unknown: int
+    @property
+    def rates(self) -> dict[str, float]:
+        """Accuracy and macro F1, by name."""
+        return {"accuracy": self.accuracy, "macro_f1": self.macro_f1}
 
     def to_markdown(self, name: str) -> str:
-        """Rates, figures of each class, and the confusions, as tables."""
+        """Format the rates, the metrics of each class and the confusions as tables; `name` is that of the split."""
         total = sum(row.num_utterances for row in self.classes)
-        text = (
-            f"# Classes on {name}\n\n| utterances | accuracy | macro F1 | of unknown classes |\n|---|---|---|---|\n"
-            f"| {total:,} | {self.accuracy:.2%} | {self.macro_f1:.2%} | {self.num_unknown:,} |\n\n"
-            "| class | utterances | recall | precision | F1 |\n|---|---|---|---|---|\n"
-        )
-        for row in self.classes:
-            rates = f"{row.recall:.2%} | {row.precision:.2%} | {row.f1:.2%}"
-            text += f"| {_cell(row.label)} | {row.num_utterances:,} | {rates} |\n"
-        return text + "\n" + self._confusion_table()
+        totals = [f"{total:,}", f"{self.accuracy:.2%}", f"{self.macro_f1:.2%}", f"{self.num_unknown:,}"]
+        rows = [
+            (row.label, f"{row.num_utterances:,}", f"{row.recall:.2%}", f"{row.precision:.2%}", f"{row.f1:.2%}")
+            for row in self.classes
+        ]
+        tables = [
+            markdown_table(["utterances", "accuracy", "macro F1", "of unknown classes"], [totals]),
+            markdown_table(["class", "utterances", "recall", "precision", "F1"], rows),
+            self._confusion_table(),
+        ]
+        return f"# Classes on {name}\n\n" + "\n".join(tables)
 
     def _confusion_table(self) -> str:
-        references = [row.label for row in self.classes if row.num_utterances]
         predictions = [row.label for row in self.classes]
-        if any(prediction == NOTHING for _, prediction in self.confusions):
-            predictions.append(NOTHING)
+        if any(prediction == UNREADABLE for _, prediction in self.confusions):
+            predictions.append(UNREADABLE)
         if len(predictions) > MAX_TABLE_CLASSES:
             wrong = Counter({pair: count for pair, count in self.confusions.items() if pair[0] != pair[1]})
-            text = "| count | reference | prediction |\n|---|---|---|\n"
-            for (reference, prediction), count in wrong.most_common(MAX_TABLE_CLASSES):
-                text += f"| {count:,} | {_cell(reference)} | {_cell(prediction)} |\n"
-            return text
-        text = f"| reference \\ prediction | {' | '.join(map(_cell, predictions))} |\n"
-        text += "|---" * (len(predictions) + 1) + "|\n"
-        for reference in references:
-            counts = " | ".join(f"{self.confusions[reference, prediction]:,}" for prediction in predictions)
-            text += f"| {_cell(reference)} | {counts} |\n"
-        return text
+            most = wrong.most_common(MAX_TABLE_CLASSES)
+            rows = [[f"{count:,}", reference, prediction or "(not read)"] for (reference, prediction), count in most]
+            return markdown_table(["count", "reference", "prediction"], rows)
+        references = [row.label for row in self.classes if row.num_utterances]
+        rows = [[label, *(f"{self.confusions[label, other]:,}" for other in predictions)] for label in references]
+        headings = ["reference \\ prediction", *(prediction or "(not read)" for prediction in predictions)]
+        return markdown_table(headings, rows)
 
 
-def _cell(label: str) -> str:
-    return label.replace("|", "\\|") or "(not read)"
-
-
-def score_classes(references: Sequence[str], predictions: Sequence[str], classes: Sequence[str]) -> ClassReport:
+def score_classes(
+    references: Sequence[str], predictions: Sequence[str], classes: Sequence[str]
+) -> ClassificationReport:
     """
-    Compare the classes that were found with those that are right.
+    Compare predicted classes, each one of `classes` or "" if the recording could not be read, with the references.
 
-    Args:
-        references: The right class of each utterance; it may be one that is not of `classes`.
-        predictions: What was found, one of `classes`; "": it could not be read.
-        classes: Those of the model.
-
-    Raises:
-        ValueError: If their numbers differ or there are none, or a prediction is no class.
-        ImportError: Without scikit-learn.
+    The references may have classes that `classes`, those of the model, lacks.
     """
-    if len(references) != len(predictions) or not references:
-        raise ValueError(f"{len(references)} references, {len(predictions)} predictions: give one each, and some.")
-    strange = sorted(set(predictions) - {*classes, NOTHING})
-    if strange:
-        raise ValueError(f"predictions has {strange[0]!r}, which is none of the {len(classes)} classes.")
     confusions = Counter(zip(references, predictions, strict=True))
-    occurring, found = Counter(references), Counter(predictions)
+    num_utterances = Counter(references)
     names = [*classes, *sorted(set(references) - set(classes))]
-    metrics = import_extra("sklearn.metrics", "asr", "Figures of classes")
+    metrics = import_extra("sklearn.metrics", "asr", "Classification")
     rates = metrics.precision_recall_fscore_support(references, predictions, labels=names, zero_division=0.0)
-    rows = [
-        ClassFigures(name, occurring[name], confusions[name, name], found[name], *map(float, row))
-        for name, *row in zip(names, *rates[:3], strict=True)
-    ]
+    columns = zip(names, *rates[:3], strict=True)
+    rows = [ClassMetrics(name, num_utterances[name], *map(float, row)) for name, *row in columns]
     known = [row.f1 for row in rows[: len(classes)] if row.num_utterances]
-    return ClassReport(
-        accuracy=sum(row.num_right for row in rows) / len(references),
+    return ClassificationReport(
+        accuracy=sum(confusions[name, name] for name in names) / len(references),
         macro_f1=float(np.mean(known)) if known else 0.0,
         classes=rows,
         confusions=confusions,
@@ -162,40 +135,11 @@ def score_classes(references: Sequence[str], predictions: Sequence[str], classes
     )
 
 
-def _classes_of(labels: Sequence[str], name: str) -> list[str]:
-    """The classes, sorted; refuses what cannot be told apart or learnt."""
-    counts = Counter(labels)
-    if len(counts) == 1:
-        raise ArgumentError(
-            f"{name}: all {len(labels):,} utterances have the label {labels[0]!r}, but there must be at least two"
-            " classes. Is label_column right?"
-        )
-    if max(counts.values()) == 1:
-        raise ArgumentError(
-            f"{name}: none of the {len(counts):,} labels occurs twice (one is {labels[0]!r}), so that they are no"
-            " classes. Is label_column right? Regression, of numbers, is not offered."
-        )
-    return sorted(counts)
-
-
-def _probabilities(logits: np.ndarray | None, classes: Sequence[str]) -> dict[str, float]:
-    if logits is None:
-        return {}
-    return dict(zip(classes, torch.from_numpy(logits).double().softmax(dim=0).tolist(), strict=True))
-
-
 class Classification(Task):
     """
-    Learns one class for each utterance.
+    Learn one class for each utterance; `prepare` sets `classes`, their sorted names.
 
-    Args:
-        arguments: What the head reads, and how much of an utterance.
-
-    Attributes:
-        classes: Names of the classes, sorted; there after `prepare`.
-
-    Raises:
-        ImportError: Without scikit-learn.
+    Raises `ImportError` if scikit-learn is not installed.
     """
 
     name = "audio-classification"
@@ -204,23 +148,34 @@ class Classification(Task):
     greater_is_better = True
 
     def __init__(self, arguments: ClassificationArguments) -> None:
-        import_extra("sklearn.metrics", "asr", "Figures of classes")  # before the training, not after it
+        import_extra("sklearn.metrics", "asr", "Classification")  # fail before the training, not after it
         self.arguments = arguments
         self.crop_seconds = arguments.crop_seconds
         self.classes: list[str] = []
 
     def prepare(self, train: LabelledSource) -> None:
         """
-        The classes are the labels of the training speech, without space around them.
+        Collect the classes: the labels of the training speech, without space around them.
 
-        Raises:
-            ArgumentError: If there is one class only, or no class has two utterances.
+        Raises `ArgumentError` if there is only one class, or no class has two utterances.
         """
-        self.classes = _classes_of(self._references(train), train.name)
-        logger.info("There are %d classes: %s", len(self.classes), _first(self.classes))
+        labels = self._references(train)
+        counts = Counter(labels)
+        if len(counts) == 1:
+            raise ArgumentError(
+                f"{train.name}: all {len(labels):,} utterances have the label {labels[0]!r}, but there must be at"
+                " least two classes. Check label_column."
+            )
+        if max(counts.values()) == 1:
+            raise ArgumentError(
+                f"{train.name}: each of the {len(counts):,} labels occurs only once (one is {labels[0]!r}), so they"
+                " are not classes. Check label_column. Regression on numbers is not supported."
+            )
+        self.classes = sorted(counts)
+        logger.info("There are %d classes: %s", len(self.classes), _shorten(self.classes))
 
     def config_changes(self) -> dict[str, Any]:
-        """Number and names of the classes, and what the head reads."""
+        """Return number and names of the classes, and the input of the head."""
         return {
             "num_labels": len(self.classes),
             "id2label": dict(enumerate(self.classes)),
@@ -232,59 +187,54 @@ class Classification(Task):
         return [label.strip() for label in source.labels]
 
     def targets(self, source: LabelledSource) -> list[np.ndarray | int]:
-        """Numbers of the classes; -100 for those that training did not have, which are reported."""
-        numbers = {label: number for number, label in enumerate(self.classes)}
+        """Return the indices of the classes; -100 for classes that training speech does not have, with a warning."""
+        indices = {label: index for index, label in enumerate(self.classes)}
         references = self._references(source)
-        unknown = Counter(label for label in references if label not in numbers)
+        unknown = Counter(label for label in references if label not in indices)
         if unknown:
+            shown = _shorten([f"{label!r} {count:,} times" for label, count in unknown.most_common()])
             logger.warning(
-                "%s: %s of %s utterances have a label that training speech does not have, and count as errors: %s.",
-                *(source.name, f"{sum(unknown.values()):,}", f"{len(references):,}"),
-                _first([f"{label!r} {count:,} times" for label, count in unknown.most_common()]),
+                f"{source.name}: {unknown.total():,} of {len(references):,} utterances have a label that training"
+                f" speech does not have, and count as errors: {shown}."
             )
-        return [numbers.get(label, -100) for label in references]
+        return [indices.get(label, -100) for label in references]
 
-    def unusable(self, target: np.ndarray | int, num_frames: int) -> str | None:
-        """Utterances without a frame."""
+    def exclusion_reason(self, target: np.ndarray | int, num_frames: int) -> str | None:
+        """Exclude utterances that are too short for a frame."""
         return "without a frame" if num_frames < 1 else None
 
-    def _found(self, predictions: Any) -> list[str]:
-        return [NOTHING if row is None else self.classes[int(row.argmax())] for row in predictions]
+    def _labels_of(self, predictions: Any) -> list[str]:
+        return [UNREADABLE if logits is None else self.classes[int(logits.argmax())] for logits in predictions]
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Accuracy and macro F1; see `ClassReport`."""
-        references = [self.classes[number] if number >= 0 else UNKNOWN for number in prediction.label_ids]
-        return _rates(score_classes(references, self._found(prediction.predictions), self.classes))
+        """Return accuracy and macro F1; see `ClassificationReport`."""
+        references = [self.classes[index] if index >= 0 else UNKNOWN for index in prediction.label_ids]
+        return score_classes(references, self._labels_of(prediction.predictions), self.classes).rates
 
     def report(self, source: LabelledSource, predictions: Any, folder: Path, name: str) -> Mapping[str, float]:
         """
-        Write `predictions-<name>.jsonl`, an utterance a line, and `classes-<name>.md`, tables to read.
+        Write `predictions-<name>.jsonl`, a line per utterance, and `classes-<name>.md`, tables for readers.
 
-        Lines have id, reference, prediction (null: could not be read) and the probability of each class, the least
-        probable references first.
+        The lines have id, reference, prediction (null if the recording could not be read) and the probability of each
+        class, sorted by the probability of the reference, lowest first.
         """
-        references, found = self._references(source), self._found(predictions)
+        references, predicted = self._references(source), self._labels_of(predictions)
         lines = []
-        for row in zip(source.ids, references, found, predictions, strict=True):
-            utterance_id, reference, prediction, logits = row
-            probabilities = _probabilities(logits, self.classes)
-            line = {"id": utterance_id, "reference": reference, "prediction": prediction or None}
-            lines.append((probabilities.get(reference, 0.0), utterance_id, {**line, "probabilities": probabilities}))
-        lines.sort(key=lambda line: line[:2])
-        with open(Path(folder, f"predictions-{name}.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for *_, line in lines)
-        classes = score_classes(references, found, self.classes)
-        Path(folder, f"classes-{name}.md").write_text(classes.to_markdown(name), encoding="utf-8")
-        return _rates(classes)
-
-    def save(self, folder: Path) -> None:
-        """Nothing: the configuration has the classes, and the feature extractor comes with every model."""
-
-
-def _rates(report: ClassReport) -> dict[str, float]:
-    return {"accuracy": report.accuracy, "macro_f1": report.macro_f1}
+        for utterance_id, reference, label, logits in zip(source.ids, references, predicted, predictions, strict=True):
+            probabilities: dict[str, float] = {}
+            if logits is not None:
+                values = torch.from_numpy(logits).double().softmax(dim=0).tolist()
+                probabilities = dict(zip(self.classes, values, strict=True))
+            line: dict[str, Any] = {"id": utterance_id, "reference": reference, "prediction": label or None}
+            lines.append({**line, "probabilities": probabilities})
+        lines.sort(key=lambda line: (line["probabilities"].get(line["reference"], 0.0), line["id"]))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomically(folder / f"predictions-{name}.jsonl", text)
+        report = score_classes(references, predicted, self.classes)
+        write_atomically(folder / f"classes-{name}.md", report.to_markdown(name))
+        return report.rates
 
 
-def _first(words: Sequence[str], num_shown: int = 20) -> str:
+def _shorten(words: Sequence[str], num_shown: int = 20) -> str:
     rest = len(words) - num_shown
     return ", ".join(words[:num_shown]) + (f" and {rest:,} more" if rest > 0 else "")

@@ -1,11 +1,11 @@
-"""Speech recognition as a task of fine-tuning: vocabulary, labels, what is too short for them, error rates."""
+"""Speech recognition with CTC as a fine-tuning task: vocabulary, labels, error rates, emission delay."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..data import LabelledSource
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForCTC
 from ..recognition.decoding import GreedyDecoder
-from ..recognition.scoring import score, speech_errors_metric, texts_of
+from ..recognition.scoring import score, texts_of
 from ..recognition.text import (
     CASES,
     UNITS,
@@ -28,8 +28,10 @@ from ..recognition.text import (
     make_processor,
     units_of,
 )
-from ..recognition.timing import emission_delay
+from ..recognition.timing import measure_emission_delay, store_emission_delay
+from ..training.shared_arguments import argument
 from ..utils.command_line import ArgumentError
+from ..utils.extras import import_extra
 from .task import Task
 
 logger = logging.getLogger(__name__)
@@ -39,39 +41,23 @@ logger = logging.getLogger(__name__)
 class RecognitionArguments:
     """Transcripts and the loss."""
 
-    processor: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or Hub name of a recogniser whose vocabulary is to be used; left out: one is made from the"
-            " training transcripts, and from nothing else."
-        },
+    processor: str | None = argument(
+        None,
+        "Folder or Hub name of a recogniser whose vocabulary to use. Default: a vocabulary of the training transcripts"
+        " alone.",
     )
-    units: str = field(
-        default="characters",
-        metadata={"choices": list(UNITS), "help": "What transcripts consist of: letters, or names of phones."},
-    )
-    case: str = field(default="lower", metadata={"choices": list(CASES), "help": "Case of normalised transcripts."})
-    keep_punctuation: str = field(default="'", metadata={"help": "Punctuation and symbols that stay in transcripts."})
-    ctc_loss_reduction: str = field(
-        default="sum",
-        metadata={
-            "choices": ["sum", "mean"],
-            "help": "Of an utterance's loss: as it is (the paper), or divided by its number of labels.",
-        },
+    units: str = argument("characters", "Whether transcripts are characters or names of phones.", UNITS)
+    case: str = argument("lower", "Case of normalised transcripts.", CASES)
+    keep_punctuation: str = argument("'", "Punctuation and symbols to keep in transcripts.")
+    ctc_loss_reduction: str = argument(
+        "sum",
+        "Whether to divide an utterance's loss by its number of labels (mean) or not (sum, the paper).",
+        ["sum", "mean"],
     )
 
 
 class Recognition(Task):
-    """
-    Learns transcripts with CTC.
-
-    Args:
-        arguments: What the transcripts are, and what becomes of them.
-
-    Attributes:
-        processor: Of audio and text; there after `prepare`.
-        normalization: Applied to transcripts of all splits, and so to both sides of the score.
-    """
+    """Fine-tuning on transcripts with CTC, with a `processor` that `prepare` sets."""
 
     name = "automatic-speech-recognition"
     model_class = DinoSRForCTC
@@ -80,44 +66,45 @@ class Recognition(Task):
 
     def __init__(self, arguments: RecognitionArguments) -> None:
         self.arguments = arguments
-        self._metric = speech_errors_metric()
+        import_extra("jiwer", "asr", "Scoring")  # fail before the training
         self.processor: Wav2Vec2Processor | None = None
         self.normalization = TextNormalization(arguments.units, arguments.case, arguments.keep_punctuation)
 
     @property
     def _tokenizer(self) -> Any:
-        assert self.processor is not None, "prepare comes first"
+        assert self.processor is not None, "call prepare first"
         return self.processor.tokenizer
 
     def prepare(self, train: LabelledSource) -> None:
-        """The vocabulary: an existing processor's, with its normalisation, or that of the training transcripts."""
+        """Load the given processor with its normalisation, or build a vocabulary from the training transcripts."""
         if self.arguments.processor is not None:
             try:
                 self.processor, known = load_processor(self.arguments.processor)
             except ValueError as error:
                 raise ArgumentError(
-                    f"processor={error} Without processor, a vocabulary is made from the training transcripts."
+                    f"processor={error} Without processor, the vocabulary is built from the training transcripts."
                 ) from error
-            self.normalization = self._agreed(known)
-            return
-        vocabulary = build_vocabulary(map(self.normalization, train.labels), self.normalization.units)
-        self.processor = make_processor(vocabulary, self.normalization.units)
-        logger.info("The vocabulary has %d labels: %s", len(vocabulary), " ".join(vocabulary))
+            self.normalization = self._processor_normalization(known)
+        else:
+            vocabulary = build_vocabulary(map(self.normalization, train.labels), self.normalization.units)
+            self.processor = make_processor(vocabulary, self.normalization.units)
+            logger.info("The vocabulary has %d labels: %s", len(vocabulary), " ".join(vocabulary))
+        store_emission_delay(self._tokenizer, 0.0)  # a delay of the processor's own recogniser does not apply
 
-    def _agreed(self, known: TextNormalization | None) -> TextNormalization:
-        """The processor's normalisation, if it has one. Raises `ArgumentError` if the run was told another."""
-        told = self.normalization
-        known = known or dataclasses.replace(told, units=units_of(self._tokenizer))
-        if told not in (known, TextNormalization()):
+    def _processor_normalization(self, known: TextNormalization | None) -> TextNormalization:
+        """Return the processor's normalisation if it has one; `ArgumentError` if explicit arguments differ from it."""
+        explicit = self.normalization
+        known = known or dataclasses.replace(explicit, units=units_of(self._tokenizer))
+        if explicit not in (known, TextNormalization()):
             raise ArgumentError(
                 f"processor={self.arguments.processor} has units={known.units}, case={known.case} and"
-                f" keep_punctuation={known.keep}, but this run was told units={told.units}, case={told.case},"
-                f" keep_punctuation={told.keep}. Leave these out."
+                f" keep_punctuation={known.keep}, but the arguments are units={explicit.units},"
+                f" case={explicit.case} and keep_punctuation={explicit.keep}. Leave them out."
             )
         return known
 
     def config_changes(self) -> dict[str, Any]:
-        """Sizes and special labels of the vocabulary, and the loss."""
+        """Return the vocabulary's size and special labels, and the settings of the loss."""
         tokenizer = self._tokenizer
         return {
             "vocab_size": len(tokenizer),
@@ -125,53 +112,50 @@ class Recognition(Task):
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "ctc_loss_reduction": self.arguments.ctc_loss_reduction,
-            "emission_delay": 0.0,  # of another head, if this one starts from a recogniser
-            "ctc_zero_infinity": True,  # evaluation has utterances that are too short for their labels
+            "ctc_zero_infinity": True,  # evaluation may have utterances that are too short for their labels
         }
 
     def _references(self, source: LabelledSource) -> list[str]:
         return [self.normalization(label) for label in source.labels]
 
     def targets(self, source: LabelledSource) -> list[np.ndarray | int]:
-        """Labels int64 (L,) of the normalised transcripts; characters outside of the vocabulary are reported."""
-        encoded, outside = encode(self._references(source), self._tokenizer)
-        if outside:
-            shown = ", ".join(f"{label!r} {count:,} times" for label, count in outside.most_common(10))
-            logger.warning("%s: %d labels are not in the vocabulary: %s.", source.name, sum(outside.values()), shown)
+        """Encode the transcripts as labels int64 (L,); warn of characters that are not in the vocabulary."""
+        encoded, unknown = encode(self._references(source), self._tokenizer)
+        if unknown:
+            shown = ", ".join(f"{label!r} {count:,} times" for label, count in unknown.most_common(10))
+            logger.warning("%s: %d labels are not in the vocabulary: %s.", source.name, sum(unknown.values()), shown)
         return list(encoded)
 
-    def unusable(self, target: np.ndarray | int, num_frames: int) -> str | None:
-        """Empty transcripts, and utterances with fewer frames than CTC needs for theirs."""
+    def exclusion_reason(self, target: np.ndarray | int, num_frames: int) -> str | None:
+        """Reject empty transcripts, and utterances with fewer frames than CTC needs."""
         assert isinstance(target, np.ndarray)
         if len(target) == 0:
             return "with an empty transcript"
         return "too short for their transcript" if frames_needed(target) > num_frames else None
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Word and character error rate, against what the vocabulary can spell of the references."""
+        """Compute word and character error rate against the references as the vocabulary can spell them."""
         references = [self._tokenizer.decode(labels, group_tokens=False) for labels in prediction.label_ids]
-        found = self._metric.compute(
-            predictions=texts_of(prediction.predictions, self._tokenizer), references=references
-        )
-        return {"wer": found["wer"], "cer": found["cer"]}
+        errors = score(references, texts_of(prediction.predictions, self._tokenizer))
+        return {"wer": errors.wer, "cer": errors.cer}
 
     def report(self, source: LabelledSource, predictions: Any, folder: Path, name: str) -> Mapping[str, float]:
-        """Against the whole references, characters outside of the vocabulary too; see `ErrorReport.save`."""
+        """Write an `ErrorReport` against the complete references, also of characters outside the vocabulary."""
         errors = score(self._references(source), texts_of(predictions, self._tokenizer), source.ids)
         errors.save(folder, name)
         return {"wer": errors.wer, "cer": errors.cer}
 
     def calibrate(self, config: DinoSRConfig, source: LabelledSource, predictions: Any) -> None:
-        """Set `config.emission_delay` to that of the first 200 utterances; see `timing.emission_delay`."""
+        """Measure the emission delay on the first 200 utterances, and store it in the tokenizer's settings."""
         decoder = GreedyDecoder.from_tokenizer(self._tokenizer, config, delay_seconds=0.0)
         paths = [(position, path) for position, path in enumerate(predictions) if path is not None][:200]
-        delay = emission_delay((source.load(position), decoder.path_times(path)) for position, path in paths)
+        delay = measure_emission_delay((source.load(position), decoder.path_times(path)) for position, path in paths)
         if delay is not None:
-            config.emission_delay = delay
+            store_emission_delay(self._tokenizer, delay)
             logger.info("Labels come %.2f s after their sound; times of words allow for it (emission_delay).", delay)
 
     def save(self, folder: Path) -> None:
-        """Processor and normalisation."""
+        """Write the processor, with the emission delay in its tokenizer's settings, and the normalisation."""
         assert self.processor is not None
         self.processor.save_pretrained(folder)
         self.normalization.save(folder)

@@ -1,13 +1,14 @@
 """
-What a fine-tuning run can be told: data, the model to start from, the run; by a YAML file and flags over it.
+Arguments of a fine-tuning run: the data, the initial model and the optimization, from a YAML file and flags over it.
 
-Defaults are the paper's protocol for 100 hours (wav2vec 2.0's configurations, which the authors used), or a comment
-says why not. What is not set leaves the checkpoint's configuration as it is.
+The defaults are the paper's protocol for 100 hours (wav2vec 2.0's configurations, which the authors used), or a
+comment says why not.
 """
+
+# ruff: noqa: RUF009  (a function call as a default: `_list_argument` returns a field)
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -15,70 +16,49 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..training.schedules import SCHEDULES
+from ..model.configuration_dinosr import DinoSRConfig
+from ..training.shared_arguments import argument, shared_argument, shared_rules
 from ..utils.command_line import ArgumentError, check_ranges
+
+
+def _list_argument(default: list[str], text: str) -> Any:
+    return field(default_factory=default.copy, metadata={"help": text})
 
 
 @dataclass
 class LabelledDataArguments:
-    """
-    The recordings and their labels.
+    """Recordings with labels. Raises `ArgumentError` if a value is out of range."""
 
-    Raises:
-        ArgumentError: For a value that is out of range.
-    """
-
-    train_data: list[str] = field(
-        default_factory=lambda: ["synthetic"],
-        metadata={
-            "help": "One or several of: a folder with metadata.csv (or LibriSpeech's .trans.txt files), a table"
-            " (.csv, .jsonl), a manifest (.tsv and .wrd), a dataset here or on the Hub; or `synthetic`: speech made on"
-            " the spot by espeak-ng."
-        },
+    train_data: list[str] = _list_argument(
+        ["synthetic"],
+        "Training data, one or more of: a folder with metadata.csv (or LibriSpeech's .trans.txt files), a table (.csv,"
+        " .jsonl), a manifest (.tsv and .wrd), a dataset on this machine or on the Hub; or `synthetic`: speech that"
+        " espeak-ng generates.",
     )
-    eval_data: list[str] = field(
-        default_factory=list,
-        metadata={"help": "The same for choosing the best checkpoint; left out: train_data with eval_split."},
+    eval_data: list[str] = _list_argument(
+        [], "Data that selects the best checkpoint; if not given, eval_split of train_data."
     )
-    test_data: list[str] = field(
-        default_factory=list, metadata={"help": "The same for the last word; left out: train_data with test_split."}
+    test_data: list[str] = _list_argument([], "Data for the final evaluation; if not given, test_split of train_data.")
+    train_split: str | None = argument(None, "Split of train_data, if it has several.")
+    eval_split: str | None = argument(None, "Split of eval_data; synthetic: validation.")
+    test_split: str | None = argument(None, "Split of test_data; synthetic: test.")
+    data_config: str | None = argument(None, "Configuration of a Hub dataset with several.")
+    label_column: str | None = argument(None, "Column of the labels; if not given, the usual columns of transcripts.")
+    audio_column: str = shared_argument("audio_column", "audio")
+    min_seconds: float = argument(0.1, "Shorter utterances are left out of training.")
+    # The reference is limited only by its batch of 200 s, and current devices need no lower limit.
+    max_seconds: float = argument(40.0, "Longer utterances are left out of training; evaluation includes all.")
+    speed_change: float = argument(
+        0.0,
+        "Play each training utterance at a speed drawn in each epoch, 1 - speed_change to 1 + speed_change; 0 (the"
+        " paper): at its own speed.",
     )
-    train_split: str | None = field(default=None, metadata={"help": "Split of train_data, if it has several."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split of eval_data; synthetic: validation."})
-    test_split: str | None = field(default=None, metadata={"help": "Split of test_data; synthetic: test."})
-    data_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset with several."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the labels; left out: where transcripts usually are."}
-    )
-    audio_column: str = field(default="audio", metadata={"help": "Column of a dataset that has the audio."})
-    min_seconds: float = field(default=0.1, metadata={"help": "Shorter utterances are not trained on."})
-    max_seconds: float = field(
-        # The reference has no bound but its batch of 200 s, which no device of today needs to be protected from less.
-        default=40.0,
-        metadata={"help": "Longer utterances are not trained on; evaluation takes all."},
-    )
-    speed_change: float = field(
-        default=0.0,
-        metadata={
-            "help": "Play each training utterance at a speed between 1 - this and 1 + this, another one in each epoch;"
-            " 0 (the paper): as it is."
-        },
-    )
-    synthetic_utterances: int = field(default=200, metadata={"help": "Utterances of synthetic training speech."})
-    synthetic_eval_utterances: int = field(
-        default=50, metadata={"help": "Utterances of synthetic validation and of test speech, each."}
-    )
-    synthetic_speakers: int = field(
-        default=40, metadata={"help": "Speakers of synthetic training speech; evaluation has 40 others."}
-    )
-    synthetic_text: str = field(
-        default="sentences",
-        metadata={"choices": ["sentences", "digits", "mixed"], "help": "What synthetic speakers say."},
-    )
-    synthetic_languages: list[str] = field(
-        default_factory=lambda: ["en"], metadata={"help": "Languages of synthetic speech: en, de, es, fr, it."}
-    )
-    synthetic_noise: bool = field(default=False, metadata={"help": "Whether it has rooms, microphones and noise."})
+    synthetic_utterances: int = argument(200, "Number of synthetic training utterances.")
+    synthetic_eval_utterances: int = argument(50, "Number of synthetic utterances of validation, and of test.")
+    synthetic_speakers: int = argument(40, "Number of synthetic training speakers; evaluation has 40 others.")
+    synthetic_text: str = argument("sentences", "What synthetic speakers say.", ["sentences", "digits", "mixed"])
+    synthetic_languages: list[str] = _list_argument(["en"], "Languages of synthetic speech: en, de, es, fr, it.")
+    synthetic_noise: bool = argument(False, "Whether synthetic speech has rooms, microphones and noise.")
 
     def __post_init__(self) -> None:
         rules = [
@@ -91,201 +71,144 @@ class LabelledDataArguments:
         check_ranges(rules)
 
 
-# Fields of DinoSRConfig that fine-tuning may change.
-CONFIG_FIELDS = (
-    *("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout", "layerdrop"),
-    *("mask_time_prob", "mask_time_length", "mask_time_min_masks"),
-    *("mask_feature_prob", "mask_feature_length", "mask_feature_min_masks"),
-)
+def _config_field(note: str = "") -> Any:
+    """Return a field that replaces the one of the same name of DinoSRConfig, if it is given."""
+    return argument(None, f"As in DinoSRConfig{note}; if not given, the checkpoint's value.")
 
 
 @dataclass
-class StartArguments:
+class InitialModelArguments:
     """
-    The model to start from, and what is changed of it.
+    The model that fine-tuning starts from, and changes of its configuration.
 
-    Raises:
-        ArgumentError: For values that are out of range, or count for nothing beside `freeze_encoder`.
+    Raises `ArgumentError` if a value is out of range, or has no effect with `freeze_encoder`.
     """
 
-    model: str = field(
-        default="runs/tiny", metadata={"help": "Folder or Hub name of a pre-trained, or already fine-tuned, DinoSR."}
+    model: str = argument("runs/tiny", "Folder or Hub name of a pre-trained or fine-tuned DinoSR.")
+    network: str = argument(
+        "student",
+        "Encoder of a pre-training checkpoint to fine-tune (the teacher is in the paper's ablations).",
+        ["student", "teacher"],
     )
-    network: str = field(
-        default="student",
-        metadata={
-            "choices": ["student", "teacher"],
-            "help": "Which of a pre-training checkpoint's encoders to fine-tune (the paper's ablations: the teacher).",
-        },
+    from_scratch: bool = argument(False, "Whether to take only the configuration of `model`, with random weights.")
+    freeze_feature_encoder: bool = argument(True, "Whether to freeze the convolutions; from_scratch trains them.")
+    freeze_encoder: bool = argument(
+        False, "Whether to train only the head, with the encoder in evaluation mode, as SUPERB does."
     )
-    from_scratch: bool = field(
-        default=False, metadata={"help": "Take the configuration of `model`, but random weights: for comparisons."}
-    )
-    freeze_feature_encoder: bool = field(
-        default=True, metadata={"help": "Never train the convolutions, unless they are random (from_scratch)."}
-    )
-    freeze_encoder: bool = field(
-        default=False,
-        metadata={"help": "Train the head alone, on what the encoder gives in evaluation mode, as SUPERB does."},
-    )
-    hidden_dropout: float | None = field(default=None, metadata={"help": "As in DinoSRConfig; left out: the model's."})
-    attention_dropout: float | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
-    activation_dropout: float | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
-    feat_proj_dropout: float | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
-    final_dropout: float | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
-    layerdrop: float | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
-    mask_time_prob: float | None = field(default=None, metadata={"help": "As in DinoSRConfig; 0 masks no time."})
-    mask_time_length: int | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
-    mask_time_min_masks: int | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
-    mask_feature_prob: float | None = field(default=None, metadata={"help": "As in DinoSRConfig; 0: no channels."})
-    mask_feature_length: int | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
-    mask_feature_min_masks: int | None = field(default=None, metadata={"help": "As in DinoSRConfig."})
-    lora_rank: int = field(
-        default=0, metadata={"help": "Train low-rank adapters (PEFT) and the head; 0: all weights."}
-    )
-    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapters, over their rank."})
-    lora_targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"],
-        metadata={"help": "Layers that get adapters: q_proj, k_proj, v_proj, out_proj, ..."},
+    hidden_dropout: float | None = _config_field()
+    attention_dropout: float | None = _config_field()
+    activation_dropout: float | None = _config_field()
+    feat_proj_dropout: float | None = _config_field()
+    final_dropout: float | None = _config_field()
+    layerdrop: float | None = _config_field()
+    mask_time_prob: float | None = _config_field(" (0: no masks over time)")
+    mask_time_length: int | None = _config_field()
+    mask_time_min_masks: int | None = _config_field()
+    mask_feature_prob: float | None = _config_field(" (0: no masks over channels)")
+    mask_feature_length: int | None = _config_field()
+    mask_feature_min_masks: int | None = _config_field()
+    lora_rank: int = argument(0, "Rank of low-rank adapters (PEFT) to train beside the head; 0: train all weights.")
+    lora_alpha: int = argument(16, "Scale of the adapters, which is divided by their rank.")
+    lora_targets: list[str] = _list_argument(
+        ["q_proj", "v_proj"], "Names of the layers with adapters: q_proj, k_proj, v_proj, out_proj, ..."
     )
 
     def __post_init__(self) -> None:
-        rules = [(self.lora_rank >= 0, "lora_rank", self.lora_rank, "at least 0")]
-        rules += [(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "more than 0")]
-        for name, value in self.config_changes().items():
-            if name.endswith("_length"):
-                rules.append((value >= 1, name, value, "at least 1"))
-            elif name.endswith("_min_masks"):
-                rules.append((value >= 0, name, value, "at least 0"))
-            else:
-                rules.append((0 <= value <= 1, name, value, "at least 0 and at most 1"))
-        check_ranges(rules)
-        if not self.freeze_encoder:
-            return
-        of_encoder = [name for name in self.config_changes() if name != "final_dropout"]
-        unread = [*of_encoder, *(["lora_rank"] if self.lora_rank else [])]
-        if unread:
+        check_ranges(
+            [
+                (self.lora_rank >= 0, "lora_rank", self.lora_rank, "at least 0"),
+                (self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "more than 0"),
+            ]
+        )
+        changes = self.config_changes()
+        try:
+            DinoSRConfig(**changes)  # checks the ranges
+        except ValueError as error:
+            raise ArgumentError(str(error)) from error
+        without_effect = [name for name in changes if name != "final_dropout"]
+        if self.lora_rank:
+            without_effect.append("lora_rank")
+        if self.freeze_encoder and without_effect:
             raise ArgumentError(
-                f"{', '.join(unread)} would count for nothing with freeze_encoder: the encoder is not trained, has no"
-                " dropout and is not masked. Leave one or the other out."
+                f"{', '.join(without_effect)} would have no effect with freeze_encoder: a frozen encoder is not"
+                " trained, has no dropout and is not masked. Remove one or the other."
             )
 
     def config_changes(self) -> dict[str, Any]:
-        """Fields of the configuration that were set."""
-        return {name: getattr(self, name) for name in CONFIG_FIELDS if getattr(self, name) is not None}
+        """Return the fields of the configuration that were given: all those with None as default."""
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.default is None}
+        return {name: value for name, value in values.items() if value is not None}
 
 
-_SECONDS = (
-    "batches are in seconds of audio. Set step_seconds (of an optimizer step), micro_seconds (of a forward pass)"
-)
-_SHARES = "the schedule is ours. Set schedule, warmup_share, hold_share, final_lr_scale"
-_TASK = "the task says what the best checkpoint is. Leave it out"
-_OURS = "batches, losses and evaluation are our own, which do without it. Leave it out"
-
-# Of `TrainingArguments`, what has another form here, or none.
-_REPLACED = {
-    "per_device_train_batch_size": _SECONDS,
-    "per_device_eval_batch_size": _SECONDS,
-    "gradient_accumulation_steps": _SECONDS,
-    "lr_scheduler_type": _SHARES,
-    "lr_scheduler_kwargs": _SHARES,
-    "warmup_steps": _SHARES,
-    "metric_for_best_model": _TASK,
-    "greater_is_better": _TASK,
-    **dict.fromkeys(
-        (
-            *("auto_find_batch_size", "label_smoothing_factor", "train_sampling_strategy", "length_column_name"),
-            *("data_seed", "dataloader_drop_last", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
-            *("prediction_loss_only", "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches"),
-            *("bf16_full_eval", "fp16_full_eval", "label_names", "do_train", "do_eval", "do_predict"),
-        ),
-        _OURS,
+# What to do instead of setting fields of `TrainingArguments` that SpeechTrainer does not read.
+_NO_EFFECT = {
+    "batches are measured in seconds of audio. Set step_seconds (an optimizer step) and micro_seconds (a forward"
+    " pass)": ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    "set schedule, warmup_share, hold_share and final_lr_scale instead": (
+        *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    ),
+    "the task decides which checkpoint is the best. Remove it": ("metric_for_best_model", "greater_is_better"),
+    "SpeechTrainer has its own batches, losses and evaluation. Remove it": (
+        *("auto_find_batch_size", "label_smoothing_factor", "train_sampling_strategy", "length_column_name"),
+        *("data_seed", "dataloader_drop_last", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+        *("prediction_loss_only", "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches"),
+        *("bf16_full_eval", "fp16_full_eval", "label_names", "do_train", "do_eval", "do_predict"),
     ),
 }
+_DEFAULTS = {spec.name: spec.default for spec in fields(TrainingArguments)}
 
 
 @dataclass
 class FinetuningArguments(TrainingArguments):
     """
-    The optimization: everything that `transformers.TrainingArguments` has, with the paper's values, and what follows.
+    The optimization: all of `transformers.TrainingArguments`, with the paper's values as defaults, and the following.
 
-    Raises:
-        ArgumentError: For a value that is out of range, or one that counts for nothing.
+    Raises `ArgumentError` if a value is out of range, or an argument was given that has no effect.
     """
 
-    output_dir: str = field(default="runs/finetuned", metadata={"help": "Folder of the results."})
-    step_seconds: float = field(
-        default=1600.0,
-        metadata={"help": "Audio of an optimizer step, over all processes and micro-batches (the paper: 26.7 min)."},
-    )
-    micro_seconds: float = field(
-        default=200.0, metadata={"help": "Audio of one forward pass, about, padding included; what fits a device."}
-    )
-    learning_rate: float = field(default=3e-5, metadata={"help": "Learning rate between warm-up and decay."})
-    head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Another such rate for the head; left out: the same."}
-    )
-    schedule: str = field(
-        default="tri_stage",
-        metadata={"choices": ["tri_stage", "cosine", "constant"], "help": "Of the rate: tri_stage is the paper's."},
-    )
-    warmup_share: float = field(default=0.1, metadata={"help": "Share of the steps in which the rate rises."})
-    hold_share: float = field(default=0.4, metadata={"help": "Share of the steps in which it stays; the rest decays."})
-    final_lr_scale: float = field(default=0.05, metadata={"help": "Last learning rate, as a share."})
-    freeze_steps: int = field(default=0, metadata={"help": "Updates in which only the head learns, at first."})
-    max_steps: int = field(default=80_000, metadata={"help": "Updates; -1: as num_train_epochs says."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "Decay of the squared gradients' mean."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 (the paper): never."})
-    num_threads: int = field(
-        default=0, metadata={"help": "CPU threads of a process when training on a CPU; 0: its share of the cores."}
-    )
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: steps, epoch or no."})
-    eval_steps: float | None = field(default=1000, metadata={"help": "Updates from one evaluation to the next."})
-    save_steps: float = field(default=1000, metadata={"help": "Updates from one checkpoint to the next."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, beside the best."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Not for these data sets."})
+    output_dir: str = argument("runs/finetuned", "Folder of the checkpoints and results.")
+    step_seconds: float = shared_argument("step_seconds", 1600.0, "the paper: 26.7 min")
+    micro_seconds: float = shared_argument("micro_seconds", 200.0)
+    learning_rate: float = shared_argument("learning_rate", 3e-5)
+    head_learning_rate: float | None = argument(None, "Peak learning rate of the head; if not given, learning_rate.")
+    schedule: str = shared_argument("schedule", "tri_stage")
+    warmup_share: float = shared_argument("warmup_share", 0.1)
+    hold_share: float = shared_argument("hold_share", 0.4)
+    final_lr_scale: float = shared_argument("final_lr_scale", 0.05)
+    freeze_steps: int = argument(0, "Number of updates at the start in which only the head learns.")
+    max_steps: int = argument(80_000, "Number of updates; -1: as given by num_train_epochs.")
+    adam_beta2: float = shared_argument("adam_beta2", 0.98)
+    adam_epsilon: float = shared_argument("adam_epsilon", 1e-8)
+    max_grad_norm: float = shared_argument("max_grad_norm", 0.0)
+    num_threads: int = shared_argument("num_threads", 0)
+    eval_strategy: str = argument("steps", "When to evaluate: steps, epoch or no.")
+    eval_steps: float | None = argument(1000, "Number of updates between evaluations.")
+    save_steps: float = argument(1000, "Number of updates between checkpoints.")
+    save_total_limit: int | None = argument(2, "Number of checkpoints to keep; the last and the best are always kept.")
+    load_best_model_at_end: bool = argument(True, "Whether to finish with the best checkpoint instead of the last.")
+    remove_unused_columns: bool = argument(False, "Has no effect on these data sets.")
 
     def __post_init__(self) -> None:
-        own = {spec.name: spec.default for spec in fields(TrainingArguments)}
-        for name, instead in _REPLACED.items():
-            if name in own and getattr(self, name) != own[name]:
-                raise ArgumentError(f"{name}={getattr(self, name)} counts for nothing: {instead}.")
+        for instead, names in _NO_EFFECT.items():
+            for name in names:
+                if name in _DEFAULTS and getattr(self, name) != _DEFAULTS[name]:
+                    raise ArgumentError(f"{name}={getattr(self, name)} has no effect: {instead}.")
         check_ranges(
             [
+                *shared_rules(self),
                 (self.step_seconds > 0, "step_seconds", self.step_seconds, "more than 0"),
                 (self.micro_seconds > 0, "micro_seconds", self.micro_seconds, "more than 0"),
-                (self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0"),
-                (0 <= self.warmup_share <= 1, "warmup_share", self.warmup_share, "at least 0 and at most 1"),
-                (
-                    0 <= self.hold_share <= 1 - self.warmup_share,
-                    *("hold_share", self.hold_share, "at most 1 with warmup_share"),
-                ),
-                (0 < self.final_lr_scale <= 1, "final_lr_scale", self.final_lr_scale, "more than 0 and at most 1"),
                 (self.freeze_steps >= 0, "freeze_steps", self.freeze_steps, "at least 0"),
-                (
-                    self.num_threads >= 0,
-                    *("num_threads", self.num_threads, "at least 0, which means its share of the cores"),
-                ),
-                (self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}"),
             ]
         )
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (self.use_cpu or not torch.accelerator.is_available()):
-            # Left alone, Accelerate looks for MPI and, without it, has each process train by itself.
+            # By default Accelerate looks for MPI and, without it, has each process train alone.
             self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"
         super().__post_init__()
 
-    def told(self) -> dict[str, Any]:
-        """The values for `run.json`: those of this class, and of `TrainingArguments` those that were changed."""
+    def to_record(self) -> dict[str, Any]:
+        """Return the values for `run.json`: the fields of this class, and changed ones of `TrainingArguments`."""
         own, values = type(self).__annotations__, self.to_dict()
-        theirs = {spec.name: spec.default for spec in fields(TrainingArguments)}
-        return {name: value for name, value in values.items() if name in own or value != theirs.get(name, value)}
-
-    def with_max_steps(self, max_steps: int) -> FinetuningArguments:
-        """A copy for a run of so many updates, where epochs decide."""
-        changed = copy.copy(self)
-        changed.max_steps = max_steps
-        return changed
+        return {name: value for name, value in values.items() if name in own or value != _DEFAULTS.get(name, value)}

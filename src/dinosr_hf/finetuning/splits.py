@@ -1,4 +1,4 @@
-"""Training, validation and test speech with labels, from what a run was told."""
+"""Open the training, validation and test speech of a run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ SYNTHETIC = ["synthetic"]
 
 
 class Splits(NamedTuple):
-    """Speech to train on, to choose the best checkpoint by, and for the last word; None where there is none."""
+    """Speech for training, for the choice of the best checkpoint and for the final evaluation; None if not given."""
 
     train: LabelledSource
     eval: LabelledSource | None
     test: LabelledSource | None
 
 
-def _synthetic(arguments: LabelledDataArguments, split: str, seed: int) -> LabelledSource:
-    is_train = split == "train"
+def _open_synthetic(arguments: LabelledDataArguments, split: str, seed: int) -> LabelledSource:
+    num_utterances, num_speakers = arguments.synthetic_eval_utterances, 40
+    if split == "train":
+        num_utterances, num_speakers = arguments.synthetic_utterances, arguments.synthetic_speakers
     corpus = SyntheticCorpus(
-        arguments.synthetic_utterances if is_train else arguments.synthetic_eval_utterances,
+        num_utterances,
         seed=seed,
         languages=arguments.synthetic_languages,
-        num_speakers=arguments.synthetic_speakers if is_train else 40,
+        num_speakers=num_speakers,
         split=split,
         noise=arguments.synthetic_noise,
         text=arguments.synthetic_text,
@@ -38,65 +40,49 @@ def _synthetic(arguments: LabelledDataArguments, split: str, seed: int) -> Label
     return LabelledSource(source, source.labels(arguments.label_column), name="synthetic", split=split)
 
 
-def _has_table(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in METADATA_FILES)
-
-
-def _folders_of_splits(data: Sequence[str]) -> bool:
-    """Whether each of them is a folder whose splits are folders with a table each, as of an audio folder."""
-    return all(_has_table(Path(name, "train")) and not _has_table(Path(name)) for name in data)
+def _have_metadata(folders: Sequence[str], split: str) -> bool:
+    """Return whether each folder has a table of labels for the split; the split "" is the folder itself."""
+    return all(any(Path(folder, split, name).is_file() for name in METADATA_FILES) for folder in folders)
 
 
 def open_splits(arguments: LabelledDataArguments, seed: int) -> Splits:
     """
-    Open what the arguments name.
+    Open the data that the arguments name; `seed` is that of synthetic speech.
 
-    A folder with `train/metadata.csv` has the splits train, validation and test unless others are asked for.
-
-    Args:
-        arguments: Of the data.
-        seed: Of synthetic speech.
-
-    Returns:
-        The splits. Validation and test are None where nothing names them.
-
-    Raises:
-        ValueError: As `open_labelled`.
-        ArgumentError: If a split of the evaluation is asked for and is that of training, or a part of it.
+    The splits of a folder with `train/metadata.csv` are train, validation and test, unless the arguments name others.
+    Raises `ValueError` as `open_labelled`, and `ArgumentError` if an evaluation split is in the training split.
     """
+    data, is_synthetic = arguments.train_data, arguments.train_data == SYNTHETIC
     train, validation, test = arguments.train_split, arguments.eval_split, arguments.test_split
-    if arguments.train_data == SYNTHETIC:
+    has_splits = all(_have_metadata([name], "train") and not _have_metadata([name], "") for name in data)
+    if is_synthetic or (train is None and has_splits):
         train = train or "train"
-        validation = validation or (None if arguments.eval_data else "validation")
-        test = test or (None if arguments.test_data else "test")
-    elif train is None and _folders_of_splits(arguments.train_data):
-        train = "train"
-        found = [
-            name for name in ("validation", "test") if all(_has_table(Path(d, name)) for d in arguments.train_data)
-        ]
-        validation = validation or ("validation" if "validation" in found and not arguments.eval_data else None)
-        test = test or ("test" if "test" in found and not arguments.test_data else None)
+        if not arguments.eval_data and (is_synthetic or _have_metadata(data, "validation")):
+            validation = validation or "validation"
+        if not arguments.test_data and (is_synthetic or _have_metadata(data, "test")):
+            test = test or "test"
 
-    def open_one(data: Sequence[str], split: str | None, default: str) -> LabelledSource | None:
-        if not data and split is None:
+    def open_one(names: Sequence[str], split: str | None, default: str) -> LabelledSource | None:
+        if not names and split is None:
             return None
-        if not data and train in (split, None):
-            trained_on = "all of train_data" if train is None else train
+        if not names and train in (split, None):
+            trained_on = "all of train_data" if train is None else f"train_split={train}"
             raise ArgumentError(
-                f"eval_split or test_split is {split}, but {trained_on} is what is trained on. Name another, or a"
-                " train_split beside it."
+                f"eval_split or test_split is {split}, but the run trains on {trained_on}. Name another split, or give"
+                " another train_split as well."
             )
-        if (data or arguments.train_data) == SYNTHETIC:
-            return _synthetic(arguments, split or default, seed)
+        if (names or data) == SYNTHETIC:
+            return _open_synthetic(arguments, split or default, seed)
         return open_labelled(
-            data or arguments.train_data,
+            names or data,
             column=arguments.label_column,
             split=split,
             audio_column=arguments.audio_column,
             config_name=arguments.data_config,
+            column_option="label_column",
         )
 
-    trained = open_one(arguments.train_data, train, "train")
-    assert trained is not None
-    judged_by = open_one(arguments.eval_data, validation, "validation")
-    return Splits(trained, judged_by, open_one(arguments.test_data, test, "test"))
+    training = open_one(data, train, "train")
+    assert training is not None
+    evaluation = open_one(arguments.eval_data, validation, "validation")
+    return Splits(training, evaluation, open_one(arguments.test_data, test, "test"))

@@ -1,4 +1,4 @@
-"""A run's model made ready for the Hub: a folder with weights, code and card, and its upload."""
+"""Prepare a run's model for the Hub, a folder with weights, code and card, and upload it."""
 
 from .card import build_card
 from .folder import prepare, push

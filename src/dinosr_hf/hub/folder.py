@@ -1,24 +1,24 @@
-"""The folder that goes to the Hub: written whole, loaded once as others will, then uploaded."""
+"""Open the folder of a model, prepare it for the Hub and upload it."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard
-from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..model import modeling_dinosr
+from ..model.configuration_dinosr import DinoSRConfig
 from ..training.run_record import RECORD_NAME, RunRecord
 from ..utils.files import atomic_folder
-from ..utils.model_folder import feature_extractor
+from ..utils.model_folder import feature_extractor, open_dinosr_config
 from .card import build_card
 from .provenance import Provenance
 
@@ -30,155 +30,138 @@ ARCHITECTURES = {
     ),
 }
 
-# Of a run that is still to be prepared; nothing of it is for others.
-LEFTOVERS = (
+# Files of a run that do not belong on the Hub.
+RUN_FILES = (
     *(RECORD_NAME, "metrics.jsonl", "arguments.yaml", "finished.json", "training_args.bin", "trainer_state.json"),
     *("optimizer.pt", "scheduler.pt", "training_state.pt", "process_states.pt", "checkpoint-*", "step-*"),
 )
+
+StrPath = str | os.PathLike
+Processor = Wav2Vec2Processor | Wav2Vec2FeatureExtractor
+
+
+def open_folder(folder: Path, allowed: Collection[str], problem: str) -> tuple[DinoSRConfig, type[PreTrainedModel]]:
+    """Return configuration and class of a saved model. Raises `ValueError`, with `problem` if it is not allowed."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json. Give a folder with a saved model.")
+    config = open_dinosr_config(folder)
+    name = (config.architectures or ["model without architecture"])[0]
+    if name not in allowed:
+        raise ValueError(f"{folder} is a {name}, {problem}")
+    return config, getattr(modeling_dinosr, name)
+
+
+def open_processor(folder: Path, is_recogniser: bool) -> Processor:
+    """Load a recogniser's processor (`ValueError` if it is incomplete), or the feature extractor of another model."""
+    has_extractor = any(folder.glob("*processor_config.json"))  # with or without "pre"
+    if not is_recogniser:
+        return Wav2Vec2FeatureExtractor.from_pretrained(folder) if has_extractor else feature_extractor()
+    if not (has_extractor and (folder / "vocab.json").is_file()):
+        missing = "tokenizer (vocab.json)" if has_extractor else "feature extractor (processor_config.json)"
+        raise ValueError(
+            f"{folder} has no {missing}, which a recogniser needs. Save the processor of the fine-tuning run there:"
+            " processor.save_pretrained(folder)."
+        )
+    return Wav2Vec2Processor.from_pretrained(folder)
 
 
 def _open_model(folder: Path, record: RunRecord) -> PreTrainedModel:
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder} has an adapter, which needs its base model to be of use. Merge them with"
-            " `model.merge_and_unload()`, save the result to a folder with its processor, and give that."
+            f"{folder} has an adapter, which does not work without its base model. Merge them with"
+            " `model.merge_and_unload()`, save the result with its processor to another folder, and give that folder."
         )
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json. Give the folder that a run left its model in.")
-    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"]
-    if names[0] not in ARCHITECTURES[record.task]:
-        raise ValueError(
-            f"{folder} is a {names[0]}, but the run's task is {record.task}, whose models are"
-            f" {', '.join(ARCHITECTURES[record.task])}. Give the record of the run that made the model."
-        )
-    return getattr(modeling_dinosr, names[0]).from_pretrained(folder)
-
-
-def _open_processor(folder: Path, record: RunRecord, model: PreTrainedModel) -> Any:
-    """What turns audio into input and, for a recogniser, labels into text."""
-    if record.task != "automatic-speech-recognition":
-        has_own = (folder / "preprocessor_config.json").exists() or (folder / "processor_config.json").exists()
-        return AutoFeatureExtractor.from_pretrained(folder) if has_own else feature_extractor()
-    processor = AutoProcessor.from_pretrained(folder)
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:
-        raise ValueError(
-            f"{folder} has no tokenizer, and a recogniser is of no use without. Save it there with"
-            " `processor.save_pretrained(folder)`."
-        )
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer of {folder} has {len(tokenizer)} labels, but vocab_size={model.config.vocab_size}. Save"
-            " the tokenizer that the model was trained with."
-        )
-    # Where a tokenizer was read from stays on this machine.
-    tokenizer.name_or_path = ""
-    tokenizer.init_kwargs.pop("name_or_path", None)
-    return processor
+    task, allowed = record.task, ARCHITECTURES[record.task]
+    problem = f"but the run's task is {task}, whose models are {', '.join(allowed)}."
+    advice = "Give the record of the run that trained the model."
+    _, model_class = open_folder(folder, allowed, f"{problem} {advice}")
+    return model_class.from_pretrained(folder)
 
 
 def _check_loads(folder: Path, model: PreTrainedModel) -> None:
-    """Open the folder by the installed code and by its own; weights that differ are an error of ours."""
-    name = type(model).__name__
-    own_class: Any = get_class_from_dynamic_module(f"modeling_dinosr.{name}", str(folder))
-    own_module = sys.modules[own_class.__module__]
-    named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
-    wanted = {auto: f"modeling_dinosr.{class_name}" for auto, class_name in modeling_dinosr.AUTO_CLASSES.items()}
-    assert named == {"AutoConfig": "configuration_dinosr.DinoSRConfig", **wanted}
-    assert all(hasattr(own_module, class_name) for class_name in modeling_dinosr.AUTO_CLASSES.values())
+    """Assert that the folder's configuration, code and weights load as the model, with the installed code as well."""
+    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    expected = {auto: f"modeling_dinosr.{name}" for auto, name in modeling_dinosr.AUTO_CLASSES.items()}
+    assert auto_map == {"AutoConfig": "configuration_dinosr.DinoSRConfig", **expected}
     AutoModel.from_pretrained(folder)
-    for loaded in (getattr(modeling_dinosr, name).from_pretrained(folder), own_class.from_pretrained(folder)):
+    remote_class: Any = get_class_from_dynamic_module(f"modeling_dinosr.{type(model).__name__}", str(folder))
+    for loaded in (type(model).from_pretrained(folder), remote_class.from_pretrained(folder)):
         state = loaded.state_dict()
         assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
 
 def prepare(
-    folder: str | os.PathLike,
-    out: str | os.PathLike,
-    provenance: Provenance,
-    record: RunRecord,
-    *,
-    include: Sequence[str | os.PathLike] = (),
+    folder: StrPath, out: StrPath, provenance: Provenance, record: RunRecord, *, include: Sequence[StrPath] = ()
 ) -> Path:
     """
-    Write a folder that is ready for the Hub, all of it or nothing.
+    Write the model of a run to a folder for the Hub, atomically, and return its path.
 
-    It has the weights as safetensors, the configuration with all heads, the model's code, feature extractor or
-    processor, and the card as README.md; nothing else that the run left. It was opened before it appears.
+    It has the weights as safetensors, the configuration with all heads, the model's code, the feature extractor or
+    processor, and the card as README.md, but no other files of the run. It is loaded once before it appears.
 
     Args:
-        folder: Where the run left its model.
-        out: The folder to write; a new one, or an empty one.
-        provenance, record: As `read_provenance` gives them.
-        include: Files to copy beside them, such as a description of the text normalisation.
-
-    Returns:
-        The folder.
+        folder: Path to the folder in which the run saved its model.
+        out: Path to the folder to write; new or empty.
+        provenance: Facts that the record lacks; `read_provenance` returns both.
+        record: Record of the run.
+        include: Paths of further files to copy, such as a description of the text normalisation.
 
     Raises:
-        ValueError: If `out` has files, the model is not of the record's task, a recogniser has no tokenizer or one
-            that does not fit, or a file to include is not there or would replace another.
+        ValueError: If `out` has files, the model does not fit the record's task, a recogniser has no tokenizer or one
+            that does not fit, or a file to include does not exist or would replace another.
     """
     folder, out = Path(folder), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} has files already. Give a new folder, or remove it.")
+        raise ValueError(f"{out} has files already. Give a new folder, or remove this one.")
     for file in map(Path, include):
         if not file.is_file():
-            raise ValueError(f"{file} is to be included, but is no file.")
+            raise ValueError(f"{file} is to be included, but is not a file.")
     model = _open_model(folder, record)
-    processor = _open_processor(folder, record, model)
+    processor = open_processor(folder, is_recogniser=record.task == "automatic-speech-recognition")
+    if isinstance(processor, Wav2Vec2Processor):
+        tokenizer: Any = processor.tokenizer
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer of {folder} has {len(tokenizer)} labels, but vocab_size={model.config.vocab_size}."
+                " Save the tokenizer that the model was trained with."
+            )
+        # Do not publish the local path that the tokenizer was read from.
+        tokenizer.name_or_path = ""
+        tokenizer.init_kwargs.pop("name_or_path", None)
     card = build_card(record, provenance, model)
-    with atomic_folder(out) as whole:
-        model.save_pretrained(whole)
-        processor.save_pretrained(whole)
-        card.save(whole / "README.md")
+    with atomic_folder(out) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        card.save(temporary / "README.md")
         for file in map(Path, include):
-            if (whole / file.name).exists():
-                raise ValueError(f"{file} is to be included, but {file.name} is a file of the model. Rename it.")
-            shutil.copyfile(file, whole / file.name)
-        _check_loads(whole, model)
+            if (temporary / file.name).exists():
+                raise ValueError(f"{file} is to be included, but {file.name} is a file of the model. Rename yours.")
+            shutil.copyfile(file, temporary / file.name)
+        _check_loads(temporary, model)
     return out
 
 
-def _check_ready(folder: Path) -> None:
-    for name in ("config.json", "README.md"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}. Give a folder that `prepare` wrote.")
-    leftovers = sorted(file.name for pattern in LEFTOVERS for file in folder.glob(pattern))
-    if leftovers:
-        raise ValueError(
-            f"{folder} has what a run left for itself ({', '.join(leftovers)}). Give a folder that `prepare` wrote."
-        )
-    if not ModelCard.load(folder / "README.md").data.get("license"):
-        raise ValueError(f"The card of {folder} names no licence. Give a folder that `prepare` wrote.")
-
-
 def push(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool = True,
-    token: str | None = None,
-    message: str = "Add model",
+    folder: StrPath, repo_id: str, *, private: bool = True, token: str | None = None, message: str = "Add model"
 ) -> str:
     """
-    Upload a folder that `prepare` wrote, to a repository that is made if it is not there.
+    Upload a folder that `prepare` wrote, or raise `ValueError`; return the URL of the repository.
 
     Args:
-        folder: What to upload, all of it.
-        repo_id: `organisation/name`.
-        private: Whether a new repository is for its owners only; one that is there stays as it is.
-        token: Of an account that may write there; None: the one that `hf auth login` keeps.
-        message: Of the commit.
-
-    Returns:
-        Where the model is now.
-
-    Raises:
-        ValueError: If the folder is not one that `prepare` wrote.
+        repo_id: Name of the repository, `organisation/name`, which is created if it does not exist.
+        private: Whether a new repository is private; an existing one does not change.
+        token: Access token with write permission; None: the token of `hf auth login`.
     """
     folder = Path(folder)
-    _check_ready(folder)
+    advice = "Give a folder that `prepare` wrote."
+    for name in ("config.json", "README.md"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}. {advice}")
+    run_files = sorted(file.name for pattern in RUN_FILES for file in folder.glob(pattern))
+    if run_files:
+        raise ValueError(f"{folder} has files of a run ({', '.join(run_files)}). {advice}")
+    if not ModelCard.load(folder / "README.md").data.get("license"):
+        raise ValueError(f"The card of {folder} has no license. {advice}")
     api = HfApi(token=token)
     url = api.create_repo(repo_id, private=private, exist_ok=True)
     api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message)

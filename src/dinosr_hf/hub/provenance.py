@@ -1,5 +1,5 @@
 """
-What a run cannot know of itself: names, languages, licences. A YAML file of the user's has it:
+Read what a run does not know about its model: names, languages, licences. The user gives it in a YAML file:
 
     repo_id: organisation/name
     license: cc-by-4.0
@@ -32,79 +32,51 @@ UNPUBLISHED = "unpublished"
 
 @dataclass(frozen=True)
 class Dataset:
-    """
-    Data that a run names, as the Hub and its readers know it.
+    """A dataset of a run."""
 
-    Attributes:
-        name: As the run names it: the whole, or as many of the last parts of a path as tell it from the others.
-        license: Its licence, by the Hub's name for it or in words.
-        id: Its name on the Hub; None where it is not there.
-        config: Its configuration there, where it has several.
-        title: What to call it; left out, the id or the name.
-        hours: Hours of audio, where the run could not count them.
-    """
-
-    name: str
-    license: str
-    id: str | None = None
-    config: str | None = None
-    title: str | None = None
-    hours: float | None = None
+    name: str  # in the run: all of it, or enough parts from the end of a path to tell the datasets apart
+    license: str  # by the Hub's identifier or in words
+    id: str | None = None  # on the Hub; None: it is not there
+    config: str | None = None  # on the Hub, if it has several
+    title: str | None = None  # on the card; None: the id or the name
+    hours: float | None = None  # of audio, if the run could not count them
 
     @property
     def label(self) -> str:
-        """What to call it."""
+        """Name on the card."""
         return self.title or " ".join(filter(None, (self.id, self.config))) or self.name
 
     def is_named(self, name: str) -> bool:
-        """Whether a run's name for data means this."""
-        own, theirs = _parts(self.name), _parts(name)
-        return theirs[-len(own) :] == own
-
-
-def _parts(name: str) -> list[str]:
-    return [part for part in re.split(r"[\\/]", name) if part]
+        """Return whether a run's name for a dataset means this one."""
+        own, given = ([part for part in re.split(r"[\\/]", text) if part] for text in (self.name, name))
+        return given[-len(own) :] == own
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """
-    Where a model comes from and what may be done with it.
+    """Where a model comes from and what may be done with it."""
 
-    Attributes:
-        repo_id: `organisation/name` that it gets on the Hub.
-        license: Licence of the weights, by the Hub's identifier.
-        languages: ISO 639 codes of the languages spoken in the training data.
-        datasets: All data that the run trained or was measured on.
-        base_model: Name on the Hub of the model that the run started from, or "unpublished"; None: from nothing.
-        license_name: Of a licence that the Hub has no identifier for (`license: other`).
-        license_link: Its text.
-        license_reason: Why this licence, in a sentence.
-        intended_use: In a sentence or two; left out, what the task says.
-        limitations: The same of what was not tested or does not work.
-    """
-
-    repo_id: str
-    license: str
-    languages: list[str]
-    datasets: list[Dataset]
-    base_model: str | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    license_reason: str | None = None
-    intended_use: str | None = None
-    limitations: str | None = None
+    repo_id: str  # `organisation/name` of the model on the Hub
+    license: str  # of the weights, by the Hub's identifier
+    languages: list[str]  # ISO 639 codes of the languages in the training data
+    datasets: list[Dataset]  # all that the run was trained or evaluated on
+    base_model: str | None = None  # that the run started from: its name on the Hub, or "unpublished"
+    license_name: str | None = None  # for `license: other`, which the Hub has no identifier for
+    license_link: str | None = None  # address of its text
+    license_reason: str | None = None  # reason for this licence, in a sentence
+    intended_use: str | None = None  # in a sentence or two; None: a text for the task
+    limitations: str | None = None  # what was not tested or does not work; None: a general text
 
     def dataset(self, name: str) -> Dataset:
-        """The data that a run calls so, of which there is one: `read_provenance` looks."""
+        """Return the dataset with this name in the run; `read_provenance` made sure that there is exactly one."""
         return next(dataset for dataset in self.datasets if dataset.is_named(name))
 
 
 REQUIRED = {
-    "repo_id": "`organisation/name` that the model gets on the Hub (--repo_id)",
+    "repo_id": "`organisation/name` of the model on the Hub (--repo_id)",
     "license": "licence of the weights, by the Hub's identifier, such as cc-by-4.0 (--license)",
-    "languages": "ISO 639 codes of the languages of the training data, such as [en, de] (--languages)",
-    "datasets": "a list with name and license, and id if it is on the Hub, of each data of the run",
+    "languages": "ISO 639 codes of the languages in the training data, such as [en, de] (--languages)",
+    "datasets": "a list of the run's datasets, each with name and license, and with id if it is on the Hub",
 }
 
 
@@ -112,107 +84,94 @@ def read_provenance(
     folder: str | os.PathLike, path: str | os.PathLike | None = None, **given: Any
 ) -> tuple[Provenance, RunRecord]:
     """
-    Read what the user says of a model, and with it the record of the run that made it.
+    Read the provenance of a model, with an entry for every dataset of its run, and the record of that run.
 
     Args:
-        folder: Where the run left its model and its `run.json`.
-        path: The YAML file with the fields of `Provenance`; where the run left no record, with that under `run`.
-        **given: Fields that go over the file's; None is left out.
-
-    Returns:
-        Provenance and record. All data of the record have an entry in the provenance.
+        folder: Path of the run's output folder, with its `run.json`.
+        path: Path of a YAML file with the fields of `Provenance`; under `run`, the record if there is no `run.json`.
+        **given: Fields that replace those of the file; None keeps the file's.
 
     Raises:
-        ValueError: If anything is missing or cannot be so. The message names all of it, and where to give it.
+        ValueError: If anything is missing or invalid. The message lists all of it, with where to give it.
     """
     known = [field.name for field in dataclasses.fields(Provenance)]
-    content = read_yaml(Path(path), [*known, "run"], "field of it") if path is not None else {}
+    content = read_yaml(Path(path), [*known, "run"], "field") if path is not None else {}
     run = content.pop("run", None)
-    if isinstance(run, Mapping):  # YAML makes times of what looks so
+    if isinstance(run, Mapping):  # YAML reads times as datetime
         run = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in run.items()}
     content |= {name: value for name, value in given.items() if value is not None}
-    refuse_unknown(given, known, "field of it", where="read_provenance")
+    refuse_unknown(given, known, "field", where="read_provenance")
     record = read_record(folder) if run is None else record_of(run, f"`run` of {path}")
-    problems = list(_problems(content))
-    datasets = _datasets(content.get("datasets"), problems)
-    problems += _missing_data(record, datasets)
-    problems += _base_model_problems(record, content.get("base_model"))
+    datasets, problems = _read_datasets(content.get("datasets"))
+    problems = [*_find_problems(content, record), *problems, *_find_run_problems(record, datasets)]
     if problems:
         where = f"add it to {path}" if path is not None else "give a provenance file"
-        raise ValueError(
-            f"The card of {folder} cannot be written. What is missing or wrong ({where}):\n"
-            + "\n".join(f"- {line}" for line in problems)
-        )
+        lines = "\n".join(f"- {line}" for line in problems)
+        raise ValueError(f"The card of {folder} cannot be written. Missing or invalid ({where}):\n{lines}")
     return Provenance(**{**content, "datasets": datasets}), record
 
 
-def _problems(content: Mapping[str, Any]) -> Iterator[str]:
+def _name_error(name: Any) -> str | None:
+    """Return what the Hub refuses about a name, if anything."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return str(error)
+    return None
+
+
+def _find_problems(content: Mapping[str, Any], record: RunRecord) -> Iterator[str]:
+    fields = ("repo_id", "license", "languages", "base_model")
+    repo_id, license_id, languages, base_model = (content.get(name) or "" for name in fields)
+    is_list = not languages or isinstance(languages, list)
     yield from (f"{name}: {meaning}" for name, meaning in REQUIRED.items() if not content.get(name))
-    repo_id = content.get("repo_id")
-    if repo_id:
-        try:
-            validate_repo_id(repo_id)
-            if repo_id.count("/") != 1:
-                yield f"repo_id: {repo_id} must be `organisation/name`"
-        except HFValidationError as error:
-            yield f"repo_id: {error}"
-    languages = content.get("languages") or []
-    if not isinstance(languages, list) or not all(re.fullmatch("[a-z]{2,3}", str(code)) for code in languages):
-        yield f'languages: {languages} must be a list of ISO 639 codes, such as [en, de]; of Norwegian, "no" in quotes'
-    license_id = content.get("license")
-    if license_id and not re.fullmatch(r"[a-z0-9.\-]+", str(license_id)):
+    if repo_id and (error := _name_error(repo_id)):
+        yield f"repo_id: {error}"
+    elif repo_id and repo_id.count("/") != 1:
+        yield f"repo_id: {repo_id} must be `organisation/name`"
+    if not is_list or not all(re.fullmatch("[a-z]{2,3}", str(code)) for code in languages):
+        yield f'languages: {languages} must be a list of ISO 639 codes, such as [en, de]; quote Norwegian: "no"'
+    if not re.fullmatch(r"[a-z0-9.\-]*", str(license_id)):
         yield f"license: {license_id} must be an identifier of the Hub, such as cc-by-4.0, or other"
-    if license_id == "other":
-        yield from (
-            f"{name}: of a licence that the Hub has no identifier for"
-            for name in ("license_name", "license_link")
-            if not content.get(name)
-        )
+    for name in ("license_name", "license_link"):
+        if license_id == "other" and not content.get(name):
+            yield f"{name}: required with `license: other`, for a licence that the Hub has no identifier for"
+    if record.base_model is None and base_model:
+        yield f"base_model: {base_model} is given, but the run started from random weights"
+    elif record.base_model is not None and not base_model:
+        start = f"the run started from {record.base_model}"
+        yield f"base_model: {start}; give its name on the Hub, or {UNPUBLISHED} (--base_model)"
+    elif base_model not in ("", UNPUBLISHED) and (error := _name_error(base_model)):
+        yield f"base_model: {error}"
 
 
-def _datasets(content: Any, problems: list[str]) -> list[Dataset]:
-    """The entries that are whole; what is wrong with the others goes to `problems`."""
-    found = []
+def _read_datasets(entries: Any) -> tuple[list[Dataset], list[str]]:
+    """Return the datasets that have a name, and what is wrong with the entries."""
+    datasets, problems = [], []
     known = [field.name for field in dataclasses.fields(Dataset)]
-    for number, entry in enumerate(content or ()):
+    for number, entry in enumerate(entries or (), start=1):
         if not isinstance(entry, Mapping) or not entry.get("name"):
-            problems.append(f"datasets: entry {number + 1} has no name")
+            problems.append(f"datasets: entry {number} has no name")
             continue
-        refuse_unknown(entry, known, "field of it", where=f"datasets: {entry['name']}")
+        refuse_unknown(entry, known, "field", where=f"datasets: {entry['name']}")
         if not entry.get("license"):
             problems.append(f"datasets: {entry['name']} has no license, the licence of the data")
-        found.append(Dataset(**{"license": "", **entry}))
-    return found
+        datasets.append(Dataset(**{"license": "", **entry}))
+    return datasets, problems
 
 
-def _missing_data(record: RunRecord, datasets: list[Dataset]) -> Iterator[str]:
-    names = {entry["name"]: "trained" for entry in record.data}
-    names |= {entry["dataset"]: "was measured" for entry in record.evaluation if entry["dataset"] not in names}
-    for name, what in names.items():
-        entries = [dataset for dataset in datasets if dataset.is_named(name)]
-        if len(entries) != 1:
-            count = f"{len(entries)} entries mean" if entries else "no entry means"
-            yield f"datasets: {count} {name}, which the run {what} on; give one"
+def _find_run_problems(record: RunRecord, datasets: list[Dataset]) -> Iterator[str]:
+    verbs = {entry["dataset"]: "evaluated" for entry in record.evaluation}
+    verbs |= {entry["name"]: "trained" for entry in record.data}
+    matches = {name: [dataset for dataset in datasets if dataset.is_named(name)] for name in verbs}
+    for name, verb in verbs.items():
+        if (number := len(matches[name])) != 1:
+            count = f"{number} entries match" if number else "no entry matches"
+            yield f"datasets: {count} {name}, which the run was {verb} on; give exactly one"
     for entry in record.data:
-        entries = [dataset for dataset in datasets if dataset.is_named(entry["name"])]
-        if entry["hours"] is None and entries and entries[0].hours is None:
+        if entry["hours"] is None and any(dataset.hours is None for dataset in matches[entry["name"]][:1]):
             yield f"datasets: {entry['name']} needs hours, which the run did not count"
     if not record.data:
-        yield "data: the record of the run names no training data"
+        yield "data: the record of the run has no training data"
     if not record.evaluation and record.task != "pretraining":
-        yield "evaluation: the record of the run has no figure; evaluate the model, which the run does at its end"
-
-
-def _base_model_problems(record: RunRecord, base_model: Any) -> Iterator[str]:
-    if record.base_model is not None and not base_model:
-        yield (
-            f"base_model: the run started from {record.base_model}; say what that is on the Hub, or {UNPUBLISHED}"
-            " (--base_model)"
-        )
-    elif record.base_model is None and base_model:
-        yield f"base_model: {base_model} is given, but the run started from random weights"
-    elif base_model and base_model != UNPUBLISHED:
-        try:
-            validate_repo_id(base_model)
-        except HFValidationError as error:
-            yield f"base_model: {error}"
+        yield "evaluation: the record of the run has no results; let the run evaluate the model at its end"

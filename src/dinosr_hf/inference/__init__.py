@@ -1,1 +1,1 @@
-"""Recordings of any length through a model."""
+"""Run recordings of any length through a model."""

@@ -1,5 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
 """
-The online codebooks of DinoSR: one table of codewords a teacher layer, learnt by counting (paper, Section 3.2).
+The online codebooks of DinoSR: a table of codewords for each teacher layer, learnt by counting (paper, Section 3.2).
 
 `N` codebooks, `V` codewords of a codebook, `D` hidden size, `M` masked frames.
 """
@@ -10,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-# What is kept, at a commit, of the running mean of frames that decides who is out of use.
+# Decay, per commit, of the running mean of frames that decides which codewords are out of use.
 USAGE_DECAY = 0.9
-# Where a revived codeword starts, as a share of the way from its neighbour-to-be to where it was.
+# Where a revived codeword starts: this share of the way from the much used codeword to its old place.
 REVIVAL_DISTANCE = 0.1
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Add up a tensor over all processes, in place; without a process group there is nothing to add."""
+    """Add up a tensor over all processes, in place; a no-op without a process group."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor
@@ -25,13 +26,13 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 def perplexity(histogram: torch.Tensor) -> torch.Tensor:
     """
-    How many codewords are in use: `2 ** entropy` of a distribution over codewords.
+    Return the number of codewords in use: `2 ** entropy` of a distribution over codewords.
 
     Args:
         histogram: (..., V), counts or summed probabilities, not normalised.
 
     Returns:
-        float32 (...), from 1 (one codeword takes all, or the histogram is empty) to V (all alike).
+        float32 (...), from 1 (one codeword has all, or the histogram is empty) to V (all are equal).
     """
     histogram = histogram.float()
     share = histogram / histogram.sum(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -39,7 +40,7 @@ def perplexity(histogram: torch.Tensor) -> torch.Tensor:
 
 
 def _fit_usage(module: "OnlineCodebooks", state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let revival begin or end with a state that was saved without it or with it: a run may change its mind."""
+    """Load a state without `usage` into codebooks with revival, and the reverse: a run may switch it on or off."""
     if module.usage is None:
         state.pop(f"{prefix}usage", None)
     else:
@@ -50,29 +51,28 @@ class OnlineCodebooks(nn.Module):
     """
     `N` codebooks of `V` codewords each, updated by exponential averages and not by gradient.
 
-    A codeword is the mean of the frames that fell on it: sums divided by counts. These two are kept, and with revival
-    the use of each codeword; they are float32 whatever the dtype of the model around them, and frozen.
+    A codeword is the mean of the frames assigned to it: sums divided by counts. These two are stored, and with revival
+    the use of each codeword, as frozen parameters in float32 whatever the dtype of the model around them.
 
     A training step is `assign` and `accumulate` for each micro-batch, then one `commit`.
 
     State:
-        sums: (N, V, D), decayed sum of the frames of each codeword. A frozen parameter, so that it is in every
-            checkpoint and can be initialised on the meta device.
-        counts: (N, V), decayed number of frames of each codeword. A frozen parameter too.
-        usage: (N, V), running mean of the frames of each codeword, 1 for an even share: what decides on revival. A
-            frozen parameter too; None without `revival_share`.
+        sums: (N, V, D), decayed sum of the frames of each codeword.
+        counts: (N, V), decayed number of frames of each codeword.
+        usage: (N, V), running mean of the frames of each codeword, 1 for an even share; it decides on revival. None
+            without `revival_share`.
 
     Args:
         num_codebooks: N.
         codebook_size: V.
         hidden_size: D.
-        revival_share: Of an even share of the frames, less than which makes a codeword start anew; 0: none ever does.
+        revival_share: Part of an even share of the frames below which a codeword restarts; 0: never.
 
-    What `accumulate` gathers is no part of the state: a checkpoint is taken after `commit`, with `held`
-    beside it.
+    What `accumulate` gathers is no part of the state: a checkpoint is taken after `commit`, with `held` beside it.
 
     Attributes:
-        held: float32 (N, V, D + 1), sums and counts of this process that wait for a later `commit`; None: nothing.
+        held: float32 (N, V, D + 1), sums and counts of this process that wait for a later `commit`; None: there are
+            none.
     """
 
     usage: nn.Parameter | None
@@ -103,7 +103,7 @@ class OnlineCodebooks(nn.Module):
 
     def initial_sums(self) -> torch.Tensor:
         """
-        Random codewords with zero mean and unit variance over the `V` codewords of each dimension.
+        Draw codewords with zero mean and unit variance over the `V` codewords of each dimension.
 
         Returns:
             float32 (N, V, D); with counts of one, sums and codewords are the same.
@@ -124,7 +124,7 @@ class OnlineCodebooks(nn.Module):
 
         Args:
             targets: float32 (N, M, D).
-            codebooks: Numbers of `N` codebooks to look into, from 0 on; None: all, in their order.
+            codebooks: Numbers, from 0, of the `N` codebooks to use; None: all.
 
         Returns:
             int64 (N, M), in [0, V).
@@ -138,7 +138,7 @@ class OnlineCodebooks(nn.Module):
     @torch.no_grad()
     def accumulate(self, targets: torch.Tensor, codes: torch.Tensor) -> None:
         """
-        Add a micro-batch to what the next `commit` will take.
+        Add a micro-batch to the sums and counts of the next `commit`.
 
         Args:
             targets: float32 (N, M, D).
@@ -153,20 +153,20 @@ class OnlineCodebooks(nn.Module):
         self._pending.view(-1, hidden_size + 1).index_add_(0, rows.flatten(), frames.flatten(0, 1))
 
     def discard(self) -> None:
-        """Forget what was accumulated since the last `commit`: for a step that is skipped."""
+        """Drop what was accumulated since the last `commit`, for a step that is skipped."""
         self._pending = None
 
     @torch.no_grad()
     def commit(self, decay: float, *, is_due: bool = True) -> None:
         """
-        Move the codewords that were hit since they last moved, in any process (paper, equations 4 and 5).
+        Update the codewords that frames were assigned to, in any process (paper, equations 4 and 5).
 
-        Codewords that nothing fell on stay as they are, counts too, unless they are revived (`revival_share`; no part
-        of the paper). All processes must call this together: it is the one collective of a training step.
+        Other codewords keep sums and counts, unless they are revived (`revival_share`; not in the paper). All
+        processes must call this together: it is the one collective of a training step.
 
         Args:
-            decay: Share of the old sums and counts that is kept, in [0, 1].
-            is_due: False keeps what was accumulated for a later call; then nothing moves, and nothing is reduced.
+            decay: Share of the old sums and counts to keep, in [0, 1].
+            is_due: Whether to update now; False holds what was accumulated for a later call, without a collective.
         """
         pending, self._pending = self._pending, None
         if self.held is not None:
@@ -193,10 +193,10 @@ class OnlineCodebooks(nn.Module):
 
     def _revive(self, usage: torch.Tensor) -> None:
         """
-        Put codewords that are out of use beside those in most use, the least with the most, and halve what these have.
+        Restart codewords out of use beside the most used ones, which halve their counts.
 
-        The split of Linde, Buzo and Gray (1980), while training goes on. Nothing is drawn at random, and nothing waits
-        for the device: where counts are the same, as in all processes, the same codewords are revived.
+        The split of Linde, Buzo and Gray (1980) during training. Deterministic, so all processes, which have the same
+        counts, revive the same codewords; no host synchronisation.
         """
         num_pairs = usage.shape[-1] // 2
         books = torch.arange(len(usage), device=usage.device)[:, None]

@@ -1,3 +1,16 @@
+# Copyright 2026 The dinosr-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """The configuration of DinoSR (arXiv 2305.10005): sizes, dropouts, codebooks, teacher, pre-training mask."""
 
 import math
@@ -23,7 +36,7 @@ def _anneal(start: float, end: float, num_steps: int, step: int) -> float:
 
 
 @strict
-class DinoSRConfig(PreTrainedConfig):
+class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
     r"""
     Configuration of a DinoSR model; the defaults are the base model of the paper (Section 4.1 and its `base.yaml`).
 
@@ -57,34 +70,32 @@ class DinoSRConfig(PreTrainedConfig):
         codebook_decay: Decay of codeword sums and counts (tau of the paper's equations 4 and 5).
         codebook_end_decay: Value that `codebook_decay` is annealed to linearly; None keeps it constant.
         codebook_end_decay_step: Update at which the annealing of `codebook_decay` ends.
-        codebook_update_steps: Updates of the weights from one update of the codebooks to the next, which takes all
-            frames since the last one. The paper's 1 belongs to its large batch.
-        codebook_revival_share: Less than this part of an even share of the frames, and a codeword starts anew beside a
-            much used one. 0 for never, as in the paper, whose unused codewords stay unused; 0.1 keeps all in use.
+        codebook_update_steps: Number of optimizer steps from one update of the codebooks to the next, which takes all
+            frames in between. The paper's 1 belongs to its large batch.
+        codebook_revival_share: Part of an even share of the frames below which a codeword restarts beside a much used
+            one. 0: never, as in the paper, whose unused codewords stay unused; 0.1 keeps all in use.
         ema_decay: Decay of the teacher's average at the first update (lambda of the paper's equation 1).
         ema_end_decay: Decay of the teacher's average once `ema_anneal_steps` updates are done.
         ema_anneal_steps: Updates over which the decay goes linearly from `ema_decay` to `ema_end_decay`.
-        freeze_teacher_step: Update from which the teacher stands still; None for never.
-        freeze_mode: What stands still with it: `"frozen"` convolutions and projection too, as the authors meant;
-            `"shared"` they go on learning and feed the teacher, as the authors' code does; `"copied"` the teacher
-            keeps copies of them, the student's go on learning.
-        reference_padding: Whether padding is handled as in the authors' code, where an utterance's features depend on
-            the padding of its batch. For comparisons only.
-        mask_prob: Pre-training mask: spans drawn are `mask_prob * frames / mask_length`; spans overlap, so the default
+        freeze_teacher_step: Update from which the teacher is frozen; None: never.
+        freeze_mode: What happens to convolutions and projection then. `"frozen"`: they are frozen too, as the authors
+            intended. `"shared"`: they go on learning and feed the teacher, as in the authors' code. `"copied"`: the
+            teacher keeps copies of them, and the student's go on learning.
+        reference_padding: Whether to handle padding as the authors' code does, in which an utterance's features depend
+            on the padding of its batch. For comparisons only.
+        mask_prob: Pre-training mask: `mask_prob * frames / mask_length` spans are drawn. Spans overlap, so the default
             masks about 57 % of the frames.
-        mask_length: Pre-training mask: frames of a span.
+        mask_length: Pre-training mask: number of frames of a span.
         mask_min_spans: Pre-training mask: least number of spans of an utterance.
         apply_spec_augment: Whether `DinoSRModel` masks features when training (fine-tuning). Pre-training never does.
         mask_time_prob: Fine-tuning mask over time, as `mask_prob`.
-        mask_time_length: Fine-tuning mask over time: frames of a span.
+        mask_time_length: Fine-tuning mask over time: number of frames of a span.
         mask_time_min_masks: Fine-tuning mask over time: least number of spans.
         mask_feature_prob: Fine-tuning mask over channels, as `mask_prob`.
-        mask_feature_length: Fine-tuning mask over channels: channels of a span, at most `hidden_size`.
+        mask_feature_length: Fine-tuning mask over channels: number of channels of a span, at most `hidden_size`.
         mask_feature_min_masks: Fine-tuning mask over channels: least number of spans.
         ctc_loss_reduction: `"mean"` (over utterances, each divided by its number of labels) or `"sum"`.
-        ctc_zero_infinity: Whether utterances too short for their labels count as zero rather than infinite loss.
-        emission_delay: Seconds by which CTC labels come after what they stand for; times of words are earlier by it.
-            Fine-tuning measures it. Negative where labels come early.
+        ctc_zero_infinity: Whether an utterance too short for its labels has zero loss instead of infinite loss.
         use_weighted_layer_sum: Whether the classification heads read a learnt average of all layers (SUPERB).
         classifier_proj_size: Width of the projection in front of utterance pooling.
         tdnn_dim: Output channels of each time-delay layer of `DinoSRForXVector`.
@@ -96,7 +107,7 @@ class DinoSRConfig(PreTrainedConfig):
         eos_token_id: Label that ends a sentence.
 
     Raises:
-        ValueError: For every combination of values that no model can have; the message names the fields.
+        ValueError: If the values make no model; the message names the fields.
 
     Example:
 
@@ -159,7 +170,6 @@ class DinoSRConfig(PreTrainedConfig):
     mask_feature_min_masks: int = 0
     ctc_loss_reduction: str = "mean"
     ctc_zero_infinity: bool = True
-    emission_delay: float | int = 0.0
     use_weighted_layer_sum: bool = False
     classifier_proj_size: int = 256
     tdnn_dim: list[int] | tuple[int, ...] = (512, 512, 512, 512, 1500)
@@ -175,28 +185,8 @@ class DinoSRConfig(PreTrainedConfig):
         # Here and not only as a hook of @strict, whose own error is no ValueError.
         self.validate_architecture()
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """
-        As in every transformers configuration.
-
-        Raises:
-            ValueError: If `pipeline` wants a recogniser, and the checkpoint is of another kind. Only code that came
-                with a checkpoint is told so much; where dinosr_hf is installed, its tokenizer says it.
-        """
-        task = kwargs.get("_from_pipeline")  # transformers' own note of what the configuration is read for
-        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        own = config[0] if isinstance(config, tuple) else config  # beside it what `return_unused_kwargs` asked for
-        if task == "automatic-speech-recognition" and "DinoSRForCTC" not in (own.architectures or ()):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is no recogniser but {', '.join(own.architectures or ['unnamed'])}:"
-                " it has neither trained output weights nor a tokenizer. Fine-tune it with CTC first and give pipeline"
-                " the folder that fine-tuning leaves, or give it a model and a tokenizer that are loaded already."
-            )
-        return config
-
     def validate_architecture(self) -> None:
-        """Refuse values that no model can have. Raises `ValueError`."""
+        """Raise `ValueError` unless the values make a model."""
         self._check_transformer()
         self._check_convolutions()
         self._check_codebooks_and_teacher()
@@ -233,8 +223,8 @@ class DinoSRConfig(PreTrainedConfig):
         self._check_range(("codebook_revival_share",), 0, 0.5)
         if self.freeze_teacher_step is not None and self.freeze_teacher_step < 0:
             raise ValueError(
-                f"freeze_teacher_step={self.freeze_teacher_step} is negative. Give the update from which the teacher"
-                " stands still, or None for never."
+                f"freeze_teacher_step={self.freeze_teacher_step} must be at least 0: the update from which the teacher"
+                " is frozen, or None for never."
             )
         self._check_one_of("freeze_mode", FREEZE_MODES)
 
@@ -251,7 +241,6 @@ class DinoSRConfig(PreTrainedConfig):
 
     def _check_heads(self) -> None:
         self._check_one_of("ctc_loss_reduction", CTC_LOSS_REDUCTIONS)
-        self._check_range(("emission_delay",), -1, 1)
         self._check_lists(("tdnn_dim", "tdnn_kernel", "tdnn_dilation"))
         self._check_range(("classifier_proj_size", "xvector_output_dim"), 1)
 
@@ -285,12 +274,12 @@ class DinoSRConfig(PreTrainedConfig):
 
     @property
     def inputs_to_logits_ratio(self) -> int:
-        """Samples a frame: the product of `conv_stride` (320, which is 50 Hz at 16 kHz, for the base model)."""
+        """Number of samples from one frame to the next, the product of `conv_stride` (base: 320, 50 Hz)."""
         return math.prod(self.conv_stride)
 
     @property
     def receptive_field(self) -> int:
-        """Samples that one frame sees: frame `i` begins with sample `i * inputs_to_logits_ratio` (400 for base)."""
+        """Number of samples that a frame sees; frame `i` begins at sample `i * inputs_to_logits_ratio` (base: 400)."""
         field, hop = 1, 1
         for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
             field, hop = field + (kernel - 1) * hop, hop * stride
@@ -298,18 +287,18 @@ class DinoSRConfig(PreTrainedConfig):
 
     @property
     def codebook_layers(self) -> range:
-        """Transformer layers that have a codebook, numbered from 1: the top `num_codebooks` (5 to 12 for base)."""
+        """Numbers, from 1, of the transformer layers with a codebook: the top `num_codebooks` (base: 5 to 12)."""
         return range(self.num_hidden_layers - self.num_codebooks + 1, self.num_hidden_layers + 1)
 
     def num_frames(self, num_samples: Length) -> Length:
         """
-        Frames that the convolutional feature encoder makes of a waveform, rounded down layer by layer.
+        Return the number of frames of so many samples.
 
         Args:
-            num_samples: Samples; an int, or an integer tensor of any shape.
+            num_samples: Number of samples, an int or an integer tensor of any shape.
 
         Returns:
-            Frames, an int or a tensor as `num_samples`; 0 where the waveform is shorter than the receptive field.
+            Number of frames, of the same type; 0 for waveforms shorter than the receptive field.
         """
         for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
             if isinstance(num_samples, torch.Tensor):
@@ -319,20 +308,20 @@ class DinoSRConfig(PreTrainedConfig):
         return num_samples.clamp(min=0) if isinstance(num_samples, torch.Tensor) else max(num_samples, 0)
 
     def codebook_decay_at(self, step: int) -> float:
-        """Codebook decay after `step` completed updates, of the codebooks' next update (docs/parity.md, T5)."""
+        """Return the decay of the codebooks' update that follows `step` completed updates (docs/parity.md, T5)."""
         end = self.codebook_decay if self.codebook_end_decay is None else self.codebook_end_decay
         return _anneal(self.codebook_decay, end, self.codebook_end_decay_step, step)
 
     def is_teacher_frozen_at(self, step: int) -> bool:
-        """Whether `step` completed updates are at or past `freeze_teacher_step`."""
+        """Return whether the teacher is frozen after `step` completed updates."""
         return self.freeze_teacher_step is not None and step >= self.freeze_teacher_step
 
     def ema_decay_at(self, step: int) -> float:
         """
-        Decay of the teacher's move after `step` completed updates; 1.0 where it stands still (docs/parity.md, T3, T6).
+        Return the teacher's decay after `step` completed updates; 1.0: it does not move (docs/parity.md, T3, T6).
 
-        Where the freeze comes before the end of annealing, `freeze_mode` "frozen" stops the teacher at once; "shared"
-        and "copied" anneal the decay towards 1 from then on, as the authors' code does.
+        If the freeze comes before the end of annealing, `freeze_mode` "frozen" stops the teacher at once; "shared" and
+        "copied" anneal the decay towards 1 from then on, as the authors' code does.
         """
         end = self.ema_end_decay
         if self.is_teacher_frozen_at(step):

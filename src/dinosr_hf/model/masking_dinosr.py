@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 Span masks of frames (or channels), with the exact semantics of the sampler that the paper's code draws from.
 
@@ -15,7 +16,7 @@ NumpyGenerator = np.random.Generator | np.random.RandomState
 
 
 def numpy_generator(generator: torch.Generator | None) -> np.random.Generator:
-    """A numpy generator seeded by a draw from torch's (None: the global one), so that `torch.manual_seed` decides."""
+    """Return a numpy generator seeded by a draw from torch's; None: the global one, which `torch.manual_seed` sets."""
     device = generator.device if generator is not None else torch.device("cpu")
     return np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator, device=device)))
 

@@ -1,22 +1,40 @@
+# Copyright 2026 The dinosr-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
-DinoSR (arXiv 2305.10005) for PyTorch: the model, its pre-training objective, and task heads.
+DinoSR (arXiv 2305.10005) for PyTorch, from the waveform to the loss.
 
-The file runs as the data flow: waveform to features (the layers are in `encoder_dinosr`); then teacher, codebooks and
-prediction heads of pre-training; then the heads of fine-tuning.
+The file runs in the order of the data: front end, projection, mask, encoder, teacher, targets, codebooks, prediction
+heads, loss; then units and features of unmasked speech; then the heads of fine-tuning. Layers do what their `forward`
+says; on CPUs `fast_cpu_dinosr` has faster equivalents, used where its guard `may_use_fast_forms` allows.
 
 `B` batch, `S` samples, `T` frames, `C` conv channels, `D` hidden size, `N` codebooks, `V` codewords, `M` masked
-frames.
+frames, `L` layers that a caller asks for.
 """
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     CausalLMOutput,
     SequenceClassifierOutput,
@@ -24,37 +42,30 @@ from transformers.modeling_outputs import (
     Wav2Vec2BaseModelOutput,
     XVectorOutput,
 )
-from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .codebook_dinosr import OnlineCodebooks
+from .codebook_dinosr import OnlineCodebooks, perplexity
 from .configuration_dinosr import DinoSRConfig, Length
-from .dropout_dinosr import DinoSRDropout
-from .encoder_dinosr import (
-    DinoSRAttention,
-    DinoSREncoder,
-    DinoSREncoderLayer,
-    DinoSRFeatureEncoder,
-    DinoSRFeatureProjection,
-    DinoSRLinear,
-    DinoSRPositionalConv,
-    DinoSRTeacher,
-    check_input,
-    fill_front_end_copies,
-)
-from .heads_dinosr import (
-    DinoSRMarginLoss,
-    DinoSRTimeDelayLayers,
-    ctc_loss,
-    mask_padding_logits,
-    mean_and_deviation_over_time,
-    mean_over_time,
+from .fast_cpu_dinosr import (
+    SixteenBitDropout,
+    ValidFrames,
+    can_convolve,
+    convolve,
+    convolve_same_length,
+    may_use_fast_forms,
+    packed_attention_forward,
+    valid_frames,
 )
 from .masking_dinosr import numpy_generator, sample_span_mask, sample_spec_augment
-from .objective_dinosr import DinoSRForPreTrainingOutput, energy_sums, masked_prediction_losses
-from .units_dinosr import DinoSRUnitEncoder
 
-# Which of transformers' automatic classes finds which model; a saved folder's `auto_map` is made of it.
+# Exceptions from transformers' model linter. TRF057: @auto_docstring is for files inside of transformers, and these
+# docstrings state shapes and errors. TRF013: heads call post_init after their own layers. TRF032: -1e4 is a logit, no
+# mask. TRF041: these fields differ by run or head, not by the architecture of a checkpoint.
+# trf-ignore: TRF041 reference_padding, freeze_mode, apply_spec_augment, freeze_teacher_step, use_weighted_layer_sum
+
+# The automatic classes of transformers and our models; a saved folder's `auto_map` is made of it.
 AUTO_CLASSES = {
     "AutoModel": "DinoSRModel",
     "AutoModelForPreTraining": "DinoSRForPreTraining",
@@ -64,9 +75,579 @@ AUTO_CLASSES = {
     "AutoModelForAudioXVector": "DinoSRForXVector",
 }
 
+SOURCES = ("student", "teacher")
+NO_UNIT = -1  # the unit of a padded frame
 
-class DinoSRPreTrainedModel(PreTrainedModel):
-    """What all DinoSR models share: names, initialisation, frame counts, freezing."""
+
+@dataclass
+class DinoSRForPreTrainingOutput(ModelOutput):  # trf-ignore: TRF057
+    """
+    Output of `DinoSRForPreTraining`. Fields about masked frames are None if nothing was masked.
+
+    Attributes:
+        loss: Scalar, nats: cross entropy of student and codes, mean over masked frames and codebooks.
+        codebook_losses: float32 (N,), nats, mean over masked frames, without gradient.
+        num_masked_frames: int64 scalar, `M`.
+        target_perplexity: float32 (N,), number of codewords that the targets use, 1 to V.
+        prediction_perplexity: float32 (N,), the same for the student's mean prediction.
+        num_active_codewords: int64 (N,), codewords that at least one masked frame is assigned to.
+        codes: int64 (N, M), the codeword of each masked frame, in the order of (batch, time).
+        last_hidden_state: (B, T, D), the student's output.
+        code_counts: int64 (N, V), masked frames of each codeword; add up over micro-batches and processes.
+        prediction_sums: float32 (N, V), the student's probabilities summed over masked frames; likewise.
+        target_energies: float32 (N, 2), `energy_sums` of the teacher's layers before the instance norm; likewise.
+        feature_energies: float32 (2,), `energy_sums` of the student's convolutional features; likewise.
+        hidden_states: On request, the student's: the first layer's input and each layer's output, (B, T, D) each.
+        attentions: On request, the student's: (B, heads, T, T) a layer.
+    """
+
+    loss: torch.Tensor | None = None
+    codebook_losses: torch.Tensor | None = None
+    num_masked_frames: torch.Tensor | None = None
+    target_perplexity: torch.Tensor | None = None
+    prediction_perplexity: torch.Tensor | None = None
+    num_active_codewords: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    code_counts: torch.Tensor | None = None
+    prediction_sums: torch.Tensor | None = None
+    target_energies: torch.Tensor | None = None
+    feature_energies: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def check_input(config: DinoSRConfig, input_values: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Raise `ValueError` unless these are waveforms (B, S) of at least a frame, with an attention mask (B, S)."""
+    if input_values.dim() != 2:
+        raise ValueError(
+            f"input_values has shape {tuple(input_values.shape)}, but must be (batch, samples): 16 kHz audio, one"
+            " channel. Use the feature extractor to make it."
+        )
+    if config.num_frames(input_values.shape[1]) < 1:
+        raise ValueError(
+            f"input_values has {input_values.shape[1]} samples, too few for a single frame, which sees"
+            f" {config.receptive_field}. Pad the batch or leave out utterances this short."
+        )
+    if attention_mask is not None and attention_mask.shape != input_values.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but must be (batch, samples) ="
+            f" {tuple(input_values.shape)}: 1 for samples, 0 for padding, in samples and not in frames."
+        )
+
+
+# Front end
+
+
+class DinoSRConvLayer(GradientCheckpointingLayer):
+    """Convolution without padding, layer norm over channels, activation."""
+
+    def __init__(self, config: DinoSRConfig, layer_id: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(
+            config.conv_dim[layer_id - 1] if layer_id > 0 else 1,
+            config.conv_dim[layer_id],
+            kernel_size=config.conv_kernel[layer_id],
+            stride=config.conv_stride[layer_id],
+            bias=config.conv_bias,
+        )
+        self.layer_norm = nn.LayerNorm(config.conv_dim[layer_id])
+        self.activation = ACT2FN[config.feat_extract_activation]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, T) to (B, C, T), T shorter."""
+        hidden_states = self.conv(hidden_states)
+        hidden_states = self.layer_norm(hidden_states.transpose(1, 2))
+        return self.activation(hidden_states).transpose(1, 2)
+
+
+class DinoSRFeatureEncoder(nn.Module):
+    """Convolutions that make 50 frames a second of 16,000 samples."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.conv_layers = nn.ModuleList(DinoSRConvLayer(config, i) for i in range(len(config.conv_dim)))
+
+    def forward(self, input_values: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, S) to (B, C, T), zero outside of `frame_mask`, bool (B, T), unless `reference_padding` is set."""
+        if self.config.reference_padding:
+            frame_mask = None
+        recompute = self.training and getattr(self.conv_layers[0], "gradient_checkpointing", False)
+        if may_use_fast_forms(input_values, self) and can_convolve(self.conv_layers):
+            num_frames, field = self.config.num_frames(input_values.shape[1]), self.config.receptive_field
+            features = convolve(self.conv_layers, input_values, num_frames, field, frame_mask, recompute=recompute)
+            return features.transpose(1, 2)
+        weight = next(self.parameters(), input_values)
+        dtype = weight.dtype if weight.is_floating_point() else input_values.dtype
+        hidden_states = input_values[:, None].to(dtype)  # (B, 1, S)
+        if recompute and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            hidden_states.requires_grad_()  # reentrant checkpointing needs an input that does
+        for conv_layer in self.conv_layers:
+            hidden_states = conv_layer(hidden_states)
+        return hidden_states if frame_mask is None else hidden_states.masked_fill(~frame_mask[:, None], 0.0)
+
+
+# Projection
+
+
+def apply_dropout(signal: torch.Tensor, probability: float) -> torch.Tensor:
+    """Set elements to zero with this probability, and scale the others so that the mean stays."""
+    if probability == 0:
+        return signal
+    if may_use_fast_forms(signal):
+        return SixteenBitDropout.apply(signal, probability)
+    return nn.functional.dropout(signal, probability)
+
+
+class DinoSRDropout(nn.Dropout):
+    """`torch.nn.Dropout`, by `apply_dropout`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Any shape to the same; in evaluation the input itself."""
+        return apply_dropout(input, self.p if self.training else 0.0)
+
+
+class DinoSRLinear(nn.Linear):
+    """The projection and the prediction heads: initialised as torch does it (docs/parity.md, D7)."""
+
+
+class DinoSRFeatureProjection(nn.Module):
+    """Layer norm, projection to the transformer's width, dropout."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
+        self.projection = DinoSRLinear(config.conv_dim[-1], config.hidden_size)
+        self.dropout = DinoSRDropout(config.feat_proj_dropout)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, C) to projected (B, T, D) and normalised (B, T, C)."""
+        features = self.layer_norm(features)
+        return self.dropout(self.projection(features)), features
+
+
+# Encoder
+
+
+class DinoSRPositionalConv(nn.Conv1d):
+    """A positional convolution: initialised as torch does it (docs/parity.md, D7)."""
+
+
+class DinoSRPositionalConvLayer(nn.Module):
+    """Grouped convolution of the same length, layer norm without weights, activation."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        # Not in the configuration: transformers' common tests vary hidden_size alone.
+        if config.hidden_size % config.num_conv_pos_embedding_groups:
+            raise ValueError(
+                f"num_conv_pos_embedding_groups={config.num_conv_pos_embedding_groups} does not divide"
+                f" hidden_size={config.hidden_size}. Change one of them."
+            )
+        self.conv = DinoSRPositionalConv(
+            config.hidden_size,
+            config.hidden_size,
+            kernel_size=config.conv_pos_kernel_size,
+            padding=config.conv_pos_kernel_size // 2,
+            groups=config.num_conv_pos_embedding_groups,
+        )
+        self.layer_norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False)
+        self.activation = ACT2FN[config.feat_extract_activation]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) to (B, T, D)."""
+        if type(self.conv) is DinoSRPositionalConv and may_use_fast_forms(hidden_states, self):
+            hidden_states = convolve_same_length(self.conv, hidden_states)
+        else:
+            num_frames = hidden_states.shape[1]
+            hidden_states = self.conv(hidden_states.transpose(1, 2))[..., :num_frames].transpose(1, 2)
+        return self.activation(self.layer_norm(hidden_states))
+
+
+class DinoSRPositionalConvEmbedding(nn.Module):
+    """Relative positions by stacked convolutions over time."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DinoSRPositionalConvLayer(config) for _ in range(config.num_conv_pos_embeddings))
+
+    def forward(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, D) to (B, T, D); frames outside of `frame_mask`, bool (B, T), are zero before every layer."""
+        for layer in self.layers:
+            if frame_mask is not None:
+                hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: query, key, value (B, H, T, E) to (B, T, H, E) and weights (B, H, T, T)."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = apply_dropout(scores.softmax(dim=-1), dropout if module.training else 0.0)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class DinoSRAttention(nn.Module):
+    """Multi-head self-attention, by the implementation of transformers that the configuration names."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.attention_dropout
+        self.is_causal = False
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        frames: ValidFrames | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, D) to (B, T, D) and, where the implementation returns them, weights (B, H, T, T)."""
+        heads_last = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query_states = self.q_proj(hidden_states).view(heads_last).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(heads_last).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(heads_last).transpose(1, 2)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if frames is not None:
+            attention_interface, kwargs = packed_attention_forward, {"frames": frames}
+        output, weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_proj(output.flatten(2)), weights
+
+
+class DinoSRFeedForward(nn.Module):
+    """Two linear layers. The teacher's targets are made of their output."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_act_fn = ACT2FN[config.hidden_act]
+        self.intermediate_dropout = DinoSRDropout(config.activation_dropout)
+        self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_dropout = DinoSRDropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) to (B, T, D)."""
+        hidden_states = self.intermediate_act_fn(self.intermediate_dense(hidden_states))
+        return self.output_dropout(self.output_dense(self.intermediate_dropout(hidden_states)))
+
+
+class DinoSREncoderLayer(GradientCheckpointingLayer):
+    """A transformer layer with the norms after the residuals."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.layerdrop = config.layerdrop
+        self.attention = DinoSRAttention(config)
+        self.dropout = DinoSRDropout(config.hidden_dropout)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = DinoSRFeedForward(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        frame_mask: torch.Tensor | None = None,
+        frames: ValidFrames | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Run the layer; in training it is skipped with probability `layerdrop`.
+
+        Args:
+            hidden_states: (B, T, D).
+            attention_mask: Mask of the attention implementation.
+            frame_mask: bool (B, T); the output is zero outside of it.
+            frames: On the fast path of CPUs, the frames to compute, instead of both masks.
+            **kwargs: For the attention implementation.
+
+        Returns:
+            The layer's output and, before its residual, the feed-forward network's, each (B, T, D); with `frames`, the
+            latter packed.
+        """
+        layer_input = hidden_states
+        if frames is not None:
+            hidden_states = frames.pack(hidden_states)
+        attention_output, _ = self.attention(hidden_states, attention_mask, frames, **kwargs)
+        hidden_states = self.layer_norm(hidden_states + self.dropout(attention_output))
+        feed_forward_output = self.feed_forward(hidden_states)
+        hidden_states = self.final_layer_norm(hidden_states + feed_forward_output)
+        if frames is not None:
+            hidden_states = frames.unpack(hidden_states)
+        elif frame_mask is not None:
+            hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
+        if self.training and self.layerdrop > 0:
+            # Computed and thrown away, not left out: every parameter gets a gradient in every process, and
+            # torch.compile sees no branch.
+            keep = torch.rand((), device=hidden_states.device) >= self.layerdrop
+            hidden_states = torch.where(keep, hidden_states, layer_input.to(hidden_states.dtype))
+        return hidden_states, feed_forward_output
+
+
+class DinoSREncoder(nn.Module):
+    """Positions and transformer layers."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.pos_conv_embed = DinoSRPositionalConvEmbedding(config)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = DinoSRDropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(DinoSREncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        frame_mask: torch.Tensor | None = None,
+        return_layers: Sequence[int] = (),
+        num_layers: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+        """
+        Encode projected features.
+
+        Args:
+            hidden_states: (B, T, D).
+            frame_mask: bool (B, T), True for frames, False for padding; None: no padding.
+            return_layers: Numbers of layers, from 1, whose outputs to return.
+            num_layers: Number of layers to compute; None: all.
+            **kwargs: For the attention implementation.
+
+        Returns:
+            The last layer's output (B, T, D), and for each of `return_layers` its output and its feed-forward
+            network's, each (B, T, D).
+        """
+        if frame_mask is not None:
+            hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=frame_mask
+        )
+        if self.config.reference_padding:
+            # The authors zero the padding once, so it leaks into valid frames at every further convolution.
+            frame_mask = None
+        hidden_states = hidden_states + self.pos_conv_embed(hidden_states, frame_mask)
+        hidden_states = self.dropout(self.layer_norm(hidden_states))
+
+        frames = None
+        if may_use_fast_forms(hidden_states, self):
+            has_dropout = self.training and self.config.attention_dropout > 0
+            frames = valid_frames(self.config, hidden_states, frame_mask, attention_mask, has_dropout)
+        if frames is not None:
+            attention_mask, frame_mask = None, None
+        layer_outputs = {}
+        for number, layer in enumerate(self.layers, start=1):
+            hidden_states, feed_forward_output = layer(hidden_states, attention_mask, frame_mask, frames, **kwargs)
+            if number in return_layers:
+                if frames is not None:
+                    feed_forward_output = frames.unpack(feed_forward_output)
+                elif frame_mask is not None:
+                    feed_forward_output = feed_forward_output.masked_fill(~frame_mask[..., None], 0.0)
+                layer_outputs[number] = (hidden_states, feed_forward_output)
+            if number == num_layers:
+                break
+        return hidden_states, layer_outputs
+
+
+# Teacher
+
+
+class DinoSRTeacher(DinoSREncoder):
+    """
+    The student's encoder, averaged over updates (paper, Section 3.1). Always in evaluation mode, without gradients.
+
+    With `freeze_mode="copied"` it has copies of convolutions and projection, which follow the student's until the
+    freeze.
+    """
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__(config)
+        self.feature_extractor: DinoSRFeatureEncoder | None = None
+        self.feature_projection: DinoSRFeatureProjection | None = None
+        if config.freeze_mode == "copied":
+            self.feature_extractor = DinoSRFeatureEncoder(config)
+            self.feature_projection = DinoSRFeatureProjection(config)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "DinoSRTeacher":
+        """Stay in evaluation mode."""
+        return self
+
+    def own_features(self, input_values: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor | None:
+        """(B, S) to features (B, T, D) by the teacher's own front end; None if it has none."""
+        if self.feature_extractor is None or self.feature_projection is None:
+            return None
+        features, _ = self.feature_projection(self.feature_extractor(input_values, frame_mask).transpose(1, 2))
+        return features
+
+    def pairs_with(self, student: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Pair each parameter of the teacher with that of a student, a `DinoSRModel`."""
+        theirs = dict(student.named_parameters())
+        for name, parameter in self.named_parameters():
+            yield parameter, theirs[name] if name in theirs else theirs[f"encoder.{name}"]
+
+    @torch.no_grad()
+    def follow(self, encoder: DinoSREncoder, decay: float) -> None:
+        """Average the layers, keeping `decay` of the old; copy the positional convolutions (docs/parity.md, T4)."""
+        averaged = (*self.layers.parameters(), *self.layer_norm.parameters())
+        torch._foreach_lerp_(averaged, (*encoder.layers.parameters(), *encoder.layer_norm.parameters()), 1 - decay)
+        torch._foreach_copy_(tuple(self.pos_conv_embed.parameters()), tuple(encoder.pos_conv_embed.parameters()))
+
+    @torch.no_grad()
+    def copy_front_end(self, extractor: DinoSRFeatureEncoder, projection: DinoSRFeatureProjection) -> None:
+        """Copy the student's convolutions and projection if the teacher has its own (docs/parity.md, T8)."""
+        if self.feature_extractor is not None and self.feature_projection is not None:
+            torch._foreach_copy_(tuple(self.feature_extractor.parameters()), tuple(extractor.parameters()))
+            torch._foreach_copy_(tuple(self.feature_projection.parameters()), tuple(projection.parameters()))
+
+
+def fill_front_end_copies(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """
+    Fill in the teacher's copies of the front end, equal to the student's, where a state dict lacks them.
+
+    A pre-hook of `load_state_dict` of `DinoSRForPreTraining`; it changes nothing for models without copies.
+    """
+    for part in ("feature_extractor.", "feature_projection."):
+        if getattr(module.teacher, part[:-1]) is not None:
+            student = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}dinosr.{part}")}
+            for key, value in student.items():
+                state_dict.setdefault(f"{prefix}teacher.{key[len(prefix) + len('dinosr.') :]}", value)
+
+
+# Targets
+
+
+def _moments_over_time(
+    hidden_states: torch.Tensor, frame_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 (..., B, T, D) to mean and variance over valid frames, (..., B, 1, D) each."""
+    if frame_mask is None:
+        variance, mean = torch.var_mean(hidden_states, dim=-2, correction=0, keepdim=True)
+        return mean, variance
+    weight = frame_mask[..., None].float()  # (B, T, 1)
+    weight = weight / weight.sum(dim=-2, keepdim=True).clamp(min=1.0)
+    mean = (hidden_states * weight).sum(dim=-2, keepdim=True)
+    return mean, ((hidden_states - mean).square() * weight).sum(dim=-2, keepdim=True)
+
+
+def normalize_over_time(hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    Apply the instance norm: zero mean and unit variance over the frames of each utterance and channel (Section 3.1).
+
+    (..., B, T, D) to float32 of that shape; `frame_mask` is bool (B, T), True for frames, or None without padding.
+    """
+    hidden_states = hidden_states.float()
+    mean, variance = _moments_over_time(hidden_states, frame_mask)
+    return (hidden_states - mean) * torch.rsqrt(variance + 1e-5)
+
+
+@torch.no_grad()
+def energy_sums(hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    Measure how much of the energy of features changes over time, as sums that add up over batches.
+
+    (..., B, T, D) to float32 (..., 2): squared distances from the mean of each utterance and channel, and squares,
+    each summed over utterances, frames and channels. Their ratio is 1 for features with zero mean over each utterance,
+    and 0 if all frames of an utterance are alike, which an instance norm hides.
+    """
+    mean, variance = _moments_over_time(hidden_states.float(), frame_mask)
+    energies = torch.stack((variance, variance + mean.square()), dim=-1).sum(dim=-2)  # (..., B, 1, 2)
+    num_frames = hidden_states.shape[-2] if frame_mask is None else frame_mask.sum(dim=-1)[:, None, None]
+    return (energies * num_frames).sum(dim=(-3, -2))
+
+
+# Loss
+
+
+def masked_prediction_losses(logits: torch.Tensor, codes: torch.Tensor) -> DinoSRForPreTrainingOutput:
+    """
+    Score the student's predictions of the codes, for all codebooks at once (paper, equation 6).
+
+    Args:
+        logits: (N, M, V), the student's predictions at masked frames; scored in float32.
+        codes: int64 (N, M), the teacher's codewords at these frames.
+
+    Returns:
+        An output with losses, perplexities and counts; only `loss` has a gradient. Without a masked frame the loss is
+        0, still with a gradient, so that no process waits for another.
+    """
+    num_masked_frames = codes.shape[1]
+    log_probs = logits.float().log_softmax(dim=-1)
+    losses = -log_probs.gather(-1, codes[..., None]).squeeze(-1)  # (N, M)
+    codebook_losses = losses.sum(dim=1) / max(num_masked_frames, 1)
+    log_probs = log_probs.detach()
+    code_counts = codes.new_zeros(log_probs.shape[0], log_probs.shape[2])
+    code_counts.scatter_add_(1, codes, torch.ones_like(codes))
+    prediction_sums = log_probs.exp().sum(dim=1)
+    return DinoSRForPreTrainingOutput(
+        loss=codebook_losses.mean(),
+        codebook_losses=codebook_losses.detach(),
+        num_masked_frames=codes.new_full((), num_masked_frames),  # made on the device, without a host synchronisation
+        target_perplexity=perplexity(code_counts),
+        prediction_perplexity=perplexity(prediction_sums),
+        num_active_codewords=(code_counts > 0).sum(dim=-1),
+        codes=codes,
+        code_counts=code_counts,
+        prediction_sums=prediction_sums,
+    )
+
+
+def check_layers(config: DinoSRConfig, layers: Sequence[int], *, with_codebooks: bool) -> list[int]:
+    """Return numbers of layers, from 1, as ints; raise `ValueError` for none, and where there is no such layer."""
+    known = config.codebook_layers if with_codebooks else range(1, config.num_hidden_layers + 1)
+    found = [int(layer) for layer in layers]
+    unknown = [layer for layer in found if layer not in known]
+    if unknown or not found:
+        what = "has no codebook" if with_codebooks else "does not exist"
+        wrong = f"layer={unknown[0]} {what}" if unknown else "layers is empty"
+        kind = "Layers with a codebook" if with_codebooks else "Layers of this model"
+        raise ValueError(f"{wrong}. {kind}: {', '.join(map(str, known))}.")
+    return found
+
+
+def check_source(source: str) -> None:
+    """Raise `ValueError` unless `source` is "student" or "teacher"."""
+    if source not in SOURCES:
+        raise ValueError(f"source={source!r} is unknown. Choose one of {', '.join(SOURCES)}.")
+
+
+# Models
+
+
+class DinoSRPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
+    """Base class of the DinoSR models: names, initialisation, frame counts, freezing."""
 
     config_class = DinoSRConfig
     config: DinoSRConfig
@@ -84,12 +665,12 @@ class DinoSRPreTrainedModel(PreTrainedModel):
         "hidden_states": DinoSREncoderLayer,
         "attentions": OutputRecorder(DinoSRAttention, index=1, layer_name="encoder"),
     }
-    # What pre-training needs beside the encoder: a checkpoint of it loads into every head without a word about these.
+    # A pre-training checkpoint loads into every head without a report of these.
     _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^codebooks\.", r"^heads\."]
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For code outside of transformers, modules without parameters of their own would be left out, which is where
-        # the teacher becomes the student's copy. All of `_init_weights` respects what was loaded.
+        # For code outside of transformers, `_init_weights` would not see modules without parameters of their own, such
+        # as the pre-training model, which copies the student to the teacher. It respects weights that were loaded.
         super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
@@ -111,8 +692,8 @@ class DinoSRPreTrainedModel(PreTrainedModel):
             if module.usage is not None:
                 init.ones_(module.usage)
         elif isinstance(module, DinoSRForPreTraining):
-            for own, live in module.teacher.pairs_with(module.dinosr):
-                init.copy_(own, live)
+            for own, students in module.teacher.pairs_with(module.dinosr):
+                init.copy_(own, students)
         elif isinstance(module, DinoSRMarginLoss):
             init.normal_(module.weight)
         else:
@@ -121,7 +702,7 @@ class DinoSRPreTrainedModel(PreTrainedModel):
             init.constant_(module.layer_weights, 1 / len(module.layer_weights))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in every transformers model; the folder names all heads, so that each finds its code with the weights."""
+        """Save as every transformers model does, with an `auto_map` of all heads."""
         if self._auto_class is not None:
             self.config.auto_map = {auto: f"modeling_dinosr.{name}" for auto, name in AUTO_CLASSES.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -135,18 +716,18 @@ class DinoSRPreTrainedModel(PreTrainedModel):
         self.base_model.requires_grad_(False)
 
     def _get_feat_extract_output_lengths(self, input_lengths: Length) -> Length:
-        """Frames of so many samples; transformers' speech examples and pipelines look for this name."""
+        """Number of frames of so many samples; the name that transformers' speech pipelines look for."""
         return self.config.num_frames(input_lengths)
 
     def _frame_mask(self, attention_mask: torch.Tensor | None, num_frames: int) -> torch.Tensor | None:
-        """attention_mask (B, S), 1 for samples and 0 for padding at the end, to bool (B, T), True for frames."""
+        """attention_mask (B, S) to bool (B, T), True for frames, False for padding."""
         if attention_mask is None:
             return None
         lengths = self.config.num_frames(attention_mask.long().sum(dim=-1))
         return torch.arange(num_frames, device=attention_mask.device) < lengths[:, None]
 
 
-class DinoSRModel(DinoSRPreTrainedModel):
+class DinoSRModel(DinoSRPreTrainedModel):  # trf-ignore: TRF057
     """
     The DinoSR encoder: speech in, one feature vector every 20 ms out.
 
@@ -165,12 +746,13 @@ class DinoSRModel(DinoSRPreTrainedModel):
     def _mask_features(
         self, features: torch.Tensor, mask_time_indices: torch.Tensor | None, frame_mask: torch.Tensor | None
     ) -> torch.Tensor:
+        """Replace masked frames of (B, T, D) by the mask embedding; in fine-tuning, draw the masks."""
         over_channels = None
         if mask_time_indices is not None:
             if mask_time_indices.shape != features.shape[:2]:
                 raise ValueError(
                     f"mask_time_indices has shape {tuple(mask_time_indices.shape)}, but must be (batch, frames) ="
-                    f" {tuple(features.shape[:2])}. `config.num_frames` tells the frames of so many samples."
+                    f" {tuple(features.shape[:2])}. `config.num_frames` gives the number of frames of so many samples."
                 )
             mask_time_indices = mask_time_indices.to(features.device, torch.bool)
         elif self.training and self.config.apply_spec_augment:
@@ -188,7 +770,7 @@ class DinoSRModel(DinoSRPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(
+    def forward(  # trf-ignore: TRF057
         self,
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -199,30 +781,30 @@ class DinoSRModel(DinoSRPreTrainedModel):
         Encode a batch of waveforms. An utterance's features do not depend on the padding of its batch.
 
         Args:
-            input_values: (B, S), 16 kHz, zero mean and unit variance an utterance, padded at the end.
+            input_values: (B, S), 16 kHz, each utterance with zero mean and unit variance, padded at the end.
             attention_mask: (B, S), 1 for samples, 0 for padding; None: no padding.
-            mask_time_indices: bool (B, T), frames to replace by the mask embedding. Given, it stands in for the
-                random masks of fine-tuning, over channels too.
+            mask_time_indices: bool (B, T), frames to replace by the mask embedding. It replaces the random masks of
+                fine-tuning, those over channels too.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
             `last_hidden_state` (B, T, D), zero in the padding unless `reference_padding` is set; `extract_features`
-            (B, T, C): the normalised output of the convolutions; and on demand `hidden_states`, the first layer's
-            input and each layer's output, and `attentions`.
+            (B, T, C): the normalised output of the convolutions; on request `hidden_states`, the first layer's input
+            and each layer's output, and `attentions`.
 
         Raises:
-            ValueError: For inputs of another shape, or too short for a frame.
+            ValueError: If an input has another shape or is too short for a frame.
         """
         check_input(self.config, input_values, attention_mask)
         frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
         features = self.feature_extractor(input_values, frame_mask).transpose(1, 2)
         hidden_states, features = self.feature_projection(features)
         hidden_states = self._mask_features(hidden_states, mask_time_indices, frame_mask)
-        hidden_states = self.encoder(hidden_states, frame_mask, **kwargs)
+        hidden_states, _ = self.encoder(hidden_states, frame_mask, **kwargs)
         return Wav2Vec2BaseModelOutput(last_hidden_state=hidden_states, extract_features=features)
 
 
-class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
+class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
     """
     DinoSR's self-distillation: a student predicts, for masked frames, the codewords of the teacher's top layers.
 
@@ -235,7 +817,7 @@ class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
     Attributes:
         dinosr: The student.
         heads: N linear layers from the student's last layer to V codewords.
-        teacher: The student's average; equal to it at first.
+        teacher: The student's moving average, equal to it at first.
         codebooks: The codewords, in float32 whatever the dtype of the rest.
     """
 
@@ -255,7 +837,7 @@ class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
         self.post_init()
 
     def initialize_weights(self) -> None:
-        """Called by transformers after building and after loading, which makes every parameter trainable."""
+        """Freeze what is not trained: transformers makes every parameter trainable after building and loading."""
         super().initialize_weights()
         self.teacher.requires_grad_(False)
         self.codebooks.requires_grad_(False)
@@ -263,6 +845,7 @@ class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
     def _sample_mask(
         self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, generator: torch.Generator | None
     ) -> torch.Tensor:
+        """Draw the mask of pre-training, bool (B, T)."""
         samples = torch.ones_like(input_values) if attention_mask is None else attention_mask
         num_samples = samples.long().sum(dim=-1).tolist()
         mask = sample_span_mask(
@@ -276,7 +859,7 @@ class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
         return torch.from_numpy(mask).to(input_values.device)
 
     @can_return_tuple
-    def forward(
+    def forward(  # trf-ignore: TRF057
         self,
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -286,80 +869,112 @@ class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DinoSRForPreTrainingOutput:
         """
-        Mask, encode, predict; in training mode also gather what `update_targets` will take.
+        Mask, encode, predict; in training mode also accumulate sums and counts for `update_targets`.
 
         Args:
-            input_values: (B, S), 16 kHz, zero mean and unit variance an utterance, padded at the end.
+            input_values: (B, S), as for `DinoSRModel`.
             attention_mask: (B, S), 1 for samples, 0 for padding; None: no padding.
-            mask_time_indices: bool (B, T), the frames to mask and predict; padded frames are left out of it. None: in
-                training they are drawn here; in evaluation nothing is masked and there is no loss.
-            generator: Source of the masks drawn here; None: torch's global generator of the CPU.
-            masked_frames: int64 (M,), `mask_time_indices.flatten().nonzero()[:, 0]` where it has no padded frame. It
-                is taken on trust, and spares a GPU the wait for how many there are. None: they are counted here.
+            mask_time_indices: bool (B, T), frames to mask and predict; padding is left out. None: drawn here in
+                training; in evaluation nothing is masked, and there is no loss.
+            generator: Source of the masks drawn here; None: torch's global CPU generator.
+            masked_frames: int64 (M,), `mask_time_indices.flatten().nonzero()[:, 0]` without padded frames. Not
+                checked; it saves a GPU a host synchronisation. None: computed here.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
             `DinoSRForPreTrainingOutput`.
 
         Raises:
-            ValueError: For inputs or masks of another shape.
+            ValueError: If an input or mask has another shape.
         """
         if mask_time_indices is None and self.training:
             check_input(self.config, input_values, attention_mask)
             mask_time_indices = self._sample_mask(input_values, attention_mask, generator)
         student = self.dinosr(input_values, attention_mask, mask_time_indices=mask_time_indices, **kwargs)
-        losses: dict[str, Any] = {}
+        output = DinoSRForPreTrainingOutput()
         if mask_time_indices is not None:
             for_student_only = ("output_hidden_states", "output_attentions")
             teacher_kwargs = {name: value for name, value in kwargs.items() if name not in for_student_only}
             features = student.extract_features
             frame_mask = self._frame_mask(attention_mask, features.shape[1])
-            targets, energies = self._targets_and_energies(input_values, features, frame_mask, teacher_kwargs)
+            targets, target_energies = self._targets(input_values, features, frame_mask, **teacher_kwargs)
             if masked_frames is None:
                 masked = mask_time_indices.to(targets.device, torch.bool)
                 if frame_mask is not None:
                     masked = masked & frame_mask
                 masked_frames = masked.flatten().nonzero()[:, 0]
-            chosen = student.last_hidden_state.flatten(0, 1).index_select(0, masked_frames)
-            losses = self._score(chosen, targets.flatten(1, 2).index_select(1, masked_frames))
-            losses |= {"target_energies": energies, "feature_energies": energy_sums(features, frame_mask)}
-        return DinoSRForPreTrainingOutput(
-            **losses,
-            last_hidden_state=student.last_hidden_state,
-            hidden_states=student.hidden_states,
-            attentions=student.attentions,
-        )
+            targets = targets.flatten(1, 2).index_select(1, masked_frames)  # (N, M, D)
+            codes = self.codebooks.assign(targets)
+            if self.training:
+                self.codebooks.accumulate(targets, codes)
+            predictors = student.last_hidden_state.flatten(0, 1).index_select(0, masked_frames)  # (M, D)
+            logits = torch.stack([head(predictors) for head in self.heads])  # (N, M, V)
+            output = masked_prediction_losses(logits, codes)
+            output.target_energies = target_energies
+            output.feature_energies = energy_sums(features, frame_mask)
+        output.last_hidden_state = student.last_hidden_state
+        output.hidden_states = student.hidden_states
+        output.attentions = student.attentions
+        return output
 
-    def _score(self, student: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
-        """Student's output (M, D) and targets (N, M, D) at masked frames to losses and counts."""
-        codes = self.codebooks.assign(targets)
-        if self.training:
-            self.codebooks.accumulate(targets, codes)
-        logits = torch.stack([head(student) for head in self.heads])  # (N, M, V)
-        return dict(masked_prediction_losses(logits, codes))
+    @torch.no_grad()
+    def _targets(
+        self, input_values: torch.Tensor, features: torch.Tensor, frame_mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's normalised targets (N, B, T, D), and the energies of its layers (N, 2)."""
+        projected = self.teacher.own_features(input_values, frame_mask)
+        if projected is None:
+            # Without the projection's dropout, which is the student's alone.
+            projected = self.dinosr.feature_projection.projection(features.detach())
+        _, layers = self.teacher(projected, frame_mask, return_layers=self.config.codebook_layers, **kwargs)
+        outputs = torch.stack([feed_forward_output for _, feed_forward_output in layers.values()])
+        del layers  # 2 N features of the batch
+        # The authors' statistics include the padding.
+        targets = normalize_over_time(outputs, None if self.config.reference_padding else frame_mask)
+        return targets, energy_sums(outputs, frame_mask)
+
+    def compute_targets(
+        self,
+        input_values: torch.Tensor,
+        extract_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """
+        Compute what is clustered: the teacher's top N layers, normalised over time (paper, Section 3.1).
+
+        Args:
+            input_values, attention_mask: As given to the student.
+            extract_features: (B, T, C), the student's output of that name.
+            **kwargs: For the attention implementation.
+
+        Returns:
+            float32 (N, B, T, D).
+        """
+        frame_mask = self._frame_mask(attention_mask, extract_features.shape[1])
+        return self._targets(input_values, extract_features, frame_mask, **kwargs)[0]
 
     @torch.no_grad()
     def update_targets(self, step: int) -> dict[str, float]:
         """
         Commit the codebooks, then move the teacher: once after each step of the optimizer.
 
-        The codebooks take what training forward passes have gathered since the last call, over all processes: every
+        The codebooks take what training forward passes accumulated since the last call, over all processes: every
         process must call this. The teacher's layers move towards the student's by exponential average, its positional
         convolutions are copied (paper, equation 1; docs/parity.md, T2 to T8).
 
         Args:
-            step: Updates completed, this one included: 1 after the first.
+            step: Number of updates completed, this one included: 1 after the first.
 
         Returns:
-            The decays used: `codebook_decay`, and `ema_decay`, which is 1.0 where the teacher stood still.
+            The decays used: `codebook_decay`, and `ema_decay`, which is 1.0 if the teacher is frozen.
 
         Raises:
-            ValueError: If `step` is not at least 1.
+            ValueError: If `step` is less than 1.
         """
         if step < 1:
             raise ValueError(
-                f"step={step}, but update_targets comes after an optimizer step: give the number of completed updates,"
-                " 1 after the first."
+                f"step={step} must be at least 1: it is the number of completed optimizer steps, 1 after the first."
             )
         num_steps = self.config.codebook_update_steps
         codebook_decay = self.config.codebook_decay_at(max(0, step - num_steps))
@@ -374,16 +989,15 @@ class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
 
     def apply_freeze(self, step: int) -> bool:
         """
-        Stop training what the freeze step stops; `update_targets` does it, and a resumed run before its first forward.
+        Freeze the student's front end, which feeds the teacher, from the freeze step on if `freeze_mode` is "frozen".
 
-        With `freeze_mode="frozen"` these are the convolutions and the projection, which feed the teacher. The other
-        modes freeze nothing of the student.
+        A resumed run calls this before its first forward.
 
         Args:
-            step: Updates completed.
+            step: Number of updates completed.
 
         Returns:
-            Whether the step is at or past `freeze_teacher_step` in this mode.
+            Whether the front end is frozen.
         """
         frozen = self.config.freeze_mode == "frozen" and self.config.is_teacher_frozen_at(step)
         if frozen:
@@ -393,8 +1007,188 @@ class DinoSRForPreTraining(DinoSRUnitEncoder, DinoSRPreTrainedModel):
                     parameter.grad = None  # or the optimizer would go on with its momentum
         return frozen
 
+    # Units and features of unmasked speech
 
-class DinoSRForCTC(DinoSRPreTrainedModel):
+    def _check_unmasked(
+        self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, source: str, name: str
+    ) -> None:
+        check_source(source)
+        check_input(self.config, input_values, attention_mask)
+        if self.training:
+            raise ValueError(
+                f"{name} was called in training mode, in which the student has dropout. Call model.eval() first."
+            )
+
+    @torch.no_grad()
+    def layer_features(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        layers: Sequence[int] = (5,),
+        source: str = "student",
+    ) -> torch.Tensor:
+        """
+        Compute features of layers; layers above the highest of them are not computed.
+
+        An utterance's features do not depend on the padding of its batch, unless `reference_padding` is set.
+
+        Args:
+            input_values: (B, S), as for `DinoSRModel`.
+            attention_mask: (B, S) or None.
+            layers: Numbers of transformer layers, from 1.
+            source: "student": the layer's output, as in `hidden_states`. "teacher": the output of the layer's
+                feed-forward network, which the codebooks cluster after normalising it over time (paper, Section 3.1).
+
+        Returns:
+            (L, B, T, D), in the order of `layers`, in the dtype of the model.
+
+        Raises:
+            ValueError: If an input, a layer or the source is not one of these, or the model is in training mode.
+        """
+        self._check_unmasked(input_values, attention_mask, source, "layer_features")
+        layers = check_layers(self.config, layers, with_codebooks=False)
+        encoder = self.dinosr.encoder if source == "student" else self.teacher
+        frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
+        features = None if source == "student" else self.teacher.own_features(input_values, frame_mask)
+        if features is None:
+            convolved = self.dinosr.feature_extractor(input_values, frame_mask)
+            features, _ = self.dinosr.feature_projection(convolved.transpose(1, 2))
+        _, outputs = encoder(features, frame_mask, return_layers=layers, num_layers=max(layers))
+        return torch.stack([outputs[layer][0 if source == "student" else 1] for layer in layers])
+
+    @torch.no_grad()
+    def encode_units(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        layer: int = 5,
+        source: str = "student",
+        layers: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Compute acoustic units, one codeword a frame. They do not depend on the padding of the batch.
+
+        Args:
+            input_values: (B, S), as for `DinoSRModel`.
+            attention_mask: (B, S) or None.
+            layer: Number of a transformer layer with a codebook, from 1: the top `num_codebooks` layers have one. The
+                paper analyses layer 5 of the base model's 12.
+            source: "student": the most probable codeword by that layer's prediction head, from unmasked speech; the
+                whole student is computed whatever the layer. "teacher": the nearest codeword of that layer's codebook
+                to the teacher's output, normalised over the utterance (equation 3): what the student learns to
+                predict; the teacher is computed up to the highest layer.
+            layers: Numbers of several layers, instead of `layer`.
+
+        Returns:
+            Codes int64 (B, T), or with `layers` (L, B, T), -1 in the padding; and the number of frames of each
+            utterance, int64 (B,).
+
+        Raises:
+            ValueError: If a layer has no codebook, an input or the source is not one of these, or the model is in
+                training mode.
+        """
+        self._check_unmasked(input_values, attention_mask, source, "encode_units")
+        chosen = check_layers(self.config, [layer] if layers is None else layers, with_codebooks=True)
+        if attention_mask is not None and self.config.reference_padding:
+            codes, lengths = self._units_one_by_one(input_values, attention_mask, chosen, source)
+        else:
+            codes, lengths = self._units(input_values, attention_mask, chosen, source)
+        return codes[0] if layers is None else codes, lengths
+
+    def _units(
+        self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, layers: list[int], source: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
+        if source == "student":
+            codes = self.student_units(self.dinosr(input_values, attention_mask).last_hidden_state, layers)
+        else:
+            features = self.layer_features(input_values, attention_mask, layers, "teacher")
+            codes = self.teacher_units(normalize_over_time(features, frame_mask), layers)
+        if frame_mask is None:
+            return codes, torch.full(codes.shape[1:2], codes.shape[2], device=codes.device)
+        return codes.masked_fill(~frame_mask, NO_UNIT), frame_mask.sum(dim=-1)
+
+    def _units_one_by_one(
+        self, input_values: torch.Tensor, attention_mask: torch.Tensor, layers: list[int], source: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_units`, for models in which padding would reach into the frames beside it."""
+        num_samples = attention_mask.long().sum(dim=-1)
+        lengths = self.config.num_frames(num_samples)
+        shape = (len(layers), len(input_values), self.config.num_frames(input_values.shape[1]))
+        codes = torch.full(shape, NO_UNIT, device=input_values.device)
+        for row, (samples, frames) in enumerate(zip(num_samples.tolist(), lengths.tolist(), strict=True)):
+            if frames:
+                alone, _ = self._units(input_values[row : row + 1, :samples], None, layers, source)
+                codes[:, row, :frames] = alone[:, 0]
+        return codes, lengths
+
+    @torch.no_grad()
+    def student_units(self, hidden_states: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+        """
+        Return each frame's most probable codeword by the prediction heads of L layers with codebooks.
+
+        The student's last layer (..., D) to int64 (L, ...). Raises `ValueError` if a layer has no codebook.
+        """
+        first = self.config.codebook_layers[0]
+        numbers = check_layers(self.config, layers, with_codebooks=True)
+        return torch.stack([self.heads[layer - first](hidden_states).float().argmax(dim=-1) for layer in numbers])
+
+    @torch.no_grad()
+    def teacher_units(self, targets: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+        """
+        Return each frame's nearest codeword in the codebooks of L layers (paper, equation 3).
+
+        The teacher's `layer_features`, normalised over time, (L, ..., D) to int64 (L, ...). Raises `ValueError` if a
+        layer has no codebook.
+        """
+        first = self.config.codebook_layers[0]
+        numbers = [layer - first for layer in check_layers(self.config, layers, with_codebooks=True)]
+        return self.codebooks.assign(targets.flatten(1, -2), numbers).view(targets.shape[:-1])
+
+
+# Heads
+
+
+def mask_padding_logits(config: DinoSRConfig, logits: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
+    """
+    Give padded frames of (B, T, vocab_size), from `num_frames` int64 (B,) on, all probability to the blank.
+
+    Transformers' pipeline and tokenizers do not leave padding out; so a batch is decoded as its utterances one by one.
+    """
+    blank = logits.new_full((config.vocab_size,), -1e4)  # trf-ignore: TRF032 (float16 has this number too)
+    blank[config.pad_token_id or 0] = 0.0
+    is_frame = torch.arange(logits.shape[1], device=logits.device) < num_frames[:, None]
+    return torch.where(is_frame[..., None], logits, blank)
+
+
+def ctc_loss(
+    config: DinoSRConfig, logits: torch.Tensor, labels: torch.Tensor, num_frames: torch.Tensor
+) -> torch.Tensor:
+    """
+    Compute connectionist temporal classification in nats and float32, reduced as `ctc_loss_reduction` says.
+
+    Logits (B, T, vocab_size), labels int64 (B, L), negative where there is none, and numbers of valid frames int64
+    (B,) to a scalar. Raises `ValueError` if a label is not below `vocab_size`.
+    """
+    if not torch.compiler.is_compiling() and labels.numel() and labels.max() >= config.vocab_size:
+        raise ValueError(
+            f"labels has the value {int(labels.max())}, but vocab_size={config.vocab_size}. Give the model the"
+            " tokenizer's vocab_size."
+        )
+    is_label = labels >= 0
+    with torch.autocast(logits.device.type, enabled=False), torch.backends.cudnn.flags(enabled=False):
+        return nn.functional.ctc_loss(
+            logits.float().log_softmax(dim=-1).transpose(0, 1),
+            labels.masked_fill(~is_label, config.pad_token_id or 0),
+            num_frames,
+            is_label.sum(dim=-1),
+            blank=config.pad_token_id or 0,
+            reduction=config.ctc_loss_reduction,
+            zero_infinity=config.ctc_zero_infinity,
+        )
+
+
+class DinoSRForCTC(DinoSRPreTrainedModel):  # trf-ignore: TRF057
     """
     DinoSR with a linear layer to labels, for connectionist temporal classification; `pad_token_id` is the blank.
 
@@ -418,7 +1212,7 @@ class DinoSRForCTC(DinoSRPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # trf-ignore: TRF057
         self,
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -426,17 +1220,17 @@ class DinoSRForCTC(DinoSRPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CausalLMOutput:
         """
+        Score labels, and with `labels` compute the loss.
+
         Args:
-            input_values: (B, S), as for `DinoSRModel`.
-            attention_mask: (B, S) or None.
+            input_values, attention_mask, **kwargs: As for `DinoSRModel`.
             labels: int64 (B, L), padded at the end with -100.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `logits` (B, T, vocab_size), of padding the blank's, and with labels `loss` in nats, reduced as configured.
+            `logits` (B, T, vocab_size), the blank's in the padding, and with labels `loss` in nats.
 
         Raises:
-            ValueError: For labels outside of the vocabulary.
+            ValueError: If a label is not below `vocab_size`.
         """
         outputs = self.dinosr(input_values, attention_mask, **kwargs)
         samples = torch.ones_like(input_values) if attention_mask is None else attention_mask
@@ -448,8 +1242,8 @@ class DinoSRForCTC(DinoSRPreTrainedModel):
         )
 
 
-class DinoSRClassifier(DinoSRPreTrainedModel):
-    """What the classification heads share: the encoder, and the learnt average of its layers."""
+class DinoSRClassifier(DinoSRPreTrainedModel):  # trf-ignore: TRF013
+    """Base class of the classification heads: the encoder, and optionally a learnt average of its layers."""
 
     def __init__(self, config: DinoSRConfig) -> None:
         super().__init__(config)
@@ -460,22 +1254,40 @@ class DinoSRClassifier(DinoSRPreTrainedModel):
             self.layer_weights = nn.Parameter(torch.empty(config.num_hidden_layers + 1))
 
     def _encode(
-        self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: Mapping[str, Any]
+        self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, Wav2Vec2BaseModelOutput]:
-        """Features (B, T, D), of the last layer or of all, and the encoder's output."""
+        """Features (B, T, D), of the last layer or averaged over all, and the encoder's output."""
         if self.layer_weights is None:
             outputs = self.dinosr(input_values, attention_mask, **kwargs)
             return outputs.last_hidden_state, outputs
-        asked_for = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        returns_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         outputs = self.dinosr(input_values, attention_mask, **{**kwargs, "output_hidden_states": True})
         weights = self.layer_weights.softmax(dim=0)
         features = sum(weight * layer for weight, layer in zip(weights, outputs.hidden_states, strict=True))
-        if not asked_for:
+        if not returns_hidden_states:
             outputs["hidden_states"] = None
         return features, outputs
 
 
-class DinoSRForSequenceClassification(DinoSRClassifier):
+def mean_over_time(features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+    """Average (B, T, C) over valid frames, bool (B, T) or None for all, to (B, C)."""
+    if frame_mask is None:
+        return features.mean(dim=1)
+    total = features.masked_fill(~frame_mask[..., None], 0.0).sum(dim=1)
+    return total / frame_mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def mean_and_deviation_over_time(features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean and standard deviation of (B, T, C) over valid frames, bool (B, T) or None for all, to (B, 2 C)."""
+    mean = mean_over_time(features, frame_mask)
+    if frame_mask is None:
+        frame_mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+    squares = (features - mean[:, None]).square().masked_fill(~frame_mask[..., None], 0.0).sum(dim=1)
+    variance = squares / (frame_mask.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+    return torch.cat([mean, (variance + 1e-12).sqrt()], dim=-1)
+
+
+class DinoSRForSequenceClassification(DinoSRClassifier):  # trf-ignore: TRF057
     """
     DinoSR with one decision an utterance: keyword, speaker, language, emotion.
 
@@ -490,7 +1302,7 @@ class DinoSRForSequenceClassification(DinoSRClassifier):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # trf-ignore: TRF057
         self,
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -498,16 +1310,16 @@ class DinoSRForSequenceClassification(DinoSRClassifier):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | SequenceClassifierOutput:
         """
+        Classify utterances, and with `labels` compute the loss.
+
         Args:
-            input_values: (B, S), as for `DinoSRModel`.
-            attention_mask: (B, S) or None.
-            labels: int64 (B,) for cross entropy, or float (B,) for squared error where `num_labels` is 1.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+            input_values, attention_mask, **kwargs: As for `DinoSRModel`.
+            labels: int64 (B,) for cross entropy, or float (B,) for squared error if `num_labels` is 1.
 
         Returns:
-            `logits` (B, num_labels), and `loss` where labels are given.
+            `logits` (B, num_labels), and with labels `loss`.
         """
-        features, outputs = self._encode(input_values, attention_mask, kwargs)
+        features, outputs = self._encode(input_values, attention_mask, **kwargs)
         features = self.projector(features)
         pooled = mean_over_time(features, self._frame_mask(attention_mask, features.shape[1]))
         logits = self.classifier(pooled)
@@ -521,7 +1333,7 @@ class DinoSRForSequenceClassification(DinoSRClassifier):
         )
 
 
-class DinoSRForAudioFrameClassification(DinoSRClassifier):
+class DinoSRForAudioFrameClassification(DinoSRClassifier):  # trf-ignore: TRF057
     """
     DinoSR with one decision a frame: phones, diarisation.
 
@@ -535,7 +1347,7 @@ class DinoSRForAudioFrameClassification(DinoSRClassifier):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # trf-ignore: TRF057
         self,
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -543,17 +1355,16 @@ class DinoSRForAudioFrameClassification(DinoSRClassifier):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TokenClassifierOutput:
         """
+        Classify frames, and with `labels` compute the loss.
+
         Args:
-            input_values: (B, S), as for `DinoSRModel`.
-            attention_mask: (B, S) or None.
-            labels: int64 (B, T) with -100 for frames that do not count, or one-hot (B, T, num_labels). Padded frames
-                never count.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+            input_values, attention_mask, **kwargs: As for `DinoSRModel`.
+            labels: int64 (B, T), -100 for frames to ignore, or one-hot (B, T, num_labels). Padding is ignored.
 
         Returns:
-            `logits` (B, T, num_labels), and `loss` where labels are given.
+            `logits` (B, T, num_labels), and with labels `loss`.
         """
-        features, outputs = self._encode(input_values, attention_mask, kwargs)
+        features, outputs = self._encode(input_values, attention_mask, **kwargs)
         logits = self.classifier(features)
         loss = None
         if labels is not None:
@@ -567,7 +1378,62 @@ class DinoSRForAudioFrameClassification(DinoSRClassifier):
         )
 
 
-class DinoSRForXVector(DinoSRClassifier):
+class DinoSRTimeDelayLayer(nn.Module):
+    """Dilated convolution over time, then a rectifier."""
+
+    def __init__(self, config: DinoSRConfig, layer_id: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(
+            config.tdnn_dim[max(layer_id - 1, 0)],
+            config.tdnn_dim[layer_id],
+            kernel_size=config.tdnn_kernel[layer_id],
+            dilation=config.tdnn_dilation[layer_id],
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, T) to (B, C, T), T shorter by dilation * (kernel - 1)."""
+        return self.conv(hidden_states).relu()
+
+
+class DinoSRTimeDelayLayers(nn.ModuleList):
+    """The frame-level layers of x-vectors."""
+
+    def __init__(self, config: DinoSRConfig) -> None:
+        super().__init__(DinoSRTimeDelayLayer(config, i) for i in range(len(config.tdnn_dim)))
+        spans = zip(config.tdnn_kernel, config.tdnn_dilation, strict=True)
+        self.num_frames_lost = sum(dilation * (kernel - 1) for kernel, dilation in spans)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) to (B, T - num_frames_lost, C); raises `ValueError` if no frame is left."""
+        if features.shape[1] <= self.num_frames_lost:
+            raise ValueError(
+                f"input_values makes {features.shape[1]} frames, but the time-delay layers need"
+                f" {self.num_frames_lost + 1}. Give longer utterances, or lower tdnn_kernel or tdnn_dilation."
+            )
+        hidden_states = features.transpose(1, 2)
+        for layer in self:
+            hidden_states = layer(hidden_states)
+        return hidden_states.transpose(1, 2)
+
+
+class DinoSRMarginLoss(nn.Module):
+    """Softmax over cosines with an additive margin for the right class (arXiv 1801.05599, equation 7)."""
+
+    def __init__(self, embedding_size: int, num_labels: int, scale: float = 30.0, margin: float = 0.4) -> None:
+        super().__init__()
+        self.scale = scale
+        self.margin = margin
+        self.weight = nn.Parameter(torch.empty(embedding_size, num_labels))
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, E) and labels int64 (B,) to a scalar."""
+        normalize = nn.functional.normalize
+        cosines = normalize(embeddings, dim=1) @ normalize(self.weight, dim=0)
+        right = nn.functional.one_hot(labels.view(-1), cosines.shape[1])
+        return nn.functional.cross_entropy(self.scale * (cosines - self.margin * right), labels.view(-1))
+
+
+class DinoSRForXVector(DinoSRClassifier):  # trf-ignore: TRF057
     """
     DinoSR with a speaker embedding: time-delay layers, then mean and deviation over time (ICASSP 2018, x-vectors).
 
@@ -585,7 +1451,7 @@ class DinoSRForXVector(DinoSRClassifier):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # trf-ignore: TRF057
         self,
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -593,19 +1459,19 @@ class DinoSRForXVector(DinoSRClassifier):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | XVectorOutput:
         """
+        Embed utterances, and with `labels` compute the loss.
+
         Args:
-            input_values: (B, S), as for `DinoSRModel`.
-            attention_mask: (B, S) or None.
+            input_values, attention_mask, **kwargs: As for `DinoSRModel`.
             labels: int64 (B,), the speakers.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `embeddings` and `logits`, each (B, xvector_output_dim), and `loss` where labels are given.
+            `embeddings` and `logits`, each (B, xvector_output_dim), and with labels `loss`.
 
         Raises:
-            ValueError: If the utterances are shorter than what the time-delay layers look at.
+            ValueError: If the utterances are too short for the time-delay layers.
         """
-        features, outputs = self._encode(input_values, attention_mask, kwargs)
+        features, outputs = self._encode(input_values, attention_mask, **kwargs)
         frame_mask = self._frame_mask(attention_mask, features.shape[1])
         if frame_mask is not None:
             frame_mask = frame_mask[:, self.tdnn.num_frames_lost :]

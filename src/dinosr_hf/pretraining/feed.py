@@ -1,6 +1,4 @@
-"""
-The optimizer steps of a run, epoch after epoch, and the place in them that a checkpoint remembers.
-"""
+"""The optimizer steps of a run, epoch after epoch, and the position in them that a checkpoint saves."""
 
 from __future__ import annotations
 
@@ -25,20 +23,21 @@ from ..data import (
     summarize_plan,
 )
 from ..model.configuration_dinosr import DinoSRConfig
+from ..utils.command_line import ArgumentError
 from .pretraining_arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
 
 class Step(NamedTuple):
-    """This process's share of an optimizer step: the epoch it belongs to, and its micro-batches."""
+    """The epoch of an optimizer step, and this process's micro-batches of it."""
 
     epoch: int
     micro_batches: list[MicroBatch]
 
 
 def fingerprint(source: SpeechSource | SpeechStream) -> str:
-    """Names the utterances and lengths of a source, by which a resumed run knows its data again; "stream" for one."""
+    """Return a digest of the utterances and their lengths, by which a resumed run recognises its data, or "stream"."""
     if isinstance(source, SpeechStream):
         return "stream"
     digest = hashlib.sha256()
@@ -49,19 +48,16 @@ def fingerprint(source: SpeechSource | SpeechStream) -> str:
 
 class StepFeed:
     """
-    Iterates over optimizer steps without end. Whatever the number of processes and workers, step k is the same one.
+    Iterate over optimizer steps without end. Step k is the same one for any number of processes and workers.
 
     Args:
         source: The recordings, or a stream of them.
         data: How they are cut into steps.
-        config: Of the model; says how masks are drawn.
-        seed: Of the run.
-        rank: Of this process.
+        config: Configuration of the model, for the masks.
+        seed: Seed of the run.
+        rank: Rank of this process.
         world_size: Number of processes.
         pin_memory: As for `DataLoader`.
-
-    Attributes:
-        fingerprint: Names the recordings; see the function of this name.
     """
 
     def __init__(
@@ -75,18 +71,24 @@ class StepFeed:
         world_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        self._source = source
-        self._data = data
-        self._seed = seed
+        self._source, self._data, self._seed = source, data, seed
         self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
+        self._min_samples, self._max_samples, self._step_samples, self._micro_samples = (
+            int(seconds * SAMPLING_RATE)
+            for seconds in (data.min_seconds, data.max_seconds, data.step_seconds, data.micro_seconds)
+        )
         self._collator = PretrainingCollator(config, seed=seed)
         self.fingerprint = fingerprint(source)
-        # The step that comes next, and in a stream what its window is read again from.
+        # Position of the next step, and in a stream the state that its window is read again from.
         self._epoch, self._window, self._step = 0, 0, 0
         self._stream_state: dict | None = None
 
+    def advance(self) -> None:
+        """Count the step that the iterator returned last as taken; until then a checkpoint comes before it."""
+        self._step += 1
+
     def state_dict(self) -> dict[str, Any]:
-        """The place of the next step; values that JSON can hold."""
+        """Return the position of the next step, in values that JSON can hold."""
         return {
             "epoch": self._epoch,
             "window": self._window,
@@ -96,43 +98,33 @@ class StepFeed:
             "plan": self._plan_options(),
         }
 
-    def put_back(self) -> None:
-        """Make the step that was just taken the next one again, for a checkpoint before it."""
-        self._step -= 1
-
-    def take_again(self) -> None:
-        """Undo `put_back`."""
-        self._step += 1
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Go on where a `state_dict` was taken.
+        Go on from the position of a `state_dict`.
 
-        If data or budget are not what they were, there is no such place: then the next epoch begins, with a warning.
+        If the data or the options that steps depend on have changed, the position is lost, and the next epoch starts
+        with a warning.
         """
         self._epoch, self._window, self._step = state["epoch"], state["window"], state["step"]
         self._stream_state = state["stream_state"]
         changed = [] if state["fingerprint"] == self.fingerprint else ["the recordings"]
-        options = self._plan_options()
-        changed += [name for name, value in options.items() if state["plan"].get(name) != value]
+        changed += [name for name, value in self._plan_options().items() if state["plan"].get(name) != value]
         if changed:
             self._epoch, self._window, self._step, self._stream_state = self._epoch + 1, 0, 0, None
             logger.warning(
-                "The place in the data is lost, because %s changed since the checkpoint: epoch %d begins now.",
-                ", ".join(changed),
-                self._epoch,
+                f"The position in the data is lost, because {', '.join(changed)} changed since the checkpoint: epoch"
+                f" {self._epoch} starts now."
             )
 
     def _plan_options(self) -> dict[str, Any]:
-        """What the steps of an epoch depend on, besides the recordings."""
-        data = self._data
+        """Return the options that the steps of an epoch depend on, besides the recordings."""
         names = ["batching", "step_seconds", "min_seconds", "max_seconds", "num_buckets"]
-        names += ["data_weights", "data_temperature"] if len(data.data) > 1 else []
+        names += ["data_weights", "data_temperature"] if len(self._data.data) > 1 else []
         names += ["window_seconds"] if isinstance(self._source, SpeechStream) else []
-        return {"seed": self._seed} | {name: getattr(data, name) for name in names}
+        return {"seed": self._seed} | {name: getattr(self._data, name) for name in names}
 
     def _windows(self) -> Iterator[SpeechSource]:
-        """What is planned as a whole, from the place on: all of a source in each epoch, or windows of a stream."""
+        """Yield what is planned as a whole, from the position on: the source in each epoch, or windows of a stream."""
         while True:
             if isinstance(self._source, SpeechStream):
                 yield from self._stream_windows(self._source)
@@ -141,83 +133,59 @@ class StepFeed:
             self._epoch, self._window, self._stream_state = self._epoch + 1, 0, None
 
     def _stream_windows(self, stream: SpeechStream) -> Iterator[SpeechSource]:
-        """The windows of an epoch that is begun or gone on with; none if the stream has changed under it."""
-        logger.info("Epoch %d of the stream: reading %.2g hours first.", self._epoch, self._data.window_seconds / 3600)
+        """Yield the rest of an epoch's windows; none if the stream has changed since the position was saved."""
+        hours = self._data.window_seconds / 3600
+        logger.info(f"Epoch {self._epoch} of the stream: reading the first {hours:.2g} hours.")
         try:
-            windows = stream.windows(self._epoch, self._window, self._stream_state)
-            for window in windows:
+            for window in stream.windows(self._epoch, self._window, self._stream_state):
                 self._window, self._stream_state = window.index, window.state
-                if self._has_any_long_enough(window.source):
+                longest = max(utterance.num_samples for utterance in window.source.utterances)
+                if longest >= self._min_samples:
                     yield window.source
+                else:  # the next window may be usable
+                    logger.warning(
+                        f"Skipping window {self._window} of epoch {self._epoch}: its longest utterance has"
+                        f" {longest / SAMPLING_RATE:.2f} s, less than min_seconds={self._data.min_seconds:g}."
+                    )
         except StreamChangedError as error:
             self._step = 0
-            logger.warning("The place in the stream is lost: %s Epoch %d begins now.", error, self._epoch + 1)
-
-    def _has_any_long_enough(self, window: SpeechSource) -> bool:
-        """Said, not an error: the next window of a stream may be another matter."""
-        longest = max(utterance.num_samples for utterance in window.utterances)
-        if longest >= int(self._data.min_seconds * SAMPLING_RATE):
-            return True
-        logger.warning(
-            "Window %d of epoch %d is left out: its longest utterance has %.2f s, less than min_seconds=%g.",
-            self._window,
-            self._epoch,
-            longest / SAMPLING_RATE,
-            self._data.min_seconds,
-        )
-        return False
+            logger.warning(f"The position in the stream is lost: {error} Epoch {self._epoch + 1} starts now.")
 
     def summarize(self) -> PlanSummary | None:
-        """What the current epoch comes to, over all processes; None for a stream, which is not known in advance."""
+        """Summarize the current epoch over all processes; None for a stream, which is not known in advance."""
         return None if isinstance(self._source, SpeechStream) else self._plan(self._source)[1]
 
     def _plan(self, source: SpeechSource) -> tuple[Sequence[Sequence[Crop]], PlanSummary]:
-        data = self._data
         num_samples = [utterance.num_samples for utterance in source.utterances]
-        min_samples, max_samples = int(data.min_seconds * SAMPLING_RATE), int(data.max_seconds * SAMPLING_RATE)
-        members = None
+        members, world_size = None, self._world_size
+        limits = {"min_samples": self._min_samples, "max_samples": self._max_samples}
         if isinstance(source, MixedSource):
-            members = source.epoch_members(
-                self._epoch, seed=self._seed, min_samples=min_samples, max_samples=max_samples
-            )
+            members = source.epoch_members(self._epoch, seed=self._seed, **limits)
         plan = plan_epoch(
             num_samples,
             seed=self._seed,
             epoch=self._epoch,
-            step_samples=int(data.step_seconds * SAMPLING_RATE),
-            min_samples=min_samples,
-            max_samples=max_samples,
-            mode="pad" if data.batching == "pad" else "crop",
-            num_buckets=data.num_buckets,
+            step_samples=self._step_samples,
+            **limits,
+            mode="pad" if self._data.batching == "pad" else "crop",
+            num_buckets=self._data.num_buckets,
             ids=[utterance.id for utterance in source.utterances],
             members=members,
             window=self._window,
         )
-        too_small = sum(len(step) < self._world_size for step in plan)
-        if too_small == len(plan):
-            raise ValueError(
-                f"No step has an utterance for each of {self._world_size} processes: step_seconds="
-                f"{data.step_seconds:g} is too little for them. Raise it, lower max_seconds, or use fewer processes."
+        usable = [step for step in plan if len(step) >= world_size]
+        if not usable:
+            raise ArgumentError(
+                f"No step has an utterance for each of {world_size} processes: step_seconds="
+                f"{self._data.step_seconds:g} is too small. Raise it, lower max_seconds, or use fewer processes."
             )
-        if too_small:
+        if len(usable) < len(plan):
             logger.warning(
-                "Epoch %d: %d of %d steps are left out, as they have fewer utterances than there are processes (%d)."
-                " Raise step_seconds, or lower max_seconds.",
-                self._epoch,
-                too_small,
-                len(plan),
-                self._world_size,
+                f"Epoch {self._epoch}: skipping {len(plan) - len(usable)} of {len(plan)} steps that have fewer"
+                f" utterances than there are processes ({world_size}). Raise step_seconds, or lower max_seconds."
             )
-            plan = [step for step in plan if len(step) >= self._world_size]
-        summary = summarize_plan(
-            plan,
-            num_samples,
-            min_samples=min_samples,
-            world_size=self._world_size,
-            micro_samples=int(data.micro_seconds * SAMPLING_RATE),
-            members=members,
-        )
-        return plan, summary
+        sizes = {"world_size": world_size, "micro_samples": self._micro_samples}
+        return usable, summarize_plan(usable, num_samples, min_samples=self._min_samples, **sizes, members=members)
 
     def __iter__(self) -> Iterator[Step]:
         is_first = True
@@ -225,19 +193,9 @@ class StepFeed:
             plan, summary = self._plan(source)
             if is_first:
                 is_first = False
-                logger.info("%s: %s", "Window" if isinstance(self._source, SpeechStream) else "Epoch", summary)
-            dataset = StepDataset(
-                source,
-                plan,
-                self._collator,
-                self._rank,
-                self._world_size,
-                int(self._data.micro_seconds * SAMPLING_RATE),
-            )
-            loader = StepLoader(
-                dataset, num_workers=self._data.num_workers, pin_memory=self._pin_memory, first_step=self._step
-            )
-            for micro_batches in loader:
-                self._step += 1
-                yield Step(self._epoch, micro_batches)
+                logger.info(f"{'Window' if isinstance(self._source, SpeechStream) else 'Epoch'}: {summary}")
+            dataset = StepDataset(source, plan, self._collator, self._rank, self._world_size, self._micro_samples)
+            num_workers = self._data.num_workers
+            loader = StepLoader(dataset, first_step=self._step, num_workers=num_workers, pin_memory=self._pin_memory)
+            yield from (Step(self._epoch, micro_batches) for micro_batches in loader)
             self._step = 0

@@ -1,5 +1,5 @@
 """
-What a run measures: sums and counts, added up over micro-batches, processes and steps, and only then divided.
+Metrics of a run: sums and counts, added up over micro-batches, processes and steps, and only then divided.
 
 `N` codebooks, `V` codewords.
 """
@@ -12,39 +12,28 @@ import torch
 
 from ..data import SAMPLING_RATE
 from ..model.codebook_dinosr import perplexity
-from ..model.objective_dinosr import DinoSRForPreTrainingOutput
+from ..model.modeling_dinosr import DinoSRForPreTrainingOutput
 
 
 class MetricSums:
-    """
-    The sums of one log interval, on the device; nothing waits for it until they are read.
-
-    Args:
-        num_codebooks: N.
-        codebook_size: V.
-        device: Where the model's outputs are.
-    """
+    """Metric sums of one log interval, kept on the device of the model: no host synchronisation until `compute`."""
 
     def __init__(self, num_codebooks: int, codebook_size: int, device: torch.device) -> None:
         self._shape = (num_codebooks, codebook_size)
         # One tensor, so that one collective adds up everything: counts, probabilities, losses, energies, frames,
-        # samples, padding.
-        # In float64 counts stay exact for weeks; Apple's GPUs have none.
+        # samples, padding. In float64 counts stay exact for weeks; Apple's GPUs have none.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         size = num_codebooks * codebook_size
         self._sizes = [size, size, num_codebooks, 2 * num_codebooks + 2, 3]
         self._sums = torch.zeros(sum(self._sizes), device=device, dtype=dtype)
 
+    def empty_like(self) -> MetricSums:
+        """Return empty sums for the same model and device."""
+        return MetricSums(*self._shape, self._sums.device)
+
     @torch.no_grad()
     def add(self, output: DinoSRForPreTrainingOutput, num_samples: int, num_padded: int) -> None:
-        """
-        Add a micro-batch.
-
-        Args:
-            output: Of a forward pass with masks.
-            num_samples: Samples read, without padding.
-            num_padded: Samples of padding.
-        """
+        """Add a forward pass with masks, over so many samples of audio and so many of padding."""
         assert output.code_counts is not None and output.prediction_sums is not None
         assert output.codebook_losses is not None and output.num_masked_frames is not None
         assert output.target_energies is not None and output.feature_energies is not None
@@ -54,7 +43,7 @@ class MetricSums:
             output.code_counts.flatten(),
             output.prediction_sums.flatten(),
             output.codebook_losses * frames,
-            # Where nothing is masked, silence stands in for recordings that could not be read.
+            # A batch without masked frames is silence in place of recordings that could not be read.
             torch.where(frames > 0, energies, 0.0),
             frames[None],
             *(self._sums.new_full((1,), number) for number in (num_samples, num_padded)),
@@ -62,20 +51,15 @@ class MetricSums:
         self._sums += torch.cat([part.to(self._sums.dtype) for part in parts])
 
     def merge(self, other: MetricSums) -> None:
-        """Add what another has gathered: a step's sums count once the step is known to be good."""
+        """Add another's sums: those of a step, once its gradient is known to be finite."""
         self._sums += other._sums
 
     def state_dict(self) -> torch.Tensor:
-        """This process's sums so far, on the CPU."""
+        """Return this process's sums so far, on the CPU."""
         return self._sums.cpu()
 
     def load_state_dict(self, state: torch.Tensor) -> None:
-        """
-        Go on from a `state_dict`.
-
-        Raises:
-            ValueError: If it is of another number or size of codebooks.
-        """
+        """Go on from a `state_dict`. Raises `ValueError` if it is of another number or size of codebooks."""
         if state.shape != self._sums.shape:
             num_codebooks, codebook_size = self._shape
             raise ValueError(
@@ -86,25 +70,21 @@ class MetricSums:
 
     def compute(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | list[float]]:
         """
-        Add up over processes and divide.
+        Add up over processes, with a function that sums a tensor over them, and divide.
 
-        Args:
-            reduce: Sums a tensor over all processes.
-
-        Returns:
-            `loss` (nats a masked frame and codebook), `codebook_losses`, `target_perplexity` and
-            `prediction_perplexity` (of all frames of the interval together) with their means over codebooks,
-            `active_codewords` (hit in the interval), `target_variations` of the teacher's layers with their mean, and
-            `feature_variation` of the student's convolutions (shares from 0 to 1 of the energy that changes over time
-            within an utterance), `masked_frames`, `seconds` of audio and `padded_share`.
+        Returns `loss` (nats per masked frame and codebook) and `codebook_losses`; `target_perplexities` and
+        `prediction_perplexities` over all frames of the interval, and `codebook_active_codewords` that were hit in it,
+        each with its mean over codebooks; `target_variations` of the teacher's layers with their mean, and
+        `feature_variation` of the student's convolutions (shares, 0 to 1, of the energy that changes over time within
+        an utterance); `masked_frames`, `seconds` of audio and `padded_share`.
         """
         num_codebooks, codebook_size = self._shape
         codes, predictions, losses, energies, rest = torch.split(reduce(self._sums), self._sizes)
+        codes = codes.view(num_codebooks, codebook_size)
         frames, num_samples, num_padded = rest.tolist()
         losses = losses / max(frames, 1)
-        target = perplexity(codes.view(num_codebooks, codebook_size))
-        prediction = perplexity(predictions.view(num_codebooks, codebook_size))
-        active = (codes.view(num_codebooks, codebook_size) > 0).sum(dim=1)
+        target, prediction = perplexity(codes), perplexity(predictions.view(num_codebooks, codebook_size))
+        active = (codes > 0).sum(dim=1)
         changing, energy = energies.view(num_codebooks + 1, 2).unbind(dim=1)
         *variations, feature_variation = (changing / energy.clamp(min=1e-12)).tolist()
         return {

@@ -1,49 +1,71 @@
-"""
-What a pre-training run can be told: the model, the data, the run; by a YAML file and by flags over it.
-
-The defaults are the paper's (Section 4.1), or a comment says why not.
-"""
+"""Arguments of a pre-training run. The defaults are the paper's (Section 4.1), or the help says why not."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
 
 from ..model.configuration_dinosr import DinoSRConfig
-from ..utils.command_line import ArgumentError, check_ranges, explicit_names, parse_groups
+from ..training.shared_arguments import argument, shared_argument, shared_rules
+from ..utils.command_line import ArgumentError, argument_errors, check_ranges, explicit_names, parse_groups
 from ..utils.model_folder import open_dinosr_config
 
-# Fields of DinoSRConfig that pre-training reads; what belongs to fine-tuning is set there.
-MODEL_FIELDS = (
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-    *("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout", "layerdrop"),
-    *("initializer_range", "layer_norm_eps", "feat_extract_activation"),
-    *("conv_dim", "conv_stride", "conv_kernel", "conv_bias"),
-    *("num_conv_pos_embeddings", "conv_pos_kernel_size", "num_conv_pos_embedding_groups"),
-    *(
-        "num_codebooks",
-        "codebook_size",
-        "codebook_decay",
-        "codebook_end_decay",
-        "codebook_end_decay_step",
-        "codebook_update_steps",
-        "codebook_revival_share",
-    ),
-    *("ema_decay", "ema_end_decay", "ema_anneal_steps", "freeze_teacher_step", "freeze_mode"),
-    *("mask_prob", "mask_length", "mask_min_spans"),
-)
+# The fields of DinoSRConfig that pre-training exposes, in the order of --help. Types and defaults are DinoSRConfig's;
+# the other fields belong to fine-tuning and are set there.
+MODEL_HELP = {
+    "hidden_size": "Width of the transformer.",
+    "num_hidden_layers": "Number of transformer layers, in the student and in the teacher.",
+    "num_attention_heads": "Number of attention heads of a layer; must divide hidden_size.",
+    "intermediate_size": "Width of a layer's feed-forward network.",
+    "hidden_act": "Activation of the feed-forward network.",
+    "hidden_dropout": "Dropout after attention, after the feed-forward network and before the first layer.",
+    "activation_dropout": "Dropout inside the feed-forward network.",
+    "attention_dropout": "Dropout of the attention probabilities.",
+    "feat_proj_dropout": "Dropout of the projected features; student only.",
+    "layerdrop": "Probability with which the student skips a layer in training.",
+    "initializer_range": "Standard deviation of the transformer's initial weights.",
+    "layer_norm_eps": "Epsilon of the layer norms of transformer and projection.",
+    "feat_extract_activation": "Activation of the convolutions, both of the feature encoder and of the positions.",
+    "conv_dim": "Output channels of each convolution of the feature encoder.",
+    "conv_stride": "Stride of each convolution of the feature encoder.",
+    "conv_kernel": "Kernel size of each convolution of the feature encoder.",
+    "conv_bias": "Whether the convolutions of the feature encoder have a bias.",
+    "num_conv_pos_embeddings": "Number of stacked positional convolutions.",
+    "conv_pos_kernel_size": "Kernel size of each positional convolution.",
+    "num_conv_pos_embedding_groups": "Number of groups of the positional convolutions; must divide hidden_size.",
+    "num_codebooks": "Number of top layers that have a codebook and a prediction head.",
+    "codebook_size": "Number of codewords of a codebook.",
+    "codebook_decay": "Decay of codeword sums and counts (tau of the paper's equations 4 and 5).",
+    "codebook_end_decay": "Value that codebook_decay is annealed to, linearly; unset: codebook_decay is constant.",
+    "codebook_end_decay_step": "Update at which the annealing of codebook_decay ends.",
+    "codebook_update_steps": "Number of updates of the weights per update of the codebooks, which takes all frames"
+    " since the last one. The paper's 1 belongs to its large batch.",
+    "codebook_revival_share": "A codeword that gets less than this part of an even share of the frames starts anew"
+    " beside a much used one. 0 (the paper): never, and unused codewords stay unused; 0.1 keeps all in use.",
+    "ema_decay": "Decay of the teacher's average at the first update (lambda of the paper's equation 1).",
+    "ema_end_decay": "Decay of the teacher's average after ema_anneal_steps updates.",
+    "ema_anneal_steps": "Number of updates over which the decay goes linearly from ema_decay to ema_end_decay.",
+    "freeze_teacher_step": "Update from which the teacher is frozen; null in the YAML file: never.",
+    "freeze_mode": "What is frozen with the teacher. frozen: convolutions and projection too, as the authors meant;"
+    " shared: they go on learning and feed the teacher, as in the authors' code; copied: the teacher keeps copies of"
+    " them, and the student's go on learning.",
+    "mask_prob": "Number of mask spans drawn is mask_prob * frames / mask_length. Spans overlap: the default masks"
+    " about 57 %% of the frames.",
+    "mask_length": "Number of frames of a mask span.",
+    "mask_min_spans": "Minimum number of mask spans of an utterance.",
+}
 
 CODEBOOK_SIZES = ("num_codebooks", "codebook_size")
 
-# Of these, what a checkpoint must agree in: they decide the shapes of the weights and what is computed with them.
+# What a checkpoint must agree in: the shapes of the weights, and what is computed with them.
 ARCHITECTURE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
     *("feat_extract_activation", "conv_dim", "conv_stride", "conv_kernel", "conv_bias"),
@@ -52,326 +74,254 @@ ARCHITECTURE = (
 )
 
 
-def _model_arguments() -> type:
-    """A dataclass of the model's fields, with the configuration's own defaults and docstring lines."""
-    lines = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", DinoSRConfig.__doc__ or "", re.MULTILINE)
-    helps = {name: re.sub(r"\s+", " ", text).replace("%", "%%") for name, text in lines}
-    defaults: dict[str, Any] = {spec.name: spec.default for spec in dataclasses.fields(DinoSRConfig)}
-    fields: list[tuple[str, Any, Any]] = []
-    for name in MODEL_FIELDS:
-        annotation, default = str(DinoSRConfig.__annotations__[name]), defaults[name]
-        metadata = {"help": helps[name]}
-        if "list" in annotation:
-            fields.append((name, list[int], field(default_factory=partial(list, default), metadata=metadata)))
-            continue
-        kind: Any = float if "float" in annotation else type(default)
-        kind = kind | None if "None" in annotation else kind
-        fields.append((name, kind, field(default=default, metadata=metadata)))
-    return dataclasses.make_dataclass("ModelArguments", fields)
+def _model_argument(name: str, text: str) -> tuple[str, Any, Any]:
+    """Return name, type and field of a flag: `float` for DinoSRConfig's `float | int`, `list[int]` for its tuples."""
+    spec = next(spec for spec in dataclasses.fields(DinoSRConfig) if spec.name == name)
+    kinds: Any = get_args(spec.type) or (spec.type,)
+    kind: Any = next((kind for kind in (list[int], float) if kind in kinds), kinds[0])
+    default: Any = spec.default
+    field = argument(list(default) if kind == list[int] else default, text)
+    return name, kind | None if types.NoneType in kinds else kind, field
 
 
-ModelArguments: Any = _model_arguments()
+ModelArguments: Any = dataclasses.make_dataclass("ModelArguments", starmap(_model_argument, MODEL_HELP.items()))
 
 
 @dataclass
 class DataArguments:
     """The recordings, and how they are cut into optimizer steps."""
 
-    data: list[str] = field(
-        default_factory=lambda: ["synthetic"],
-        metadata={
-            "help": "One or several of: a folder of audio, tar archives, a manifest (.tsv, .csv, .jsonl), a folder or"
-            " file of `datasets`, a dataset's name on the Hub; or `synthetic`: speech made on the spot by espeak-ng."
-        },
+    data: list[str] = argument(
+        ["synthetic"],
+        "One or several of: a folder of audio, tar archives, a manifest (.tsv, .csv, .jsonl), a folder or"
+        " file of `datasets`, a dataset's name on the Hub; or `synthetic`: speech made on the spot by espeak-ng.",
     )
-    data_split: list[str] = field(
-        default_factory=list, metadata={"help": "Split of the data, where it has several: one for all, or one each."}
+    data_split: list[str] = argument([], "Split of the data, if it has several: one for all, or one for each.")
+    data_config: list[str] = argument(
+        [], "Configuration of a Hub dataset that has several: one for all, or one for each."
     )
-    data_config: list[str] = field(
-        default_factory=list, metadata={"help": "Configuration of a Hub dataset with several: one for all, or each."}
+    data_weights: list[float] = argument(
+        [], "Weight of each of several data in the mixture; unset: all have the same."
     )
-    data_weights: list[float] = field(
-        default_factory=list, metadata={"help": "With several data, how much each counts; left out: all alike."}
+    data_temperature: float = argument(
+        1.0, "Shares of several data are proportional to weight * hours ** this: 1 keeps them, towards 0 evens them."
     )
-    data_temperature: float = field(
-        default=1.0,
-        metadata={"help": "With several data, shares follow weight * hours ** this: 1 as they are, towards 0 equal."},
+    audio_column: str = shared_argument("audio_column", "audio")
+    streaming: bool = argument(
+        False, "Whether to read a dataset as a stream, without downloading or indexing it first."
     )
-    audio_column: str = field(default="audio", metadata={"help": "Column of a dataset that has the audio."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Read a dataset as a stream, without downloading or indexing it first."}
+    window_seconds: float = argument(
+        28_800.0, "Seconds of a stream that are held in memory, undecoded, and cut into steps at a time."
     )
-    window_seconds: float = field(
-        default=28_800.0,
-        metadata={"help": "Audio of a stream that is held in memory, undecoded, and cut into steps at a time."},
+    synthetic_utterances: int = argument(1200, "Number of utterances of the synthetic corpus.")
+    synthetic_languages: list[str] = argument(["en"], "Languages of the synthetic corpus: en, de, es, fr, it.")
+    synthetic_texts: list[int] = argument(
+        [4, 6], "Minimum and maximum number of sentences in an utterance of the synthetic corpus."
     )
-    synthetic_utterances: int = field(default=1200, metadata={"help": "Utterances of the synthetic corpus."})
-    synthetic_languages: list[str] = field(
-        default_factory=lambda: ["en"], metadata={"help": "Languages of the synthetic corpus: en, de, es, fr, it."}
+    synthetic_noise: bool = argument(
+        True, "Whether the synthetic corpus has room acoustics, microphone colouring and noise."
     )
-    synthetic_texts: list[int] = field(
-        default_factory=lambda: [4, 6], metadata={"help": "Least and greatest number of sentences in an utterance."}
+    batching: str = argument(
+        "crop",
+        "crop (the paper): cut all utterances of a step at random to its shortest; pad: pad them.",
+        choices=["crop", "pad"],
     )
-    synthetic_noise: bool = field(
-        default=True, metadata={"help": "Whether the synthetic corpus has rooms, microphones and noise."}
+    step_seconds: float = shared_argument("step_seconds", 3800.0, "the paper: 63 minutes")
+    micro_seconds: float = shared_argument("micro_seconds", 237.5)
+    min_seconds: float = argument(2.0, "Minimum length of an utterance; shorter ones are left out.")
+    max_seconds: float = argument(20.0, "Maximum length of an utterance; of a longer one a random part is used.")
+    num_buckets: int = argument(20, "Maximum number of buckets of similar duration.")
+    num_workers: int = argument(4, "Number of data loading processes of each training process.")
+    max_skipped_share: float = argument(
+        0.01,
+        "Stop the run if more than this share of the recent utterances cannot be read (at least 1,000 are counted).",
     )
-    batching: str = field(
-        default="crop",
-        metadata={
-            "choices": ["crop", "pad"],
-            "help": "crop: all utterances of a step are cut to its shortest, at random (the paper); pad: they are"
-            " padded.",
-        },
+    eval_data: str | None = argument(None, "Held-out speech, anything that `data` can be; unset: no evaluation.")
+    eval_split: str | None = argument(None, "Split of the held-out speech.")
+    eval_labels: str | None = argument(
+        None, "Phone labels of the held-out speech (.jsonl, .ctm, a folder of TextGrids); synthetic has its own."
     )
-    step_seconds: float = field(
-        default=3800.0,
-        metadata={"help": "Audio of an optimizer step, over all processes and micro-batches (the paper: 63 minutes)."},
-    )
-    micro_seconds: float = field(
-        default=237.5, metadata={"help": "Audio of one forward pass of a process, padding included; what fits a GPU."}
-    )
-    min_seconds: float = field(default=2.0, metadata={"help": "Shorter utterances are left out."})
-    max_seconds: float = field(default=20.0, metadata={"help": "Of longer utterances a random part is taken."})
-    num_buckets: int = field(default=20, metadata={"help": "Buckets of similar duration, at most."})
-    num_workers: int = field(default=4, metadata={"help": "Reading processes of each training process."})
-    max_skipped_share: float = field(
-        default=0.01,
-        metadata={
-            "help": "Share of the utterances that may turn out unreadable while training; past it the run stops. Of at"
-            " least 1,000."
-        },
-    )
-    eval_data: str | None = field(
-        default=None, metadata={"help": "Held-out speech, anything that `data` may be; left out: no evaluation."}
-    )
-    eval_split: str | None = field(default=None, metadata={"help": "Split of the held-out speech."})
-    eval_labels: str | None = field(
-        default=None,
-        metadata={
-            "help": "Phone labels of the held-out speech (.jsonl, .ctm, a folder of TextGrids); synthetic has its own."
-        },
-    )
-    eval_seconds: float = field(default=1800.0, metadata={"help": "Held-out audio used, at most."})
+    eval_seconds: float = argument(1800.0, "Maximum seconds of held-out audio to evaluate on.")
+
+
+def value_for(values: Sequence[str], number: int) -> str | None:
+    """Return the value for one of several data, from one value for all or one for each; None if there are none."""
+    return values[number if len(values) > 1 else 0] if values else None
 
 
 @dataclass
 class RunArguments:
-    """The optimization, and what is left behind."""
+    """The optimization, and what is written to disk."""
 
-    output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder for the model and the metrics."})
-    base_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or Hub name of a DinoSR to train on; its sizes count where none are told. Left out: random"
-            " weights."
-        },
+    output_dir: str = argument("runs/pretrain", "Path to the folder for the model and the metrics.")
+    base_model: str | None = argument(
+        None,
+        "Folder or Hub name of a DinoSR to train on; it also gives the sizes that are not set here. Unset: random"
+        " weights.",
     )
-    seed: int = field(default=0, metadata={"help": "Seed of weights, masks, crops and order."})
-    resume: str = field(
-        default="auto",
-        metadata={
-            "help": "auto: from the newest good checkpoint in output_dir, if any; never: refuse a folder that has one;"
-            " or the path of a checkpoint."
-        },
+    seed: int = argument(0, "Seed of weights, masks, crops and order.")
+    resume: str = argument(
+        "auto",
+        "auto: resume from the newest usable checkpoint in output_dir, if there is one; never: refuse an output_dir"
+        " that has checkpoints; or the path of a checkpoint.",
     )
-    dry_run: bool = field(default=False, metadata={"help": "Print and draw what the run would be, and stop."})
-    max_steps: int = field(default=400_000, metadata={"help": "Updates of the optimizer."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate between warm-up and decay."})
-    schedule: str = field(
-        default="tri_stage",
-        metadata={
-            "choices": ["tri_stage", "cosine", "constant"],
-            "help": "Of the learning rate, after the warm-up: hold and decay (the paper), half a cosine, or hold.",
-        },
+    dry_run: bool = argument(False, "Whether to print and draw the plan of the run, and stop.")
+    max_steps: int = argument(400_000, "Number of optimizer updates.")
+    learning_rate: float = shared_argument("learning_rate", 5e-4)
+    schedule: str = shared_argument("schedule", "tri_stage")
+    warmup_share: float = shared_argument("warmup_share", 0.03)
+    hold_share: float = shared_argument("hold_share", 0.47)
+    final_lr_scale: float = shared_argument(
+        "final_lr_scale", 0.1, "the paper's text; the authors' configuration comes to 0.01"
     )
-    warmup_share: float = field(default=0.03, metadata={"help": "Share of the steps in which the rate rises."})
-    hold_share: float = field(
-        default=0.47, metadata={"help": "Share of the steps in which it stays; the rest decays."}
+    adam_beta1: float = argument(0.9, "Decay of Adam's average of the gradients.")
+    adam_beta2: float = shared_argument("adam_beta2", 0.98)
+    adam_epsilon: float = shared_argument("adam_epsilon", 1e-6)
+    weight_decay: float = argument(0.01, "Weight decay of all parameters, norms and biases included.")
+    scale_to_batch: bool = argument(
+        False,
+        "Whether to take optimizer, averages and step counts as chosen for reference_step_seconds, and scale them to"
+        " step_seconds.",
     )
-    final_lr_scale: float = field(
-        default=0.1,
-        metadata={"help": "Last learning rate, as a share (the paper's text; the authors' file comes to 0.01)."},
+    reference_step_seconds: float = argument(
+        3800.0, "Seconds of audio in a step that the values were chosen for, for scale_to_batch."
     )
-    adam_beta1: float = field(default=0.9, metadata={"help": "Decay of the gradients' mean."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "Decay of the squared gradients' mean."})
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "Adam's epsilon."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Of all parameters, norms and biases too."})
-    scale_to_batch: bool = field(
-        default=False,
-        metadata={"help": "Take optimizer and averages as meant for reference_step_seconds, and scale them to this."},
+    max_grad_norm: float = shared_argument("max_grad_norm", 0.0)
+    max_skipped_steps: int = argument(
+        20, "Stop the run after this many steps in a row without finite gradients, which are skipped."
     )
-    reference_step_seconds: float = field(
-        default=3800.0, metadata={"help": "Audio of a step that the values were chosen for, for scale_to_batch."}
+    mixed_precision: str | None = argument(
+        None, "no, fp16 (the paper) or bf16; unset: as `accelerate` is configured or launched."
     )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 (the paper): never."})
-    max_skipped_steps: int = field(
-        default=20,
-        metadata={"help": "Steps in a row without finite gradients, which are skipped, after which the run stops."},
+    num_threads: int = shared_argument("num_threads", 0)
+    gradient_checkpointing: bool = argument(
+        False, "Whether to recompute activations: a third slower, but less memory."
     )
-    mixed_precision: str | None = field(
-        default=None,
-        metadata={"help": "no, fp16 (the paper) or bf16; left out: as `accelerate` is configured or launched."},
+    torch_compile: bool = argument(False, "Whether to compile the model: slow to start, then faster.")
+    torch_compile_backend: str = argument("inductor", "Backend of `torch.compile`.")
+    log_steps: int = argument(100, "Number of steps between two lines of metrics.")
+    checkpoint_steps: int = argument(
+        1000, "Number of steps between two checkpoints, from which a run resumes; 0: only when a signal asks for one."
     )
-    num_threads: int = field(
-        default=0,
-        metadata={"help": "CPU threads of a process when training on a CPU; 0: its share of the cores."},
+    keep_checkpoints: int = argument(2, "Number of checkpoints to keep, the newest ones.")
+    save_steps: int = argument(25_000, "Number of steps between two models that are kept; 0: only the last.")
+    eval_steps: int = argument(5000, "Number of steps between two evaluations on eval_data.")
+    collapse_perplexity: float = argument(
+        0.05, "Warn if a perplexity falls below this share of the codewords; 0: never."
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade a third of the speed for memory."})
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the model: slow to start, then faster."})
-    torch_compile_backend: str = field(default="inductor", metadata={"help": "What `torch.compile` compiles with."})
-    log_steps: int = field(default=100, metadata={"help": "Steps from one line of metrics to the next."})
-    checkpoint_steps: int = field(
-        default=1000,
-        metadata={"help": "Steps from one checkpoint, to resume from, to the next; 0: only when a signal asks."},
+    collapse_active: float = argument(0.15, "Warn if less than this share of the codewords is in use; 0: never.")
+    collapse_variation: float = argument(
+        0.02, "Warn if less than this share of the energy of targets or features changes over time; 0: never."
     )
-    keep_checkpoints: int = field(default=2, metadata={"help": "How many checkpoints to keep, the newest ones."})
-    save_steps: int = field(
-        default=25_000, metadata={"help": "Steps from one model that is kept for good to the next; 0: only the last."}
-    )
-    eval_steps: int = field(default=5000, metadata={"help": "Steps from one evaluation of eval_data to the next."})
-    collapse_perplexity: float = field(
-        default=0.05, metadata={"help": "Warn where a perplexity falls under this share of the codewords; 0: never."}
-    )
-    collapse_active: float = field(
-        default=0.15, metadata={"help": "Warn where fewer than this share of the codewords are in use; 0: never."}
-    )
-    collapse_variation: float = field(
-        default=0.02,
-        metadata={"help": "Warn where less than this share of targets or features changes over time; 0: never."},
-    )
-    collapse_patience: int = field(
-        default=3, metadata={"help": "Lines of metrics in a row that must be past a bound before it counts."}
-    )
-    stop_on_collapse: bool = field(default=False, metadata={"help": "Stop the run at such a warning."})
-    trackers: list[str] = field(
-        default_factory=list, metadata={"help": "Where Accelerate sends the metrics too: tensorboard, wandb, ..."}
+    collapse_patience: int = argument(3, "Number of consecutive lines of metrics below a bound before the warning.")
+    stop_on_collapse: bool = argument(False, "Whether to stop the run at such a warning.")
+    trackers: list[str] = argument(
+        [], "Experiment trackers that also get the metrics, through Accelerate: tensorboard, wandb, ..."
     )
 
 
 @dataclass
 class PretrainingArguments:
-    """Everything a run is told."""
+    """All arguments of a pre-training run."""
 
     model: Any
     data: DataArguments
     run: RunArguments
 
     def model_config(self) -> DinoSRConfig:
-        """The configuration of the model. Raises `ValueError` for combinations no model can have."""
+        """Return the configuration of the model. Raises `ValueError` for combinations that no model can have."""
         return DinoSRConfig(**dataclasses.asdict(self.model))
 
     def to_dict(self) -> dict[str, Any]:
-        """All arguments by name."""
-        return {name: value for group in self._groups() for name, value in dataclasses.asdict(group).items()}
+        """Return all arguments by name."""
+        return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
 
     def to_yaml(self) -> str:
-        """The arguments as a file that starts the same run."""
-        return "\n".join(yaml.safe_dump(dataclasses.asdict(group), sort_keys=False) for group in self._groups())
-
-    def _groups(self) -> tuple[Any, DataArguments, RunArguments]:
-        return self.model, self.data, self.run
+        """Return the arguments as the text of a YAML file that starts the same run."""
+        return "\n".join(yaml.safe_dump(group, sort_keys=False) for group in dataclasses.asdict(self).values())
 
 
-PRECISIONS = (None, "no", "fp16", "bf16")
 GROUPS: Any = (ModelArguments, DataArguments, RunArguments)
 
 
-def parse_arguments(argv: Sequence[str], default_config: str | Path) -> PretrainingArguments:
+def parse_arguments(
+    argv: Sequence[str], default_config: str | Path, *, description: str | None = None
+) -> PretrainingArguments:
     """
-    Read the command line of `examples/pretrain.py`.
+    Parse the command line of `examples/pretrain.py`: a YAML file, or `default_config`, then flags, which override it.
 
-    Args:
-        argv: First, if given, a YAML file; then flags, `--name value`, which go over it.
-        default_config: The YAML file that counts where none is given.
-
-    Returns:
-        The arguments; keys that neither file nor flags have are at the paper's values.
+    `description` is that of `parse_groups`.
 
     Raises:
         ArgumentError: For an unknown key (the message names the nearest), a value of the wrong type or out of range,
-            a `base_model` that cannot be opened or is not of the sizes told.
+            and a `base_model` that cannot be opened or contradicts the sizes that are set.
     """
-    arguments = PretrainingArguments(*parse_groups(argv, GROUPS, default_config))
+    arguments = PretrainingArguments(*parse_groups(argv, GROUPS, default_config, description=description))
     if arguments.run.base_model is not None:
-        _take_sizes(arguments, explicit_names(argv, GROUPS, default_config))
+        _take_sizes(arguments, arguments.run.base_model, explicit_names(argv, GROUPS, default_config))
     _check(arguments)
     return arguments
 
 
-def _take_sizes(arguments: PretrainingArguments, told: set[str]) -> None:
-    """Give the model the sizes of the one that it starts from, but for codebooks: other ones may begin anew."""
-    name = arguments.run.base_model
-    assert name is not None
-    try:
-        base = open_dinosr_config(name)
-    except ValueError as error:
-        raise ArgumentError(f"base_model={error}") from error
-    for field_name in ARCHITECTURE:
-        theirs, ours = getattr(base, field_name), getattr(arguments.model, field_name)
-        if field_name not in told:
-            setattr(arguments.model, field_name, theirs)
-        elif ours != theirs and field_name not in CODEBOOK_SIZES:
+def _take_sizes(arguments: PretrainingArguments, base_model: str, explicit: set[str]) -> None:
+    """Set the sizes that are not explicit to the base model's. Codebooks may differ: they then start anew."""
+    with argument_errors("base_model="):
+        base = open_dinosr_config(base_model)
+    for name in ARCHITECTURE:
+        base_value, value = getattr(base, name), getattr(arguments.model, name)
+        if name not in explicit:
+            setattr(arguments.model, name, base_value)
+        elif value != base_value and name not in CODEBOOK_SIZES:
             raise ArgumentError(
-                f"base_model={name} has {field_name} {theirs}, but {ours} is told. Leave {field_name} out, or give the"
-                " configuration that this model was trained with."
+                f"{name}={value} contradicts base_model={base_model}, which has {name}={base_value}. Leave {name} out,"
+                " or give the configuration that the base model was trained with."
             )
 
 
+# Test and description of the values that are allowed, and names of the arguments.
+_RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+    (lambda value: value >= 1, "at least 1", "max_steps max_skipped_steps log_steps keep_checkpoints eval_steps"),
+    (lambda value: value >= 1, "at least 1", "collapse_patience num_buckets synthetic_utterances"),
+    (lambda value: value >= 0, "at least 0", "seed weight_decay num_workers"),
+    (lambda value: value >= 0, "at least 0, where 0 means only on signals", "checkpoint_steps"),
+    (lambda value: value >= 0, "at least 0, where 0 means only at the end", "save_steps"),
+    (lambda value: value > 0, "more than 0", "reference_step_seconds min_seconds"),
+    (lambda value: 0 <= value < 1, "at least 0 and less than 1", "adam_beta1"),
+    (lambda value: 0 <= value < 1, "at least 0 (no bound) and less than 1", "collapse_perplexity collapse_active"),
+    (lambda value: 0 <= value < 1, "at least 0 (no bound) and less than 1", "collapse_variation"),
+    (lambda value: 0 <= value <= 1, "at least 0 and at most 1", "max_skipped_share"),
+    (lambda value: 0 < value <= 1, "more than 0 and at most 1", "data_temperature"),
+    (lambda value: value in (None, "no", "fp16", "bf16"), "no, fp16 or bf16", "mixed_precision"),
+)
+# The first of each pair must be at least as large as the second.
+_AT_LEAST = (
+    *(("max_seconds", "min_seconds"), ("step_seconds", "max_seconds"), ("micro_seconds", "max_seconds")),
+    *(("window_seconds", "step_seconds"), ("eval_seconds", "max_seconds")),
+)
+
+
 def _check(arguments: PretrainingArguments) -> None:
-    data, run = arguments.data, arguments.run
-    rules = [
-        (run.max_steps >= 1, "max_steps", run.max_steps, "at least 1"),
-        (run.learning_rate > 0, "learning_rate", run.learning_rate, "more than 0"),
-        (0 <= run.warmup_share <= 1, "warmup_share", run.warmup_share, "at least 0 and at most 1"),
-        (0 <= run.hold_share <= 1 - run.warmup_share, "hold_share", run.hold_share, "at most 1 with warmup_share"),
-        (0 < run.final_lr_scale <= 1, "final_lr_scale", run.final_lr_scale, "more than 0 and at most 1"),
-        (run.reference_step_seconds > 0, "reference_step_seconds", run.reference_step_seconds, "more than 0"),
-        (run.seed >= 0, "seed", run.seed, "at least 0"),
-        (0 <= run.adam_beta1 < 1, "adam_beta1", run.adam_beta1, "at least 0, less than 1"),
-        (0 <= run.adam_beta2 < 1, "adam_beta2", run.adam_beta2, "at least 0, less than 1"),
-        (run.adam_epsilon > 0, "adam_epsilon", run.adam_epsilon, "more than 0"),
-        (run.weight_decay >= 0, "weight_decay", run.weight_decay, "at least 0"),
-        (run.max_grad_norm >= 0, "max_grad_norm", run.max_grad_norm, "at least 0, which means never"),
-        (run.max_skipped_steps >= 1, "max_skipped_steps", run.max_skipped_steps, "at least 1"),
-        (run.mixed_precision in PRECISIONS, "mixed_precision", run.mixed_precision, "no, fp16, bf16"),
-        (run.num_threads >= 0, "num_threads", run.num_threads, "at least 0, which means its share of the cores"),
-        (run.log_steps >= 1, "log_steps", run.log_steps, "at least 1"),
-        (run.checkpoint_steps >= 0, "checkpoint_steps", run.checkpoint_steps, "at least 0, which means on signals"),
-        (run.keep_checkpoints >= 1, "keep_checkpoints", run.keep_checkpoints, "at least 1"),
-        (run.save_steps >= 0, "save_steps", run.save_steps, "at least 0, which means only at the end"),
-        (run.eval_steps >= 1, "eval_steps", run.eval_steps, "at least 1"),
-        (0 <= run.collapse_perplexity < 1, "collapse_perplexity", run.collapse_perplexity, "at least 0, less than 1"),
-        (0 <= run.collapse_active < 1, "collapse_active", run.collapse_active, "at least 0, less than 1"),
-        (0 <= run.collapse_variation < 1, "collapse_variation", run.collapse_variation, "at least 0, less than 1"),
-        (run.collapse_patience >= 1, "collapse_patience", run.collapse_patience, "at least 1"),
-        (data.num_buckets >= 1, "num_buckets", data.num_buckets, "at least 1"),
-        (data.num_workers >= 0, "num_workers", data.num_workers, "at least 0"),
-        (0 <= data.max_skipped_share <= 1, "max_skipped_share", data.max_skipped_share, "at least 0 and at most 1"),
-        (0 < data.data_temperature <= 1, "data_temperature", data.data_temperature, "more than 0 and at most 1"),
-        (data.synthetic_utterances >= 1, "synthetic_utterances", data.synthetic_utterances, "at least 1"),
-        (data.min_seconds > 0, "min_seconds", data.min_seconds, "more than 0"),
-        (data.max_seconds >= data.min_seconds, "max_seconds", data.max_seconds, "at least min_seconds"),
-        (data.step_seconds >= data.max_seconds, "step_seconds", data.step_seconds, "at least max_seconds"),
-        (data.micro_seconds >= data.max_seconds, "micro_seconds", data.micro_seconds, "at least max_seconds"),
-        (data.window_seconds >= data.step_seconds, "window_seconds", data.window_seconds, "at least step_seconds"),
-        (data.eval_seconds >= data.max_seconds, "eval_seconds", data.eval_seconds, "at least max_seconds"),
-    ]
-    check_ranges(rules)
+    data, run, values = arguments.data, arguments.run, arguments.to_dict()
+    check_ranges(shared_rules(run))
+    for test, allowed, names in _RANGES:
+        check_ranges((test(values[name]), name, values[name], allowed) for name in names.split())
+    check_ranges((values[name] >= values[low], name, values[name], f"at least {low}") for name, low in _AT_LEAST)
     for name in ("data_split", "data_config", "data_weights"):
-        values = getattr(data, name)
         allowed_lengths = {0, len(data.data)} | ({1} if name != "data_weights" else set())
-        if len(values) not in allowed_lengths:
-            raise ArgumentError(f"{name} has {len(values)} values for {len(data.data)} data. Give one for each.")
+        if len(values[name]) not in allowed_lengths:
+            raise ArgumentError(
+                f"{name} has {len(values[name])} values, but data has {len(data.data)}. Give one value for each."
+            )
     backends = torch.compiler.list_backends(exclude_tags=()) if run.torch_compile else []
     if run.torch_compile and run.torch_compile_backend not in backends:
         raise ArgumentError(
-            f"torch_compile_backend={run.torch_compile_backend} is none of {', '.join(backends)}. Choose one of them."
+            f"torch_compile_backend={run.torch_compile_backend} is unknown. Choose one of {', '.join(backends)}."
         )
     if data.streaming and len(data.data) > 1:
-        raise ArgumentError("streaming reads one dataset, but data has several. Mix them on disk, or give one.")
+        raise ArgumentError(
+            f"streaming reads a single dataset, but data has {len(data.data)}. Give one, or read them from disk."
+        )
     if data.eval_labels is not None and data.eval_data is None:
-        raise ArgumentError("eval_labels belong to eval_data, which is left out. Give both.")
-    try:
+        raise ArgumentError("eval_labels is set, but eval_data is not. Set both, or neither.")
+    with argument_errors():
         arguments.model_config()
-    except ValueError as error:
-        raise ArgumentError(str(error)) from error

@@ -1,23 +1,15 @@
-"""What the world outside asks of a run: Slurm, spot machines and users send signals, the loop looks at them."""
+"""Signals from users, Slurm and spot machines, noted for the loop to answer between two steps."""
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
-logger = logging.getLogger(__name__)
-
 
 class RunInterrupted(Exception):
-    """
-    A signal ended the run, after a checkpoint.
-
-    Attributes:
-        exit_code: What a process that is ended by this signal leaves, 128 + its number.
-    """
+    """A signal ended the run, after a checkpoint; the `exit_code` of the process is 128 + its number."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -26,32 +18,28 @@ class RunInterrupted(Exception):
 
 class SignalWatch:
     """
-    Notes signals, so that the loop can answer them between two steps; a context manager.
+    Context manager that notes signals instead of dying from them.
 
-    SIGUSR1 asks for a checkpoint and the run goes on; SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal, unless
-    `nohup` has it ignored) ask for a checkpoint and the end. A second SIGINT does not wait for it. Outside
-    of the main thread, where Python allows no handlers, nothing is noted.
-
-    Attributes:
-        save: Whether a checkpoint was asked for. The loop sets it back.
-        stop: Number of the signal that asked for the end, else 0.
+    SIGUSR1 asks for a checkpoint. SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal, unless `nohup` ignores it)
+    ask for a checkpoint and the end of the run; a second SIGINT ends it at once. Outside of the main thread, where
+    Python allows no handlers, nothing is noted.
     """
 
     def __init__(self) -> None:
-        self.save = False
-        self.stop = 0
-        self._before: dict[int, Any] = {}
+        self.save = False  # whether a checkpoint was asked for; the loop sets it back
+        self.stop = 0  # number of the signal that asked for the end
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):  # Windows has the first two
                 number = getattr(signal, name, None)
                 if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                    self._before[number] = signal.signal(number, self._note)
+                    self._previous_handlers[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Speech recognition: transcripts and vocabularies, fine-tuning, error rates, decoding, transcribing."""
+"""Speech recognition: transcripts and vocabularies, decoding, error rates, transcription, subtitles."""
 
 from ..inference.windowed import output_path
 from .decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions, GreedyDecoder, Hypothesis, TimedWord
@@ -8,27 +8,7 @@ from .subtitles import FORMATS, Caption, captions
 from .text import TextNormalization, build_vocabulary, load_processor, make_processor
 from .transcription import Transcriber, Transcript
 
-__all__ = [
-    "TextNormalization",
-    "build_vocabulary",
-    "make_processor",
-    "load_processor",
-    "score",
-    "texts_of",
-    "ErrorReport",
-    "UtteranceErrors",
-    "speech_errors_metric",
-    "CTCDecoder",
-    "GreedyDecoder",
-    "BeamSearchDecoder",
-    "DecodingOptions",
-    "Hypothesis",
-    "TimedWord",
-    "SpeechRecognitionPipeline",
-    "Transcriber",
-    "Transcript",
-    "Caption",
-    "captions",
-    "FORMATS",
-    "output_path",
-]
+__all__ = ["TextNormalization", "build_vocabulary", "make_processor", "load_processor"]
+__all__ += ["score", "texts_of", "ErrorReport", "UtteranceErrors", "speech_errors_metric"]
+__all__ += ["CTCDecoder", "GreedyDecoder", "BeamSearchDecoder", "DecodingOptions", "Hypothesis", "TimedWord"]
+__all__ += ["SpeechRecognitionPipeline", "Transcriber", "Transcript", "Caption", "captions", "FORMATS", "output_path"]

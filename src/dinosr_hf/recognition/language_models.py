@@ -1,23 +1,23 @@
-"""Files that beam search reads: n-gram language models, by KenLM, and lexicons."""
-
-from __future__ import annotations
+"""The files of beam search: n-gram language models, which KenLM reads, and lexicons."""
 
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..utils.command_line import argument_errors
 from ..utils.extras import import_extra
 
 SPECIAL_WORDS = ("<s>", "</s>", "<unk>")
 
 
 def flashlight(module: str) -> Any:
-    """A module of flashlight-text. Raises `ImportError` that says how to install it."""
+    """Import a module of flashlight-text. Raises `ImportError` with the command that installs it."""
     return import_extra(f"flashlight.lib.text.{module}", "lm", "Beam search")
 
 
@@ -29,7 +29,7 @@ def _lines(path: Path) -> Iterator[str]:
         try:
             yield from file
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}. Write it anew in UTF-8.") from error
+            raise ValueError(f"{path} is not UTF-8: {error}. Convert it to UTF-8.") from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} is damaged: {error} Copy it again.") from error
 
@@ -40,107 +40,63 @@ def _is_binary(path: Path) -> bool:
 
 
 def _is_arpa(path: Path) -> bool:
-    """Whether the first line that is not empty is that of ARPA files."""
     try:
-        return next((line.strip() for line in _lines(path) if line.strip()), "") == "\\data\\"
+        return next(filter(None, map(str.strip, _lines(path))), "") == "\\data\\"
     except ValueError:
         return False
 
 
-def arpa_words(path: str | Path) -> list[str]:
-    """
-    The words of a language model: unigrams of an ARPA file without `<s>`, `</s>` and `<unk>`.
-
-    Args:
-        path: The file, which may be compressed by gzip.
-
-    Raises:
-        ValueError: If there is no such file, or it is not an ARPA file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file.")
-    if not _is_arpa(path):
-        raise ValueError(f"{path} is not an ARPA file, which begins with \\data\\. A KenLM binary lists no words.")
-    words, inside = [], False
-    for line in map(str.strip, _lines(path)):
-        if inside and line.startswith("\\"):
-            break
-        if inside and line:
-            words.append(line.split()[1])
-        inside = inside or line == "\\1-grams:"
+def _arpa_words(path: Path) -> list[str]:
+    """Return the unigrams of an ARPA file, without `<s>`, `</s>` and `<unk>`."""
+    lines = dropwhile(lambda line: line != "\\1-grams:", map(str.strip, _lines(path)))
+    next(lines, None)
+    unigrams = takewhile(lambda line: not line.startswith("\\"), lines)
+    words = [line.split()[1] for line in unigrams if line]
     return [word for word in words if word.lower() not in SPECIAL_WORDS]
 
 
 def read_lexicon(path: str | Path) -> list[tuple[str, list[str] | None]]:
     """
-    Words that may come out, from a file.
+    Read a lexicon, the words that beam search may output, as (word, labels or None); a word may occur several times.
 
-    Args:
-        path: A word a line; or a word, a tab or space, and its labels with spaces between them, as flashlight and
-            fairseq have it; or an ARPA file.
-
-    Returns:
-        (word, labels), labels None where the file has none. A word may come several times, with different labels.
-
-    Raises:
-        ValueError: If there is no such file, or nothing in it.
+    The file has one word per line; or a word, a tab or space, and its labels separated by spaces, as in flashlight and
+    fairseq; or it is an ARPA file. Raises `ValueError` if it is missing, empty or a KenLM binary.
     """
-    path = Path(path)
+    path, advice = Path(path), "Give a file with one word or `word<TAB>labels` per line, or an ARPA file."
     if not path.is_file():
-        raise ValueError(f"The lexicon {path} is not a file. Give a word a line, `word<TAB>labels`, or an ARPA file.")
+        raise ValueError(f"The lexicon {path} is not a file. {advice}")
     if _is_binary(path):
-        raise ValueError(
-            f"The lexicon {path} is a KenLM binary, which lists no words. Give a file with a word a line."
-        )
-    if _is_arpa(path):
-        entries: list[tuple[str, list[str] | None]] = [(word, None) for word in arpa_words(path)]
-    else:
-        fields = [line.split() for line in _lines(path) if line.strip()]
-        entries = [(word, labels or None) for word, *labels in fields]
+        raise ValueError(f"The lexicon {path} is a KenLM binary, which lists no words. {advice}")
+    fields = [[word] for word in _arpa_words(path)] if _is_arpa(path) else map(str.split, _lines(path))
+    entries = [(word, labels or None) for word, *labels in filter(None, fields)]
     if not entries:
-        raise ValueError(f"The lexicon {path} is empty. Give a word a line, `word<TAB>labels`, or an ARPA file.")
+        raise ValueError(f"The lexicon {path} is empty. {advice}")
     return entries
 
 
 def check_language_model_file(path: str | Path) -> None:
-    """
-    See to it that nothing but a language model goes to KenLM.
-
-    Raises:
-        ValueError: If there is no such file, or it begins neither as an ARPA file nor as a KenLM binary.
-    """
+    """Raise `ValueError` unless a file begins as an ARPA file or a KenLM binary does."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"The language model {path} is not a file. Give an ARPA file or a KenLM binary.")
     if not _is_binary(path) and not _is_arpa(path):
         raise ValueError(
-            f"{path} is no language model: it begins neither with \\data\\, as an ARPA file does, nor as a KenLM"
-            " binary does. Make one with KenLM's lmplz."
+            f"{path} is not a language model: it begins neither with \\data\\, as an ARPA file does, nor as a KenLM"
+            " binary does. Create one with KenLM's lmplz."
         )
 
 
 def load_language_model(path: str, words: Sequence[str]) -> tuple[Any, NDArray[np.bool_]]:
     """
-    Open a language model.
+    Load a language model with KenLM, to score `words` (or labels) by their index.
 
-    Args:
-        path: ARPA or KenLM binary.
-        words: What is scored, by its index here.
-
-    Returns:
-        The model, and which words it knows (len(words),). KenLM does not say so: a word counts as known if its
-        probability differs from that of `<unk>`, by itself or at the beginning of a sentence.
-
-    Raises:
-        ValueError: If there is no such file, or it is no language model that KenLM can read.
+    Returns the model, and whether it knows each word (len(words),). KenLM does not tell: a word counts as known if its
+    probability differs from that of `<unk>`, by itself or at the beginning of a sentence. Raises `ValueError` if KenLM
+    cannot read the file.
     """
-    check_language_model_file(path)
     dictionary = flashlight("dictionary").Dictionary([*words, "<unk>"])
-    try:
+    with argument_errors(f"{path} cannot be read as a language model. KenLM says: ", (RuntimeError, ValueError)):
         model = flashlight("decoder.kenlm").KenLM(str(path), dictionary)
-    except (RuntimeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a language model. KenLM says: {error}") from error
     known = np.zeros(len(words), dtype=bool)
     for state in (model.start(True), model.start(False)):
         _, unknown_score = model.score(state, len(words))

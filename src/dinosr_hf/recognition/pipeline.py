@@ -1,13 +1,9 @@
 """
-transformers' pipeline of speech recognition, which reads files and other sampling rates by itself and times words.
+transformers' speech recognition pipeline, with our readers of audio and our times of words.
 
-    pipeline("automatic-speech-recognition", model=folder, pipeline_class=SpeechRecognitionPipeline)
-
-transformers' own class runs ffmpeg for files, wants torchaudio for arrays that are not at 16 kHz, and takes the frames
-in which a word's labels are emitted for the time in which it is spoken.
+transformers' own class runs ffmpeg for files, needs torchaudio for arrays that are not at 16 kHz, and takes the frames
+in which a word's labels are emitted for the time at which it is spoken.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, cast
@@ -17,13 +13,13 @@ import torch
 from transformers import AutomaticSpeechRecognitionPipeline
 
 from ..data import SAMPLING_RATE, load_audio
-from ..data.audio import read_resampled
+from ..data.audio import Samples
 from ..model.configuration_dinosr import DinoSRConfig
 from .decoding import GreedyDecoder
 
 
 def _mono(samples: Any) -> np.ndarray:
-    """float32 (S,) of (S,) or (channels, S)."""
+    """Convert (S,) or (channels, S) to float32 (S,)."""
     if isinstance(samples, torch.Tensor):
         samples = samples.cpu().numpy()
     samples = np.asarray(samples, dtype=np.float32)
@@ -31,39 +27,37 @@ def _mono(samples: Any) -> np.ndarray:
         samples = samples.mean(axis=0)
     if samples.ndim != 1:
         raise ValueError(
-            f"The audio has shape {samples.shape}, but must be (samples,), or (channels, samples) of one or two"
-            " channels. soundfile.read gives (samples, channels): transpose it."
+            f"The audio has shape {samples.shape}, but must be (samples,), or (channels, samples) with one or two"
+            " channels. soundfile.read returns (samples, channels): transpose it."
         )
     return samples
 
 
 class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
     """
-    `AutomaticSpeechRecognitionPipeline` for `DinoSRForCTC`.
+    `AutomaticSpeechRecognitionPipeline` for `DinoSRForCTC`; give it to `pipeline` as `pipeline_class`.
 
-    Files and their bytes are read by `load_audio`, and arrays of another rate than 16 kHz, in a dict with
-    "sampling_rate", resampled as it does. Times of words (`return_timestamps="word"`) are those of
-    `CTCDecoder.word_times`; of "char", transformers'. Addresses of the web are left to transformers, which needs
-    ffmpeg.
+    `load_audio` reads files and bytes, and its resampler converts arrays of other rates than 16 kHz, given in a dict
+    with "sampling_rate". Times of words (`return_timestamps="word"`) are those of `CTCDecoder.word_times`; times of
+    characters ("char") are transformers'. URLs are left to transformers, which needs ffmpeg for them.
     """
 
-    # transformers' classes disagree about these signatures themselves.
+    # transformers' own classes disagree about these signatures.
     def preprocess(self, inputs: Any, **parameters: Any) -> Any:  # type: ignore[override]
-        """As in the class above, of what its docstring names."""
+        """Read and resample audio, then do what the base class does."""
         if isinstance(inputs, (bytes, Path)) or (isinstance(inputs, str) and "://" not in inputs):
             inputs = load_audio(inputs)
         elif isinstance(inputs, dict) and "sampling_rate" in inputs and ("raw" in inputs or "array" in inputs):
-            inputs = self._at_our_rate(dict(inputs))
+            inputs = self._resampled(dict(inputs))
         yield from super().preprocess(inputs, **parameters)
 
-    def _at_our_rate(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _resampled(self, inputs: dict[str, Any]) -> dict[str, Any]:
         samples = _mono(inputs.pop("raw") if "raw" in inputs else inputs.pop("array"))
         rate = int(inputs.pop("sampling_rate"))
-        inputs.pop("path", None)  # of a row of `datasets`
+        inputs.pop("path", None)  # rows of `datasets` have one
         if "stride" in inputs:
             inputs["stride"] = tuple(round(length * SAMPLING_RATE / rate) for length in inputs["stride"])
-        samples = read_resampled(lambda first, count: samples[first : first + count], len(samples), rate)
-        return {"raw": samples, "sampling_rate": SAMPLING_RATE, **inputs}
+        return {"raw": load_audio(Samples(samples, rate)), "sampling_rate": SAMPLING_RATE, **inputs}
 
     def _forward(self, input_tensors: Any, **parameters: Any) -> Any:  # type: ignore[override]
         num_samples = input_tensors["attention_mask"].sum(dim=-1)
@@ -73,11 +67,11 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
     def postprocess(
         self, model_outputs: Any, decoder_kwargs: Any = None, return_timestamps: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in the class above, with other times of words."""
+        """Do what the base class does, with `CTCDecoder.word_times`."""
         outputs = list(model_outputs)
         num_frames = 0
         for output in outputs:
-            own = int(output.pop("num_frames"))  # without those of padding
+            own = int(output.pop("num_frames"))  # without padding
             total, left, right = output.get("stride") or (own, 0, 0)
             num_frames += len(range(own)[left : total - right])
         result = super().postprocess(outputs, decoder_kwargs, return_timestamps, *args, **kwargs)
@@ -87,7 +81,6 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
             spans = np.array([chunk["timestamp"] for chunk in result["chunks"]]) / decoder.frame_seconds
             first, end = spans.round().astype(int).T
             times = decoder.word_times(first, end - 1, num_frames)
-            result["chunks"] = [
-                {**chunk, "timestamp": time} for chunk, time in zip(result["chunks"], times, strict=True)
-            ]
+            for chunk, time in zip(result["chunks"], times, strict=True):
+                chunk["timestamp"] = time
         return result

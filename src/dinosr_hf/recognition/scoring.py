@@ -1,12 +1,11 @@
 """
-Word and character error rates, as sums of edits over all utterances; what was said for what.
+Word and character error rates, and the words that were confused.
 
-Rates follow jiwer's alignments, the least number of substitutions, deletions and insertions over the length of the
-reference. They can be more than 1.
+Rates follow jiwer's alignments: the least number of substitutions, deletions and insertions, over the length of the
+reference, both summed over all utterances. They can exceed 1.
 """
 
-from __future__ import annotations
-
+import itertools
 import json
 import os
 from collections import Counter
@@ -14,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from ..data.audio import require
+from ..utils.extras import import_extra
+from ..utils.files import write_atomically
 
 
 class UtteranceErrors(NamedTuple):
-    """Edits between a reference and a prediction, and the reference's length."""
+    """Edits between a reference and a prediction, and the length of the reference."""
 
     id: str
     reference: str
@@ -32,36 +30,22 @@ class UtteranceErrors(NamedTuple):
 
 
 class ErrorReport(NamedTuple):
-    """
-    What a recogniser got wrong.
-
-    Attributes:
-        utterances: Each with its own edits.
-        confusions: (reference, prediction) -> count of words; "" stands for nothing, so ("a", "") is a deletion.
-        wer: Word errors over words, of all utterances together.
-        cer: Character errors over characters, spaces counted, of all utterances together.
-    """
+    """Errors of a recogniser; rates are of all utterances together."""
 
     utterances: list[UtteranceErrors]
-    confusions: Counter[tuple[str, str]]
-    wer: float
-    cer: float
+    confusions: Counter[tuple[str, str]]  # (reference, prediction) -> count; "" is no word: ("a", "") is a deletion
+    wer: float  # word errors over words
+    cer: float  # character errors over characters, spaces included
 
     def save(self, folder: str | os.PathLike, name: str) -> None:
-        """
-        Write `predictions-<name>.jsonl`, an utterance a line, worst first, and `errors-<name>.md`, tables to read.
-
-        Args:
-            folder: Where to.
-            name: Of the data.
-        """
-        lines = sorted(self.utterances, key=lambda row: (-row.word_errors, row.id))
-        with open(Path(folder, f"predictions-{name}.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in lines)
-        Path(folder, f"errors-{name}.md").write_text(self.to_markdown(name), encoding="utf-8")
+        """Write `predictions-<name>.jsonl`, an utterance per line, worst first, and tables, `errors-<name>.md`."""
+        rows = sorted(self.utterances, key=lambda row: (-row.word_errors, row.id))
+        lines = "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(Path(folder, f"predictions-{name}.jsonl"), lines)
+        write_atomically(Path(folder, f"errors-{name}.md"), self.to_markdown(name))
 
     def to_markdown(self, name: str, num_confusions: int = 30) -> str:
-        """Rates, and the most frequent confusions of words, as tables."""
+        """Format rates and the most frequent confusions of words as tables."""
         total = sum(row.word_errors for row in self.utterances)
         text = (
             f"# Errors on {name}\n\n| utterances | words | word errors | WER | CER |\n|---|---|---|---|---|\n"
@@ -74,99 +58,80 @@ class ErrorReport(NamedTuple):
         return text
 
 
-def _count(output: Any) -> int:
+def _word_edits(jiwer: Any, reference: str, prediction: str) -> list[tuple[str, str]]:
+    """Return the pairs of words that were substituted, or deleted or inserted, with "" for no word."""
+    expected, found = reference.split(), prediction.split()
+    if not expected:
+        return [("", word) for word in found]
+    pairs: list[tuple[str, str]] = []
+    for chunk in jiwer.process_words(reference, prediction).alignments[0]:
+        if chunk.type != "equal":
+            left = expected[chunk.ref_start_idx : chunk.ref_end_idx]
+            right = found[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            pairs += itertools.zip_longest(left, right, fillvalue="")
+    return pairs
+
+
+def _num_character_edits(jiwer: Any, reference: str, prediction: str) -> int:
+    if not reference:
+        return len(prediction)
+    output = jiwer.process_characters(reference, prediction)
     return int(output.substitutions + output.deletions + output.insertions)
 
 
 def score(references: Sequence[str], predictions: Sequence[str], ids: Sequence[str] | None = None) -> ErrorReport:
     """
-    Compare predictions with references, both normalised alike.
+    Compare predictions with references, both normalised in the same way; `ids` default to indices.
 
-    Args:
-        references: What was said.
-        predictions: What was recognised.
-        ids: Name of each utterance; None: its number.
-
-    Raises:
-        ValueError: If their numbers differ, there are none, or no reference has a word.
-        ImportError: Without jiwer.
+    Raises `ValueError` if the lengths differ or no reference has a word, `ImportError` if jiwer is not installed.
     """
-    jiwer = require("jiwer")
+    jiwer = import_extra("jiwer", "asr", "Scoring")
     names = list(map(str, range(len(references)))) if ids is None else list(ids)
     if not len(references) == len(predictions) == len(names):
-        raise ValueError(
-            f"{len(references)} references, {len(predictions)} predictions, {len(names)} ids: give one each."
-        )
+        counts = f"{len(references)} references, {len(predictions)} predictions and {len(names)} ids"
+        raise ValueError(f"There are {counts}. Give one of each per utterance.")
     rows: list[UtteranceErrors] = []
     confusions: Counter[tuple[str, str]] = Counter()
     for name, reference, prediction in zip(names, references, predictions, strict=True):
-        words = jiwer.process_words(reference, prediction) if reference else None
-        characters = jiwer.process_characters(reference, prediction) if reference else None
-        rows.append(
-            UtteranceErrors(
-                *(name, reference, prediction),
-                *(_count(words) if words else len(prediction.split()), len(reference.split())),
-                *(_count(characters) if characters else len(prediction), len(reference)),
-            )
-        )
-        if words:
-            confusions.update(_confused(words, reference.split(), prediction.split()))
-        else:
-            confusions.update(("", word) for word in prediction.split())
+        edits = _word_edits(jiwer, reference, prediction)
+        confusions.update(edits)
+        word_counts = (len(edits), len(reference.split()))
+        character_counts = (_num_character_edits(jiwer, reference, prediction), len(reference))
+        rows.append(UtteranceErrors(name, reference, prediction, *word_counts, *character_counts))
     num_words = sum(row.num_words for row in rows)
     if num_words == 0:
-        raise ValueError("None of the references has a word, so that there is no error rate.")
-    return ErrorReport(
-        rows,
-        confusions,
-        sum(row.word_errors for row in rows) / num_words,
-        sum(row.character_errors for row in rows) / sum(row.num_characters for row in rows),
-    )
-
-
-def _confused(output: Any, reference: list[str], prediction: list[str]) -> list[tuple[str, str]]:
-    """Pairs of words that were substituted, left out or put in."""
-    pairs: list[tuple[str, str]] = []
-    for chunk in output.alignments[0]:
-        left = reference[chunk.ref_start_idx : chunk.ref_end_idx]
-        right = prediction[chunk.hyp_start_idx : chunk.hyp_end_idx]
-        if chunk.type == "substitute":
-            pairs += zip(left, right, strict=True)
-        elif chunk.type != "equal":
-            pairs += [(word, "") for word in left] + [("", word) for word in right]
-    return pairs
+        raise ValueError("None of the references has a word, so there is no error rate.")
+    wer = sum(row.word_errors for row in rows) / num_words
+    cer = sum(row.character_errors for row in rows) / sum(row.num_characters for row in rows)
+    return ErrorReport(rows, confusions, wer, cer)
 
 
 def speech_errors_metric() -> Any:
     """
-    An `evaluate.Metric` of word and character error rate, without a download.
+    Return an `evaluate.Metric` of word and character error rate; nothing is downloaded.
 
-    Its `compute(predictions=..., references=...)` gives "wer", "cer", "word_errors", "num_words", "character_errors"
-    and "num_characters"; `add_batch` gathers utterances of any number of batches, whose edits are added up.
-
-    Raises:
-        ImportError: Without evaluate, datasets or jiwer.
+    Its `compute(predictions=..., references=...)` returns "wer" and "cer", and the sums that these are ratios of:
+    "word_errors", "num_words", "character_errors" and "num_characters". Raises `ImportError` if evaluate, datasets or
+    jiwer is not installed.
     """
-    evaluate: Any = require("evaluate")
-    datasets = require("datasets")
+    evaluate, datasets, _ = (import_extra(name, "asr", "Scoring") for name in ("evaluate", "datasets", "jiwer"))
 
-    class SpeechErrors(evaluate.Metric):
-        """Edits over lengths, of words and of characters."""
+    class SpeechErrors(evaluate.Metric):  # type: ignore[name-defined]
+        """Word and character error rate."""
 
         def _info(self) -> Any:
+            text = datasets.Value("string")
             return evaluate.MetricInfo(
-                description="Word and character error rate, by jiwer, over all utterances together.",
+                description="Word and character error rate by jiwer, over all utterances together.",
                 citation="",
-                inputs_description="predictions and references: one text an utterance, normalised alike.",
-                features=datasets.Features(
-                    {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-                ),
+                inputs_description="predictions and references: one text per utterance, normalised in the same way.",
+                features=datasets.Features({"predictions": text, "references": text}),
+                reference_urls=["https://github.com/jitsi/jiwer"],
             )
 
         def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
             report = score(references, predictions)
-            names = ("word_errors", "num_words", "character_errors", "num_characters")
-            sums = {name: sum(getattr(row, name) for row in report.utterances) for name in names}
+            sums = {name: sum(getattr(row, name) for row in report.utterances) for name in UtteranceErrors._fields[3:]}
             return {"wer": report.wer, "cer": report.cer, **sums}
 
     return SpeechErrors(keep_in_memory=True)
@@ -174,20 +139,17 @@ def speech_errors_metric() -> Any:
 
 def texts_of(predictions: Any, tokenizer: Any) -> list[str]:
     """
-    The transcripts of best labels, frame by frame: repeats joined, blanks and special tokens left out.
+    Read transcripts from the best label of each frame: merge repetitions, then drop blanks and special tokens.
 
-    Args:
-        predictions: A sequence of int64 (T,), one an utterance, without frames of padding; None: it could not be read.
-        tokenizer: With the vocabulary.
+    `predictions` has int64 (T,) per utterance, without padding, or None for one that was not read.
     """
-    # Not `all_special_ids`, which has the word delimiter too.
+    # Not `all_special_ids`, which includes the word delimiter.
     tokens = (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
-    specials = np.array([tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None])
+    specials = {tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None}
     texts = []
-    for labels in predictions:
-        labels = np.zeros(0, dtype=np.int64) if labels is None else labels
-        # Repeats are joined before blanks go; the tokenizer, told to skip blanks, would lose double letters.
-        kept = labels[np.append(True, labels[1:] != labels[:-1])[: len(labels)]]
-        kept = kept[~np.isin(kept, specials)].tolist()
+    for path in predictions:
+        # Not `skip_special_tokens`, with which the tokenizer drops blanks before it merges, and loses double letters.
+        runs = itertools.groupby([] if path is None else path.tolist())
+        kept = [label for label, _ in runs if label not in specials]
         texts.append(tokenizer.decode(kept, group_tokens=False).strip() if kept else "")
     return texts

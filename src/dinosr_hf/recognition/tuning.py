@@ -1,14 +1,11 @@
 """
-Language model weight and word score, chosen on a development set.
+Tuning of language model weight and word score on a development set.
 
-wav2vec 2.0 (arXiv 2006.11477) searches weights in [0, 5] and word scores in [-5, 5], 128 of them.
+wav2vec 2.0 (arXiv 2006.11477) tries 128 pairs, with weights in [0, 5] and word scores in [-5, 5].
 """
 
-from __future__ import annotations
-
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,15 +19,7 @@ WORD_SCORES = (-5.0, 5.0)
 
 
 class Trial(NamedTuple):
-    """
-    What a pair of weights comes to.
-
-    Attributes:
-        lm_weight: Factor of log10 p(text).
-        word_score: Added for each word.
-        word_errors: Words substituted, deleted and inserted, summed over the utterances.
-        num_words: Words of the references.
-    """
+    """Number of word errors of a development set with a pair of weights, and of words in all references."""
 
     lm_weight: float
     word_score: float
@@ -39,13 +28,8 @@ class Trial(NamedTuple):
 
     @property
     def word_error_rate(self) -> float:
-        """Errors a word of the references: of sums, not a mean over utterances."""
+        """Word errors over reference words, of all utterances together."""
         return self.word_errors / self.num_words
-
-
-def grid(lm_weights: Iterable[float], word_scores: Iterable[float]) -> list[tuple[float, float]]:
-    """All pairs of a language model weight and a word score."""
-    return list(itertools.product(lm_weights, word_scores))
 
 
 def random_pairs(
@@ -56,25 +40,16 @@ def random_pairs(
     seed: int = 0,
 ) -> list[tuple[float, float]]:
     """
-    Pairs of a language model weight and a word score, drawn evenly from two ranges.
+    Draw pairs of a language model weight and a word score uniformly from two ranges, (minimum, maximum) each.
 
-    Args:
-        num_pairs: How many.
-        lm_weights: Least and greatest weight.
-        word_scores: Least and greatest word score.
-        seed: Of the draw; the first pairs of a longer list are those of a shorter one.
-
-    Returns:
-        (lm_weight, word_score), rounded to hundredths.
-
-    Raises:
-        ValueError: If a range ends before it begins, or `num_pairs` is not positive.
+    They are rounded to hundredths, and with the same seed a longer list begins with the pairs of a shorter one. Raises
+    `ValueError` if a minimum is greater than its maximum, or `num_pairs` is not positive.
     """
     if num_pairs < 1:
         raise ValueError(f"num_pairs={num_pairs} must be at least 1.")
     for name, (low, high) in (("lm_weights", lm_weights), ("word_scores", word_scores)):
         if not -math.inf < low <= high < math.inf:
-            raise ValueError(f"{name}={low, high} must be the least and the greatest value, in this order.")
+            raise ValueError(f"{name}={low, high} must be the minimum and the maximum, in this order.")
     drawn = np.random.default_rng(seed).random((num_pairs, 2))
     lows, highs = np.transpose([lm_weights, word_scores])
     return [(weight, score) for weight, score in (lows + drawn * (highs - lows)).round(2).tolist()]
@@ -93,24 +68,18 @@ def tune(
     Decode a development set with each pair of weights, and count word errors.
 
     Args:
-        make_decoder: From a language model weight and a word score to a decoder: `BeamSearchDecoder.reweighted`.
-        log_probs: Emissions of each utterance, float (T, V), computed once.
-        references: What is said in each.
-        pairs: Of `grid` or `random_pairs`.
-        normalize: Applied to references and hypotheses alike before words are counted.
-        on_trial: Called with each trial as it is done.
+        make_decoder: Returns a decoder for a language model weight and a word score: `BeamSearchDecoder.reweighted`.
+        log_probs: Emissions of each utterance, float (T, V).
+        references: Transcript of each utterance.
+        pairs: Pairs of weights to try, at least one.
+        normalize: Applied to references and hypotheses before words are counted.
+        on_trial: Called with each trial when it is done.
 
-    Returns:
-        A trial for each pair, the fewest errors first; of equals the one whose pair comes first.
-
-    Raises:
-        ImportError: If jiwer is not installed.
-        ValueError: If there are no pairs, no words to get right, or not as many references as utterances.
+    Returns a trial for each pair, the fewest errors first; ties are in the order of `pairs`. Raises `ValueError` if no
+    reference has a word, or the numbers of utterances differ.
     """
-    if len(log_probs) != len(references):
-        raise ValueError(f"There are {len(log_probs)} utterances and {len(references)} references. Give one for each.")
     if not pairs:
-        raise ValueError("There are no pairs of weights to try. Make some with grid or random_pairs.")
+        raise ValueError("There are no pairs of weights to try. Give at least one.")
     expected, trials = [normalize(reference) for reference in references], []
     for lm_weight, word_score in pairs:
         decoder = make_decoder(lm_weight, word_score)

@@ -1,1 +1,1 @@
-"""What pre-training and fine-tuning share: schedules and the record of a run."""
+"""What pre-training and fine-tuning share: schedules, arguments, checkpoints and the record of a run."""

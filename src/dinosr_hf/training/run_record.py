@@ -1,21 +1,4 @@
-"""
-`run.json`: what a run did, in its own words, for the model card and for whoever finds the folder later.
-
-A run writes it into the folder of its model. Its fields are those of `RunRecord`:
-
-    {
-      "task": "automatic-speech-recognition",
-      "arguments": {"learning_rate": 5e-05, ...},
-      "base_model": "runs/base",
-      "data": [{"name": "corpus/train", "split": null, "hours": 9.8, "utterances": 2763}],
-      "steps": 20000,
-      "evaluation": [{"dataset": "corpus/test", "split": null, "wer": 0.082, "cer": 0.021, "num_utterances": 410}],
-      "versions": {"dinosr_hf": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
-      "started": "2026-11-25T09:00:00+00:00",
-      "finished": "2026-11-25T15:30:00+00:00",
-      "hardware": "1 x NVIDIA H100"
-    }
-"""
+"""`run.json`: the record of a run, beside its model, for the model card and for whoever finds the folder later."""
 
 from __future__ import annotations
 
@@ -32,10 +15,13 @@ from typing import Any
 
 import torch
 
+from ..utils.files import write_atomically
+
 RECORD_NAME = "run.json"
+# The Hub's names where it has one.
 TASKS = ("pretraining", "automatic-speech-recognition", "audio-classification")
 
-# What an entry of `evaluation` may have. Rates and accuracy are shares, from 0 to 1.
+# The metrics that an entry of `evaluation` may have. Rates and accuracy are shares, from 0 to 1.
 METRICS = (
     *("wer", "cer", "accuracy", "macro_f1", "real_time_factor"),
     *("loss", "target_perplexity", "prediction_perplexity", "active_codewords", "pnmi", "phone_purity"),
@@ -44,42 +30,29 @@ METRICS = (
 
 @dataclass(frozen=True)
 class RunRecord:
-    """
-    What a run did.
+    """What a run did."""
 
-    Attributes:
-        task: One of `TASKS`; the Hub's names where it has one.
-        arguments: What the run was told, all of it, in plain types.
-        base_model: What it started from, a folder or a name on the Hub; None: from random weights.
-        data: What it trained on: `name`, as the run was told; `split` or None; `hours` of audio and number of
-            `utterances`, None where a stream was not counted.
-        steps: Updates of the optimizer.
-        evaluation: What it measured at its end: `dataset`, `split` or None, `num_utterances`, and any of `METRICS`.
-        versions: Of the libraries, by name; those of dinosr_hf, torch and transformers at least.
-        started: Time in ISO 8601 with its zone.
-        finished: The same; None while the run is going on.
-        hardware: In a few words.
-    """
-
-    task: str
-    arguments: dict[str, Any]
-    base_model: str | None
+    task: str  # one of `TASKS`
+    arguments: dict[str, Any]  # all of them, in plain types
+    base_model: str | None  # folder or Hub name; None: random weights
+    # `name` as given; `split` or None; `hours` of audio and number of `utterances`, None for a stream.
     data: list[dict[str, Any]]
-    steps: int
+    steps: int  # optimizer updates
+    # Results at the end: `dataset`, `split` or None, `num_utterances`, and any of `METRICS`.
     evaluation: list[dict[str, Any]]
-    versions: dict[str, str]
-    started: str
-    finished: str | None
+    versions: dict[str, str]  # of the libraries; at least of dinosr_hf, torch and transformers
+    started: str  # ISO 8601 with time zone
+    finished: str | None  # None while the run is going on
     hardware: str
 
 
 def time_now() -> str:
-    """The time as `started` and `finished` have it: UTC, to the second."""
+    """Return the time in the format of `started` and `finished`: UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python, of this package and of the libraries that decide what a run does, where installed."""
+    """Return the versions of Python, of this package and of the libraries that determine a run, if installed."""
     versions = {"python": platform.python_version()}
     for name in ("dinosr-hf", "torch", "transformers", "accelerate", "datasets", "peft"):
         try:
@@ -90,64 +63,39 @@ def library_versions() -> dict[str, str]:
 
 
 def describe_hardware(num_processes: int = 1) -> str:
-    """The device of this process, times the number of processes, in a few words."""
+    """Describe the hardware: the device of this process, times the number of processes."""
     if torch.cuda.is_available():
         return f"{num_processes} x {torch.cuda.get_device_name()}"
     return f"CPU ({platform.machine()}), {os.cpu_count()} cores, {num_processes} process(es)"
 
 
 def write_record(folder: str | os.PathLike, record: RunRecord) -> Path:
-    """
-    Write `run.json` into a folder, or over the one there, whole or not at all.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: If a field of the record cannot be so.
-    """
+    """Write `run.json` into a folder, atomically, and return its path. Raises `ValueError` for an invalid field."""
     content = dataclasses.asdict(record)
     _check(content, "This record", is_finished=record.finished is not None)
-    path = Path(folder) / RECORD_NAME
-    aside = path.with_suffix(".unfinished")
-    aside.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    aside.replace(path)
-    return path
+    return write_atomically(Path(folder, RECORD_NAME), json.dumps(content, indent=2, default=str) + "\n")
 
 
 def read_record(folder: str | os.PathLike) -> RunRecord:
-    """
-    Read the record of a finished run.
-
-    Args:
-        folder: Where the run left its model.
-
-    Raises:
-        ValueError: If there is none, the run is not finished, or a field is missing or cannot be so.
-    """
+    """Read the record of a finished run. Raises `ValueError` if there is none, it is unfinished, or invalid."""
     path = Path(folder) / RECORD_NAME
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no {RECORD_NAME}, the record that a run leaves. Give the folder of a run, or the record's"
-            " fields under `run` in the provenance file."
+            f"{folder} has no {RECORD_NAME}, which every run writes. Give the folder of a run, or the record's fields"
+            " under `run` in the provenance file."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Let the run write it again.") from error
+        raise ValueError(f"{path} is not valid JSON ({error}). Run the same command again to rewrite it.") from error
     return record_of(content, str(path))
 
 
 def record_of(content: Any, where: str) -> RunRecord:
     """
-    Take the record of a finished run from what a file has.
+    Build the record of a finished run from the parsed content of a file, whose name is for errors.
 
-    Args:
-        content: As `run.json` has it.
-        where: What to call it in errors.
-
-    Raises:
-        ValueError: If a field is missing or cannot be so; all that is wrong is named.
+    Raises `ValueError` if a field is missing or invalid; the message lists all problems.
     """
     _check(content, where, is_finished=True)
     return RunRecord(**{field.name: content[field.name] for field in dataclasses.fields(RunRecord)})
@@ -155,42 +103,45 @@ def record_of(content: Any, where: str) -> RunRecord:
 
 def _check(content: Any, where: str, *, is_finished: bool) -> None:
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where} must have the fields of a run's record, but holds a {type(content).__name__}.")
+        raise ValueError(f"{where} must be an object with the fields of a run, not a {type(content).__name__}.")
     problems = list(_problems(content, is_finished))
     if problems:
-        raise ValueError(f"{where} is no complete record of a run:\n" + "\n".join(f"- {line}" for line in problems))
+        raise ValueError(f"{where} is not a complete record of a run:\n" + "\n".join(f"- {line}" for line in problems))
+
+
+def _is_list_with(value: Any, *names: str) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) and set(names) <= set(item) for item in value)
 
 
 def _problems(content: Mapping[str, Any], is_finished: bool) -> Iterator[str]:
-    known = {field.name for field in dataclasses.fields(RunRecord)}
-    yield from (f"{name} is no field of it" for name in content if name not in known)
-    missing = known - set(content)
-    yield from (f"{name} is missing" for name in sorted(missing))
-    rules = [
-        ("task", content.get("task") in TASKS, f"must be one of {', '.join(TASKS)}"),
-        ("arguments", isinstance(content.get("arguments"), Mapping), "must be arguments by their names"),
-        ("base_model", isinstance(content.get("base_model"), str | None), "must be a name or null"),
-        ("data", _is_list(content.get("data"), ("name", "split", "hours", "utterances")), _DATA_RULE),
-        ("steps", isinstance(content.get("steps"), int) and content["steps"] >= 0, "must be a number of updates"),
-        ("evaluation", _is_list(content.get("evaluation"), ("dataset", "split", "num_utterances")), _EVALUATION_RULE),
-        ("versions", isinstance(content.get("versions"), Mapping), "must be versions by the libraries' names"),
-        ("started", _is_time(content.get("started")), "must be a time, such as 2026-11-25T09:00:00+00:00"),
-        ("hardware", bool(content.get("hardware")), "must say what the run ran on"),
-    ]
-    yield from (f"{name} {allowed}" for name, holds, allowed in rules if not holds and name not in missing)
-    if is_finished and "finished" not in missing and not _is_time(content["finished"]):
-        yield "finished is not a time: the run was not seen to its end. Finish it"
-    for entry in content.get("evaluation") or ():
+    known = [field.name for field in dataclasses.fields(RunRecord)]
+    missing = [name for name in sorted(known) if name not in content]
+    yield from (f"{name} is not a known field" for name in content if name not in known)
+    yield from (f"{name} is missing" for name in missing)
+    values: dict[str, Any] = {**dict.fromkeys(known), **content}
+    steps, evaluation = values["steps"], values["evaluation"]
+    rules = {
+        "task must be one of " + ", ".join(TASKS): values["task"] in TASKS,
+        "arguments must map names to values": isinstance(values["arguments"], Mapping),
+        "base_model must be a name or null": isinstance(values["base_model"], str | None),
+        "data must be a list, each with name, split, hours and utterances": _is_list_with(
+            values["data"], "name", "split", "hours", "utterances"
+        ),
+        "steps must be a number of updates": isinstance(steps, int) and steps >= 0,
+        "evaluation must be a list, each with dataset, split and num_utterances": _is_list_with(
+            evaluation, "dataset", "split", "num_utterances"
+        ),
+        "versions must map libraries to versions": isinstance(values["versions"], Mapping),
+        "started must be a time, such as 2026-11-25T09:00:00+00:00": _is_time(values["started"]),
+        "finished is not a time: the run did not finish. Run the same command again to finish it": (
+            not is_finished or _is_time(values["finished"])
+        ),
+        "hardware must not be empty": bool(values["hardware"]),
+    }
+    yield from (text for text, holds in rules.items() if not holds and text.split()[0] not in missing)
+    for entry in evaluation or ():
         unknown = set(entry) - {"dataset", "split", "num_utterances", *METRICS} if isinstance(entry, Mapping) else ()
-        yield from (f"evaluation has {name}, which is none of {', '.join(METRICS)}" for name in sorted(unknown))
-
-
-_DATA_RULE = "must be a list, each with name, split, hours and utterances"
-_EVALUATION_RULE = "must be a list, each with dataset, split and num_utterances"
-
-
-def _is_list(value: Any, names: tuple[str, ...]) -> bool:
-    return isinstance(value, list) and all(isinstance(item, Mapping) and set(names) <= set(item) for item in value)
+        yield from (f"evaluation has {name}, which is not one of {', '.join(METRICS)}" for name in sorted(unknown))
 
 
 def _is_time(value: Any) -> bool:

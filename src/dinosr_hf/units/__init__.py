@@ -1,28 +1,11 @@
-"""Acoustic units: of a corpus, of hours-long recordings, of a live signal; by k-means; features of layers as files."""
+"""Units of a corpus, of a live signal, by codebooks or k-means; features of layers as files; baseline models."""
 
 from .baseline_models import BaselineExtractor, load_baseline
-from .certainty import ScoredUnits, scored_units
-from .corpus import UnitCorpus, deduplicate, load_units
-from .extraction import UnitExtractor, Units, has_codebooks, load_model
+from .corpus import UnitCorpus, load_units
+from .extraction import LayerKMeans, UnitExtractor, Units, fit_layer_kmeans, has_codebooks, load_model, scored_units
 from .features import FEATURE_FORMATS, FeatureFiles
-from .kmeans import LayerKMeans, fit_kmeans
 from .live import UnitStreamer
 
-__all__ = [
-    "has_codebooks",
-    "load_model",
-    "UnitExtractor",
-    "Units",
-    "ScoredUnits",
-    "scored_units",
-    "UnitCorpus",
-    "deduplicate",
-    "load_units",
-    "FeatureFiles",
-    "FEATURE_FORMATS",
-    "LayerKMeans",
-    "fit_kmeans",
-    "UnitStreamer",
-    "BaselineExtractor",
-    "load_baseline",
-]
+__all__ = ["UnitExtractor", "Units", "has_codebooks", "load_model", "scored_units"]
+__all__ += ["UnitCorpus", "load_units", "FeatureFiles", "FEATURE_FORMATS", "LayerKMeans", "fit_layer_kmeans"]
+__all__ += ["UnitStreamer", "BaselineExtractor", "load_baseline"]

@@ -1,143 +1,86 @@
 """
-Units of a corpus on disk: shards that are whole or not there, so that a run goes on wherever it was killed.
+Units of a corpus on disk, in shards that are written atomically, so that a run resumes wherever it was killed.
 
-A shard is written under another name, flushed to the disk and renamed. What is done is what stands in the shards, and
-nothing else; a recording belongs to one process, whatever is done already. So no line comes twice, none is lost and
-none is half.
-
-`T` frames, `L` layers.
+The shards are the only record of what is done, and each recording belongs to one process, whatever is done already. So
+no line is duplicated, lost or truncated.
 """
 
-from __future__ import annotations
-
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 from filelock import BaseFileLock, FileLock, Timeout
-from numpy.typing import NDArray
 
+from ..analysis.segmentation import find_runs
 from ..data import SAMPLING_RATE, SpeechSource
 from ..utils.extras import import_extra
-from .extraction import Progress, UnitExtractor, Units
-from .kmeans import LayerKMeans
+from ..utils.files import TEMPORARY_PREFIX, atomic_file, write_atomically
+from .extraction import LayerKMeans, Progress, UnitExtractor, Units
 
 FORMATS = ("jsonl", "parquet")
 
-_ASIDE = ".unfinished-"
 
-
-def deduplicate(codes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """
-    Runs of a unit as one; `numpy.repeat` of what is returned gives the codes back.
-
-    Args:
-        codes: int64 (T,).
-
-    Returns:
-        Units int64 (U,), no two alike in a row, and their durations in frames, int64 (U,).
-    """
-    starts = np.flatnonzero(np.diff(codes, prepend=codes[:1] - 1))
-    return codes[starts], np.diff(starts, append=len(codes))
-
-
-def replace_whole(path: Path, content: bytes) -> None:
-    """Write a file that is whole on the disk or, whenever the process or the machine stops, as it was before."""
-    aside = path.with_name(f"{_ASIDE}{path.name}")
-    with open(aside, "wb") as file:
-        file.write(content)
-    rename_whole(aside, path)
-
-
-def rename_whole(aside: Path, path: Path) -> None:
-    """Flush a file that was written aside to the disk, and only then give it its name."""
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
-    if os.name != "nt":  # where a folder cannot be opened, its entries need no flush
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    write_atomically(file, json.dumps(content, indent=2) + "\n")
 
 
 def write_left_out(folder: Path, process: int, unreadable: dict[str, str]) -> None:
-    """Id -> message of what a process could not read, into `left_out-000.json`; no file if there is nothing."""
+    """Write id -> error message of a process's unreadable recordings to `left_out-000.json`; no file if none is."""
     file = folder / f"left_out-{process:03}.json"
+    file.unlink(missing_ok=True)  # of an earlier run
     if unreadable:
-        replace_whole(file, (json.dumps(unreadable, indent=2) + "\n").encode())
-    else:
-        file.unlink(missing_ok=True)  # of an earlier run
+        _write_json(file, unreadable)
 
 
 def share_of(recordings: SpeechSource, process: int, num_processes: int) -> list[int]:
-    """Indices of the recordings of a process: dealt by length, so that all have about as much audio."""
+    """Return the indices of a process's recordings, dealt by length so that all processes get about as much audio."""
     order = sorted(range(len(recordings)), key=lambda index: -recordings.utterances[index].num_samples)
-    mine = []
-    for place, index in enumerate(order):
-        number, seat = divmod(place, num_processes)
-        if process == (seat if number % 2 == 0 else num_processes - 1 - seat):  # there and back again
-            mine.append(index)
-    return mine
-
-
-def _read_shard(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
-    else:
-        yield from import_extra("pyarrow.parquet", "train").read_table(path).to_pylist()
+    owners = cycle([*range(num_processes), *reversed(range(num_processes))])
+    return [index for index, owner in zip(order, owners, strict=False) if owner == process]
 
 
 def _ids_of(path: Path) -> list[str]:
     if path.suffix == ".jsonl":
-        return [row["id"] for row in _read_shard(path)]
+        with open(path, encoding="utf-8") as lines:
+            return [json.loads(line)["id"] for line in lines]
     return import_extra("pyarrow.parquet", "train").read_table(path, columns=["id"])["id"].to_pylist()
 
 
 def shards_of(folder: str | Path) -> list[Path]:
-    """The shards of a folder in order, of all processes."""
+    """Return the shards of a folder, of all processes, in order."""
     return sorted(path for path in Path(folder).glob("units-*-*.*") if path.suffix[1:] in FORMATS)
 
 
 def load_units(folder: str | Path) -> Any:
     """
-    What `UnitCorpus` has written, as a `datasets.Dataset` with a row for each recording.
+    Open a folder that `UnitCorpus` wrote as a `datasets.Dataset` with one row per recording.
 
-    Raises:
-        ValueError: If the folder has no shards.
-        ImportError: Without `datasets`.
+    Raises `ValueError` if it has no shards, `ImportError` if `datasets` is not installed.
     """
     shards = [str(path) for path in shards_of(folder)]
     if not shards:
-        raise ValueError(f"{folder} has no units. Give a folder that examples/extract_units.py has written.")
+        raise ValueError(f"{folder} has no units. Give a folder that examples/extract_units.py wrote.")
     dataset = import_extra("datasets", "train").Dataset
     return dataset.from_json(shards) if shards[0].endswith(".jsonl") else dataset.from_parquet(shards)
 
 
 class UnitCorpus:
     """
-    A folder of units, which several processes write together, and which can be gone on with.
+    A folder of units that several processes write together, and that a later run can continue.
 
-    Call `open` in the main process before any other touches the folder, then `write` in each, then `finish` in the
-    main process.
+    Call `open` in the main process before any other process uses the folder, then `write` in each process, then
+    `finish` in the main process. Raises `ValueError` if the format is unknown or a number is out of range.
 
     Args:
-        folder: Made if it does not exist.
-        settings: What the units depend on; a folder has units of the same settings only.
+        folder: Path of the folder; created if it does not exist.
+        settings: Settings that the units depend on; a folder only has units of the same settings.
         form: "jsonl" or "parquet".
-        deduplicate: Whether runs of a unit are one, with a duration in frames.
-        shard_seconds: Audio of a shard: what a kill can cost.
-        process: Number of this process.
-        num_processes: How many write.
-
-    Raises:
-        ValueError: For another format, or numbers that cannot be.
+        deduplicate: Whether to merge runs of a unit into one, with its duration in frames.
+        shard_seconds: Seconds of audio per shard, which is the most that a kill can cost.
+        process: Index of this process.
+        num_processes: Number of processes that write.
     """
 
     def __init__(
@@ -166,10 +109,9 @@ class UnitCorpus:
 
     def open(self) -> Self:
         """
-        Make the folder, or see that it can be gone on with. In the main process, before the others go on.
+        Create the folder, or check that it can be continued. Call this in the main process before the others write.
 
-        Raises:
-            ValueError: If another run is writing into the folder, or its units are of other settings.
+        Raises `ValueError` if another run is writing to the folder, or its units have other settings.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._acquire(self._lock)
@@ -177,18 +119,17 @@ class UnitCorpus:
             if other != Path(self._lock.lock_file):
                 self._acquire(FileLock(other)).release()  # a process that outlived the rest of its run
         file = self.folder / "settings.json"
-        if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            for name in {**before, **self._settings}:
-                if before.get(name) != self._settings.get(name):
-                    self._lock.release()
-                    raise ValueError(
-                        f"{self.folder} has units with {name}={before.get(name)!r}, and now it is"
-                        f" {self._settings.get(name)!r}. Go on with the same settings, or give another folder."
-                    )
-        for leftover in [*self.folder.glob(f"{_ASIDE}*"), *self.folder.glob("left_out-*.json")]:
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self._settings
+        for name in {**before, **self._settings}:
+            if before.get(name) != self._settings.get(name):
+                self._lock.release()
+                raise ValueError(
+                    f"{self.folder} has units with {name}={before.get(name)!r}, but this run has"
+                    f" {name}={self._settings.get(name)!r}. Use the same settings, or another folder."
+                )
+        for leftover in [*self.folder.glob(f"{TEMPORARY_PREFIX}*"), *self.folder.glob("left_out-*.json")]:
             leftover.unlink()
-        replace_whole(file, (json.dumps(self._settings, indent=2) + "\n").encode())
+        _write_json(file, self._settings)
         return self
 
     def _acquire(self, lock: BaseFileLock) -> BaseFileLock:
@@ -197,24 +138,22 @@ class UnitCorpus:
         except Timeout as error:
             self._lock.release()
             raise ValueError(
-                f"{self.folder} is being written by another run ({Path(lock.lock_file).name}). Wait for it, or stop"
-                " all of its processes."
+                f"Another run is writing to {self.folder} ({Path(lock.lock_file).name} is locked). Wait for it, or"
+                " stop all of its processes."
             ) from error
         return lock
 
     def __enter__(self) -> Self:
         return self.open()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._lock.release()
 
     def todo(self, recordings: SpeechSource) -> list[int]:
-        """Indices of this process's recordings that no shard has yet."""
+        """Return the indices of this process's recordings that are in no shard yet."""
         done = {name for path in shards_of(self.folder) for name in _ids_of(path)}
-        mine = share_of(recordings, self._process, self._num_processes)
-        return [index for index in mine if recordings.utterances[index].id not in done]
+        share = share_of(recordings, self._process, self._num_processes)
+        return [index for index in share if recordings.utterances[index].id not in done]
 
     def write(
         self,
@@ -225,83 +164,62 @@ class UnitCorpus:
         on_progress: Progress = None,
     ) -> int:
         """
-        Extract what is still to do of this process's share, shard by shard.
+        Extract this process's recordings that are still to do, shard by shard, and return their number.
 
-        What is there when something goes wrong, Ctrl-C too, is written before the error goes on.
-
-        Args:
-            extractor: Makes the units.
-            recordings: All of them, for every process.
-            kmeans: As for `UnitExtractor.units`.
-            on_progress: As for `UnitExtractor.units`.
-
-        Returns:
-            Recordings written.
-
-        Raises:
-            ValueError: If another run's process of the same number is writing; and as `UnitExtractor.units`.
+        When an error or Ctrl-C interrupts it, the units so far are written before the exception is raised again. The
+        arguments are those of `UnitExtractor.units`. Raises `ValueError` if another run writes with the same index.
         """
         if not self._lock.is_locked:
             self._acquire(self._lock)
         indices = self.todo(recordings)
         lengths = dict(recordings.utterances[index] for index in indices)
         rows: list[dict[str, Any]] = []
-        num_samples = num_written = 0
+        num_samples = 0
         try:
             for found in extractor.units(recordings, kmeans=kmeans, indices=indices, on_progress=on_progress):
                 rows.append(self._row(found, extractor.layers))
                 num_samples += lengths[found.id]
                 if num_samples >= self._shard_samples:
                     shard, rows, num_samples = rows, [], 0
-                    num_written += self._write_shard(shard, extractor.layers)
+                    self._write_shard(shard)
         finally:
-            num_written += self._write_shard(rows, extractor.layers)
+            self._write_shard(rows)
         write_left_out(self.folder, self._process, extractor.unreadable)
-        return num_written
+        return len(indices) - len(extractor.unreadable)
 
     def _row(self, found: Units, layers: Sequence[int]) -> dict[str, Any]:
         row: dict[str, Any] = {"id": found.id}
         for layer, codes in zip(layers, found.codes, strict=True):
             suffix = f"_{layer}" if len(layers) > 1 else ""
             if self._deduplicate:
-                units, durations = deduplicate(codes)
-                row |= {f"units{suffix}": units.tolist(), f"durations{suffix}": durations.tolist()}
+                starts, durations = find_runs(codes)
+                row |= {f"units{suffix}": codes[starts].tolist(), f"durations{suffix}": durations.tolist()}
             else:
                 row[f"units{suffix}"] = codes.tolist()
         return row
 
-    def _write_shard(self, rows: list[dict[str, Any]], layers: Sequence[int]) -> int:
+    def _write_shard(self, rows: list[dict[str, Any]]) -> None:
         if not rows:
-            return 0
-        mine = f"units-{self._process:03}"
-        numbers = [int(path.stem.rpartition("-")[2]) for path in shards_of(self.folder) if path.name.startswith(mine)]
-        path = self.folder / f"{mine}-{max(numbers, default=-1) + 1:06}.{self._form}"
-        aside = path.with_name(f"{_ASIDE}{path.name}")
+            return
+        stem = f"units-{self._process:03}"
+        numbers = [int(path.stem.rpartition("-")[2]) for path in shards_of(self.folder) if path.name.startswith(stem)]
+        path = self.folder / f"{stem}-{max(numbers, default=-1) + 1:06}.{self._form}"
         if self._form == "jsonl":
-            with open(aside, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        else:
-            pyarrow = import_extra("pyarrow", "train")
-            kinds = {name: pyarrow.string() if name == "id" else pyarrow.list_(pyarrow.int32()) for name in rows[0]}
-            table = pyarrow.Table.from_pylist(rows, pyarrow.schema(kinds.items()))
-            import_extra("pyarrow.parquet", "train").write_table(table, aside)
-        rename_whole(aside, path)
-        return len(rows)
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+            return
+        pyarrow, parquet = (import_extra(name, "train") for name in ("pyarrow", "pyarrow.parquet"))
+        types = {name: pyarrow.string() if name == "id" else pyarrow.list_(pyarrow.int32()) for name in rows[0]}
+        with atomic_file(path) as temporary:
+            parquet.write_table(pyarrow.Table.from_pylist(rows, pyarrow.schema(types.items())), temporary)
 
     def finish(self, extractor: UnitExtractor, recordings: SpeechSource, num_units: int) -> dict[str, Any]:
         """
-        Write `summary.json`: what there is, and what was left out and why. In the main process, after all others.
+        Write `summary.json`, with what was left out and why, and return its content.
 
-        Args:
-            extractor: That made the units.
-            recordings: All of them.
-            num_units: Different units that there could be.
-
-        Returns:
-            What is in the file.
+        Call this in the main process after all others are done. `num_units` is the number of possible units.
         """
-        left_out = {name: reason for reason, names in recordings.skipped.items() for name in names}
-        left_out = {name: reason for name, reason in left_out.items() if reason != "hidden"}
+        skipped = recordings.skipped.items()
+        left_out = {name: reason for reason, names in skipped if reason != "hidden" for name in names}
         for file in sorted(self.folder.glob("left_out-*.json")):
             left_out |= json.loads(file.read_text(encoding="utf-8"))
         shards = shards_of(self.folder)
@@ -316,5 +234,5 @@ class UnitCorpus:
             "files": [path.name for path in shards],
             "left_out": left_out,
         }
-        replace_whole(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        _write_json(self.folder / "summary.json", summary)
         return summary

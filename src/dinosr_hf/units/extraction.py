@@ -1,49 +1,53 @@
 """
-Recordings of any length to units, or to the features of layers.
+Units and features of recordings of any length, by codebooks or by k-means.
 
-`S` samples at 16 kHz, `T` frames, `D` hidden size, `L` layers.
+`B` batch, `S` samples at 16 kHz, `T` frames, `D` hidden size, `L` layers, `K` clusters.
 """
 
-from __future__ import annotations
-
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from transformers import PreTrainedConfig
 
-from ..data import SpeechSource
-from ..inference.windowed import DTYPES, WindowedInference, mean_and_variance, pad_batch
+from ..analysis.kmeans import MAX_FRAMES, KMeans, fit_kmeans
+from ..data import SAMPLING_RATE, SpeechSource
+from ..inference.windowed import DTYPES, RunningMoments, WindowedInference, pad_batch
 from ..model.configuration_dinosr import DinoSRConfig
-from ..model.modeling_dinosr import DinoSRForPreTraining
-from ..model.units_dinosr import check_layers, check_source
+from ..model.modeling_dinosr import DinoSRForPreTraining, check_layers, check_source
+from ..utils.command_line import argument_errors
+from ..utils.extras import import_extra
+from ..utils.files import atomic_file
 from ..utils.model_folder import open_config
-from .kmeans import LayerKMeans
 
 Progress = Callable[[float], Any] | None
 
-# Rows of a recording that are on the model's device at once, after the model.
-_ROWS_AT_ONCE = 10_000
-
 
 class Units(NamedTuple):
-    """
-    Units of a recording.
-
-    Attributes:
-        id: Of the recording.
-        codes: int64 (L, T), one a frame and layer.
-    """
+    """Units of the recording `id`: `codes` int64 (L, T), one per layer and frame."""
 
     id: str
     codes: NDArray[np.int64]
 
 
+class ScoredUnits(NamedTuple):
+    """Units of the recording `id` in one layer, with scores of which higher is surer, see `scored_units`."""
+
+    id: str
+    codes: NDArray[np.int64]  # (T,)
+    scores: NDArray[np.float32]  # (T,)
+
+
 def has_codebooks(config: PreTrainedConfig) -> bool:
-    """Whether it is the configuration of a pre-training checkpoint, which has teacher and codebooks."""
+    """Return whether a configuration is that of a pre-training checkpoint, which has a teacher and codebooks."""
     return config.model_type == DinoSRConfig.model_type and "DinoSRForPreTraining" in (config.architectures or ())
 
 
@@ -51,99 +55,102 @@ def load_model(
     name: str | Path, *, device: str | torch.device = "cpu", dtype: str = "float32"
 ) -> DinoSRForPreTraining:
     """
-    A pre-training checkpoint, in evaluation mode.
+    Load a pre-training checkpoint from a folder or the Hub, in evaluation mode.
 
-    Args:
-        name: Folder, or name on the Hub.
-        device: Where the model runs.
-        dtype: "float32", "bfloat16" or "float16"; codebooks are float32 in any case.
-
-    Raises:
-        ValueError: If it is no pre-training checkpoint, or for another dtype.
+    `dtype` is "float32", "bfloat16" or "float16"; the codebooks stay in float32. Raises `ValueError` if it is another,
+    or the model is not a pre-training checkpoint.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
-    config = open_config(name, "Give the folder that pre-training leaves.")
+    config = open_config(name, "Give the folder that pre-training wrote.")
     if not has_codebooks(config):
-        kinds = config.architectures or ["nothing known"]
+        kinds = ", ".join(config.architectures or ["no known architecture"])
         raise ValueError(
-            f"{name} has {', '.join(kinds)}, but units come from a DinoSRForPreTraining, which has teacher and"
-            " codebooks. Give the folder that pre-training leaves."
+            f"{name} has {kinds}, but units come from a DinoSRForPreTraining, which has a teacher and codebooks. Give"
+            " the folder that pre-training wrote."
         )
     model: Any = DinoSRForPreTraining.from_pretrained(name, dtype=DTYPES[dtype])
     return model.to(device).eval()
 
 
-def normalize_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """
-    Instance norm in place, piece by piece: zero mean and unit variance over time (paper, Section 3.1).
+def _chunks(rows: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    """Views of at most 10,000 of the rows (T, ...), which may be a memory-mapped file; one empty view if T is 0."""
+    return (rows[start : start + 10_000] for start in range(0, max(1, len(rows)), 10_000))
 
-    Args:
-        rows: float32 (T, ...); may be a file in memory.
 
-    Returns:
-        The same array.
-    """
-    pieces = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(rows), _ROWS_AT_ONCE)]
-    mean, variance = mean_and_variance(rows[piece] for piece in pieces)
-    factor = 1 / np.sqrt(variance + 1e-5)
-    for piece in pieces:
-        rows[piece] = (rows[piece] - mean) * factor
-    return rows
+def _normalize_rows(rows: NDArray[np.float32]) -> None:
+    """Normalise rows (T, ...) to zero mean and unit variance over time (paper, Section 3.1), in place."""
+    moments = RunningMoments(parts=_chunks(rows))
+    for chunk in _chunks(rows):
+        chunk[:] = (chunk - moments.mean) * (1 / np.sqrt(moments.variance + 1e-5))
+
+
+@dataclass(frozen=True)
+class LayerKMeans(KMeans):
+    """Clusters of the features of a transformer layer, counted from 1, of the `source` "student" or "teacher"."""
+
+    layer: int
+    source: str
+
+    def save(self, file: str | Path) -> Path:
+        """Write a safetensors file atomically, and return its path."""
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"kmeans": json.dumps({"layer": self.layer, "source": self.source})}
+        with atomic_file(file) as temporary:
+            save_file({"centroids": np.ascontiguousarray(self.centroids)}, temporary, metadata=metadata)
+        return file
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self:
+        """Read a file that `save` wrote. Raises `ValueError` for any other file."""
+        advice = f"{file} is not a k-means file. Give a file that examples/fit_kmeans.py wrote: "
+        with argument_errors(advice, (OSError, SafetensorError, KeyError)), safe_open(file, "numpy") as opened:
+            about = json.loads((opened.metadata() or {})["kmeans"])
+            kmeans = cls(opened.get_tensor("centroids"), about["layer"], about["source"])
+        return kmeans
+
+
+def _without_padding(rows: torch.Tensor, num_frames: Sequence[int]) -> list[np.ndarray]:
+    """Cut rows (B, T, ...) of a batch to the frames of each recording."""
+    return [row[:length] for row, length in zip(rows.cpu().numpy(), num_frames, strict=True)]
 
 
 class UnitExtractor:
     """
-    A model with all that it needs from recordings to units.
+    Extracts units or features from recordings.
 
-    A recording longer than a window is cut into windows with context (`recordings`), its samples normalised by mean
-    and variance of the whole; the teacher's output is normalised over the whole recording too, once all its windows
-    are there.
+    A recording longer than a window is cut into windows with context (`WindowedInference`), and its samples are
+    normalised by its mean and variance. The teacher's output is normalised over the complete recording too. Raises
+    `ValueError` if the model has no such layer, or the source or a number of seconds is out of range.
 
     Args:
-        model: In any precision, on any device; put into evaluation mode.
-        layers: Transformer layers, the lowest is 1; for units those that have a codebook.
+        model: In any precision, on any device; it is put into evaluation mode.
+        layers: Numbers of transformer layers, from 1; units by codebook need layers that have one.
         source: "student" or "teacher", see `DinoSRForPreTraining.encode_units`.
-        window_seconds: Audio that the model sees at once, at most, context included.
-        context_seconds: Audio on each side of a part of a recording that is longer than a window.
-        batch_seconds: Audio of a batch, padding included; a longer window is a batch of its own. With
-            `reference_padding` every one is.
-
-    Raises:
-        ValueError: If the model has no such layer, there is no such source, or a number of seconds cannot be.
+        windows: `window_seconds`, `context_seconds` and `batch_seconds` of `WindowedInference`. If the model has
+            `reference_padding`, a batch is one window.
     """
 
     def __init__(
-        self,
-        model: DinoSRForPreTraining,
-        *,
-        layers: Sequence[int] = (5,),
-        source: str = "student",
-        window_seconds: float = 30.0,
-        context_seconds: float = 5.0,
-        batch_seconds: float = 120.0,
+        self, model: DinoSRForPreTraining, *, layers: Sequence[int] = (5,), source: str = "student", **windows: float
     ) -> None:
         check_source(source)
-        self.model, self.config = model.eval(), model.config
+        self.model, self.config, self.source = model.eval(), model.config, source
         self.layers = check_layers(model.config, layers, with_codebooks=False)
-        self.source = source
-        self._runner = WindowedInference(
-            model.config,
-            window_seconds=window_seconds,
-            context_seconds=context_seconds,
-            # With the authors' padding, what comes out depends on the batch: then each recording is one by itself.
-            batch_seconds=2 * self.frame_seconds if model.config.reference_padding else batch_seconds,
-        )
+        if model.config.reference_padding:  # features depend on the batch: process each recording alone
+            windows["batch_seconds"] = 2 * self.frame_seconds
+        self._runner = WindowedInference(model.config, normalizes=True, **windows)
 
     @property
     def unreadable(self) -> dict[str, str]:
-        """Id -> message of recordings that could not be read, filled by `units` and `features`."""
+        """Id -> error message of the recordings that the last `units` or `features` could not read."""
         return self._runner.unreadable
 
     @property
     def frame_seconds(self) -> float:
         """Seconds from one unit to the next: 0.02 for the base model."""
-        return self.config.inputs_to_logits_ratio / 16_000
+        return self.config.inputs_to_logits_ratio / SAMPLING_RATE
 
     def units(
         self,
@@ -154,51 +161,51 @@ class UnitExtractor:
         on_progress: Progress = None,
     ) -> Iterator[Units]:
         """
-        Units of all recordings, the longest first; those that cannot be read are left out and stand in `unreadable`.
+        Extract the units of recordings, the longest first, each as soon as they are complete.
+
+        Recordings that cannot be read are skipped with a warning and listed in `unreadable`; one shorter than a frame
+        has no codes.
 
         Args:
             recordings: As `open_source` or `open_recordings` opens them.
-            kmeans: Its clusters are the units, instead of codewords; for its own layer and source only.
-            indices: Of the recordings to take; None: all.
-            on_progress: Called after each batch with the seconds of audio, without context, that it was.
-
-        Yields:
-            `Units`, each recording's as soon as they are there; of none shorter than a frame.
-
-        Raises:
-            ValueError: If a layer has no codebook, or k-means is of another layer or source.
+            kmeans: Clusters of the extractor's layer and source (else `ValueError`) to use as units; None: codewords,
+                which every layer must have.
+            indices: Indices of the recordings to process; None: all.
+            on_progress: Called after each batch with its seconds of audio, without context.
         """
         if kmeans is not None:
-            kmeans.check(self.layers, self.source, self.config.hidden_size)
+            dimensions = (kmeans.centroids.shape[1], self.config.hidden_size)
+            if self.layers != [kmeans.layer] or self.source != kmeans.source or dimensions[0] != dimensions[1]:
+                raise ValueError(
+                    f"k-means is of layer {kmeans.layer} of the {kmeans.source} with {dimensions[0]} dimensions, but"
+                    f" units were asked for of layers {self.layers} of the {self.source} with {dimensions[1]}. Use it"
+                    " with the layer, source and model that it was fitted on."
+                )
         else:
             check_layers(self.config, self.layers, with_codebooks=True)
-        is_whole = self.source == "student"  # else the units wait for the mean of the whole recording
-        compute = self._features if not is_whole else self._codes if kmeans is None else self._clusters(kmeans)
+        if self.source == "teacher":  # its units wait for the mean and variance of the complete recording
+            for name, features in self.features(recordings, indices=indices, on_progress=on_progress):
+                yield Units(name, self._nearest(features, kmeans))
+            return
+        compute = partial(self._codes, kmeans=kmeans)
         for index, rows in self._runner.run(recordings, compute, indices=indices, on_progress=on_progress):
-            if rows is None:
-                codes = np.empty((len(self.layers), 0), np.int64)
-            elif is_whole:
-                codes = rows.T.astype(np.int64)
-            else:
-                codes = self._nearest(normalize_rows(rows), kmeans)
-            yield Units(recordings.utterances[index].id, codes)
+            codes = np.empty((0, len(self.layers))) if rows is None else rows
+            yield Units(recordings.utterances[index].id, codes.T.astype(np.int64))
 
     def features(
         self, recordings: SpeechSource, *, indices: Sequence[int] | None = None, on_progress: Progress = None
     ) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """
-        Continuous features of all recordings, as `units` gives units.
+        Extract the continuous features of recordings, float32 (T, L, D) each; the arguments are those of `units`.
 
-        Yields:
-            Id of a recording and its features float32 (T, L, D): of the student the layers' output, of the teacher
-            what the codebooks cluster, normalised over the recording. Hours of them are an array in a file, which
-            goes with the array.
+        Features are the student's layer outputs, or what the teacher's codebooks cluster, normalised over the
+        recording. Hours of features are a memory-mapped temporary file.
         """
         for index, rows in self._runner.run(recordings, self._features, indices=indices, on_progress=on_progress):
             if rows is None:
                 rows = np.empty((0, len(self.layers), self.config.hidden_size), np.float32)
             elif self.source == "teacher":
-                rows = normalize_rows(rows)
+                _normalize_rows(rows)
             yield recordings.utterances[index].id, rows
 
     def _batch(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -206,40 +213,97 @@ class UnitExtractor:
         num_frames = self.config.num_frames(mask.sum(dim=1)).tolist()
         return values.to(self.model.device, self.model.dtype), mask.to(self.model.device), num_frames
 
-    def _codes(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """int32 (T, L) of each wave (S,)."""
-        values, mask, num_frames = self._batch(waves)
-        codes, _ = self.model.encode_units(values, mask, layers=self.layers, source="student")
-        rows = codes.permute(1, 2, 0).int().cpu().numpy()
-        return [row[:length] for row, length in zip(rows, num_frames, strict=True)]
-
     def _layer_features(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
+        """Compute features float32 (B, T, L, D) of waves (S,), and their numbers of frames."""
         values, mask, num_frames = self._batch(waves)
         found = self.model.layer_features(values, mask, self.layers, self.source)
         return found.permute(1, 2, 0, 3).float(), num_frames
 
     def _features(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """float32 (T, L, D) of each wave (S,)."""
-        found, num_frames = self._layer_features(waves)
-        rows = found.cpu().numpy()
-        return [row[:length] for row, length in zip(rows, num_frames, strict=True)]
+        return _without_padding(*self._layer_features(waves))
 
-    def _clusters(self, kmeans: LayerKMeans) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
-        def compute(waves: Sequence[np.ndarray]) -> list[np.ndarray]:
-            found, num_frames = self._layer_features(waves)
-            rows = kmeans.assign(found).int().cpu().numpy()  # (B, T, 1)
-            return [row[:length] for row, length in zip(rows, num_frames, strict=True)]
+    def _codes(self, waves: Sequence[np.ndarray], kmeans: LayerKMeans | None) -> list[np.ndarray]:
+        """Compute the student's units int32 (T, L) of each wave (S,)."""
+        if kmeans is None:
+            values, mask, num_frames = self._batch(waves)
+            codes = self.model.encode_units(values, mask, layers=self.layers, source="student")[0].permute(1, 2, 0)
+        else:
+            features, num_frames = self._layer_features(waves)
+            codes = kmeans.assign(features)
+        return _without_padding(codes.int(), num_frames)
 
-        return compute
-
-    def _nearest(self, rows: NDArray[np.float32], kmeans: LayerKMeans | None) -> NDArray[np.int64]:
-        """Normalised features (T, L, D) to codes (L, T)."""
+    def _nearest(self, features: NDArray[np.float32], kmeans: LayerKMeans | None) -> NDArray[np.int64]:
+        """Assign the teacher's features (T, L, D) to codewords or clusters (L, T)."""
         found = []
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            piece = torch.from_numpy(np.array(rows[start : start + _ROWS_AT_ONCE])).to(self.model.device)
-            if kmeans is None:
-                codes = self.model.teacher_units(piece.transpose(0, 1), self.layers)
-            else:
-                codes = kmeans.assign(piece).T
+        for chunk in _chunks(features):
+            rows = torch.tensor(chunk, device=self.model.device)
+            codes = kmeans.assign(rows).T if kmeans else self.model.teacher_units(rows.transpose(0, 1), self.layers)
             found.append(codes.cpu().numpy())
         return np.concatenate(found, axis=1)
+
+
+@torch.no_grad()
+def scored_units(
+    model: DinoSRForPreTraining,
+    recordings: SpeechSource,
+    *,
+    layer: int = 5,
+    source: str = "student",
+    batch_seconds: float = 120.0,
+    on_progress: Progress = None,
+) -> Iterator[ScoredUnits]:
+    """
+    Extract the units of recordings with their scores, the longest recording first.
+
+    Scores of the student are the probabilities that the layer's head gives the units; those of the teacher minus the
+    distances from its output to the codewords, the root mean square over the D dimensions. The arguments are those of
+    `UnitExtractor` and its `units`, for a single layer, which must have a codebook (else `ValueError`).
+    """
+    check_layers(model.config, [layer], with_codebooks=True)
+    number = layer - model.config.codebook_layers[0]
+    # The student's heads are on top of its last layer.
+    feature_layer = model.config.num_hidden_layers if source == "student" else layer
+    extractor = UnitExtractor(model, layers=[feature_layer], source=source, batch_seconds=batch_seconds)
+    for name, features in extractor.features(recordings, on_progress=on_progress):
+        codes, scores = [], []
+        for chunk in _chunks(features[:, 0]):
+            rows = torch.tensor(chunk, device=model.device)  # (T, D)
+            if source == "student":
+                probabilities = model.heads[number](rows.to(model.dtype)).float().softmax(dim=-1)
+                chunk_scores, chunk_codes = probabilities.max(dim=-1)
+            else:
+                chunk_codes = model.codebooks.assign(rows[None], [number])[0]
+                distances = rows - model.codebooks.codewords[number][chunk_codes]
+                chunk_scores = -distances.square().mean(dim=-1).sqrt()
+            codes.append(chunk_codes.cpu().numpy())
+            scores.append(chunk_scores.cpu().numpy())
+        yield ScoredUnits(name, np.concatenate(codes), np.concatenate(scores))
+
+
+def fit_layer_kmeans(
+    extractor: UnitExtractor,
+    recordings: SpeechSource,
+    num_clusters: int = 100,
+    *,
+    max_frames: int = MAX_FRAMES,
+    seed: int = 0,
+    on_progress: Progress = None,
+) -> LayerKMeans:
+    """
+    Cluster the features of an extractor's single layer with `analysis.kmeans.fit_kmeans`.
+
+    `max_frames` frames are drawn at random from all recordings and kept in memory; `seed` is that of the draw and of
+    k-means. Raises `ValueError` if the extractor has several layers, or there are fewer frames than clusters;
+    `ImportError` if scikit-learn is not installed.
+    """
+    if len(extractor.layers) != 1:
+        raise ValueError(f"k-means clusters a single layer, but layers are {extractor.layers}. Give one layer.")
+    import_extra("sklearn.cluster", "analysis", "K-means")  # fail before the features are computed
+    total = sum(int(extractor.config.num_frames(utterance.num_samples)) for utterance in recordings.utterances)
+    share = min(1.0, max_frames / max(1, total))
+    generator = np.random.default_rng(seed)
+    drawn = [np.empty((0, extractor.config.hidden_size), np.float32)]
+    for _, rows in extractor.features(recordings, on_progress=on_progress):
+        drawn.append(np.array(rows[generator.random(len(rows)) < share, 0]))
+    clusters = fit_kmeans(np.concatenate(drawn), num_clusters, seed, max_frames=max_frames)
+    return LayerKMeans(clusters.centroids, extractor.layers[0], extractor.source)

@@ -1,58 +1,29 @@
-"""
-Continuous features on disk, one array a recording and layer, as tools for ABX and the ZeroSpeech benchmarks read them.
-
-`T` frames, `D` hidden size.
-"""
-
-from __future__ import annotations
+"""Continuous features on disk, one array per recording and layer, in the files that ABX and ZeroSpeech tools read."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from ..data import SpeechSource
 from ..inference.windowed import output_path
-from .corpus import rename_whole, share_of, write_left_out
+from ..utils.files import atomic_file
+from .corpus import share_of, write_left_out
 from .extraction import Progress, UnitExtractor
 
-
-def _save_npy(file: Path, features: NDArray[np.float32]) -> None:
-    with open(file, "wb") as opened:  # a name would get a suffix of its own
-        np.save(opened, features)
-
-
-def _save_safetensors(file: Path, features: NDArray[np.float32]) -> None:
-    save_file({"features": features}, file)
-
-
-FEATURE_FORMATS: dict[str, Callable[[Path, NDArray[np.float32]], None]] = {
-    "npy": _save_npy,
-    "safetensors": _save_safetensors,
-}
-"""Suffix -> function that writes a file."""
+FEATURE_FORMATS = ("npy", "safetensors")
 
 
 class FeatureFiles:
     """
-    A folder with the features float32 (T, D) of each recording and layer in a file of its own, which several processes
-    write together: `layer-5/recording.npy` and so on, under the recording's own folders, without its suffix.
+    A folder with the features of each recording and layer, float32 (frames, hidden size), in a file of its own, such
+    as `layer-5/speaker/recording.npy`; in a safetensors file under the name "features".
 
-    A file is whole or not there, and what is there is not computed again.
+    Files are written atomically, several processes can write together, and existing files are not computed again.
 
-    Args:
-        folder: Made if it does not exist.
-        extractor: Its layers are written.
-        recordings: All of them, for every process.
-        form: One of `FEATURE_FORMATS`.
-        process: Number of this process.
-        num_processes: How many write.
-
-    Raises:
-        ValueError: For another format, or if two recordings would be in the same file.
+    `form` is one of `FEATURE_FORMATS`; the other arguments are those of `UnitCorpus`. Raises `ValueError` if the
+    format is unknown, or two recordings would be written to the same file.
     """
 
     def __init__(
@@ -75,32 +46,26 @@ class FeatureFiles:
         }
         file, count = Counter(paths[0] for paths in self._files.values()).most_common(1)[0]
         if count > 1:
-            raise ValueError(f"{count} recordings would all be written to {file}. Give them names of their own.")
-        self._mine = share_of(recordings, process, num_processes)
+            raise ValueError(f"{count} recordings would all be written to {file}. Give them distinct names.")
+        self._share = share_of(recordings, process, num_processes)
 
     def todo(self) -> list[int]:
-        """Indices of this process's recordings that have not all their files yet."""
+        """Return the indices of this process's recordings that still lack a file."""
         names = [utterance.id for utterance in self._recordings.utterances]
-        return [index for index in self._mine if not all(path.exists() for path in self._files[names[index]])]
+        return [index for index in self._share if not all(path.exists() for path in self._files[names[index]])]
 
     def write(self, *, on_progress: Progress = None) -> int:
-        """
-        Extract what is still to do of this process's share. What cannot be read is listed in `left_out-000.json`.
-
-        Args:
-            on_progress: As for `UnitExtractor.features`.
-
-        Returns:
-            Recordings written.
-        """
-        num_written = 0
-        extractor, save = self._extractor, FEATURE_FORMATS[self._form]
-        for name, features in extractor.features(self._recordings, indices=self.todo(), on_progress=on_progress):
-            for layer, path in enumerate(self._files[name]):
+        """Extract this process's recordings that are still to do, and return their number; see `write_left_out`."""
+        indices = self.todo()
+        for name, features in self._extractor.features(self._recordings, indices=indices, on_progress=on_progress):
+            for position, path in enumerate(self._files[name]):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                aside = path.with_name(f".unfinished-{path.name}")
-                save(aside, np.ascontiguousarray(features[:, layer]))
-                rename_whole(aside, path)
-            num_written += 1
-        write_left_out(self.folder, self._process, extractor.unreadable)
-        return num_written
+                rows = np.ascontiguousarray(features[:, position])
+                with atomic_file(path) as temporary:
+                    if self._form == "npy":
+                        with open(temporary, "wb") as file:  # given a path, numpy.save appends a suffix
+                            np.save(file, rows)
+                    else:
+                        save_file({"features": rows}, temporary)
+        write_left_out(self.folder, self._process, self._extractor.unreadable)
+        return len(indices) - len(self._extractor.unreadable)

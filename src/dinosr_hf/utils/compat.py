@@ -1,4 +1,4 @@
-"""What differs between the releases of transformers that we work with, and from which one on it can go."""
+"""Differences between the releases of transformers that we support, each with the release that ends it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from transformers import PreTrainedModel
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass. Goes when the least transformers is 5.23: the newer name alone."""
+    """Recompute activations in the backward pass. Remove when transformers >= 5.23 is required: only the new name."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()

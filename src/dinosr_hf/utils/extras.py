@@ -1,4 +1,4 @@
-"""Optional packages, imported where they are used, and the one place that says what to install."""
+"""Optional packages, imported where they are used; the error says which extra to install."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ from typing import Any
 
 def import_extra(module: str, extra: str, purpose: str = "This") -> Any:
     """
-    Import a module that only an extra brings.
+    Import a module, by its full name, of an optional package that our `extra` installs.
 
-    Args:
-        module: Its full name.
-        extra: The extra of ours that has it.
-        purpose: What needs it, to begin the error with.
-
-    Raises:
-        ImportError: If it is not installed; the message has the command that installs it.
+    Raises `ImportError` with the command that installs it; `purpose` is the subject of the message, what needs it.
     """
     try:
         return importlib.import_module(module)

@@ -31,13 +31,10 @@ def flush_to_disk(path: str | os.PathLike) -> None:
 
 def temporary_path(path: str | os.PathLike) -> Path:
     """
-    Return the name under which a file or folder is written before it gets its own.
+    Return the path under which a file or folder is written before it gets its own.
 
     The name is short whatever the length of the final one, and always the same, so a killed process leaves at most
     one such file, which the next attempt replaces.
-
-    Args:
-        path: Path of the finished file or folder.
     """
     path = Path(path)
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
@@ -57,13 +54,9 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     Write a file atomically: on the disk it is complete, or as it was before the block.
 
-    Args:
-        path: Path of the file; its folder must exist.
-
-    Yields:
-        Path of an empty temporary file in the same folder, to write to. It is created exclusively, never through a
-        link, with the permissions that the umask leaves. When the block ends it is flushed and renamed to `path`; if
-        the block raises, it is removed.
+    Yields the path of an empty temporary file in the same folder, which must exist, to write to. It is created
+    exclusively, never through a link, with the permissions that the umask leaves. When the block ends it is flushed
+    and renamed to `path`; if the block raises, it is removed.
     """
     path = Path(path)
     temporary = temporary_path(path)
@@ -91,16 +84,10 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> Path:
 @contextlib.contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """
-    Write files into a folder atomically: a new folder appears complete or not at all.
+    Write files into a folder atomically: a new folder, whose parents are created, appears complete or not at all.
 
-    In a folder that exists, each file is replaced atomically when the block ends, and files of other names stay.
-
-    Args:
-        folder: Path of the folder; its parents are created.
-
-    Yields:
-        Path of an empty temporary folder on the same disk, to write files to. If the block raises, it is removed and
-        `folder` is unchanged.
+    Yields the path of an empty temporary folder on the same disk, to write files to. If `folder` exists, each file is
+    replaced atomically when the block ends, and files of other names stay. If the block raises, nothing changes.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -112,31 +99,27 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     permissions = temporary.stat().st_mode & 0o666
     try:
         yield temporary
-        for file in sorted(temporary.iterdir()):
+        files = sorted(temporary.iterdir())
+        for file in files:
             if file.is_file():
                 file.chmod(permissions)  # safetensors makes files that only the owner can read
                 flush_to_disk(file)
         if is_new:
+            flush_to_disk(temporary)
             temporary.rename(folder)
-            flush_to_disk(folder.parent)
         else:
-            for file in sorted(temporary.iterdir()):
+            for file in files:
                 file.replace(folder / file.name)
-            flush_to_disk(folder)
+        flush_to_disk(folder.parent if is_new else folder)
     finally:
         remove(temporary)
 
 
 def claim_output_folder(folder: str | os.PathLike, marker: str) -> Path:
     """
-    Empty a folder for a script's results, or create it; only a folder that the script made before is emptied.
+    Empty a folder for a script's results, or create it, and return its path.
 
-    Args:
-        folder: Path of the folder.
-        marker: Name of the file that marks a folder as the script's.
-
-    Raises:
-        ValueError: If the folder has files and no marker.
+    The file named `marker` marks a folder as the script's; raises `ValueError` for files in a folder without it.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""How many threads a process computes with on a CPU, in training and in extraction."""
+"""Number of CPU threads of a process, in training and in extraction."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ import torch
 
 def set_cpu_threads(num_threads: int, num_processes: int = 1) -> int:
     """
-    Set the threads that torch computes with in this process.
+    Set the number of threads that torch computes with in this process, and return it.
 
-    `accelerate launch` and `torchrun` leave a process one thread, whatever there is, unless they are told otherwise.
-
-    Args:
-        num_threads: How many; 0: this process's share of the cores that it may run on.
-        num_processes: Processes on this machine that share its cores.
-
-    Returns:
-        How many it has now, at least one.
-
-    Raises:
-        ValueError: If `num_threads` is negative.
+    0 is this process's share of the cores that it may run on, which `num_processes` on this machine share. `accelerate
+    launch` and `torchrun` leave a process a single thread otherwise. Raises `ValueError` for negative numbers.
     """
     if num_threads < 0:
-        raise ValueError(f"num_threads={num_threads} must be at least 0, which means a process's share of the cores.")
+        raise ValueError(f"num_threads={num_threads} must be at least 0, where 0 is the process's share of the cores.")
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows

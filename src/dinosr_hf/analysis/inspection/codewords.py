@@ -1,217 +1,111 @@
 """
-What each codeword stands for: its phones, its neighbours, how long it lasts, and its most typical moments.
+What each codeword stands for: its phones, its neighbours, its duration, and its most typical moments.
 
-Recordings are taken in one by one and not kept. `T` frames, `P` phones, `V` codewords, `R` runs.
+Recordings are added one by one and not kept. `T` frames, `P` phones, `V` codewords.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..alignment import Labels, Segment, align_labels, label_name, label_segments
+from ...data import SAMPLING_RATE
+from ...utils.command_line import check_ranges
+from ..alignment import FIELD, STRIDE, Labels, Segment, frame_labels, label_name, label_segments
+from ..quality import check_codes, contingency
+from ..segmentation import find_runs
 
-# The edge of a recording, where a phone or codeword would be.
-EDGE = "(edge)"
+EDGE = "(edge)"  # stands for the neighbour of the first and the last run of a recording
 
-# Runs of so many frames or more count as equally long when typical moments are chosen.
-_LONG_ENOUGH = 3
+_NUM_NEIGHBOURS = 5  # length of the lists of phones and codewords
+_LONG_ENOUGH = 3  # runs of at least so many frames count as equally long when typical moments are chosen
 
 
 class Share(NamedTuple):
-    """A phone or codeword, and its share of all that stand in its place."""
+    """A phone or codeword, and its relative frequency in its position."""
 
     name: str
     share: float
 
 
 class Moment(NamedTuple):
-    """
-    A run of a codeword in a recording.
-
-    Attributes:
-        recording: Id of the recording.
-        first: Its first frame.
-        num_frames: How long it is.
-        score: Mean of its frames' scores; nan without scores.
-    """
+    """A run of a codeword in a recording."""
 
     recording: str
-    first: int
+    first: int  # its first frame
     num_frames: int
-    score: float
+    score: float  # mean over its frames; nan without scores
 
 
 class CodewordSummary(NamedTuple):
-    """
-    What is known of a codeword.
-
-    Attributes:
-        code: Its number.
-        num_frames: Frames that have it.
-        share: Of all frames.
-        num_runs: Runs of it.
-        mean_frames: Of a run.
-        phones: Phones of its frames, the most frequent first; empty without labels.
-        codes_before: Codewords of the runs before its runs, the most frequent first.
-        codes_after: Those behind.
-        phones_before: Phones of the frames before its runs.
-        phones_after: Those behind.
-        moments: The most typical runs, best first.
-    """
+    """Statistics of a codeword; lists begin with the most frequent, and those of phones are empty without labels."""
 
     code: int
     num_frames: int
-    share: float
+    share: float  # of all frames
     num_runs: int
-    mean_frames: float
-    phones: Sequence[Share]
-    codes_before: Sequence[Share]
+    mean_frames: float  # of a run
+    phones: Sequence[Share]  # of its frames
+    codes_before: Sequence[Share]  # of the runs before its runs
     codes_after: Sequence[Share]
-    phones_before: Sequence[Share]
+    phones_before: Sequence[Share]  # of the frames before its runs
     phones_after: Sequence[Share]
-    moments: Sequence[Moment]
+    moments: Sequence[Moment]  # the most typical runs, best first
 
 
-class Example(NamedTuple):
-    """A recording to draw: its id, units (T,), phones and words in seconds; none without labels of them."""
+class ExampleRecording(NamedTuple):
+    """A recording to draw."""
 
     recording: str
-    codes: NDArray[np.int64]
-    phones: Sequence[Segment]
-    words: Sequence[Segment] = ()
+    codes: NDArray[np.int64]  # (T,)
+    phones: Sequence[Segment]  # empty without labels
+    words: Sequence[Segment]
 
 
 class Inspection(NamedTuple):
-    """
-    A codebook on a corpus.
+    """Statistics of a codebook on a corpus."""
 
-    Attributes:
-        codewords: Those in use, by number.
-        counts: int64 (V,), frames of each codeword.
-        table: int64 (P, V), of frames with a label; P is 0 without labels.
-        phones: The P phones, sorted.
-        num_recordings: Recordings with at least a frame.
-        num_labelled: Those with labels.
-        bad_labels: Id -> why its labels were left out.
-        example: The longest of the labelled recordings, else of all, up to a minute.
-    """
-
-    codewords: Sequence[CodewordSummary]
-    counts: NDArray[np.int64]
-    table: NDArray[np.int64]
-    phones: Sequence[str]
-    num_recordings: int
+    codewords: Sequence[CodewordSummary]  # those in use, by number
+    counts: NDArray[np.int64]  # (V,), frames of each codeword
+    table: NDArray[np.int64]  # (P, V), frames with a label; P is 0 without labels
+    phones: Sequence[str]  # P, sorted
+    num_recordings: int  # with at least a frame
     num_labelled: int
-    bad_labels: Mapping[str, str]
-    example: Example | None
+    bad_labels: Mapping[str, str]  # id -> why its labels were ignored
+    example: ExampleRecording  # the longest recording, with labels if there are any, up to a minute
 
 
-class _Counts:
-    """Counts of names (rows, found as they come) by codeword."""
-
-    def __init__(self, num_codes: int) -> None:
-        self._num_codes = num_codes
-        self._rows: dict[str, NDArray[np.int64]] = {}
-
-    def add(self, names: Sequence[str], codes: NDArray[np.int64]) -> None:
-        found, place = np.unique(np.asarray(names, dtype=object).astype(str), return_inverse=True)
-        for row, name in enumerate(found.tolist()):
-            new = np.bincount(codes[place == row], minlength=self._num_codes)
-            self._rows[name] = self._rows.get(name, 0) + new
-
-    def table(self) -> tuple[NDArray[np.int64], list[str]]:
-        names = sorted(self._rows)
-        rows = [self._rows[name] for name in names]
-        return np.array(rows, dtype=np.int64).reshape(len(names), self._num_codes), names
-
-
-def _ranked(counts: NDArray[np.int64], names: Sequence[str], at_most: int) -> list[Share]:
-    """The most frequent first; of equal ones in the order of the names."""
-    order = np.argsort(-counts, kind="stable")[:at_most]
+def _rank(counts: NDArray[np.int64], names: Sequence[str]) -> list[Share]:
+    """The largest shares in descending order, ties in the order of the names."""
+    order = np.argsort(-counts, kind="stable")[:_NUM_NEIGHBOURS]
     return [Share(names[row], float(counts[row] / counts.sum())) for row in order.tolist() if counts[row]]
 
 
-class _Runs(NamedTuple):
-    """The R runs of a recording: code, first frame, number of frames, mean score."""
-
-    codes: NDArray[np.int64]
-    first: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    scores: NDArray[np.float64]
-
-
-def _find_runs(codes: NDArray[np.int64], scores: NDArray[np.float32] | None) -> _Runs:
-    first = np.flatnonzero(np.diff(codes, prepend=codes[0] - 1))
-    lengths = np.diff(first, append=len(codes))
-    means = np.full(len(first), np.nan)
-    if scores is not None:
-        means = np.add.reduceat(np.asarray(scores, dtype=np.float64), first) / lengths
-    return _Runs(codes[first], first, lengths, means)
-
-
-class _Best:
-    """The most typical moments of each codeword so far."""
-
-    def __init__(self, num_codes: int, num_moments: int) -> None:
-        self._num_moments = num_moments
-        self._best: list[list[tuple[tuple[float, ...], Moment]]] = [[] for _ in range(num_codes)]
-
-    def add(self, recording: str, runs: _Runs) -> None:
-        if not self._num_moments:
-            return
-        sure = np.nan_to_num(runs.scores)
-        order = np.lexsort((-runs.lengths, -sure, -np.minimum(runs.lengths, _LONG_ENOUGH)))
-        seen: dict[int, int] = {}
-        for run in order.tolist():
-            code, length = int(runs.codes[run]), int(runs.lengths[run])
-            rank = seen[code] = seen.get(code, -1) + 1
-            if rank >= self._num_moments:
-                continue
-            # The best of each recording come before the second best of any.
-            key = (rank, -min(length, _LONG_ENOUGH), -float(sure[run]), -length)
-            moment = Moment(recording, int(runs.first[run]), length, float(runs.scores[run]))
-            self._best[code].append((key, moment))
-            self._best[code].sort(key=lambda pair: pair[0])
-            del self._best[code][self._num_moments :]
-
-    def of(self, code: int) -> list[Moment]:
-        return [moment for _, moment in self._best[code]]
-
-
-def _check_units(recording: str, codes: ArrayLike, scores: ArrayLike | None, num_codes: int) -> NDArray[np.int64]:
-    array = np.asarray(codes)
-    if array.ndim != 1 or (len(array) and not np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"The units of {recording!r} are {array.dtype} {array.shape}, but must be integers (T,).")
-    if len(array) and not 0 <= array.min() <= array.max() < num_codes:
-        raise ValueError(
-            f"The units of {recording!r} span {array.min()} to {array.max()}, but num_codes={num_codes} allows 0 to"
-            f" {num_codes - 1}. Give the size of the codebook."
-        )
-    if scores is not None and np.shape(scores) != array.shape:
-        raise ValueError(f"{recording!r} has {len(array)} units and {len(np.asarray(scores))} scores: give one each.")
-    return array.astype(np.int64)
+def _sort_key(moment: Moment) -> tuple[float, ...]:
+    """The most typical moments come first: those that are long enough, sure, and long."""
+    score = 0.0 if math.isnan(moment.score) else moment.score
+    return -min(moment.num_frames, _LONG_ENOUGH), -score, -moment.num_frames
 
 
 class CodewordInspector:
     """
-    Takes in recordings, and tells of each codeword what it stands for.
+    Collects the statistics of each codeword over recordings. Raises `ValueError` if a number is out of range.
 
     Args:
         num_codes: V.
-        labels: Phones by recording id, or by the name of its file with or without suffix, as `alignment.read_labels`
-            gives them; recordings without labels count for everything else. None: no phones.
-        words: The same of words, which are drawn and not counted. None: no words.
-        step_seconds: Length of a step, for labels that are one a step.
+        labels: Phones by recording id, or file name with or without suffix, as `read_alignments` returns them;
+            recordings without labels count for everything else. None: no phones.
+        words: Words in the same form, which are drawn and not counted. None: no words.
+        step_seconds: Length of a step of fixed-rate labels.
         stride: Samples from one frame to the next (`config.inputs_to_logits_ratio`).
         field: Samples that a frame sees (`config.receptive_field`).
-        num_moments: Typical moments of each codeword to keep.
-
-    Raises:
-        ValueError: If a number is out of range.
+        num_moments: Number of typical moments to keep for each codeword.
     """
 
     def __init__(
@@ -221,134 +115,138 @@ class CodewordInspector:
         labels: Mapping[str, Labels] | None = None,
         words: Mapping[str, Labels] | None = None,
         step_seconds: float = 0.01,
-        stride: int = 320,
-        field: int = 400,
+        stride: int = STRIDE,
+        field: int = FIELD,
         num_moments: int = 5,
     ) -> None:
-        if num_codes < 1:
-            raise ValueError(f"num_codes={num_codes} is out of range: it must be at least 1.")
-        if num_moments < 0:
-            raise ValueError(f"num_moments={num_moments} is out of range: it must be at least 0.")
-        self._num_codes, self._labels, self._words = num_codes, labels, words
+        rules = [(num_codes >= 1, "num_codes", num_codes, "at least 1")]
+        check_ranges([*rules, (num_moments >= 0, "num_moments", num_moments, "at least 0")])
+        self._num_codes, self._labels, self._words = num_codes, labels or {}, words or {}
+        self._has_labels = labels is not None
         self._step_seconds, self._stride, self._field = step_seconds, stride, field
-        self._frames, self._runs = np.zeros((2, num_codes), np.int64)
-        # The last row and column are the edges of recordings.
+        self._frames = np.zeros(num_codes, np.int64)
+        # Counts of consecutive runs; the last row and column are the edges of recordings.
         self._pairs = np.zeros((num_codes + 1, num_codes + 1), np.int64)
-        self._phones, self._before, self._after = (_Counts(num_codes) for _ in range(3))
-        self._best = _Best(num_codes, num_moments)
+        # Counts (3, V) of each phone: of frames, and of the frames before and after runs.
+        self._phones: dict[str, NDArray[np.int64]] = {}
+        # The best moments of each codeword so far, with the keys that they are sorted by.
+        self._best: list[list[tuple[tuple[float, ...], Moment]]] = [[] for _ in range(num_codes)]
+        self._num_moments = num_moments
         self._num_recordings = self._num_labelled = 0
         self._bad_labels: dict[str, str] = {}
-        self._example: Example | None = None
+        self._example: ExampleRecording | None = None
 
     def add(self, recording: str, codes: ArrayLike, scores: ArrayLike | None = None) -> None:
         """
-        Take a recording in.
+        Add a recording: its id, its codes (T,), integers, and the confidence of each (T,).
 
-        Args:
-            recording: Its id.
-            codes: Integers (T,); none is no error, and nothing is counted.
-            scores: (T,), how sure each is; None: the longest runs are the most typical.
-
-        Raises:
-            ValueError: If these are no units of this codebook, or not one score each.
+        Without scores, the longest runs are the most typical. A recording without frames is ignored. Raises
+        `ValueError` if these are not units of this codebook, or there is not one score each.
         """
-        array = _check_units(recording, codes, scores, self._num_codes)
+        array = check_codes(codes, self._num_codes, f"{recording!r}")
+        if scores is not None and np.shape(scores) != array.shape:
+            raise ValueError(f"{recording!r} has {len(array)} units, but scores of shape {np.shape(scores)}.")
         if not len(array):
             return
         self._num_recordings += 1
-        runs = _find_runs(array, None if scores is None else np.asarray(scores))
+        first, lengths = find_runs(array)
+        means = np.full(len(first), np.nan)
+        if scores is not None:
+            means = np.add.reduceat(np.asarray(scores, dtype=np.float64), first) / lengths
         self._frames += np.bincount(array, minlength=self._num_codes)
-        self._runs += np.bincount(runs.codes, minlength=self._num_codes)
-        path = np.concatenate([[self._num_codes], runs.codes, [self._num_codes]])
+        path = np.concatenate([[self._num_codes], array[first], [self._num_codes]])
         np.add.at(self._pairs, (path[:-1], path[1:]), 1)
-        self._best.add(recording, runs)
-        segments = self._add_labels(recording, array, runs)
-        self._keep_example(recording, array, segments)
+        runs = zip(first.tolist(), lengths.tolist(), means.tolist(), strict=True)
+        self._keep_moments(array[first].tolist(), [Moment(recording, *run) for run in runs])
+        phones = self._add_labels(recording, array, first)
+        cut = array[: 60 * SAMPLING_RATE // self._stride]  # a minute
+        known = self._example
+        if known is None or (bool(phones), len(cut)) > (bool(known.phones), len(known.codes)):
+            self._example = ExampleRecording(recording, cut, phones, self._words_of(recording))
 
-    def _add_labels(self, recording: str, codes: NDArray[np.int64], runs: _Runs) -> list[Segment]:
-        name = None if self._labels is None else label_name(recording, self._labels)
-        if self._labels is None or name is None:
+    def _keep_moments(self, codes: Sequence[int], moments: Sequence[Moment]) -> None:
+        ranks: Counter[int] = Counter()
+        for code, moment in sorted(zip(codes, moments, strict=True), key=lambda pair: _sort_key(pair[1])):
+            if ranks[code] < self._num_moments:
+                # The best of each recording come before the second best of any.
+                best = [*self._best[code], ((ranks[code], *_sort_key(moment)), moment)]
+                self._best[code] = sorted(best, key=itemgetter(0))[: self._num_moments]
+            ranks[code] += 1
+
+    def _count_phones(self, row: int, phones: Sequence[str], codes: NDArray[np.int64]) -> None:
+        table, names = contingency(phones, codes, num_codes=self._num_codes)
+        for name, counts in zip(names, table, strict=True):
+            self._phones.setdefault(name, np.zeros((3, self._num_codes), np.int64))[row] += counts
+
+    def _add_labels(self, recording: str, codes: NDArray[np.int64], first: NDArray[np.int64]) -> list[Segment]:
+        """Count the phones of a recording whose runs begin at `first`; returns their segments, if its labels fit."""
+        name = label_name(recording, self._labels)
+        if name is None:
             return []
+        labels, step_seconds = self._labels[name], self._step_seconds
+        stride, field = self._stride, self._field
         try:
-            phones = align_labels(
-                self._labels[name],
-                len(codes),
-                step_seconds=self._step_seconds,
-                stride=self._stride,
-                field=self._field,
-            )
+            phones = frame_labels(labels, len(codes), step_seconds=step_seconds, stride=stride, field=field)
         except ValueError as error:
             self._bad_labels[recording] = str(error)
             return []
         self._num_labelled += 1
-        self._phones.add(phones, codes)
-        edged = [EDGE, *phones, EDGE]
-        self._before.add([edged[first] for first in runs.first.tolist()], runs.codes)
-        self._after.add([edged[end + 1] for end in (runs.first + runs.lengths).tolist()], runs.codes)
-        return label_segments(self._labels[name], step_seconds=self._step_seconds)
+        self._count_phones(0, phones, codes)
+        changes = first[1:].tolist()
+        self._count_phones(1, [EDGE, *(phones[frame - 1] for frame in changes)], codes[first])
+        self._count_phones(2, [*(phones[frame] for frame in changes), EDGE], codes[first])
+        return label_segments(labels, step_seconds=step_seconds)
 
     def _words_of(self, recording: str) -> list[Segment]:
-        name = None if self._words is None else label_name(recording, self._words)
-        if self._words is None or name is None:
+        name = label_name(recording, self._words)
+        if name is None:
             return []
         segments = label_segments(self._words[name], step_seconds=self._step_seconds, silence="")
         return [word for word in segments if word.label]
 
-    def _keep_example(self, recording: str, codes: NDArray[np.int64], segments: list[Segment]) -> None:
-        frames_of_a_minute = 60 * 16_000 // self._stride
-        cut = codes[:frames_of_a_minute]
-        known = self._example
-        if known is None or (bool(segments), len(cut)) > (bool(known.phones), len(known.codes)):
-            self._example = Example(recording, cut, segments, self._words_of(recording))
+    def _check_labels(self) -> None:
+        if self._num_labelled or not self._has_labels:
+            return
+        if self._bad_labels:
+            name, message = next(iter(self._bad_labels.items()))
+            raise ValueError(f"No labels fit their recording. Those of {name!r}: {message}")
+        named = next(iter(self._labels), "nothing")
+        raise ValueError(
+            f"None of {self._num_recordings:,} recordings has labels. The labels are named like {named!r}: they"
+            " must be named by the recordings' ids, or by their files' names with or without suffix."
+        )
 
-    def result(self, num_neighbours: int = 5) -> Inspection:
-        """
-        Tell what was found.
+    def _phone_shares(self, row: int, code: int) -> list[Share]:
+        names = sorted(self._phones)
+        return _rank(np.array([self._phones[name][row, code] for name in names], np.int64), names)
 
-        Args:
-            num_neighbours: Phones and codewords to name in each list, at most.
-
-        Raises:
-            ValueError: If no recording had a frame, or there are labels and none fits a recording.
-        """
-        if not self._num_recordings:
+    def result(self) -> Inspection:
+        """Summarise the codewords in use; `ValueError` without a frame, or if there are labels and none fits."""
+        if self._example is None:
             raise ValueError("There is no unit to inspect: no recording is as long as a frame, or none could be read.")
-        if self._labels is not None and not self._num_labelled:
-            if self._bad_labels:
-                name, message = next(iter(self._bad_labels.items()))
-                raise ValueError(f"No labels fit their recording. Those of {name!r}: {message}")
-            named = next(iter(self._labels), "nothing")
-            raise ValueError(
-                f"None of {self._num_recordings:,} recordings has labels. The labels are named like {named!r}: they"
-                " must be named by the recordings' ids, or by their files' names with or without suffix."
+        self._check_labels()
+        codes, num_runs = [*map(str, range(self._num_codes)), EDGE], self._pairs.sum(axis=1)
+        codewords = [
+            CodewordSummary(
+                code=code,
+                num_frames=int(self._frames[code]),
+                share=float(self._frames[code] / self._frames.sum()),
+                num_runs=int(num_runs[code]),
+                mean_frames=float(self._frames[code] / num_runs[code]),
+                phones=self._phone_shares(0, code),
+                codes_before=_rank(self._pairs[:, code], codes),
+                codes_after=_rank(self._pairs[code], codes),
+                phones_before=self._phone_shares(1, code),
+                phones_after=self._phone_shares(2, code),
+                moments=[moment for _, moment in self._best[code]],
             )
-        table, phones = self._phones.table()
-        counted = [self._phones.table(), self._before.table(), self._after.table()]
-        codes = [*map(str, range(self._num_codes)), EDGE]
-        found = []
-        for code in np.flatnonzero(self._frames).tolist():
-            own, before, after = (
-                _ranked(rows[:, code], names, num_neighbours) if len(names) else [] for rows, names in counted
-            )
-            found.append(
-                CodewordSummary(
-                    code=code,
-                    num_frames=int(self._frames[code]),
-                    share=float(self._frames[code] / self._frames.sum()),
-                    num_runs=int(self._runs[code]),
-                    mean_frames=float(self._frames[code] / self._runs[code]),
-                    phones=own,
-                    codes_before=_ranked(self._pairs[:, code], codes, num_neighbours),
-                    codes_after=_ranked(self._pairs[code], codes, num_neighbours),
-                    phones_before=before,
-                    phones_after=after,
-                    moments=self._best.of(code),
-                )
-            )
+            for code in np.flatnonzero(self._frames).tolist()
+        ]
+        phones = sorted(name for name, counts in self._phones.items() if counts[0].any())
         return Inspection(
-            codewords=found,
+            codewords=codewords,
             counts=self._frames.copy(),
-            table=table,
+            table=np.array([self._phones[name][0] for name in phones], np.int64).reshape(-1, self._num_codes),
             phones=phones,
             num_recordings=self._num_recordings,
             num_labelled=self._num_labelled,

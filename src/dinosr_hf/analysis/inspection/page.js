@@ -5,10 +5,10 @@
   const number = document.getElementById("number");
   const phone = document.getElementById("phone");
   const order = document.getElementById("order");
-  // A row of the table and a card of each codeword.
+  // The rows of the table, and the cards: one of each per codeword.
   const groups = [...document.querySelectorAll(".sorted")].map((parent) => [parent, [...parent.children]]);
 
-  // Names and places go up, all else from the most to the least.
+  // These ascend; everything else descends.
   const rises = new Set(["code", "place"]);
   const compare = (first, second) => {
     const by = order.value;
@@ -35,9 +35,9 @@
 
   form.addEventListener("input", update);
   form.addEventListener("submit", (event) => event.preventDefault());
-  // The fields have their old values until the event is over.
+  // The fields keep their old values until the event is over.
   form.addEventListener("reset", () => setTimeout(update));
-  // A browser may have kept what was filled in before a reload.
+  // A browser may restore the fields after a reload.
   update();
 
   const showTarget = () => {
@@ -82,7 +82,7 @@
     sound = own;
     own.addEventListener("ended", () => own === sound && stop());
     own.play().catch((error) => {
-      // One that was stopped before it began fails too, when another may be playing.
+      // A sound that was stopped before it began fails too, when another may be playing.
       if (own !== sound) return;
       stop();
       status.textContent = `This browser cannot play the moment: ${error.message}`;

@@ -1,4 +1,4 @@
-"""The page: tables, pictures and codewords of an inspection as one HTML file that needs nothing else."""
+"""The page: metrics, plots, codewords and sounds of an inspection as one self-contained HTML file. `S` samples."""
 
 from __future__ import annotations
 
@@ -7,25 +7,21 @@ import hashlib
 import io
 import logging
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ...data import AudioFileError, SpeechSource
+from ...data import SAMPLING_RATE, AudioFileError, SpeechSource
+from ...utils.command_line import check_ranges
 from ...utils.extras import import_extra
-from ..alignment import SAMPLING_RATE
-from ..plots import (
-    class_confusion_figure,
-    code_usage_figure,
-    phone_class,
-    phone_codeword_figure,
-    unit_strip_figure,
-)
+from ..alignment import FIELD, STRIDE
+from ..plots import class_confusion_figure, code_usage_figure, phone_class, phone_codeword_figure, unit_strip_figure
 from ..plots.phones import phone_position
 from ..quality import UnitQuality, code_perplexity
-from .clips import Clip, ClipMaker, data_uri
-from .codewords import CodewordSummary, Inspection
+from .codewords import Inspection, Moment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,105 +29,152 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FILES = Path(__file__).parent
-# A codeword is found by a phone that is its most frequent, or has this share of its frames.
+# The filter finds a codeword by its most frequent phone, and by phones with this share of its frames.
 _FOUND_BY_SHARE = 0.2
 _STRIP_SECONDS = 2.5
-_SHORTEST_STRIP_SECONDS = 0.1
+_MIN_STRIP_SECONDS = 0.1
 
+# Name of a format -> media type, and soundfile's names of container and encoding.
+AUDIO_FORMATS = {"flac": ("audio/flac", "FLAC", "PCM_16"), "ogg": ("audio/ogg", "OGG", "VORBIS")}
 
-class Picture(NamedTuple):
-    """A picture of the page, with what it shows for those who do not see it."""
-
-    source: str
-    alt: str
-    caption: str
+_MAX_MOMENT_SECONDS = 1.0  # a longer moment, such as a pause, is cut
+_NUM_BARS = 60
 
 
 class Page(NamedTuple):
-    """
-    A page.
-
-    Attributes:
-        html: All of it.
-        num_clips: Moments that can be heard.
-        num_left_out: Moments for which there was no room.
-    """
+    """An HTML page."""
 
     html: str
-    num_clips: int
-    num_left_out: int
+    num_clips: int  # moments that can be heard
+    num_left_out: int  # moments for which there was no room
 
 
-def _picture(figure: Figure, alt: str, caption: str) -> Picture:
+class Clip(NamedTuple):
+    """A moment that can be heard."""
+
+    moment: Moment
+    start: float  # of the moment, in seconds of the recording
+    end: float
+    source: str  # the sound as a data: URI
+    first: float  # start of the moment in the clip, from 0 to 1
+    last: float  # end of the moment in the clip, at most 1
+    bars: Sequence[float]  # height of the waveform at equal steps of the clip, from 0 to 1
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    """Encode bytes of a media type, such as "image/png", as a data: URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _encode_audio(samples: NDArray[np.float32], audio: str) -> str:
+    kind, container, subtype = AUDIO_FORMATS[audio]
+    stream = io.BytesIO()
+    soundfile = import_extra("soundfile", "analysis")
+    soundfile.write(stream, np.clip(samples, -1, 1), SAMPLING_RATE, format=container, subtype=subtype)
+    return _data_uri(stream.getvalue(), kind)
+
+
+def _bars(samples: NDArray[np.float32]) -> list[float]:
+    parts = np.array_split(np.abs(samples), min(_NUM_BARS, len(samples)))
+    peaks = np.array([part.max() for part in parts])
+    return (peaks / max(float(peaks.max()), 1e-9)).tolist()
+
+
+def _make_clips(
+    inspection: Inspection,
+    recordings: SpeechSource,
+    stride: int,
+    field: int,
+    audio: str,
+    context: int,
+    max_bytes: float,
+) -> tuple[dict[int, list[Clip]], int]:
+    """
+    Cut the best moment of each codeword, frequent codewords first, then the second best, up to a size of all clips.
+
+    `context` samples are added on both sides. Returns clips by code, and the number of moments without room. Moments
+    of recordings that can no longer be read are left out with a warning.
+    """
+    index = {utterance.id: number for number, utterance in enumerate(recordings.utterances)}
+    clips: dict[int, list[Clip]] = {codeword.code: [] for codeword in inspection.codewords}
+    moments = [
+        (rank, -codeword.num_frames, codeword.code, moment)
+        for codeword in inspection.codewords
+        for rank, moment in enumerate(codeword.moments)
+    ]
+    used = 0
+    for place, (_, _, code, moment) in enumerate(sorted(moments, key=itemgetter(0, 1))):
+        # A frame extends half a stride to both sides of its centre.
+        begin = max((field - stride) // 2 + stride * moment.first, 0)
+        end = begin + stride * moment.num_frames
+        heard = min(end, begin + round(_MAX_MOMENT_SECONDS * SAMPLING_RATE))
+        start, number = max(begin - context, 0), index[moment.recording]
+        stop = min(heard + context, recordings.utterances[number].num_samples)
+        try:
+            samples = recordings.load(number, start, stop - start)
+        except AudioFileError as error:
+            logger.warning("No moment of %s can be heard: %s", moment.recording, error)
+            continue
+        source = _encode_audio(samples, audio)
+        used += len(source)
+        if used > max_bytes:
+            return clips, len(moments) - place
+        first, last = (begin - start) / len(samples), min((heard - start) / len(samples), 1.0)
+        times = (begin / SAMPLING_RATE, end / SAMPLING_RATE)
+        clips[code].append(Clip(moment, *times, source, first, last, _bars(samples)))
+    return clips, 0
+
+
+def _picture(figure: Figure, alt: str, caption: str) -> dict[str, str]:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=160)
-    return Picture(data_uri(stream.getvalue(), "image/png"), alt, caption)
+    return {"source": _data_uri(stream.getvalue(), "image/png"), "alt": alt, "caption": caption}
 
 
-def _strip(inspection: Inspection, recordings: SpeechSource, name: str, stride: int, field: int) -> Picture | None:
-    """Some seconds from the middle of a recording's first minute; None where it is too short, or has gone bad."""
+def _strip(
+    inspection: Inspection, recordings: SpeechSource, name: str, stride: int, field: int
+) -> list[dict[str, str]]:
+    """Some seconds from the middle of the example; nothing if it is too short, or can no longer be read."""
     example = inspection.example
-    index = {utterance.id: number for number, utterance in enumerate(recordings.utterances)}
-    if example is None or example.recording not in index:
-        return None
+    place = [utterance.id for utterance in recordings.utterances].index(example.recording)
     length = len(example.codes) * stride / SAMPLING_RATE
     seconds = min(_STRIP_SECONDS, length)
-    if seconds < _SHORTEST_STRIP_SECONDS:
-        return None
+    if seconds < _MIN_STRIP_SECONDS:
+        return []
     start = round((length - seconds) / 2, 1)
-    place = index[example.recording]
     stop = min(round((start + seconds) * SAMPLING_RATE), recordings.utterances[place].num_samples)
     try:
         samples = recordings.load(place, 0, stop)
     except AudioFileError as error:
         logger.warning("%s is not drawn: %s", example.recording, error)
-        return None
-    figure = unit_strip_figure(
-        samples,
-        {name: example.codes},
-        phones=example.phones,
-        words=example.words,
-        start=start,
-        stride=stride,
-        field=field,
-    )
-    tiers = ("words" if example.words else "", "phones" if example.phones else "", "units")
+        return []
+    tiers: dict[str, Any] = {"words": example.words, "phones": example.phones}
+    figure = unit_strip_figure(samples, {name: example.codes}, **tiers, start=start, stride=stride, field=field)
+    shown = [*(tier for tier, segments in tiers.items() if segments), "units"]
     alt = (
         f"Spectrogram of {example.recording} from {start:.1f} s to {start + seconds:.1f} s, with its"
-        f" {', '.join(filter(None, tiers))} as boxes below."
+        f" {', '.join(shown)} as boxes below."
     )
-    return _picture(figure, alt, f"Units in time: {example.recording}")
+    return [_picture(figure, alt, f"Units in time: {example.recording}")]
 
 
-def _pictures(inspection: Inspection, recordings: SpeechSource, name: str, stride: int, field: int) -> list[Picture]:
-    used, size = len(inspection.codewords), len(inspection.counts)
+def _pictures(inspection: Inspection, name: str) -> list[dict[str, str]]:
+    table, phones, counts = inspection.table, inspection.phones, inspection.counts
+    used, perplexity = len(inspection.codewords), code_perplexity(counts)
     pictures = []
-    if inspection.phones:
-        pictures.append(
-            _picture(
-                phone_codeword_figure(inspection.table, inspection.phones),
-                f"Image of {len(inspection.phones)} phones by {used} codewords: the darker, the more probable the"
-                " phone given the codeword. The table of codewords below has the numbers.",
-                "What codewords stand for: P(phone | codeword)",
-            )
+    if phones:
+        alt = (
+            f"Image of {len(phones)} phones by {used} codewords: the darker, the more probable the phone given the"
+            " codeword. The table of codewords below has the numbers."
         )
-        pictures.append(
-            _picture(
-                class_confusion_figure(inspection.table, inspection.phones),
-                "Table of classes of phones by the classes that their codewords stand for, in percent of each row.",
-                "Which classes of phones are mixed up",
-            )
-        )
-    perplexity = code_perplexity(inspection.counts)
-    pictures.append(
-        _picture(
-            code_usage_figure({name: inspection.counts}),
-            f"Curve of the share of frames by rank: {used} of {size} codewords in use, perplexity {perplexity:.1f}.",
-            "How often codewords are used",
-        )
+        caption = "What codewords stand for: P(phone | codeword)"
+        pictures.append(_picture(phone_codeword_figure(table, phones), alt, caption))
+        alt = "Table of classes of phones by the classes that their codewords stand for, in percent of each row."
+        pictures.append(_picture(class_confusion_figure(table, phones), alt, "Which classes of phones are mixed up"))
+    alt = (
+        f"Curve of the share of frames by rank: {used} of {len(counts)} codewords in use, perplexity {perplexity:.1f}."
     )
-    strip = _strip(inspection, recordings, name, stride, field)
-    return [*pictures, *([strip] if strip else [])]
+    return [*pictures, _picture(code_usage_figure({name: counts}), alt, "How often codewords are used")]
 
 
 def _measures(inspection: Inspection) -> list[tuple[str, str, str]]:
@@ -150,47 +193,30 @@ def _measures(inspection: Inspection) -> list[tuple[str, str, str]]:
             ("phones", f"{quality.num_phones}", "in the labels"),
             ("phone purity", f"{quality.phone_purity:.3f}", "frames right if each codeword is its main phone"),
             ("cluster purity", f"{quality.cluster_purity:.3f}", "frames right if each phone is its main codeword"),
-            ("PNMI", f"{quality.pnmi:.3f}", "share of the uncertainty about the phone that the codeword takes away"),
+            ("PNMI", f"{quality.pnmi:.3f}", "share of the uncertainty about the phone that the codeword removes"),
         ]
     return rows
 
 
-class _Row(NamedTuple):
-    """A codeword as the template takes it."""
-
-    codeword: CodewordSummary
-    seconds: float
-    phone: str
-    purity: float
-    kind: str
-    order: int
-    found_by: Sequence[str]
-    clips: Sequence[Clip]
-
-
-def _rows(inspection: Inspection, clips: Mapping[int, Sequence[Clip]], stride: int) -> list[_Row]:
+def _rows(inspection: Inspection, clips: Mapping[int, Sequence[Clip]], stride: int) -> list[dict[str, Any]]:
+    """Codewords for the template."""
     places = {name: place for place, name in enumerate(sorted(inspection.phones, key=phone_position))}
     rows = []
     for codeword in inspection.codewords:
-        main = codeword.phones[0] if codeword.phones else None
-        found_by = [phone.name for phone in codeword.phones if phone is main or phone.share >= _FOUND_BY_SHARE]
-        rows.append(
-            _Row(
-                codeword=codeword,
-                seconds=codeword.mean_frames * stride / SAMPLING_RATE,
-                phone=main.name if main else "",
-                purity=main.share if main else 0.0,
-                kind=phone_class(main.name) if main else "",
-                order=places[main.name] if main else len(places),
-                found_by=found_by,
-                clips=clips.get(codeword.code, ()),
-            )
-        )
+        row: dict[str, Any] = {"codeword": codeword, "clips": clips[codeword.code]}
+        row["seconds"] = codeword.mean_frames * stride / SAMPLING_RATE
+        row |= {"phone": "", "purity": 0.0, "kind": "", "order": len(places), "found_by": []}
+        if codeword.phones:
+            main, *others = codeword.phones
+            row |= {"phone": main.name, "purity": main.share, "kind": phone_class(main.name)}
+            row["order"] = places[main.name]
+            row["found_by"] = [main.name, *(other.name for other in others if other.share >= _FOUND_BY_SHARE)]
+        rows.append(row)
     return rows
 
 
 def _waveform(clip: Clip) -> str:
-    """The path of a clip's waveform in a box of 100 by 24."""
+    """SVG path of a clip's waveform in a box of 100 by 24."""
     width = 100 / len(clip.bars)
     return "".join(
         f"M{(number + 0.5) * width:.1f} {12 - 11 * bar:.1f}V{12 + 11 * bar:.1f}"
@@ -199,7 +225,7 @@ def _waveform(clip: Clip) -> str:
 
 
 def _hash(text: str) -> str:
-    """What a content security policy calls an inline script or style."""
+    """Hash of an inline script or style for the content security policy."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
@@ -211,71 +237,61 @@ def render_page(
     name: str,
     facts: Mapping[str, str],
     score_name: str = "score",
-    stride: int = 320,
-    field: int = 400,
+    stride: int = STRIDE,
+    field: int = FIELD,
     audio: str = "flac",
     context_seconds: float = 0.3,
     max_megabytes: float = 20.0,
 ) -> Page:
     """
-    Make one HTML page of an inspection, with pictures and sounds in it: no file beside it, nothing from the network.
+    Render one HTML page of an inspection, with its plots and sounds; it needs no other file and no network.
 
-    All names that come from the corpus are escaped, and the page's own policy lets a browser load and run nothing but
-    what is in it. Its size is that of the text and pictures (1 to 3 MB with 256 codewords) and at most
-    `max_megabytes` of sounds at 16 kHz: a moment is 10 to 25 kB as FLAC, about half as Ogg Vorbis.
+    All names that come from the corpus are escaped, and the page's content security policy lets a browser load and run
+    nothing that is not in it. Its size is that of text and plots (1 to 3 MB with 256 codewords) and at most
+    `max_megabytes` of sounds at 16 kHz: a moment takes 10 to 25 kB as FLAC, about half as Ogg Vorbis.
 
     Args:
-        inspection: As `CodewordInspector.result` gives it.
-        recordings: Those that were inspected.
-        title: Of the page.
-        name: Of the units, such as "layer 5, student".
-        facts: What else the page should say of model and corpus: name -> value.
-        score_name: What the score of a moment is, which is shown without its sign.
-        stride: Samples from one frame to the next (`config.inputs_to_logits_ratio`).
-        field: Samples that a frame sees (`config.receptive_field`).
-        audio: "flac" is exact and played by all browsers; "ogg" is smaller.
-        context_seconds: What is heard before and behind a moment.
-        max_megabytes: Of all sounds; what does not fit is left out, of each codeword the less typical moments first.
-
-    Returns:
-        The page.
+        inspection: Result of a `CodewordInspector`, which has the same `stride` and `field`.
+        recordings: The inspected recordings.
+        name: Name of the units, such as "layer 5, student".
+        facts: Further facts about model and corpus: name -> value.
+        score_name: Name of the score of a moment, which is shown without its sign.
+        audio: Format of the sounds: "flac" is lossless; "ogg" is smaller. All browsers play both.
+        context_seconds: Sound to add before and after a moment.
+        max_megabytes: Limit of the size of all sounds; less typical moments of each codeword are left out first.
 
     Raises:
-        ValueError: For another audio format, or a number out of range.
+        ValueError: For an unknown audio format, or a number out of range.
         ImportError: If matplotlib, Jinja2 or soundfile is not installed.
     """
-    if not max_megabytes >= 0:
-        raise ValueError(f"max_megabytes={max_megabytes} is out of range: it must be at least 0.")
+    if audio not in AUDIO_FORMATS:
+        raise ValueError(f"audio={audio!r} is unknown. Choose one of {', '.join(AUDIO_FORMATS)}.")
+    rules = [(max_megabytes >= 0, "max_megabytes", max_megabytes, "at least 0")]
+    check_ranges([*rules, (0 <= context_seconds <= 10, "context_seconds", context_seconds, "from 0 to 10")])
     jinja: Any = import_extra("jinja2", "analysis")
-    maker = ClipMaker(recordings, stride=stride, field=field, audio=audio, context_seconds=context_seconds)
-    clips, num_left_out = maker.make_all(inspection.codewords, max_megabytes * 1e6)
+    context, max_bytes = round(context_seconds * SAMPLING_RATE), max_megabytes * 1e6
+    clips, num_left_out = _make_clips(inspection, recordings, stride, field, audio, context, max_bytes)
+    all_clips = [clip for own in clips.values() for clip in own]
     rows = _rows(inspection, clips, stride)
-    environment = jinja.Environment(
-        loader=jinja.FileSystemLoader(_FILES),
-        autoescape=True,
-        undefined=jinja.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    options = {"autoescape": True, "undefined": jinja.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja.Environment(loader=jinja.FileSystemLoader(_FILES), **options)
     style, script = ((_FILES / file).read_text(encoding="utf-8") for file in ("page.css", "page.js"))
     html = environment.get_template("page.html.jinja").render(
         title=title,
         name=name,
         facts=facts,
         measures=_measures(inspection),
-        pictures=_pictures(inspection, recordings, name, stride, field),
+        pictures=[*_pictures(inspection, name), *_strip(inspection, recordings, name, stride, field)],
         rows=rows,
-        phones=sorted({phone for row in rows for phone in row.found_by}, key=phone_position),
-        in_use={str(row.codeword.code) for row in rows},
-        has_scores=any(np.isfinite(clip.moment.score) for row in rows for clip in row.clips),
+        phones=sorted({phone for row in rows for phone in row["found_by"]}, key=phone_position),
+        in_use={str(code) for code in clips},
+        has_scores=any(np.isfinite(clip.moment.score) for clip in all_clips),
         score_name=score_name,
         bad_labels=inspection.bad_labels,
         num_left_out=num_left_out,
         waveform=_waveform,
-        # Neither has anything of the corpus in it.
-        style=jinja.utils.markupsafe.Markup(style),
-        script=jinja.utils.markupsafe.Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style=style,
+        script=script,
+        hash=_hash,
     )
-    return Page(html, sum(len(row.clips) for row in rows), num_left_out)
+    return Page(html, len(all_clips), num_left_out)

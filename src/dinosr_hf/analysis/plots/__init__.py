@@ -1,9 +1,10 @@
 """
-Pictures a paper can print. Each function returns a `matplotlib.figure.Figure` and touches no global state.
+Plots for papers. Each function returns a `matplotlib.figure.Figure` and changes no global state.
 
-The figures are made without pyplot, so they need no display, close themselves, and are saved with
-`figure.savefig("name.png", dpi=300)` or `"name.pdf"`. Colours go from light to dark evenly, also in grey and for the
-colour-blind; curves differ by dashes and markers too.
+Figures are created without pyplot, so they need no display and need not be closed; save them with
+`figure.savefig("name.png", dpi=300)` or `"name.pdf"`. Colours differ in lightness, so they work in greyscale and for
+the colour-blind; curves differ by dashes and markers too. All take a `title` and a `width` in inches, and raise
+`ImportError` if matplotlib is not installed.
 """
 
 from ..curves import read_run, run_figure

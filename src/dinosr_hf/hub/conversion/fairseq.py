@@ -1,81 +1,77 @@
-"""The layout of the authors' checkpoints, both ways: settings of their configuration and names of their weights."""
+"""
+Read fairseq's checkpoints of DinoSR, CTC recognisers on it (`Wav2VecCtc`), and data2vec, which has the same encoder.
+
+The authors' layout is that of their DinoSR models; `to_fairseq` writes it.
+"""
 
 from __future__ import annotations
 
-import ast
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ...model.configuration_dinosr import DinoSRConfig
 from ...model.modeling_dinosr import DinoSRForPreTraining
-from .checkpoint_file import CheckpointError
-from .layout import Layout, Weight, make_config, rename
+from ...recognition.text import SPECIAL_TOKENS
+from .checkpoint_file import ConversionError
+from .layout import STACKED, Layout, Weight, convert_settings, rename, unused_entries
 
-# Our field for each of theirs that means the same.
-SAME_MEANING = {
+DATA2VEC = "data2vec_audio"
+RECOGNISER_PREFIX = "w2v_encoder.w2v_model."
+
+# Their setting -> the field of `DinoSRConfig` with the same meaning.
+FIELDS = {
     "encoder_embed_dim": "hidden_size",
     "encoder_layers": "num_hidden_layers",
     "encoder_attention_heads": "num_attention_heads",
     "encoder_ffn_embed_dim": "intermediate_size",
     "activation_fn": "hidden_act",
     "dropout": "hidden_dropout",
-    "attention_dropout": "attention_dropout",
-    "activation_dropout": "activation_dropout",
     "dropout_input": "feat_proj_dropout",
     "encoder_layerdrop": "layerdrop",
-    "conv_bias": "conv_bias",
+    "conv_feature_layers": "conv_layers",
+    "conv_pos": "conv_pos_kernel_size",
     "conv_pos_groups": "num_conv_pos_embedding_groups",
     "pos_conv_depth": "num_conv_pos_embeddings",
     "average_top_k_layers": "num_codebooks",
-    "codebook_size": "codebook_size",
     "codebook_init_decay": "codebook_decay",
-    "codebook_end_decay": "codebook_end_decay",
-    "codebook_end_decay_step": "codebook_end_decay_step",
-    "ema_decay": "ema_decay",
-    "ema_end_decay": "ema_end_decay",
     "ema_anneal_end_step": "ema_anneal_steps",
-    "mask_prob": "mask_prob",
-    "mask_length": "mask_length",
+    **{name: name for name in ("attention_dropout", "activation_dropout", "conv_bias", "mask_prob", "mask_length")},
+    **{name: name for name in ("codebook_size", "codebook_end_decay", "codebook_end_decay_step", "ema_decay")},
+    "ema_end_decay": "ema_end_decay",
 }
 
-# Settings that change what is computed, with the only value that the model has.
-MUST_BE = {
+# Settings that change what the model computes -> the only value that is supported.
+SUPPORTED = {
     "extractor_mode": "layer_norm",
     "layer_type": "transformer",
     "layer_norm_first": False,
-    "discrete": True,
-    "instance_norm_target_layer": True,
-    "layer_norm_target_layer": False,
-    "batch_norm_target_layer": False,
-    "group_norm_target_layer": False,
-    "instance_norm_targets": False,
-    "layer_norm_targets": False,
-    "ema_transformer_only": True,
-    "ema_layers_only": True,
     "attn_type": "",
     "pos_enc_type": "abs",
     "crop_seq_to_multiple": 1,
+    **dict.fromkeys(("discrete", "instance_norm_target_layer", "ema_transformer_only", "ema_layers_only"), True),
+    **dict.fromkeys(("layer_norm_target_layer", "batch_norm_target_layer", "group_norm_target_layer"), False),
+    **dict.fromkeys(("instance_norm_targets", "layer_norm_targets"), False),
 }
 
-# Settings of training that this package does not have, and the value at which they do nothing. Outputs do not depend
-# on them.
-OF_TRAINING = {
-    "dropout_features": 0.0,
+# Settings of training that this package lacks -> the value at which they do nothing. Outputs do not depend on them.
+TRAINING_ONLY = {
+    **dict.fromkeys(("dropout_features", "mask_other", "mask_dropout", "mask_channel_prob", "loss_beta"), 0.0),
     "feature_grad_mult": 1.0,
     "mask_selection": "static",
-    "mask_other": 0.0,
-    "mask_dropout": 0.0,
     "no_mask_overlap": False,
-    "mask_channel_prob": 0.0,
-    "loss_beta": 0.0,
     "loss_scale": None,
 }
 
-# Settings that say how and not what is computed, that matter only beside others, or that are of other models: the
-# authors' configuration has them all.
-WITHOUT_EFFECT = (
-    *("_name", "final_dim", "logit_temp", "quantize_targets", "quantize_input", "same_quantizer", "target_glu"),
+# Settings that `_config` converts, and those that do not change what this model computes: they concern the
+# implementation or other models, or depend on settings above.
+OTHER_SETTINGS = (
+    *("freeze_teacher_step", "freeze_pre_enc_modules", "_name", "final_dim", "logit_temp", "quantize_targets"),
+    *("quantize_input", "same_quantizer", "target_glu"),
     *("quantizer_depth", "quantizer_factor", "latent_vars", "latent_groups", "latent_dim", "latent_temp"),
     *("mask_min_space", "require_same_masks", "mask_channel_length", "mask_channel_before", "mask_channel_selection"),
     *("mask_channel_other", "no_mask_channel_overlap", "mask_channel_min_space", "num_negatives"),
@@ -83,295 +79,241 @@ WITHOUT_EFFECT = (
     *("checkpoint_activations", "required_seq_len_multiple", "depthwise_conv_kernel_size", "fp16"),
     *("normal_init_codebook", "max_update", "min_target_var", "min_pred_var"),
 )
-# Read by `config_from_settings` itself.
-READ = ("conv_feature_layers", "conv_pos", "freeze_teacher_step", "freeze_pre_enc_modules")
+# Settings of fine-tuning, which replace those of pre-training.
+FINETUNING_FIELDS = {
+    "dropout": "hidden_dropout",
+    "dropout_input": "feat_proj_dropout",
+    "apply_mask": "apply_spec_augment",
+    "mask_prob": "mask_time_prob",
+    "mask_length": "mask_time_length",
+    "mask_channel_prob": "mask_feature_prob",
+    "mask_channel_length": "mask_feature_length",
+    **{name: name for name in ("activation_dropout", "attention_dropout", "final_dropout", "layerdrop")},
+}
+
+# Their names of weights -> ours. The student's begin with `encoder.`, the teacher's do not.
+ENCODER_KEYS = {
+    "pos_conv.*.0.*": "pos_conv_embed.layers.*.conv.*",
+    "layer_norm.*": "layer_norm.*",
+    "layers.*.self_attn.*_proj.*": "layers.*.attention.*_proj.*",
+    "layers.*.self_attn_layer_norm.*": "layers.*.layer_norm.*",
+    "layers.*.fc1.*": "layers.*.feed_forward.intermediate_dense.*",
+    "layers.*.fc2.*": "layers.*.feed_forward.output_dense.*",
+    "layers.*.final_layer_norm.*": "layers.*.final_layer_norm.*",
+}
+STUDENT_KEYS = {
+    "mask_emb": "dinosr.masked_spec_embed",
+    "feature_extractor.conv_layers.*.0.*": "dinosr.feature_extractor.conv_layers.*.conv.*",
+    "feature_extractor.conv_layers.*.2.1.*": "dinosr.feature_extractor.conv_layers.*.layer_norm.*",
+    "layer_norm.*": "dinosr.feature_projection.layer_norm.*",
+    "post_extract_proj.*": "dinosr.feature_projection.projection.*",
+    **{f"encoder.{theirs}": f"dinosr.encoder.{ours}" for theirs, ours in ENCODER_KEYS.items()},
+    "heads.*.*": "heads.*.*",
+    "_codebook_cnts*": "codebooks.counts.*",
+    "_codebook*": "codebooks.sums.*",
+}
+# Entries of the weights that are dictionaries of tensors.
+NESTED = ("_ema", "_pre_encoder_cnn", "_pre_encoder_ln", "_pre_encoder_proj")
+PRETRAINING_KEYS = STUDENT_KEYS | {
+    **{f"_ema.{theirs}": f"teacher.{ours}" for theirs, ours in ENCODER_KEYS.items()},
+    "_pre_encoder_cnn.conv_layers.*.0.*": "teacher.feature_extractor.conv_layers.*.conv.*",
+    "_pre_encoder_cnn.conv_layers.*.2.1.*": "teacher.feature_extractor.conv_layers.*.layer_norm.*",
+    "_pre_encoder_ln.*": "teacher.feature_projection.layer_norm.*",
+    "_pre_encoder_proj.*": "teacher.feature_projection.projection.*",
+}
+RECOGNISER_KEYS = {
+    **{RECOGNISER_PREFIX + theirs: ours for theirs, ours in STUDENT_KEYS.items()},
+    "w2v_encoder.proj.*": "lm_head.*",
+    "proj.*": "lm_head.*",
+}
+# Weights of pre-training, which recognisers and data2vec's encoder do not use.
+UNUSED_KEYS = re.compile(
+    rf"({re.escape(RECOGNISER_PREFIX)})?(_ema|_pre_encoder_\w+|_codebook(_cnts)?\d+|heads\.\d+\.\w+|final_proj\.[\w.]+)"
+)
+
+# Entries of the checkpoint beside the weights, and why they are not used.
+UNUSED = {
+    **dict.fromkeys(("args", "cfg"), "settings; those of the model are in config.json"),
+    **dict.fromkeys(("optimizer_history", "task_state", "extra_state", "best_loss"), "state of the training run"),
+    "last_optimizer_state": "the optimizer's moments",
+    "criterion": "the loss, which has no weights",
+}
 
 
-def parse_conv_layers(text: str) -> list[tuple[int, int, int]]:
+def model_settings(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """
-    Read the sizes of the convolutions from their Python expression, without evaluating it.
+    Return the model's settings from a fairseq checkpoint, with its name as `_name`; empty if there are none.
 
-    Args:
-        text: Lists of (channels, kernel, stride), added up and multiplied by numbers:
-            `"[(512,10,5)] + [(512,3,2)] * 4"`.
-
-    Returns:
-        (channels, kernel, stride) of each layer.
-
-    Raises:
-        CheckpointError: For any other expression, or more than 64 layers.
-    """
-
-    def read(node: ast.expr) -> list[tuple[int, int, int]]:
-        match node:
-            case ast.List(elts=items):
-                return [read_layer(item) for item in items]
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return read(left) + read(right)
-            case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int(times))):
-                layers = read(left)
-                # in front of the product: a few repeats of repeats fill the memory
-                if 0 <= len(layers) * times <= 64:
-                    return layers * times
-        raise ValueError
-
-    def read_layer(node: ast.expr) -> tuple[int, int, int]:
-        match node:
-            case ast.Tuple(
-                elts=[
-                    ast.Constant(value=int(channels)),
-                    ast.Constant(value=int(kernel)),
-                    ast.Constant(value=int(stride)),
-                ]
-            ):
-                return channels, kernel, stride
-        raise ValueError
-
-    try:
-        layers = read(ast.parse(text.strip(), mode="eval").body) if len(text) <= 1000 else []
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        layers = []
-    if not 1 <= len(layers) <= 64:
-        raise CheckpointError(
-            f"conv_feature_layers={text[:80]!r} is no list of convolutions. It must be lists of (channels, kernel,"
-            " stride), joined by + and repeated by *."
-        )
-    return layers
-
-
-def model_settings(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """
-    The settings of the model in a fairseq checkpoint, with its name as `_name`; None if there are none.
-
-    They stand under `cfg.model`, or among all others in the old flat `args`.
+    They are under `cfg.model`, or among all other settings in the old flat `args`.
     """
     cfg, args = checkpoint.get("cfg"), checkpoint.get("args")
     if isinstance(cfg, Mapping):
-        settings = cfg.get("model")
-        return settings if isinstance(settings, Mapping) else None
-    return {**args, "_name": args.get("arch")} if isinstance(args, Mapping) else None
+        return cfg["model"] if isinstance(cfg.get("model"), Mapping) else {}
+    return {**args, "_name": args.get("arch")} if isinstance(args, Mapping) else {}
 
 
 def settings_notes(checkpoint: Mapping[str, Any]) -> list[str]:
-    """What is said of the settings of a fairseq checkpoint that our configuration does not take over."""
-    settings = model_settings(checkpoint) or {}
+    """Describe the settings of a fairseq checkpoint that the configuration does not keep."""
+    settings = model_settings(checkpoint)
     notes = [
         f"{name}: {settings[name]!r} in the file, a setting of training that this package does not have"
-        for name, usual in OF_TRAINING.items()
-        if settings.get(name, usual) != usual
+        for name, neutral in TRAINING_ONLY.items()
+        if settings.get(name, neutral) != neutral
     ]
     if isinstance(checkpoint.get("cfg"), Mapping):
-        known = {*SAME_MEANING, *MUST_BE, *OF_TRAINING, *WITHOUT_EFFECT, *READ}
-        unknown = sorted(str(name)[:80] for name in settings if name not in known)
-        notes += [f"{name}: a setting that is not known, left" for name in unknown[:20]]
+        unknown = settings.keys() - {*FIELDS, *SUPPORTED, *TRAINING_ONLY, *OTHER_SETTINGS}
+        notes += [f"{name}: an unknown setting, ignored" for name in sorted(str(name)[:80] for name in unknown)[:20]]
     elif "ema_decay" in settings:
         notes.append(
             f"ema_decay: {settings['ema_decay']!r}, which in a flat list of settings may be fairseq's own and not the"
-            " model's; matters only if pre-training goes on"
+            " model's; it matters only if you continue pre-training"
         )
     return notes
 
 
-def _check_settings(settings: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    missing = [name for name in (*names, "conv_feature_layers", "conv_pos") if name not in settings]
-    if missing:
-        raise CheckpointError(f"The checkpoint's configuration lacks {', '.join(missing)}.")
-    for name, wanted in MUST_BE.items():
-        if settings.get(name, wanted) != wanted:
-            raise CheckpointError(
-                f"The checkpoint was made with {name}={settings[name]!r}, which this model has not: it has {wanted!r}."
-            )
-    for name in (*names, "conv_pos"):
-        if not isinstance(settings[name], str if name == "activation_fn" else int | float):
-            raise CheckpointError(f"The checkpoint was made with {name}={settings[name]!r}, which is no number.")
-    if settings["pos_conv_depth"] < 2:
-        raise CheckpointError(
-            f"The checkpoint was made with pos_conv_depth={settings['pos_conv_depth']}, a single convolution with"
-            " weight norm, which this model has not: it has stacked convolutions, at least 2."
+def _config(settings: Mapping[str, Any], **values: Any) -> DinoSRConfig:
+    """Convert the settings of DinoSR or data2vec; `values` are further fields of the configuration."""
+    if settings.get("pos_conv_depth") == 1:
+        raise ConversionError(
+            "The checkpoint has pos_conv_depth=1, a single positional convolution with weight norm, which is not"
+            " supported; expected at least 2."
         )
-
-
-def config_from_settings(settings: Mapping[str, Any], names: Mapping[str, str] = SAME_MEANING) -> DinoSRConfig:
-    """
-    Derive a configuration from the settings of the authors' model.
-
-    Args:
-        settings: As `model_settings` gives them.
-        names: Our field for each of theirs that must be there.
-
-    Raises:
-        CheckpointError: If one is missing, or is something that the model has not.
-    """
-    _check_settings(settings, names)
-    conv_layers = parse_conv_layers(str(settings["conv_feature_layers"]))
-    values = {ours: settings[theirs] for theirs, ours in names.items()}
-    values.setdefault("num_codebooks", min(DinoSRConfig().num_codebooks, values["num_hidden_layers"]))
-    if values.get("codebook_end_decay", 0) == values.get("codebook_decay"):
-        values.update(codebook_end_decay=None, codebook_end_decay_step=0)
-    freeze_step, stops_front_end = (
-        settings.get("freeze_teacher_step", -1),
-        settings.get("freeze_pre_enc_modules", True),
-    )
-    if not isinstance(stops_front_end, bool):
-        raise CheckpointError(
-            f"The checkpoint was made with freeze_pre_enc_modules={stops_front_end!r}, no true or false."
-        )
-    return make_config(
-        conv_dim=[channels for channels, _, _ in conv_layers],
-        conv_kernel=[kernel for _, kernel, _ in conv_layers],
-        conv_stride=[stride for _, _, stride in conv_layers],
-        conv_pos_kernel_size=max(3, settings["conv_pos"] // settings["pos_conv_depth"]),
-        freeze_teacher_step=None if freeze_step == -1 else freeze_step,
-        freeze_mode="frozen" if stops_front_end else "copied",
-        **values,
-    )
+    is_frozen, freeze_step = settings.get("freeze_pre_enc_modules", True), settings.get("freeze_teacher_step", -1)
+    if not isinstance(is_frozen, bool):
+        raise ConversionError(f"The checkpoint has freeze_pre_enc_modules={is_frozen!r}; expected True or False.")
+    values["freeze_mode"] = "frozen" if is_frozen else "copied"
+    values["freeze_teacher_step"] = None if freeze_step == -1 else freeze_step
+    if settings.get("codebook_end_decay", 0) == settings.get("codebook_init_decay"):
+        values |= {"codebook_end_decay": None, "codebook_end_decay_step": 0}
+    encoder_only = settings.get("_name") == DATA2VEC
+    return convert_settings(settings, FIELDS, SUPPORTED, encoder_only=encoder_only, **values)
 
 
 def config_from_fairseq(checkpoint: Mapping[str, Any]) -> DinoSRConfig:
-    """
-    Derive the whole configuration from an authors' checkpoint.
-
-    Raises:
-        CheckpointError: If there is none, it is another model's, or it has a setting that the model has not.
-    """
+    """Convert the configuration of an authors' checkpoint, which must have one of a DinoSR model."""
     settings = model_settings(checkpoint)
-    if settings is None or settings.get("_name") != "dinosr":
-        raise CheckpointError(
+    if settings.get("_name") != "dinosr":
+        raise ConversionError(
             "The checkpoint has no configuration of a DinoSR model under cfg.model or args."
             f" It has these entries: {', '.join(sorted(map(str, checkpoint)))[:300] or 'none'}."
         )
-    return config_from_settings(settings)
+    return _config(settings)
 
 
-# Their names, as patterns, and ours. `encoder.` appears in the student's names and not in the teacher's.
-ENCODER_KEYS = {
-    r"pos_conv\.(\d+)\.0\.(weight|bias)": r"pos_conv_embed.layers.\1.conv.\2",
-    r"layer_norm\.(weight|bias)": r"layer_norm.\1",
-    r"layers\.(\d+)\.self_attn\.([qkv]|out)_proj\.(weight|bias)": r"layers.\1.attention.\2_proj.\3",
-    r"layers\.(\d+)\.self_attn_layer_norm\.(weight|bias)": r"layers.\1.layer_norm.\2",
-    r"layers\.(\d+)\.fc1\.(weight|bias)": r"layers.\1.feed_forward.intermediate_dense.\2",
-    r"layers\.(\d+)\.fc2\.(weight|bias)": r"layers.\1.feed_forward.output_dense.\2",
-    r"layers\.(\d+)\.final_layer_norm\.(weight|bias)": r"layers.\1.final_layer_norm.\2",
-}
-CONV_KEYS = {
-    r"conv_layers\.(\d+)\.0\.(weight|bias)": r"conv_layers.\1.conv.\2",
-    r"conv_layers\.(\d+)\.2\.1\.(weight|bias)": r"conv_layers.\1.layer_norm.\2",
-}
-STUDENT_KEYS = {
-    r"mask_emb": r"dinosr.masked_spec_embed",
-    **{rf"feature_extractor\.{theirs}": rf"dinosr.feature_extractor.{ours}" for theirs, ours in CONV_KEYS.items()},
-    r"layer_norm\.(weight|bias)": r"dinosr.feature_projection.layer_norm.\1",
-    r"post_extract_proj\.(weight|bias)": r"dinosr.feature_projection.projection.\1",
-    **{rf"encoder\.{theirs}": rf"dinosr.encoder.{ours}" for theirs, ours in ENCODER_KEYS.items()},
-    r"heads\.(\d+)\.(weight|bias)": r"heads.\1.\2",
-    r"_codebook(\d+)": r"codebooks.sums.\1",
-    r"_codebook_cnts(\d+)": r"codebooks.counts.\1",
-}
-# Entries of the state that are dictionaries of tensors themselves.
-NESTED_KEYS: dict[str, dict[str, str]] = {
-    "_ema": {theirs: rf"teacher.{ours}" for theirs, ours in ENCODER_KEYS.items()},
-    "_pre_encoder_cnn": {theirs: rf"teacher.feature_extractor.{ours}" for theirs, ours in CONV_KEYS.items()},
-    "_pre_encoder_ln": {r"(weight|bias)": r"teacher.feature_projection.layer_norm.\1"},
-    "_pre_encoder_proj": {r"(weight|bias)": r"teacher.feature_projection.projection.\1"},
-}
-
-
-# Entries of the file beside the weights, and why they are left.
-LEFT = {
-    "args": "settings; those of the model are in config.json",
-    "cfg": "settings; those of the model are in config.json",
-    "criterion": "the loss, which has no weights",
-    "optimizer_history": "of the training run",
-    "task_state": "of the training run",
-    "extra_state": "of the training run",
-    "last_optimizer_state": "the optimizer's moments, of the training run",
-    "best_loss": "of the training run",
-}
-
-
-def weights_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entry `model`. Raises `CheckpointError` if there is none."""
+def _read_weights(
+    checkpoint: Mapping[str, Any], names: Mapping[str, str], *, whole: bool = False
+) -> tuple[list[Weight], dict[str, str]]:
+    """Return the weights, and why each other entry is not used; `whole`: those of pre-training are weights too."""
     state = checkpoint.get("model")
     if not isinstance(state, Mapping):
-        raise CheckpointError("The checkpoint has no weights under model.")
-    return state
-
-
-def left_of(checkpoint: Mapping[str, Any]) -> dict[str, str]:
-    """What stands beside the weights, and why it is left. Raises `CheckpointError` for what is not known."""
-    if unknown := [str(name) for name in checkpoint if name != "model" and name not in LEFT]:
-        raise CheckpointError(f"The checkpoint has entries that are not known: {', '.join(unknown)[:300]}.")
-    return {name: LEFT[name] for name in checkpoint if name != "model" and checkpoint[name] is not None}
-
-
-def renamed(state: Mapping[str, Any]) -> Iterator[Weight]:
-    """Every weight by our name."""
+        raise ConversionError("The checkpoint has no weights under model.")
+    weights, unused = [], unused_entries(checkpoint, UNUSED)
     for key, value in state.items():
-        if key in NESTED_KEYS:
-            if not isinstance(value, Mapping):
-                raise CheckpointError(f"The checkpoint's {key} must be a dictionary, but is {type(value).__name__}.")
-            for inner, tensor in value.items():
-                yield Weight(rename(inner, NESTED_KEYS[key], f"{key}."), f"{key}.{inner}", tensor)
+        if not whole and UNUSED_KEYS.fullmatch(str(key)):
+            unused[key] = "of pre-training, not part of the encoder"
+        elif key not in NESTED:
+            weights.append(Weight(rename(key, names), key, value))
+        elif not isinstance(value, Mapping):
+            raise ConversionError(f"The checkpoint's {key} is a {type(value).__name__}; expected a dictionary.")
         else:
-            yield Weight(rename(key, STUDENT_KEYS, ""), key, value)
+            inner = {f"{key}.{name}": tensor for name, tensor in value.items()}
+            weights += [Weight(rename(name, names), name, tensor) for name, tensor in inner.items()]
+    return weights, unused
 
 
 def read_fairseq(checkpoint: Mapping[str, Any]) -> Layout:
+    """Read a checkpoint of the authors: student, teacher (of the last forward pass, D3), codebooks and heads."""
+    config, notes = config_from_fairseq(checkpoint), settings_notes(checkpoint)
+    weights, unused = _read_weights(checkpoint, PRETRAINING_KEYS, whole=True)
+    return Layout("fairseq, DinoSR", config, weights, unused, "none is named", notes)
+
+
+def read_data2vec(checkpoint: Mapping[str, Any]) -> Layout:
+    """Read the encoder of fairseq's data2vec for audio. Its teacher has no codebooks and is not used."""
+    config, (weights, unused) = _config(model_settings(checkpoint)), _read_weights(checkpoint, STUDENT_KEYS)
+    return Layout("fairseq, data2vec", config, weights, unused, "see its source").encoder_only()
+
+
+def is_recogniser(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether a fairseq checkpoint is a recogniser, judging by the names of its weights."""
+    state = checkpoint.get("model")
+    return isinstance(state, Mapping) and any(str(key).startswith(RECOGNISER_PREFIX) for key in state)
+
+
+def read_dictionary(file: str | os.PathLike) -> dict[str, int]:
     """
-    An authors' pre-training checkpoint: student, teacher (of the last forward pass, D3), codebooks and heads.
+    Read a fairseq dictionary (`dict.ltr.txt`, a label and its count per line) and put the special labels first.
 
-    Raises:
-        CheckpointError: As `config_from_fairseq`, and if it has no weights.
+    fairseq's blank is `<s>`, its label 0; transformers' is `<pad>`. The two exchange their names, not their rows.
     """
-    config = config_from_fairseq(checkpoint)
-    left = left_of(checkpoint)
-    weights = list(renamed(weights_of(checkpoint)))
-    return Layout("fairseq, DinoSR", config, weights, left, settings_notes(checkpoint), licence="none is named")
+    file = Path(file)
+    if not file.is_file():
+        raise ConversionError(f"{file} is not a file. Give the dictionary of the recogniser (dict.ltr.txt).")
+    vocabulary = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        label, separator, count = line.rpartition(" ")
+        if not separator or not count.isdigit() or label in vocabulary:
+            raise ConversionError(f"{file}, line {number}: {line[:80]!r} is not a new label and its count.")
+        vocabulary[label] = len(vocabulary)
+    return vocabulary
 
 
-def _inverse(table: Mapping[str, str]) -> dict[str, str]:
-    """A table of patterns the other way round."""
-    turned = {}
-    for theirs, ours in table.items():
-        pattern, name = re.escape(ours), theirs
-        for number, group in enumerate(re.findall(r"\([^()]*\)", theirs), start=1):
-            pattern = pattern.replace(rf"\\{number}", group)
-            name = name.replace(group, rf"\{number}", 1)
-        turned[pattern] = name.replace(r"\.", ".")
-    return turned
+def read_recogniser(checkpoint: Mapping[str, Any], dictionary: str | os.PathLike | None) -> Layout:
+    """
+    Read a recogniser that fairseq fine-tuned with CTC from DinoSR or data2vec.
+
+    The settings of pre-training are in its `w2v_args`. Without its dictionary, the encoder alone is read.
+    """
+    settings = model_settings(checkpoint)
+    base = settings.get("w2v_args")
+    base_settings = model_settings({"cfg": base}) or model_settings({"args": base})
+    if base_settings.get("_name") not in ("dinosr", DATA2VEC):
+        raise ConversionError(
+            "The recogniser's w2v_args do not have the settings of a DinoSR or data2vec model, from which its"
+            " configuration is derived."
+        )
+    values = {ours: settings[name] for name, ours in FINETUNING_FIELDS.items() if settings.get(name) is not None}
+    weights, unused = _read_weights(checkpoint, RECOGNISER_KEYS)
+    head = [tensor for name, _, tensor in weights if name.startswith("lm_head.") and isinstance(tensor, torch.Tensor)]
+    if num_labels := max((len(tensor) for tensor in head if tensor.dim()), default=0):
+        values["vocab_size"] = num_labels
+    vocabulary = None if dictionary is None else read_dictionary(dictionary)
+    if vocabulary is not None and len(vocabulary) != num_labels:
+        raise ConversionError(
+            f"The dictionary has {len(vocabulary)} labels including the 4 special ones, but the recogniser has"
+            f" {num_labels}. Give the dictionary that it was fine-tuned with."
+        )
+    config, license = _config(base_settings, **values), "that of its pre-trained model and of the data"
+    layout = Layout("fairseq, CTC", config, weights, unused, license, architecture="ctc", vocabulary=vocabulary)
+    return layout if vocabulary is not None else layout.encoder_only()
 
 
 def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
     """
-    The authors' layout of a model: what `read_fairseq` reads, and gives back bit for bit.
+    Convert a model to the content of a checkpoint of the authors. `read_fairseq` restores it bit for bit.
 
-    Returns:
-        `cfg.model`, the settings, and `model`, the weights; `torch.save` writes it. There is no state of a training
-        run in it.
+    It has settings under `cfg.model` and weights under `model`, but not the state of a training run.
     """
     config = model.config
-    layers = zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
-    settings = {
-        "_name": "dinosr",
-        **{theirs: getattr(config, ours) for theirs, ours in SAME_MEANING.items()},
-        **MUST_BE,
-    }
+    layers = list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
+    settings = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items() if ours != "conv_layers"}
+    settings |= {"_name": "dinosr", "conv_feature_layers": str(layers), **SUPPORTED}
     if config.codebook_end_decay is None:
         settings["codebook_end_decay"] = config.codebook_decay
-    settings["conv_feature_layers"] = str(list(layers))
     settings["conv_pos"] = config.conv_pos_kernel_size * config.num_conv_pos_embeddings
     settings["freeze_teacher_step"] = -1 if config.freeze_teacher_step is None else config.freeze_teacher_step
     settings["freeze_pre_enc_modules"] = config.freeze_mode != "copied"
-    tables = {"": _inverse(STUDENT_KEYS), **{name: _inverse(table) for name, table in NESTED_KEYS.items()}}
+    weights = model.state_dict()
+    weights.pop("codebooks.usage", None)  # for revival, which the authors' code does not have
+    for name in STACKED:
+        weights.update({f"{name}.{i}": row.clone() for i, row in enumerate(weights.pop(name))})
+    names = {ours: theirs for theirs, ours in PRETRAINING_KEYS.items()}
     state: dict[str, Any] = {}
-    for name, tensor in model.state_dict().items():
-        if name == "codebooks.usage":  # of revival, which the authors' code does not have
-            continue
-        parts = (
-            {f"{name}.{i}": row.clone() for i, row in enumerate(tensor)} if "codebooks." in name else {name: tensor}
-        )
-        for ours, value in parts.items():
-            place, pattern = next((p, k) for p, table in tables.items() for k in table if re.fullmatch(k, ours))
-            target = state if place == "" else state.setdefault(place, {})
-            target[re.sub(pattern, tables[place][pattern], ours)] = value
+    for ours, tensor in weights.items():
+        theirs = rename(ours, names)
+        entry, _, inner = theirs.partition(".")
+        if entry in NESTED:
+            state.setdefault(entry, {})[inner] = tensor
+        else:
+            state[theirs] = tensor
     return {"args": None, "cfg": {"_name": None, "model": settings}, "model": state}

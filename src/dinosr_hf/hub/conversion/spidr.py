@@ -1,5 +1,5 @@
 """
-The layout of package spidr's checkpoints, known from a file and from what is published of it; its code was not read.
+Read checkpoints of package spidr, whose layout is known from a file and from what is published; its code was not read.
 
 Queries, keys and values of attention are one matrix there, in this order. Licence of its weights: CC BY-NC 4.0.
 """
@@ -13,41 +13,41 @@ from typing import Any
 import torch
 
 from ...model.configuration_dinosr import DinoSRConfig
-from .checkpoint_file import CheckpointError
-from .layout import Layout, Weight, make_config, rename
+from .checkpoint_file import ConversionError
+from .layout import OBJECTIVE_SETTING, Layout, Weight, convert_settings, make_config, rename, shape_of, unused_entries
 
+# Their names of weights -> ours. The fused matrix is split into `q_proj`, `k_proj` and `v_proj` before.
 ENCODER_KEYS = {
-    r"pos_conv_embed\.convs\.(\d+)\.(weight|bias)": r"pos_conv_embed.layers.\1.conv.\2",
-    r"layer_norm\.(weight|bias)": r"layer_norm.\1",
-    r"layers\.(\d+)\.attention\.proj\.(weight|bias)": r"layers.\1.attention.out_proj.\2",
-    r"layers\.(\d+)\.(layer_norm|final_layer_norm)\.(weight|bias)": r"layers.\1.\2.\3",
-    r"layers\.(\d+)\.feed_forward\.(intermediate|output)_dense\.(weight|bias)": r"layers.\1.feed_forward.\2_dense.\3",
+    "pos_conv_embed.convs.*.*": "pos_conv_embed.layers.*.conv.*",
+    "layer_norm.*": "layer_norm.*",
+    "layers.*.attention.proj.*": "layers.*.attention.out_proj.*",
+    "layers.*.attention.*_proj.*": "layers.*.attention.*_proj.*",
+    "layers.*.layer_norm.*": "layers.*.layer_norm.*",
+    "layers.*.final_layer_norm.*": "layers.*.final_layer_norm.*",
+    "layers.*.feed_forward.*.*": "layers.*.feed_forward.*.*",
 }
 KEYS = {
-    r"mask_embedding": r"dinosr.masked_spec_embed",
-    r"feature_extractor\.conv_layers\.(\d+)\.(conv|layer_norm)\.(weight|bias)": (
-        r"dinosr.feature_extractor.conv_layers.\1.\2.\3"
-    ),
-    r"feature_projection\.(layer_norm|projection)\.(weight|bias)": r"dinosr.feature_projection.\1.\2",
-    **{rf"student\.{theirs}": rf"dinosr.encoder.{ours}" for theirs, ours in ENCODER_KEYS.items()},
-    **{rf"teacher\.{theirs}": rf"teacher.{ours}" for theirs, ours in ENCODER_KEYS.items()},
-    r"heads\.(\d+)\.0\.(weight|bias)": r"heads.\1.\2",
-    r"codebooks\.(\d+)\.codebook": r"codebooks.sums.\1",
-    r"codebooks\.(\d+)\.counts": r"codebooks.counts.\1",
+    "mask_embedding": "dinosr.masked_spec_embed",
+    "feature_extractor.conv_layers.*.*.*": "dinosr.feature_extractor.conv_layers.*.*.*",
+    "feature_projection.*.*": "dinosr.feature_projection.*.*",
+    **{f"student.{theirs}": f"dinosr.encoder.{ours}" for theirs, ours in ENCODER_KEYS.items()},
+    **{f"teacher.{theirs}": f"teacher.{ours}" for theirs, ours in ENCODER_KEYS.items()},
+    "heads.*.0.*": "heads.*.*",
+    "codebooks.*.codebook": "codebooks.sums.*",
+    "codebooks.*.counts": "codebooks.counts.*",
 }
-QKV = r"(student|teacher)\.layers\.(\d+)\.attention\.qkv\.(weight|bias)"
-LEFT = {
-    "current_step": "the number of updates, of the training run",
-    "optimizer": "of the training run",
-    "scheduler": "of the training run",
-    "scaler": "of the training run",
-    "epoch": "of the training run",
-    "step": "of the training run",
+UNUSED = {
+    "current_step": "the number of updates of the training run",
+    **dict.fromkeys(("optimizer", "scheduler", "scaler", "epoch", "step"), "state of the training run"),
 }
-SAME_MEANING = {
+
+# Their setting -> the field of `DinoSRConfig` with the same meaning.
+FIELDS = {
+    "extractor_conv_layer_config": "conv_layers",
     "extractor_conv_bias": "conv_bias",
     "encoder_embed_dim": "hidden_size",
     "encoder_projection_dropout": "feat_proj_dropout",
+    "encoder_pos_conv_kernel": "conv_pos_kernel_size",
     "encoder_pos_conv_groups": "num_conv_pos_embedding_groups",
     "encoder_pos_conv_depth": "num_conv_pos_embeddings",
     "encoder_num_layers": "num_hidden_layers",
@@ -57,177 +57,141 @@ SAME_MEANING = {
     "encoder_ff_interm_dropout": "activation_dropout",
     "encoder_dropout": "hidden_dropout",
     "encoder_layer_drop": "layerdrop",
-    "codebook_size": "codebook_size",
-    "codebook_decay": "codebook_decay",
-    "num_codebooks": "num_codebooks",
+    **{name: name for name in ("codebook_size", "codebook_decay", "num_codebooks")},
     "ema_start_decay": "ema_decay",
     "ema_final_decay": "ema_end_decay",
     "ema_final_step": "ema_anneal_steps",
     "freeze_step": "freeze_teacher_step",
 }
-# Of the objective, which an encoder alone has no use for.
-OF_THE_OBJECTIVE = re.compile(r"codebook|ema_|freeze_step")
-MUST_BE = {
+# Settings that change what the model computes -> the only value that is supported.
+SUPPORTED = {
     "extractor_mode": "layer_norm",
     "encoder_layer_norm_first": False,
     "ema_exclude_layers": ["pos_conv_embed"],
 }
-ELSEWHERE = ("extractor_conv_layer_config", "encoder_pos_conv_kernel", "encoder_qkv_bias")
-PUBLISHED_KERNELS = (10, 3, 3, 3, 3, 2, 2)
-HEAD_WIDTH = 64
+PUBLISHED_KERNELS = [10, 3, 3, 3, 3, 2, 2]
+PUBLISHED_HEAD_SIZE = 64
 
 
 def is_spidr(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a file has this layout, by the names of its weights."""
+    """Return whether a checkpoint has this layout, judging by the names of its weights."""
     state = checkpoint.get("model", checkpoint)
     return isinstance(state, Mapping) and "mask_embedding" in state and "student.layer_norm.weight" in state
 
 
 def _config_from_settings(settings: Mapping[str, Any], encoder_only: bool) -> DinoSRConfig:
-    names = {k: v for k, v in SAME_MEANING.items() if not (encoder_only and OF_THE_OBJECTIVE.search(k))}
-    must_be = {k: v for k, v in MUST_BE.items() if not (encoder_only and OF_THE_OBJECTIVE.search(k))}
-    for name, value in settings.items():
-        known = name in {*names, *must_be, *ELSEWHERE} or (encoder_only and OF_THE_OBJECTIVE.search(name))
-        if not known:
-            raise CheckpointError(
-                f"The configuration has {name}={str(value)[:80]}, which is not known. For a checkpoint of the SpidR"
-                " objective, give --objective spidr, which converts its encoder."
-            )
-        if name in must_be and value != must_be[name]:
-            raise CheckpointError(
-                f"The checkpoint was made with {name}={value!r}, which this model has not: it has {must_be[name]!r}."
-            )
-    missing = [name for name in (*names, *ELSEWHERE[:2]) if name not in settings]
-    if missing:
-        raise CheckpointError(f"The configuration lacks {', '.join(missing)}.")
-    layers = settings["extractor_conv_layer_config"]
-    if not isinstance(layers, list) or not all(isinstance(layer, list) and len(layer) == 3 for layer in layers):
-        raise CheckpointError(
-            f"extractor_conv_layer_config={str(layers)[:80]} must be a list of [channels, kernel, stride] a layer."
+    unknown = [name for name in settings if name not in {*FIELDS, *SUPPORTED, "encoder_qkv_bias"}]
+    if encoder_only:
+        unknown = [name for name in unknown if not OBJECTIVE_SETTING.search(name)]
+    if unknown:
+        raise ConversionError(
+            f"The configuration has an unknown setting: {unknown[0]}={str(settings[unknown[0]])[:80]}. For a"
+            " checkpoint of the SpidR objective, give --objective spidr, which converts its encoder."
         )
-    channels, kernels, strides = ([layer[i] for layer in layers] for i in range(3))
-    for name in ("encoder_pos_conv_kernel", "encoder_pos_conv_depth", "encoder_num_layers"):
-        if not isinstance(settings[name], int) or settings[name] < 1:
-            raise CheckpointError(f"The configuration has {name}={str(settings[name])[:80]}, which is no count.")
-    values = {ours: settings[theirs] for theirs, ours in names.items()}
-    values.setdefault("num_codebooks", min(DinoSRConfig().num_codebooks, values["num_hidden_layers"]))
-    return make_config(
-        conv_dim=channels,
-        conv_kernel=kernels,
-        conv_stride=strides,
-        conv_pos_kernel_size=max(3, settings["encoder_pos_conv_kernel"] // settings["encoder_pos_conv_depth"]),
-        **values,
-    )
+    return convert_settings(settings, FIELDS, SUPPORTED, encoder_only=encoder_only)
 
 
 def _count(state: Mapping[str, Any], pattern: str) -> int:
-    return len({match[1] for key in state if (match := re.fullmatch(pattern, str(key)))})
+    return sum(re.fullmatch(pattern, str(key)) is not None for key in state)
 
 
 def _shape(state: Mapping[str, Any], key: str, num_dims: int) -> tuple[int, ...]:
-    tensor = state.get(key)
-    if not isinstance(tensor, torch.Tensor):
-        raise CheckpointError(f"The checkpoint lacks {key}, whose shape the configuration is derived from.")
-    if tensor.dim() != num_dims:
-        raise CheckpointError(f"{key} has the shape {tuple(tensor.shape)}, but must have {num_dims} dimensions.")
-    return tuple(tensor.shape)
+    if key not in state:
+        raise ConversionError(f"The checkpoint lacks {key}, whose shape the configuration is derived from.")
+    shape = shape_of(state[key])
+    if isinstance(shape, str) or len(shape) != num_dims:
+        raise ConversionError(f"{key} has shape {shape}; expected {num_dims} dimensions.")
+    return shape
 
 
 def _config_from_shapes(
     state: Mapping[str, Any], num_attention_heads: int | None, encoder_only: bool
 ) -> tuple[DinoSRConfig, list[str]]:
-    """Sizes are in the shapes; strides and heads are not."""
-    num_convs = _count(state, r"feature_extractor\.conv_layers\.(\d+)\.conv\.weight")
+    """Derive the sizes from shapes, which do not tell strides and heads; return the assumptions as well."""
+    num_convs = _count(state, r"feature_extractor\.conv_layers\.\d+\.conv\.weight")
     convs = [_shape(state, f"feature_extractor.conv_layers.{i}.conv.weight", 3) for i in range(num_convs)]
-    hidden, per_group, pos_kernel = _shape(state, "student.pos_conv_embed.convs.0.weight", 3)
-    if tuple(kernel for *_, kernel in convs) != PUBLISHED_KERNELS:
-        raise CheckpointError(
-            f"The convolutions have kernels {[kernel for *_, kernel in convs]}, not the published"
-            f" {list(PUBLISHED_KERNELS)}, and shapes do not tell their strides. Give its config.json (--config)."
+    hidden_size, group_size, pos_kernel = _shape(state, "student.pos_conv_embed.convs.0.weight", 3)
+    if (kernels := [kernel for *_, kernel in convs]) != PUBLISHED_KERNELS:
+        raise ConversionError(
+            f"The convolutions have kernels {kernels}, not the published {PUBLISHED_KERNELS}, and shapes do not tell"
+            " their strides. Give its config.json (--config)."
         )
-    if num_attention_heads is None and hidden % HEAD_WIDTH:
-        raise CheckpointError(
-            f"Shapes do not tell the number of attention heads, and {hidden} channels are no multiple of"
-            f" {HEAD_WIDTH}, the published width of a head. Give its config.json (--config) or --num_attention_heads."
+    if num_attention_heads is None and hidden_size % PUBLISHED_HEAD_SIZE:
+        raise ConversionError(
+            f"Shapes do not tell the number of attention heads, and hidden_size={hidden_size} is not a multiple of"
+            f" {PUBLISHED_HEAD_SIZE}, the published size of a head. Give its config.json (--config) or"
+            " --num_attention_heads."
         )
-    heads = num_attention_heads or hidden // HEAD_WIDTH
+    num_heads = num_attention_heads or hidden_size // PUBLISHED_HEAD_SIZE
     defaults = DinoSRConfig()
     notes = [
         "strides of the convolutions: 5, 2, 2, 2, 2, 2, 2, the published ones",
-        f"attention heads: {heads}, " + ("as given" if num_attention_heads else "the published width of 64 each"),
+        f"attention heads: {num_heads}, " + ("as given" if num_attention_heads else "the published size of 64 each"),
         "dropouts, decays, masks and freeze step: this package's defaults, which are the paper's",
     ]
-    num_layers = _count(state, r"student\.layers\.(\d+)\.attention\.qkv\.weight")
-    objective: dict[str, Any] = {"num_codebooks": min(defaults.num_codebooks, num_layers)}
+    num_layers = _count(state, r"student\.layers\.\d+\.attention\.qkv\.weight")
+    objective = {"num_codebooks": min(defaults.num_codebooks, num_layers)}
     if not encoder_only:
-        size, _ = _shape(state, "codebooks.0.codebook", 2)
-        objective = {"codebook_size": size, "num_codebooks": _count(state, r"codebooks\.(\d+)\.codebook")}
+        codebook_size, _ = _shape(state, "codebooks.0.codebook", 2)
+        objective = {"codebook_size": codebook_size, "num_codebooks": _count(state, r"codebooks\.\d+\.codebook")}
     config = make_config(
-        conv_dim=[shape[0] for shape in convs],
-        conv_kernel=[shape[2] for shape in convs],
+        conv_dim=[channels for channels, *_ in convs],
+        conv_kernel=kernels,
         conv_stride=list(defaults.conv_stride),
         conv_bias="feature_extractor.conv_layers.0.conv.bias" in state,
-        hidden_size=hidden,
+        hidden_size=hidden_size,
         intermediate_size=_shape(state, "student.layers.0.feed_forward.intermediate_dense.weight", 2)[0],
         num_hidden_layers=num_layers,
-        num_attention_heads=heads,
-        num_conv_pos_embeddings=_count(state, r"student\.pos_conv_embed\.convs\.(\d+)\.weight"),
+        num_attention_heads=num_heads,
+        num_conv_pos_embeddings=_count(state, r"student\.pos_conv_embed\.convs\.\d+\.weight"),
         conv_pos_kernel_size=pos_kernel,
-        num_conv_pos_embedding_groups=hidden // max(1, per_group),
+        num_conv_pos_embedding_groups=hidden_size // max(1, group_size),
         **objective,
     )
     return config, notes
 
 
-def _weights(state: Mapping[str, Any]) -> Iterator[Weight]:
+def _rename_weights(state: Mapping[str, Any]) -> Iterator[Weight]:
     for key, tensor in state.items():
-        if key in LEFT:
+        if key in UNUSED:
             continue
-        match = re.fullmatch(QKV, str(key))
-        if match is None:
-            yield Weight(rename(key, KEYS, ""), key, tensor)
+        if ".attention.qkv." not in str(key):
+            yield Weight(rename(key, KEYS), key, tensor)
             continue
-        side, layer, kind = match.groups()
-        prefix = f"{'dinosr.encoder' if side == 'student' else 'teacher'}.layers.{layer}.attention"
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != (2 if kind == "weight" else 1) or len(tensor) % 3:
-            seen = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{key} has the shape {seen}, but must have three parts of the same size.")
+        if not isinstance(tensor, torch.Tensor) or not tensor.dim() or len(tensor) % 3:
+            raise ConversionError(f"{key} has shape {shape_of(tensor)}; expected three parts of the same size.")
         for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-            yield Weight(f"{prefix}.{part}_proj.{kind}", f"{key} ({part})", rows.clone())
-            if kind == "weight" and key.replace("weight", "bias") not in state:
-                yield Weight(f"{prefix}.{part}_proj.bias", f"{key} ({part}, no bias)", tensor.new_zeros(len(rows)))
+            name = rename(key.replace("qkv", f"{part}_proj"), KEYS)
+            yield Weight(name, f"{key} ({part})", rows.clone())
+            if key.replace("weight", "bias") not in state:
+                yield Weight(name.replace("weight", "bias"), f"{key} ({part}, no bias)", tensor.new_zeros(len(rows)))
 
 
 def read_spidr(
     checkpoint: Mapping[str, Any],
     settings: Mapping[str, Any] | None,
-    *,
     num_attention_heads: int | None = None,
-    objective: str = "dinosr",
+    *,
+    encoder_only: bool = False,
 ) -> Layout:
     """
-    A checkpoint of package spidr.
+    Read a checkpoint of package spidr.
 
     Args:
-        checkpoint: The file's content.
-        settings: Of its config.json, as a whole or what is under `model`; None: sizes from shapes.
-        num_attention_heads: Where there are no settings; None: heads of the published width, 64.
-        objective: "dinosr", or "spidr": then the encoder alone, since the heads read other layers than DinoSR's. The
-            file itself does not tell which it is.
-
-    Raises:
-        CheckpointError: For settings and weights that are not known or missing, and for what shapes cannot tell.
+        checkpoint: Content of the file.
+        settings: Content of its config.json, or what is under `model` there; None: derive the sizes from shapes.
+        num_attention_heads: Number of heads if there are no settings; None: heads of the published size, 64.
+        encoder_only: Whether it has the SpidR objective, which the file does not tell. Its heads read other layers
+            than DinoSR's, so the encoder alone is read.
     """
-    encoder_only = objective == "spidr"
     state = checkpoint.get("model", checkpoint)
-    beside = [str(name) for name in checkpoint if name != "model"] if "model" in checkpoint else []
-    if unknown := [name for name in beside if name not in LEFT]:
-        raise CheckpointError(f"The checkpoint has entries that are not known: {', '.join(unknown)[:300]}.")
-    left = {name: LEFT[name] for name in (*beside, *state) if name in LEFT}
+    unused = unused_entries(checkpoint, UNUSED) if "model" in checkpoint else {}
+    unused |= {name: UNUSED[name] for name in state if name in UNUSED}
     notes: list[str] = []
     if settings is None:
         config, notes = _config_from_shapes(state, num_attention_heads, encoder_only)
     else:
         config = _config_from_settings(settings.get("model", settings), encoder_only)
-    layout = Layout("spidr", config, list(_weights(state)), left, notes, licence="CC BY-NC 4.0, by spidr's README")
-    return layout.encoder_alone() if encoder_only else layout
+    weights = list(_rename_weights(state))
+    layout = Layout("spidr", config, weights, unused, "CC BY-NC 4.0, by spidr's README", notes)
+    return layout.encoder_only() if encoder_only else layout

@@ -1,0 +1,120 @@
+"""
+The rule by which the same command goes on from the checkpoints in its output folder.
+
+A run resumes from the newest checkpoint that is complete and fits its arguments, and says so. A folder whose
+checkpoints cannot be used, or that has a model and no checkpoint, is refused and left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from ..utils.command_line import ArgumentError
+
+logger = logging.getLogger(__name__)
+
+CheckpointT = TypeVar("CheckpointT")
+
+
+class CheckpointError(ArgumentError):
+    """A checkpoint that cannot be written or used; the message says why, and what to do."""
+
+
+def step_of(path: Path) -> int:
+    """Return the number of updates that a folder `checkpoint-STEP` is named after."""
+    return int(path.name.partition("-")[2])
+
+
+def find_checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """Return the folders `checkpoint-STEP` in a folder, newest first, whether they are complete or not."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def usable_checkpoints(
+    output_dir: str | os.PathLike, read: Callable[[Path], CheckpointT]
+) -> Iterator[CheckpointT | CheckpointError]:
+    """Yield for each checkpoint of a folder, newest first, what `read` returns, or the `CheckpointError` it raises."""
+    for path in find_checkpoints(output_dir):
+        try:
+            yield read(path)
+        except CheckpointError as error:
+            yield error
+
+
+def choose_checkpoint(
+    resume: str, output_dir: str | os.PathLike, read: Callable[[Path], CheckpointT]
+) -> CheckpointT | None:
+    """
+    Choose what a run goes on from; return what `read` returns for it, or None to begin at the first step.
+
+    Args:
+        resume: "auto": the newest usable checkpoint in `output_dir`, if it has any; "never": none, and `output_dir`
+            may have none; otherwise the path of a checkpoint.
+        output_dir: Folder of the run.
+        read: Opens a checkpoint; raises `CheckpointError` unless it is complete and fits the run's arguments.
+
+    Raises:
+        CheckpointError: If the checkpoint asked for, or all of those in `output_dir`, cannot be used, or if there are
+            some and `resume` is "never".
+    """
+    if resume == "never":
+        if find_checkpoints(output_dir):
+            raise CheckpointError(
+                f"output_dir={output_dir} has checkpoints, and resume is never. Remove them, give another output_dir,"
+                " or set resume to auto."
+            )
+        return None
+    if resume != "auto":
+        if not Path(resume).is_dir():
+            raise CheckpointError(f"resume={resume} is not a folder. Give auto, never, or the path of a checkpoint.")
+        return read(Path(resume))
+    refused = []
+    for candidate in usable_checkpoints(output_dir, read):
+        if not isinstance(candidate, CheckpointError):
+            return candidate
+        logger.warning("Checkpoint refused: %s", candidate)
+        refused.append(str(candidate))
+    if refused:
+        raise CheckpointError(
+            f"No checkpoint in output_dir={output_dir} can be used, and a run does not start over by itself. Give"
+            f" another output_dir, or remove them. {' '.join(refused)}"
+        )
+    return None
+
+
+def refuse_existing_model(output_dir: str | os.PathLike) -> None:
+    """Raise `ArgumentError` if a folder has a model, which a run without a checkpoint there would overwrite."""
+    if Path(output_dir, "config.json").is_file():
+        raise ArgumentError(f"output_dir={output_dir} has a model already. Give another folder, or remove this one.")
+
+
+def report_changes(saved: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
+    """Warn of each argument, by name, that has another value than in the run that wrote the checkpoint."""
+    for name, value in now.items():
+        if name not in ignored and saved.get(name) != value:
+            logger.warning("%s is %s now, and was %s at the checkpoint.", name, value, saved.get(name))
+
+
+@contextlib.contextmanager
+def lock_output_folder(output_dir: str | os.PathLike) -> Iterator[None]:
+    """Create an output folder and lock it. Raises `ArgumentError` if another run has, or it cannot be written to."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(Path(output_dir, ".lock")).acquire(timeout=0)
+    except Timeout as error:
+        raise ArgumentError(
+            f"Another run is using output_dir={output_dir}. Give another folder, or end that run (an interrupted"
+            " `accelerate launch` can leave its training process behind)."
+        ) from error
+    except OSError as error:
+        raise ArgumentError(f"output_dir={output_dir} cannot be written to: {error}") from error
+    with lock:
+        yield
