@@ -63,7 +63,7 @@ def render_card(metadata: ModelCardData, model: PreTrainedModel, **values: Any) 
     Args:
         metadata: The Hub's metadata.
         model: Model whose sizes the card tells.
-        **values: What else the template asks for: `layout` of a converted checkpoint, or `run` and its facts.
+        **values: Further values of the template: `layout` of a converted checkpoint, or `run` and its facts.
     """
     num_parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
     values |= {"config": model.config, "num_parameters": num_parameters}

@@ -78,7 +78,7 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         ema_end_decay: Decay of the teacher's average once `ema_anneal_steps` updates are done.
         ema_anneal_steps: Updates over which the decay goes linearly from `ema_decay` to `ema_end_decay`.
         freeze_teacher_step: Update from which the teacher is frozen; None: never.
-        freeze_mode: What happens to convolutions and projection then. `"frozen"`: they are frozen too, as the authors
+        freeze_mode: Treatment of convolutions and projection then. `"frozen"`: they are frozen too, as the authors
             intended. `"shared"`: they go on learning and feed the teacher, as in the authors' code. `"copied"`: the
             teacher keeps copies of them, and the student's go on learning.
         reference_padding: Whether to handle padding as the authors' code does, in which an utterance's features depend

@@ -63,7 +63,7 @@ def may_use_fast_forms(signal: Tensor, *layers: nn.Module) -> bool:
     Decide whether a computation may take a fast form: the one guard of this file.
 
     Args:
-        signal: What goes in.
+        signal: Input of the computation.
         *layers: Layers, with all layers inside them, that the fast form may compute without calling them.
 
     Returns:

@@ -50,7 +50,7 @@ class RunPlan:
         summary: Summary of the first epoch from `summarize_plan`. None for a stream, of which only the limits are
             known: steps are then taken as full, and utterances as half way between the shortest and the longest.
         world_size: Number of processes.
-        changes: What `scale_to_batch` changed, to be part of the text.
+        changes: Changes that `scale_to_batch` made, to be part of the text.
 
     Raises:
         ValueError: If the model or the schedule is impossible.
