@@ -2,7 +2,7 @@
 
 import torch
 
-from dinosr_hf import DinoSRConfig
+from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 
 SIZES = {
     "vocab_size": 11,
@@ -63,4 +63,12 @@ def randomize(model: torch.nn.Module, seed: int = 1, scale: float = 0.2) -> torc
         for name, parameter in sorted(model.named_parameters()):
             if "codebooks." not in name:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def vary_anchor(model: DinoSRForPreTraining) -> DinoSRForPreTraining:
+    """Centre the scores of the anchor's head on those of noise, so that its most probable label changes over time."""
+    with torch.no_grad():
+        features = model.eval().dinosr(waveforms(1, 9_000, seed=3)).last_hidden_state[0]
+        model.anchor_head.bias.copy_(-model.anchor_head.weight @ features.mean(dim=0))
     return model

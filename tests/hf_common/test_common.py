@@ -6,6 +6,7 @@ of what they import or look up is not there, so the order of this file matters: 
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from tiny_dinosr import (
     HEADS,
     MODELS,
     TINY_VALUES,
+    VARIANTS,
     DinoSRModelTester,
     make_processor,
     tiny_config,
@@ -79,10 +81,11 @@ add_heads_to_mixin_tables()
 class CommonSuite(ModelTesterMixin):
     # A waveform model has no token embeddings to resize.
     test_resize_embeddings = False
+    variant = ""
 
     def setUp(self):
         set_seed(0)
-        self.model_tester = DinoSRModelTester(self)
+        self.model_tester = DinoSRModelTester(self, variant=self.variant)
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=False)
@@ -96,12 +99,13 @@ class CommonSuite(ModelTesterMixin):
             super().test_can_init_all_missing_weights()
 
 
-for _name, _class in MODELS.items():
-    globals()[f"{_name}Test"] = type(
-        f"{_name}Test",
+for _variant, (_name, _class) in itertools.product(VARIANTS, MODELS.items()):
+    globals()[f"{_name}{_variant}Test"] = type(
+        f"{_name}{_variant}Test",
         (CommonSuite, unittest.TestCase),
         {
             "all_model_classes": (_class,),
+            "variant": _variant,
             # Teacher and codebooks are frozen; 5.17's gradient checkpointing tests unfreeze them and then miss their
             # gradients. test_conventions.py asks that all other parameters have one.
             "test_all_params_have_gradient": _name != "DinoSRForPreTraining",
@@ -192,11 +196,13 @@ class Overfit(TrainingTesterMixin):
 
     model_class = None
     model_tester = None
+    variant = ""
     training_overfit_learning_rate = 5e-3
 
     def setUp(self):
-        self.model_tester = DinoSRModelTester(self, batch_size=self.training_overfit_batch_size)
-        self.model_tester.get_config = lambda: tiny_config(**DETERMINISTIC_VALUES)
+        self.model_tester = DinoSRModelTester(self, self.training_overfit_batch_size, self.variant)
+        config = tiny_config(**DETERMINISTIC_VALUES, **VARIANTS[self.variant])
+        self.model_tester.get_config = lambda: config
 
     def _get_trainable_model_class(self):
         return self.model_class
@@ -210,9 +216,11 @@ class Overfit(TrainingTesterMixin):
         return inputs
 
 
-for _name in ("DinoSRForCTC", "DinoSRForSequenceClassification", "DinoSRForAudioFrameClassification"):
-    globals()[f"{_name}OverfitTest"] = type(
-        f"{_name}OverfitTest",
+for _variant, _name in itertools.product(
+    VARIANTS, ("DinoSRForCTC", "DinoSRForSequenceClassification", "DinoSRForAudioFrameClassification")
+):
+    globals()[f"{_name}{_variant}OverfitTest"] = type(
+        f"{_name}{_variant}OverfitTest",
         (Overfit, unittest.TestCase),
-        {"model_class": MODELS[_name], "__module__": __name__},
+        {"model_class": MODELS[_name], "variant": _variant, "__module__": __name__},
     )

@@ -22,7 +22,6 @@ from tiny_dinosr import (
     MODELS,
     DinoSRModelTester,
     num_frames,
-    tiny_config,
     write_checkpoint,
 )
 
@@ -30,9 +29,11 @@ TASK_MODELS = {name: model_class for name, model_class in MODELS.items() if name
 
 
 class DinoSRConventionsTest(unittest.TestCase):
+    variant = ""
+
     def setUp(self):
         transformers.set_seed(0)
-        self.tester = DinoSRModelTester(self)
+        self.tester = DinoSRModelTester(self, variant=self.variant)
 
     def test_every_exported_class_is_tested(self):
         exported = {
@@ -58,14 +59,14 @@ class DinoSRConventionsTest(unittest.TestCase):
     def test_heads_hold_the_base_model_under_its_prefix(self):
         for name, model_class in TASK_MODELS.items():
             with self.subTest(name):
-                model = model_class(tiny_config())
+                model = model_class(self.tester.get_config())
                 self.assertIsInstance(getattr(model, model.base_model_prefix, None), MODELS[BASE])
                 self.assertIs(model.base_model, getattr(model, model.base_model_prefix))
 
     def test_default_config_uses_sdpa(self):
         for name, model_class in MODELS.items():
             with self.subTest(name):
-                self.assertEqual(model_class(tiny_config()).config._attn_implementation, "sdpa")
+                self.assertEqual(model_class(self.tester.get_config()).config._attn_implementation, "sdpa")
 
     def test_training_step_gives_a_finite_loss_and_gradients(self):
         for name, model_class in TASK_MODELS.items():
@@ -112,7 +113,7 @@ class DinoSRConventionsTest(unittest.TestCase):
     def test_freeze_feature_encoder(self):
         for name, model_class in MODELS.items():
             with self.subTest(name):
-                model = model_class(tiny_config())
+                model = model_class(self.tester.get_config())
                 model.freeze_feature_encoder()
                 extractor = model.base_model.feature_extractor
                 self.assertFalse(any(p.requires_grad for p in extractor.parameters()))
@@ -120,14 +121,14 @@ class DinoSRConventionsTest(unittest.TestCase):
 
     def test_output_lengths_helper(self):
         # fine-tuning scripts and the CTC loss read it
-        model = MODELS["DinoSRForCTC"](tiny_config())
-        lengths = [1024, 700, 320]
+        model = MODELS["DinoSRForCTC"](self.tester.get_config())
+        lengths = [5120, 1024, 700]
         got = model._get_feat_extract_output_lengths(torch.tensor(lengths))
-        self.assertEqual(got.tolist(), [num_frames(length) for length in lengths])
+        self.assertEqual(got.tolist(), [num_frames(length, self.variant) for length in lengths])
 
     def test_auto_config(self):
         with tempfile.TemporaryDirectory() as folder:
-            tiny_config().save_pretrained(folder)
+            self.tester.get_config().save_pretrained(folder)
             self.assertIs(type(transformers.AutoConfig.from_pretrained(folder)), DinoSRConfig)
         self.assertIs(type(transformers.AutoConfig.for_model("dinosr")), DinoSRConfig)
 
@@ -135,8 +136,8 @@ class DinoSRConventionsTest(unittest.TestCase):
         for name, (auto, _) in HEADS.items():
             with self.subTest(name), tempfile.TemporaryDirectory() as folder:
                 auto_class = getattr(transformers, auto)
-                self.assertIs(type(auto_class.from_config(tiny_config())), MODELS[name])
-                MODELS[name](tiny_config()).save_pretrained(folder)
+                self.assertIs(type(auto_class.from_config(self.tester.get_config())), MODELS[name])
+                MODELS[name](self.tester.get_config()).save_pretrained(folder)
                 loaded, info = auto_class.from_pretrained(folder, output_loading_info=True)
                 self.assertIs(type(loaded), MODELS[name])
                 self.assertFalse(info["missing_keys"] or info["unexpected_keys"], info)
@@ -155,7 +156,7 @@ class DinoSRConventionsTest(unittest.TestCase):
     def test_auto_processing_classes_by_config_alone(self):
         # nothing but config.json and bare values: the classes must come from the model type
         with tempfile.TemporaryDirectory() as folder:
-            tiny_config().save_pretrained(folder)
+            self.tester.get_config().save_pretrained(folder)
             (Path(folder) / "vocab.json").write_text(json.dumps(LETTERS))
             (Path(folder) / "preprocessor_config.json").write_text(
                 json.dumps({"feature_size": 1, "sampling_rate": 16000, "do_normalize": True})
@@ -167,7 +168,7 @@ class DinoSRConventionsTest(unittest.TestCase):
 
     def test_pretraining_checkpoint_loads_into_every_class(self):
         # fine-tuning starts there: the base weights arrive whole
-        source = MODELS["DinoSRForPreTraining"](tiny_config())
+        source = MODELS["DinoSRForPreTraining"](self.tester.get_config())
         base = source.base_model.state_dict()
         with tempfile.TemporaryDirectory() as folder:
             source.save_pretrained(folder)
@@ -179,6 +180,10 @@ class DinoSRConventionsTest(unittest.TestCase):
                     prefix = model.base_model_prefix + "."
                     missing = [key for key in info["missing_keys"] if key.startswith(prefix) or name == BASE]
                     self.assertEqual(missing, [])
+
+
+class DinoSRLogMelConventionsTest(DinoSRConventionsTest):
+    variant = "LogMel"
 
 
 REFUSE_DINOSR_HF = """

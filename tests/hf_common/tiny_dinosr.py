@@ -75,6 +75,8 @@ TINY_VALUES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# The model as the paper has it, and with both departures from it that change its modules.
+VARIANTS: dict[str, dict[str, Any]] = {"": {}, "LogMel": {"feature_encoder": "log_mel", "num_anchor_labels": 6}}
 DETERMINISTIC_VALUES = {
     name: 0.0 for name in TINY_VALUES if name.endswith("dropout") or name in ("layerdrop", "mask_time_prob")
 }
@@ -86,9 +88,10 @@ def tiny_config(**overrides: Any) -> DinoSRConfig:
     return DinoSRConfig(**{**TINY_VALUES, **overrides})
 
 
-def num_frames(num_samples: int) -> int:
+def num_frames(num_samples: int, variant: str = "") -> int:
     """Frames of the tiny model, by the textbook's formula rather than by the code under test."""
-    for kernel, stride in zip(TINY_VALUES["conv_kernel"], TINY_VALUES["conv_stride"], strict=True):
+    conv = zip(TINY_VALUES["conv_kernel"], TINY_VALUES["conv_stride"], strict=True)
+    for kernel, stride in [(400, 160), (2, 2)] if variant == "LogMel" else conv:
         num_samples = (num_samples - kernel) // stride + 1
     return num_samples
 
@@ -98,25 +101,26 @@ class DinoSRModelTester:
 
     is_training = True
 
-    def __init__(self, parent, batch_size=5, num_samples=1024):
+    def __init__(self, parent, batch_size=5, variant=""):
         self.parent = parent
         self.batch_size = batch_size
-        self.seq_length = num_samples
-        self.encoder_seq_length = self.key_length = num_frames(num_samples)
+        self.variant = variant
+        self.seq_length = 5120 if variant == "LogMel" else 1024
+        self.encoder_seq_length = self.key_length = num_frames(self.seq_length, variant)
         self.hidden_size = TINY_VALUES["hidden_size"]
         self.num_hidden_layers = TINY_VALUES["num_hidden_layers"]
         self.num_attention_heads = TINY_VALUES["num_attention_heads"]
         self.num_labels = 2
 
     def get_config(self, **overrides):
-        return tiny_config(**overrides)
+        return tiny_config(**{**VARIANTS[self.variant], **overrides})
 
     def prepare_config_and_inputs_for_common(self):
         generator = torch.Generator().manual_seed(1)
         waveforms = torch.randn(self.batch_size, self.seq_length, generator=generator)
         attention_mask = torch.ones(self.batch_size, self.seq_length, dtype=torch.long)
         for row in range(1, self.batch_size):  # right-padded, each row shorter than the one before
-            attention_mask[row, self.seq_length - 70 * row :] = 0
+            attention_mask[row, self.seq_length - (self.get_config().inputs_to_logits_ratio + 6) * row :] = 0
         return self.get_config(), {"input_values": waveforms * attention_mask, "attention_mask": attention_mask}
 
     def labels_for(self, model_class):
@@ -130,7 +134,10 @@ class DinoSRModelTester:
                 mask = torch.zeros(batch_size, length, dtype=torch.bool)
                 mask[:, 1:4] = True
                 mask[:, 6] = True
-                return {"mask_time_indices": mask}
+                labels = {"mask_time_indices": mask}
+                if num_labels := self.get_config().num_anchor_labels:
+                    labels["anchor_labels"] = torch.randint(num_labels, (batch_size, length), generator=generator)
+                return labels
             case "DinoSRForCTC":
                 return {"labels": torch.randint(3, TINY_VALUES["vocab_size"], (batch_size, 3), generator=generator)}
             case "DinoSRForAudioFrameClassification":

@@ -16,6 +16,7 @@ from conftest import FIXTURES
 from dinosr_hf import DinoSRConfig, DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from dinosr_hf.hub.conversion import ConversionError, convert, convert_to_fairseq, statistics_table, unit_statistics
 from dinosr_hf.hub.conversion.fairseq import config_from_fairseq, settings_notes
+from tiny import tiny_config
 from tolerances import SAME_ARITHMETIC
 
 CASE = FIXTURES / "dev_tiny"
@@ -212,13 +213,21 @@ def test_converting_there_and_back_is_bit_exact(checkpoint, tmp_path, copied):
     assert equal_states(again, DinoSRForPreTraining.from_pretrained(tmp_path / "out"))
 
 
-def test_the_authors_layout_has_no_usage_of_codewords(checkpoint, tmp_path):
+def test_the_authors_layout_has_no_usage_of_codewords_and_no_anchor(checkpoint, tmp_path):
     model = convert(save(checkpoint, tmp_path), tmp_path / "out")
-    reviving = DinoSRForPreTraining.from_pretrained(tmp_path / "out", codebook_revival_share=0.1)
-    assert "codebooks.usage" in reviving.state_dict()
+    added = {"codebook_revival_share": 0.1, "num_anchor_labels": 5}
+    reviving = DinoSRForPreTraining.from_pretrained(tmp_path / "out", **added)
+    assert {"codebooks.usage", "anchor_head.weight"} <= set(reviving.state_dict())
     reviving.save_pretrained(tmp_path / "reviving")
     again = convert(convert_to_fairseq(tmp_path / "reviving", tmp_path / "back.pt"), tmp_path / "again")
     assert equal_states(again, model) and again.config.codebook_revival_share == 0
+
+
+def test_a_model_without_convolutions_has_no_authors_layout(tmp_path):
+    DinoSRForPreTraining(tiny_config(feature_encoder="log_mel")).save_pretrained(tmp_path / "mel")
+    with pytest.raises(ConversionError, match=r"feature_encoder='log_mel' has no place in the authors' layout"):
+        convert_to_fairseq(tmp_path / "mel", tmp_path / "back.pt")
+    assert not (tmp_path / "back.pt").exists()
 
 
 def test_an_encoder_has_no_authors_layout(tmp_path):

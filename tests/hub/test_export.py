@@ -209,21 +209,39 @@ def test_export_does_not_change_the_model(folders, tmp_path, monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_log_mel_recogniser_is_exported(tmp_path):
+    save_recogniser(tmp_path / "torch", feature_encoder="log_mel", **CHANGES)
+    export_onnx(tmp_path / "torch", tmp_path / "onnx")
+    right, exported = TorchModel(tmp_path / "torch"), OnnxModel(tmp_path / "onnx", num_threads=1)
+    for lengths in ([560], [879], [880], [16_007], [7_003, 11_111, 720]):
+        for a, b in zip(outputs(right, lengths), outputs(exported, lengths), strict=True):
+            np.testing.assert_allclose(b, a, **ACTIVATIONS)
+    quiet = [synthesize(text * 5)[0] * np.float32(1e-3) for text in TEXTS]
+    assert compare(right, exported, quiet).changed_decisions == 0
+    with pytest.raises(ValueError, match=r"Waveform 0 has shape \(559,\).* at least 560 samples"):
+        exported.run([np.zeros(559)])
+
+
 def test_all_models_but_the_pretraining_model_can_be_exported():
     assert {*OUTPUTS, "DinoSRForPreTraining"} == set(AUTO_CLASSES.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in OUTPUTS if name != "DinoSRForCTC"])
-def test_other_models_are_exported(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "front_end"),
+    [(name, "conv") for name in OUTPUTS if name != "DinoSRForCTC"]
+    + [("DinoSRModel", "log_mel"), ("DinoSRForSequenceClassification", "log_mel")],
+)
+def test_other_models_are_exported(tmp_path, name, front_end):
     weighted = {"use_weighted_layer_sum": True} if "Classification" in name else {}
-    model = randomize(getattr(dinosr_hf, name)(tiny_config(**CHANGES, **weighted)))
+    config = tiny_config(feature_encoder=front_end, **CHANGES, **weighted)
+    model = randomize(getattr(dinosr_hf, name)(config))
     export_onnx(model, tmp_path / "onnx", processor=feature_extractor())
     exported = OnnxModel(tmp_path / "onnx", num_threads=1)
     assert isinstance(exported.processor, Wav2Vec2FeatureExtractor)
     save_folder(model, tmp_path / "torch")
     right = TorchModel(tmp_path / "torch")
-    waves = [waveforms(1, length, length)[0].numpy() for length in (1301, 401, 777)]
+    waves = [waveforms(1, length, length)[0].numpy() for length in (1301, 601, 777)]
     for a, b in zip(right.run(waves), exported.run(waves, batch_size=3), strict=True):
         assert a.ndim == (1 if name in ("DinoSRForSequenceClassification", "DinoSRForXVector") else 2)
         np.testing.assert_allclose(b, a, **ACTIVATIONS)

@@ -42,6 +42,7 @@ RUN_FILES = {
     "optimizer.pt": "1",
     "metrics.jsonl": "{}",
     "training_args.bin": "2",
+    "anchor.safetensors": "labels",
     "notes.txt": "mine",
 }
 

@@ -31,13 +31,14 @@ CODE = {
     "masking_dinosr.py",
     "modeling_dinosr.py",
 }
-NUM_SAMPLES = 611
+NUM_SAMPLES = 5_011
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=["conv", "log_mel"])
+def model(request):
     torch.manual_seed(0)
-    return randomize(DinoSRForPreTraining(tiny_config())).eval()
+    changes = {"feature_encoder": request.param, "num_anchor_labels": 3 if request.param == "log_mel" else 0}
+    return randomize(DinoSRForPreTraining(tiny_config(**changes))).eval()
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ NOT_NEGATIVE = (
     "codebook_end_decay_step",
     "ema_anneal_steps",
     "freeze_teacher_step",
+    "num_anchor_labels",
     "mask_min_spans",
     "mask_time_min_masks",
     "mask_feature_min_masks",
@@ -100,6 +101,11 @@ def test_what_is_no_share_is_refused(name, value):
             id="heads-not-dividing",
         ),
         pytest.param({"hidden_act": "sigh"}, "hidden_act='sigh' is unknown.*gelu", id="activation"),
+        pytest.param(
+            {"feature_encoder": "mfcc"},
+            "feature_encoder='mfcc' is unknown. Choose one of conv, log_mel",
+            id="front-end",
+        ),
         pytest.param(
             {"feat_extract_activation": "sigh"}, "feat_extract_activation='sigh' is unknown", id="conv-activation"
         ),

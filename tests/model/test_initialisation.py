@@ -254,3 +254,28 @@ def test_a_pretraining_checkpoint_in_another_head_warns_of_the_new_head_alone(
     assert not any(word in text for word in ("teacher", "codebooks", "heads", "UNEXPECTED"))
     whole = DinoSRForPreTraining.from_pretrained(pretraining_folder)
     assert all(torch.equal(t, whole.dinosr.state_dict()[n]) for n, t in model.dinosr.state_dict().items())
+
+
+def test_checkpoints_with_an_anchor_load_everywhere(tmp_path, messages):
+    model = randomize(DinoSRForPreTraining(tiny_config(num_anchor_labels=9)))
+    model.save_pretrained(tmp_path)
+    again = DinoSRForPreTraining.from_pretrained(tmp_path)
+    encoder = DinoSRModel.from_pretrained(tmp_path)
+    without = DinoSRForPreTraining.from_pretrained(tmp_path, num_anchor_labels=0)
+    assert messages == [] and without.anchor_head is None
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, model.dinosr.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+    DinoSRForCTC.from_pretrained(tmp_path)
+    text = "\n".join(messages)
+    assert "lm_head" in text and "anchor" not in text
+
+
+def test_an_anchor_can_begin_with_a_model_that_was_trained_without_it(tmp_path, messages):
+    plain = randomize(DinoSRForPreTraining(tiny_config()))
+    plain.save_pretrained(tmp_path)
+    model = DinoSRForPreTraining.from_pretrained(tmp_path, num_anchor_labels=200)
+    assert "anchor_head" in "\n".join(messages)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    assert model.anchor_head.weight.shape == (200, 36) and model.anchor_head.weight.requires_grad
+    assert_uniform(model.anchor_head.weight, -1 / 6, 1 / 6)
+    assert_uniform(model.anchor_head.bias, -1 / 6, 1 / 6)

@@ -1,5 +1,7 @@
 """Units with scores: the units of the model, and scores that equal a direct computation."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from audio_files import noise, sf
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.data import normalize_waveform, open_recordings
 from dinosr_hf.units import scored_units
-from tiny import randomize, tiny_config
+from tiny import randomize, tiny_config, vary_anchor
 from tolerances import SAME_ARITHMETIC
 
 SOURCES = ("student", "teacher")
@@ -16,7 +18,7 @@ SOURCES = ("student", "teacher")
 
 def tiny_model(**changes):
     torch.manual_seed(0)
-    return randomize(DinoSRForPreTraining(tiny_config(**changes))).eval()
+    return vary_anchor(randomize(DinoSRForPreTraining(tiny_config(num_anchor_labels=6, **changes))))
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,7 @@ def input_values(recordings, name):
 
 
 @pytest.mark.parametrize("reference_padding", [False, True], ids=["ours", "reference"])
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("layer", [2, 3])
+@pytest.mark.parametrize(("layer", "source"), [*product((2, 3), SOURCES), (3, "anchor")])
 def test_units_equal_encode_units(recordings, layer, source, reference_padding):
     model = tiny_model(reference_padding=reference_padding)
     found = {units.id: units for units in scored_units(model, recordings, layer=layer, source=source)}
@@ -52,11 +53,13 @@ def test_units_equal_encode_units(recordings, layer, source, reference_padding):
     assert len(np.unique(found["b.wav"].codes)) > 1
 
 
-def test_student_scores_are_probabilities(model, recordings):
-    units = next(scored_units(model, recordings, layer=3, source="student"))
+@pytest.mark.parametrize("source", ["student", "anchor"])
+def test_scores_of_heads_are_probabilities(model, recordings, source):
+    units = next(scored_units(model, recordings, layer=3, source=source))
+    head = model.anchor_head if source == "anchor" else model.heads[1]
     with torch.no_grad():
         hidden = model.dinosr(input_values(recordings, units.id)).last_hidden_state[0]
-        expected = torch.softmax(model.heads[1](hidden), dim=-1)
+        expected = torch.softmax(head(hidden), dim=-1)
     np.testing.assert_allclose(units.scores, expected.max(dim=-1).values, **SAME_ARITHMETIC)
 
 
@@ -73,7 +76,11 @@ def test_teacher_scores_are_negative_distances(model, recordings):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"layer": 1}, "layer=1 has no codebook"), ({"layer": 2, "source": "pupil"}, "source='pupil' is unknown")],
+    [
+        ({"layer": 1}, "layer=1 has no codebook"),
+        ({"layer": 2, "source": "pupil"}, "source='pupil' is unknown"),
+        ({"layer": 2, "source": "anchor"}, "source='anchor' has units on the last layer alone"),
+    ],
 )
 def test_invalid_arguments_raise(model, recordings, options, message):
     with pytest.raises(ValueError, match=message):

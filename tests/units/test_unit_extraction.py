@@ -12,7 +12,7 @@ from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 from dinosr_hf.data import normalize_waveform, open_recordings
 from dinosr_hf.units import FeatureFiles, LayerKMeans, UnitExtractor, fit_layer_kmeans, load_model
 from dinosr_hf.utils.model_folder import save_folder
-from tiny import randomize, tiny_config
+from tiny import randomize, tiny_config, vary_anchor
 from tolerances import SAME_ARITHMETIC
 
 LENGTHS = {"deep/short": 30, "a": 1_234, "b": 2_345, "long": 9_871}
@@ -25,7 +25,7 @@ REACH = 6 * 20 / 16_000
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return randomize(DinoSRForPreTraining(tiny_config(num_hidden_layers=3))).eval()
+    return vary_anchor(randomize(DinoSRForPreTraining(tiny_config(num_hidden_layers=3, num_anchor_labels=6))))
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,41 @@ def test_features_of_windows_equal_one_pass(model, folder, recordings):
     np.testing.assert_allclose(teacher[:, 0], targets, **SAME_ARITHMETIC)
 
 
+def test_units_of_the_anchor(model, folder, recordings):
+    extractor = UnitExtractor(model, layers=[3], source="anchor")
+    for units in list(extractor.units(recordings))[:-1]:
+        np.testing.assert_array_equal(units.codes, units_in_one_pass(model, folder / units.id, [3], "anchor"))
+        assert len(np.unique(units.codes)) > 3 and units.codes.max() < 6
+    student = next(UnitExtractor(model, layers=[3]).units(recordings))
+    assert not np.array_equal(next(extractor.units(recordings)).codes, student.codes)
+    with pytest.raises(ValueError, match=r"source='anchor' is unknown. Choose one of student, teacher"):
+        next(extractor.features(recordings))
+    with pytest.raises(ValueError, match=r"k-means is of layer 3 of the student .* layers \[3\] of the anchor"):
+        next(extractor.units(recordings, kmeans=LayerKMeans(np.zeros((4, 36), np.float32), 3, "student")))
+    with pytest.raises(
+        ValueError, match=r"source='anchor' has units on the last layer alone, but layers=\[2\]. Give 3"
+    ):
+        UnitExtractor(model, layers=[2], source="anchor")
+    with pytest.raises(ValueError, match=r"source='pupil' is unknown. Choose one of student, teacher, anchor"):
+        UnitExtractor(model, layers=[2], source="pupil")
+
+
+@pytest.mark.parametrize("front_end", ["conv", "log_mel"])
+def test_waveforms_of_low_precision_models(folder, recordings, front_end):
+    torch.manual_seed(0)
+    model = randomize(DinoSRForPreTraining(tiny_config(feature_encoder=front_end))).eval().to(torch.bfloat16)
+    index = [recordings_index(recordings, "long.wav")]
+    ((name, features),) = UnitExtractor(model, layers=[2]).features(recordings, indices=index)
+    samples, _ = sf.read(folder / name, dtype="float32")
+    values = torch.from_numpy(normalize_waveform(samples))[None]
+    exact, rounded = (
+        model.layer_features(given, torch.ones_like(values), layers=[2])[0, 0].float()
+        for given in (values, values.bfloat16())
+    )
+    np.testing.assert_array_equal(features[:, 0], exact)
+    assert torch.equal(exact, rounded) == (front_end == "conv")  # convolutions round the waveform themselves
+
+
 def test_unreadable_recordings_are_skipped(model, folder, tmp_path, caplog):
     for name in ("good", "bad"):
         sf.write(tmp_path / f"{name}.wav", noise(2_000), 16_000)
@@ -147,6 +182,8 @@ def test_kmeans_of_another_layer_or_file_raises(model, recordings, tmp_path):
     kmeans = LayerKMeans(np.zeros((4, 36), np.float32), 1, "student")
     with pytest.raises(ValueError, match=r"k-means is of layer 1 of the student .* layers \[2\] of the teacher"):
         next(UnitExtractor(model, layers=[2], source="teacher").units(recordings, kmeans=kmeans))
+    with pytest.raises(ValueError, match=r"was fitted with is_normalized=False, but the extractor has .*=True. Use"):
+        next(UnitExtractor(model, layers=[1], is_normalized=True).units(recordings, kmeans=kmeans))
     with pytest.raises(ValueError, match="k-means clusters a single layer"):
         fit_layer_kmeans(UnitExtractor(model, layers=[2, 3]), recordings)
     with pytest.raises(ValueError, match=r"num_clusters=5000, but must be .* at most the number of frames, \d+\."):
@@ -191,6 +228,8 @@ def test_invalid_feature_files_raise(model, recordings, tmp_path):
     extractor = UnitExtractor(model, layers=[1])
     with pytest.raises(ValueError, match=r"form='txt' is unknown. Choose one of npy, safetensors"):
         FeatureFiles(tmp_path, extractor, recordings, form="txt")
+    with pytest.raises(ValueError, match=r"source=anchor has units, but no features\. Give student or teacher"):
+        FeatureFiles(tmp_path, UnitExtractor(model, layers=[3], source="anchor"), recordings)
     for suffix in ("wav", "flac"):
         sf.write(tmp_path / f"same.{suffix}", noise(500), 16_000)
     with pytest.raises(ValueError, match=r"2 recordings would all be written to .*same.npy"):

@@ -1,5 +1,7 @@
 """Units of a live signal: independent of its chunks, with bounded memory and latency, close to the offline units."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -9,17 +11,23 @@ from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.data import normalize_waveform
 from dinosr_hf.inference.windowed import RunningMoments
 from dinosr_hf.units import UnitStreamer
-from tiny import randomize, tiny_config
+from tiny import randomize, tiny_config, vary_anchor
+from tolerances import ACTIVATIONS
 
 SOURCES = ("student", "teacher")
 SETTINGS = {"context_seconds": 0.05, "lookahead_seconds": 0.01, "step_seconds": 0.01}
 SIGNAL = noise(5_003) * 0.3 + 0.02
 
 
+def build(**changes):
+    torch.manual_seed(0)
+    config = tiny_config(num_hidden_layers=3, num_anchor_labels=6, **changes)
+    return vary_anchor(randomize(DinoSRForPreTraining(config)))
+
+
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return randomize(DinoSRForPreTraining(tiny_config(num_hidden_layers=3))).eval()
+    return build()
 
 
 def offline(model, signal, layers, source):
@@ -50,10 +58,64 @@ def test_units_do_not_depend_on_the_chunks(model, source):
     assert not np.array_equal(single, other)
 
 
+def test_streamers_of_one_model_do_not_disturb_each_other():
+    model = build(feature_encoder="log_mel")
+    settings = {"context_seconds": 0.5, "lookahead_seconds": 0.1, "step_seconds": 0.1}
+    signals = [noise(16_000, seed=seed) * np.linspace(0.1, 3, 16_000) for seed in (0, 1)]
+
+    def units(signal):
+        return streamed(UnitStreamer(model, layer=3, **settings), np.split(signal, 40))
+
+    alone = [units(signal) for signal in signals]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(units, signals))
+    for one, other in zip(alone, found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(*alone)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_signal_within_one_step_equals_offline(model, source):
     streamer = UnitStreamer(model, 2, source, step_seconds=1.0)
     np.testing.assert_array_equal(streamed(streamer, cuts(333)), offline(model, SIGNAL, [2], source)[0])
+
+
+@pytest.mark.parametrize("front_end", ["conv", "log_mel"])
+def test_units_of_the_anchor_and_of_log_mel_frames(front_end):
+    model, signal = build(feature_encoder=front_end), noise(20_011) * np.linspace(0.1, 0.3, 20_011, dtype=np.float32)
+    whole = streamed(UnitStreamer(model, 3, "anchor", step_seconds=9.0), [signal])
+    np.testing.assert_array_equal(whole, offline(model, signal, [3], "anchor")[0])
+    agreement = []
+    for seconds in (0.02, 0.5):
+        settings = {"context_seconds": seconds, "lookahead_seconds": 0.2 * seconds, "step_seconds": 0.1}
+        found = streamed(UnitStreamer(model, 3, "anchor", **settings), [signal])
+        in_pieces = streamed(UnitStreamer(model, 3, "anchor", **settings), np.array_split(signal, 37))
+        np.testing.assert_array_equal(in_pieces, found)
+        assert len(found) == model.config.num_frames(len(signal))
+        agreement.append((found == whole).mean())
+    assert agreement[0] < agreement[1] and agreement[1] > 0.5, agreement
+
+
+@pytest.mark.parametrize(
+    ("source", "changes"), [("student", {}), ("teacher", {}), ("teacher", {"freeze_mode": "copied"})], ids=str
+)
+def test_log_mel_frames_are_normalised_over_the_signal_so_far(source, changes):
+    model, signal = build(feature_encoder="log_mel", **changes), noise(20_011) * np.linspace(0.1, 3, 20_011)
+    seen = []
+    for projection in (model.dinosr.feature_projection, model.teacher.feature_projection):
+        if projection is not None:
+            projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].numpy()))
+    settings = {"context_seconds": 0.2, "lookahead_seconds": 0.06, "step_seconds": 0.1, "level": (0.0, 1.0)}
+    streamed(UnitStreamer(model, 3, source, **settings), np.array_split(signal, 7))
+    energies = model.dinosr.feature_extractor.energies(torch.from_numpy(signal.astype(np.float32))[None])[0].double()
+    assert len(seen) > 8 and sum(map(len, seen)) > 1.5 * len(energies)
+    for number, frames in enumerate(seen):
+        last = min(5 * (number + 1) + 3, len(energies))
+        so_far, window = energies[:last], energies[last - len(frames) : last]
+        expected = (window - so_far.mean(dim=0)) / (so_far.var(dim=0, correction=0) + 1e-5).sqrt()
+        np.testing.assert_allclose(frames, expected, **ACTIVATIONS)
+    assert len(window) < len(so_far)  # or a window would do
+    assert not model.dinosr.feature_extractor._forward_hooks
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -140,3 +202,5 @@ def test_invalid_arguments_raise(model):
         UnitStreamer(model, 1)
     with pytest.raises(ValueError, match="source='both' is unknown"):
         UnitStreamer(model, 2, "both")
+    with pytest.raises(ValueError, match="source='anchor' has units on the last layer alone"):
+        UnitStreamer(model, 2, "anchor")

@@ -15,9 +15,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from ..model.configuration_dinosr import SAMPLING_RATE
 from ..utils.extras import import_extra
-
-SAMPLING_RATE = 16_000
 
 
 class Samples(NamedTuple):

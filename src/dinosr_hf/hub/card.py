@@ -29,6 +29,7 @@ METRIC_NAMES = {
     "active_codewords": ("active codewords, mean over codebooks", 1),
     "pnmi": ("phone-normalised mutual information, best codebook", 1),
     "phone_purity": ("phone purity, best codebook", 1),
+    "anchor_pnmi": ("phone-normalised mutual information, labels of the anchor's head", 1),
 }
 HUB_METRICS = ("wer", "cer", "accuracy")  # those that the Hub knows under these names
 PIPELINE_TAGS = {"pretraining": "feature-extraction"}  # of tasks that have another name on the Hub

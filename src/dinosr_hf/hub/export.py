@@ -120,7 +120,7 @@ class FolderModel(ABC):
 class TorchModel(FolderModel):
     """A PyTorch model in evaluation mode and float32, to compare exported models with."""
 
-    _weights = "*.safetensors"
+    _weights = "model*.safetensors"
 
     def __init__(self, folder: StrPath) -> None:
         super().__init__(folder)

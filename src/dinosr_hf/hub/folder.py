@@ -33,7 +33,8 @@ ARCHITECTURES = {
 # Files of a run that do not belong on the Hub.
 RUN_FILES = (
     *(RECORD_NAME, "metrics.jsonl", "arguments.yaml", "finished.json", "training_args.bin", "trainer_state.json"),
-    *("optimizer.pt", "scheduler.pt", "training_state.pt", "process_states.pt", "checkpoint-*", "step-*"),
+    *("optimizer.pt", "scheduler.pt", "training_state.pt", "process_states.pt", "anchor.safetensors"),
+    *("checkpoint-*", "step-*"),
 )
 
 StrPath = str | os.PathLike

@@ -4,8 +4,9 @@ Run recordings of any length through a model: in windows with context, batches o
 A recording that fits a window goes through the model whole. A longer one is cut into parts, and each part goes through
 the model with context on both sides; only the part's own frames of the output are kept, and joined to rows (T, ...) of
 the whole recording, without seams. Windows begin on the grid of frames, and all windows of a recording are normalised
-by mean and variance of the whole, for which it is read twice. The transformer sees only a window, so rows near its
-edges differ from those of the whole recording in one pass: the context is there to keep them away from the result.
+by mean and variance of the whole, for which it is read twice; log-mel frames are normalised over their window. The
+transformer sees only a window, so rows near its edges differ from those of the whole recording in one pass: the
+context is there to keep them away from the result.
 """
 
 import logging

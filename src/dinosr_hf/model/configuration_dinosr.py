@@ -22,8 +22,16 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+FEATURE_ENCODERS = ("conv", "log_mel")
 FREEZE_MODES = ("frozen", "shared", "copied")
 CTC_LOSS_REDUCTIONS = ("mean", "sum")
+
+SAMPLING_RATE = 16_000
+# The log-mel front end: samples of a window, samples from one window to the next, windows of a frame, mel filters.
+MEL_WINDOW = 400
+MEL_HOP = 160
+MELS_PER_FRAME = 2
+NUM_MELS = 80
 
 Length = TypeVar("Length", int, torch.Tensor)
 
@@ -57,6 +65,9 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         layerdrop: Probability with which the student skips a layer in training.
         initializer_range: Standard deviation of the transformer's initial weights.
         layer_norm_eps: Epsilon of the layer norms of transformer and projection.
+        feature_encoder: Front end. `"conv"`: the paper's convolutions of the waveform. `"log_mel"`: 80 log mel
+            energies every 10 ms, two to a frame, normalised over the utterance (docs/parity.md, D9); it has no
+            weights, and `conv_dim`, `conv_stride`, `conv_kernel` and `conv_bias` are not used.
         feat_extract_activation: Activation of the convolutions (feature encoder and positions).
         conv_dim: Output channels of each convolution of the feature encoder.
         conv_stride: Stride of each convolution of the feature encoder.
@@ -74,6 +85,8 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
             frames in between. The paper's 1 belongs to its large batch.
         codebook_revival_share: Part of an even share of the frames below which a codeword restarts beside a much used
             one. 0: never, as in the paper, whose unused codewords stay unused; 0.1 keeps all in use.
+        num_anchor_labels: Number of labels that `DinoSRForPreTraining` predicts beside the codewords, from
+            `anchor_labels` (docs/parity.md, D10); 0: none, as in the paper.
         ema_decay: Decay of the teacher's average at the first update (lambda of the paper's equation 1).
         ema_end_decay: Decay of the teacher's average once `ema_anneal_steps` updates are done.
         ema_anneal_steps: Updates over which the decay goes linearly from `ema_decay` to `ema_end_decay`.
@@ -137,6 +150,7 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
     layerdrop: float | int = 0.05
     initializer_range: float | int = 0.02
     layer_norm_eps: float | int = 1e-5
+    feature_encoder: str = "conv"
     feat_extract_activation: str = "gelu"
     conv_dim: list[int] | tuple[int, ...] = (512, 512, 512, 512, 512, 512, 512)
     conv_stride: list[int] | tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
@@ -152,6 +166,7 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
     codebook_end_decay_step: int = 0
     codebook_update_steps: int = 1
     codebook_revival_share: float | int = 0.0
+    num_anchor_labels: int = 0
     ema_decay: float | int = 0.999
     ema_end_decay: float | int = 0.9999
     ema_anneal_steps: int = 30_000
@@ -188,7 +203,7 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
     def validate_architecture(self) -> None:
         """Raise `ValueError` unless the values make a model."""
         self._check_transformer()
-        self._check_convolutions()
+        self._check_front_end()
         self._check_codebooks_and_teacher()
         self._check_masks()
         self._check_heads()
@@ -203,7 +218,8 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         self._check_divides("num_attention_heads", "hidden_size")
         self._check_one_of("hidden_act", ACT2FN)
 
-    def _check_convolutions(self) -> None:
+    def _check_front_end(self) -> None:
+        self._check_one_of("feature_encoder", FEATURE_ENCODERS)
         self._check_lists(("conv_dim", "conv_stride", "conv_kernel"))
         self._check_one_of("feat_extract_activation", ACT2FN)
         positions = ("num_conv_pos_embeddings", "conv_pos_kernel_size", "num_conv_pos_embedding_groups")
@@ -219,7 +235,7 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         self._check_range(("codebook_decay", "ema_decay", "ema_end_decay"), 0, 1)
         if self.codebook_end_decay is not None:
             self._check_range(("codebook_end_decay",), 0, 1)
-        self._check_range(("codebook_end_decay_step", "ema_anneal_steps"), 0)
+        self._check_range(("codebook_end_decay_step", "ema_anneal_steps", "num_anchor_labels"), 0)
         self._check_range(("codebook_revival_share",), 0, 0.5)
         if self.freeze_teacher_step is not None and self.freeze_teacher_step < 0:
             raise ValueError(
@@ -272,16 +288,27 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} has an entry below 1.")
 
+    def _convolutions(self) -> list[tuple[int, int]]:
+        """Kernel size and stride of each step from samples to frames."""
+        if self.feature_encoder == "log_mel":
+            return [(MEL_WINDOW, MEL_HOP), (MELS_PER_FRAME, MELS_PER_FRAME)]
+        return list(zip(self.conv_kernel, self.conv_stride, strict=True))
+
+    @property
+    def feature_size(self) -> int:
+        """Number `C` of the front end's channels (base: 512)."""
+        return NUM_MELS * MELS_PER_FRAME if self.feature_encoder == "log_mel" else self.conv_dim[-1]
+
     @property
     def inputs_to_logits_ratio(self) -> int:
-        """Number of samples from one frame to the next, the product of `conv_stride` (base: 320, 50 Hz)."""
-        return math.prod(self.conv_stride)
+        """Number of samples from one frame to the next (base: 320, 50 Hz)."""
+        return math.prod(stride for _, stride in self._convolutions())
 
     @property
     def receptive_field(self) -> int:
         """Number of samples that a frame sees; frame `i` begins at sample `i * inputs_to_logits_ratio` (base: 400)."""
         field, hop = 1, 1
-        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
+        for kernel, stride in self._convolutions():
             field, hop = field + (kernel - 1) * hop, hop * stride
         return field
 
@@ -300,12 +327,16 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         Returns:
             Number of frames, of the same type; 0 for waveforms shorter than the receptive field.
         """
-        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
+        for kernel, stride in self._convolutions():
             if isinstance(num_samples, torch.Tensor):
                 num_samples = torch.div(num_samples - kernel, stride, rounding_mode="floor") + 1
             else:
                 num_samples = (num_samples - kernel) // stride + 1
         return num_samples.clamp(min=0) if isinstance(num_samples, torch.Tensor) else max(num_samples, 0)
+
+    def num_units(self, source: str) -> int:
+        """Return the number of units of a source of `encode_units`: the anchor's labels, or a codebook's codewords."""
+        return self.num_anchor_labels if source == "anchor" else self.codebook_size
 
     def codebook_decay_at(self, step: int) -> float:
         """Return the decay of the codebooks' update that follows `step` completed updates (docs/parity.md, T5)."""

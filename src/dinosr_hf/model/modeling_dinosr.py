@@ -18,7 +18,7 @@ The file runs in the order of the data: front end, projection, mask, encoder, te
 heads, loss; then units and features of unmasked speech; then the heads of fine-tuning. Layers do what their `forward`
 says; on CPUs `fast_cpu_dinosr` has faster equivalents, used where its guard `may_use_fast_forms` allows.
 
-`B` batch, `S` samples, `T` frames, `C` conv channels, `D` hidden size, `N` codebooks, `V` codewords, `M` masked
+`B` batch, `S` samples, `T` frames, `C` front-end channels, `D` hidden size, `N` codebooks, `V` codewords, `M` masked
 frames, `L` layers that a caller asks for.
 """
 
@@ -47,7 +47,15 @@ from transformers.utils.generic import ModelOutput, TransformersKwargs, can_retu
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .codebook_dinosr import OnlineCodebooks, perplexity
-from .configuration_dinosr import DinoSRConfig, Length
+from .configuration_dinosr import (
+    MEL_HOP,
+    MEL_WINDOW,
+    MELS_PER_FRAME,
+    NUM_MELS,
+    SAMPLING_RATE,
+    DinoSRConfig,
+    Length,
+)
 from .fast_cpu_dinosr import (
     SixteenBitDropout,
     ValidFrames,
@@ -64,6 +72,7 @@ from .masking_dinosr import numpy_generator, sample_span_mask, sample_spec_augme
 # docstrings state shapes and errors. TRF013: heads call post_init after their own layers. TRF032: -1e4 is a logit, no
 # mask. TRF041: these fields differ by run or head, not by the architecture of a checkpoint.
 # trf-ignore: TRF041 reference_padding, freeze_mode, apply_spec_augment, freeze_teacher_step, use_weighted_layer_sum
+# trf-ignore: TRF041 num_anchor_labels
 
 # The automatic classes of transformers and our models; a saved folder's `auto_map` is made of it.
 AUTO_CLASSES = {
@@ -76,6 +85,7 @@ AUTO_CLASSES = {
 }
 
 SOURCES = ("student", "teacher")
+UNIT_SOURCES = (*SOURCES, "anchor")
 NO_UNIT = -1  # the unit of a padded frame
 
 
@@ -85,7 +95,8 @@ class DinoSRForPreTrainingOutput(ModelOutput):  # trf-ignore: TRF057
     Output of `DinoSRForPreTraining`. Fields about masked frames are None if nothing was masked.
 
     Attributes:
-        loss: Scalar, nats: cross entropy of student and codes, mean over masked frames and codebooks.
+        loss: Scalar, nats: `codebook_loss`, or with `anchor_labels` its `anchored_loss`.
+        codebook_loss: Scalar, nats: cross entropy of student and codes, mean over masked frames and codebooks.
         codebook_losses: float32 (N,), nats, mean over masked frames, without gradient.
         num_masked_frames: int64 scalar, `M`.
         target_perplexity: float32 (N,), number of codewords that the targets use, 1 to V.
@@ -96,12 +107,17 @@ class DinoSRForPreTrainingOutput(ModelOutput):  # trf-ignore: TRF057
         code_counts: int64 (N, V), masked frames of each codeword; add up over micro-batches and processes.
         prediction_sums: float32 (N, V), the student's probabilities summed over masked frames; likewise.
         target_energies: float32 (N, 2), `energy_sums` of the teacher's layers before the instance norm; likewise.
-        feature_energies: float32 (2,), `energy_sums` of the student's convolutional features; likewise.
+        feature_energies: float32 (2,), `energy_sums` of the student's `extract_features`; likewise.
+        anchor_losses: float32 (2,), nats, None without `anchor_labels`: cross entropy of the anchor's head and the
+            labels, mean over masked and over unmasked frames with a label; 0 where there is none.
+        num_anchor_frames: int64 (2,), masked and unmasked frames with a label; likewise.
+        num_anchor_hits: int64 (2,), those of them whose label is the most probable one; likewise.
         hidden_states: On request, the student's: the first layer's input and each layer's output, (B, T, D) each.
         attentions: On request, the student's: (B, heads, T, T) a layer.
     """
 
     loss: torch.Tensor | None = None
+    codebook_loss: torch.Tensor | None = None
     codebook_losses: torch.Tensor | None = None
     num_masked_frames: torch.Tensor | None = None
     target_perplexity: torch.Tensor | None = None
@@ -113,6 +129,9 @@ class DinoSRForPreTrainingOutput(ModelOutput):  # trf-ignore: TRF057
     prediction_sums: torch.Tensor | None = None
     target_energies: torch.Tensor | None = None
     feature_energies: torch.Tensor | None = None
+    anchor_losses: torch.Tensor | None = None
+    num_anchor_frames: torch.Tensor | None = None
+    num_anchor_hits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -188,6 +207,81 @@ class DinoSRFeatureEncoder(nn.Module):
         return hidden_states if frame_mask is None else hidden_states.masked_fill(~frame_mask[:, None], 0.0)
 
 
+def _moments_over_time(
+    hidden_states: torch.Tensor, frame_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 (..., B, T, D) to mean and variance over valid frames, (..., B, 1, D) each."""
+    if frame_mask is None:
+        variance, mean = torch.var_mean(hidden_states, dim=-2, correction=0, keepdim=True)
+        return mean, variance
+    weight = frame_mask[..., None].float()  # (B, T, 1)
+    weight = weight / weight.sum(dim=-2, keepdim=True).clamp(min=1.0)
+    mean = (hidden_states * weight).sum(dim=-2, keepdim=True)
+    return mean, ((hidden_states - mean).square() * weight).sum(dim=-2, keepdim=True)
+
+
+def normalize_over_time(hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    Apply the instance norm: zero mean and unit variance over the frames of each utterance and channel (Section 3.1).
+
+    (..., B, T, D) to float32 of that shape; `frame_mask` is bool (B, T), True for frames, or None without padding.
+    """
+    hidden_states = hidden_states.float()
+    mean, variance = _moments_over_time(hidden_states, frame_mask)
+    return (hidden_states - mean) * torch.rsqrt(variance + 1e-5)
+
+
+class DinoSRLogMelEncoder(nn.Module):
+    """
+    Log mel energies in place of the convolutions: 80 every 10 ms, two to a frame, normalised over the utterance.
+
+    Windows of 25 ms and triangular filters on the mel scale of O'Shaughnessy (1987), from 20 Hz to 8 kHz. Without
+    weights and in float32 whatever the model's dtype; window and filters are made in `forward`, because neither a
+    weight that must stay in float32 nor a buffer survives what is done to models (`bfloat16()`, the meta device).
+    """
+
+    _FFT_LENGTH = 512
+    _LOWEST_FREQUENCY = 20.0
+    # For waveforms of unit variance, energies well below this are noise between words.
+    _FLOOR = 1e-2
+
+    @staticmethod
+    def _mel_filters(
+        num_filters: int, num_bins: int, lowest: float, highest: float, device: torch.device
+    ) -> torch.Tensor:
+        """float32 (num_bins, num_filters) for bins from 0 to `highest` Hz; each filter rises to 1 and falls to 0."""
+        mels = 2595 * torch.log10(1 + torch.linspace(0, highest, num_bins, dtype=torch.float32, device=device) / 700)
+        first, last = (2595 * math.log10(1 + frequency / 700) for frequency in (lowest, highest))
+        centres = torch.linspace(first, last, num_filters + 2, dtype=torch.float32, device=device)
+        distance = (mels[:, None] - centres[1:-1]).abs() / (centres[1] - centres[0])
+        return (1 - distance).clamp(min=0)
+
+    def energies(self, input_values: torch.Tensor) -> torch.Tensor:
+        """(B, S) to float32 (B, T, 160), not yet normalised."""
+        with torch.autocast(input_values.device.type, enabled=False):
+            windows = input_values.float().unfold(-1, MEL_WINDOW, MEL_HOP)  # (B, 2 T or one more, 400)
+            windows = windows * torch.hann_window(MEL_WINDOW, dtype=torch.float32, device=windows.device)
+            spectrum = torch.fft.rfft(windows, n=self._FFT_LENGTH)
+            power = spectrum.real.square() + spectrum.imag.square()  # (B, 2 T or one more, 257)
+            filters = self._mel_filters(
+                NUM_MELS, power.shape[-1], self._LOWEST_FREQUENCY, SAMPLING_RATE / 2, windows.device
+            )
+            energies = (power @ filters + self._FLOOR).log()  # (B, 2 T or one more, 80)
+            # Two windows a frame, by `unfold`, whose length torch.export knows to be `num_frames`.
+            return torch.cat(energies.unfold(1, MELS_PER_FRAME, MELS_PER_FRAME).unbind(-1), dim=-1)  # (B, T, 160)
+
+    def forward(self, input_values: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, S) to float32 (B, 160, T), zero outside of `frame_mask`, bool (B, T)."""
+        frames = normalize_over_time(self.energies(input_values), frame_mask).transpose(1, 2)
+        return frames if frame_mask is None else frames.masked_fill(~frame_mask[:, None], 0.0)
+
+
+def make_feature_encoder(config: DinoSRConfig) -> DinoSRFeatureEncoder | DinoSRLogMelEncoder:
+    """Return the front end that `feature_encoder` names."""
+    # CODEPATH: "log_mel" for checkpoints of small models (docs/parity.md, D9), "conv" for the paper's and all others.
+    return DinoSRLogMelEncoder() if config.feature_encoder == "log_mel" else DinoSRFeatureEncoder(config)
+
+
 # Projection
 
 
@@ -213,16 +307,25 @@ class DinoSRLinear(nn.Linear):
 
 
 class DinoSRFeatureProjection(nn.Module):
-    """Layer norm, projection to the transformer's width, dropout."""
+    """Layer norm (none after log-mel frames), projection to the transformer's width, dropout."""
+
+    layer_norm: nn.Module
 
     def __init__(self, config: DinoSRConfig) -> None:
         super().__init__()
-        self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
-        self.projection = DinoSRLinear(config.conv_dim[-1], config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.feature_size, eps=config.layer_norm_eps)
+        # CODEPATH: "conv" checkpoints have the norm, "log_mel" ones do not: their frames are normalised over time, and
+        # over channels too they would lose their loudness.
+        if config.feature_encoder == "log_mel":
+            self.layer_norm = nn.Identity()
+        self.projection = DinoSRLinear(config.feature_size, config.hidden_size)
         self.dropout = DinoSRDropout(config.feat_proj_dropout)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T, C) to projected (B, T, D) and normalised (B, T, C)."""
+        weight = next(self.parameters(), features)
+        if weight.is_floating_point():
+            features = features.to(weight.dtype)  # mel energies are float32 whatever the model is
         features = self.layer_norm(features)
         return self.dropout(self.projection(features)), features
 
@@ -493,10 +596,10 @@ class DinoSRTeacher(DinoSREncoder):
 
     def __init__(self, config: DinoSRConfig) -> None:
         super().__init__(config)
-        self.feature_extractor: DinoSRFeatureEncoder | None = None
+        self.feature_extractor: DinoSRFeatureEncoder | DinoSRLogMelEncoder | None = None
         self.feature_projection: DinoSRFeatureProjection | None = None
         if config.freeze_mode == "copied":
-            self.feature_extractor = DinoSRFeatureEncoder(config)
+            self.feature_extractor = make_feature_encoder(config)
             self.feature_projection = DinoSRFeatureProjection(config)
         self.requires_grad_(False)
         super().train(False)
@@ -526,11 +629,11 @@ class DinoSRTeacher(DinoSREncoder):
         torch._foreach_copy_(tuple(self.pos_conv_embed.parameters()), tuple(encoder.pos_conv_embed.parameters()))
 
     @torch.no_grad()
-    def copy_front_end(self, extractor: DinoSRFeatureEncoder, projection: DinoSRFeatureProjection) -> None:
+    def copy_front_end(self, extractor: nn.Module, projection: nn.Module) -> None:
         """Copy the student's convolutions and projection if the teacher has its own (docs/parity.md, T8)."""
         if self.feature_extractor is not None and self.feature_projection is not None:
-            torch._foreach_copy_(tuple(self.feature_extractor.parameters()), tuple(extractor.parameters()))
-            torch._foreach_copy_(tuple(self.feature_projection.parameters()), tuple(projection.parameters()))
+            own = (*self.feature_extractor.parameters(), *self.feature_projection.parameters())
+            torch._foreach_copy_(own, (*extractor.parameters(), *projection.parameters()))
 
 
 def fill_front_end_copies(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -547,30 +650,6 @@ def fill_front_end_copies(module: nn.Module, state_dict: dict[str, Any], prefix:
 
 
 # Targets
-
-
-def _moments_over_time(
-    hidden_states: torch.Tensor, frame_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 (..., B, T, D) to mean and variance over valid frames, (..., B, 1, D) each."""
-    if frame_mask is None:
-        variance, mean = torch.var_mean(hidden_states, dim=-2, correction=0, keepdim=True)
-        return mean, variance
-    weight = frame_mask[..., None].float()  # (B, T, 1)
-    weight = weight / weight.sum(dim=-2, keepdim=True).clamp(min=1.0)
-    mean = (hidden_states * weight).sum(dim=-2, keepdim=True)
-    return mean, ((hidden_states - mean).square() * weight).sum(dim=-2, keepdim=True)
-
-
-def normalize_over_time(hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
-    """
-    Apply the instance norm: zero mean and unit variance over the frames of each utterance and channel (Section 3.1).
-
-    (..., B, T, D) to float32 of that shape; `frame_mask` is bool (B, T), True for frames, or None without padding.
-    """
-    hidden_states = hidden_states.float()
-    mean, variance = _moments_over_time(hidden_states, frame_mask)
-    return (hidden_states - mean) * torch.rsqrt(variance + 1e-5)
 
 
 @torch.no_grad()
@@ -600,8 +679,8 @@ def masked_prediction_losses(logits: torch.Tensor, codes: torch.Tensor) -> DinoS
         codes: int64 (N, M), the teacher's codewords at these frames.
 
     Returns:
-        An output with losses, perplexities and counts; only `loss` has a gradient. Without a masked frame the loss is
-        0, still with a gradient, so that no process waits for another.
+        An output with losses, perplexities and counts; only `loss`, which is `codebook_loss`, has a gradient. Without
+        a masked frame the loss is 0, still with a gradient, so that no process waits for another.
     """
     num_masked_frames = codes.shape[1]
     log_probs = logits.float().log_softmax(dim=-1)
@@ -611,8 +690,10 @@ def masked_prediction_losses(logits: torch.Tensor, codes: torch.Tensor) -> DinoS
     code_counts = codes.new_zeros(log_probs.shape[0], log_probs.shape[2])
     code_counts.scatter_add_(1, codes, torch.ones_like(codes))
     prediction_sums = log_probs.exp().sum(dim=1)
+    loss = codebook_losses.mean()
     return DinoSRForPreTrainingOutput(
-        loss=codebook_losses.mean(),
+        loss=loss,
+        codebook_loss=loss,
         codebook_losses=codebook_losses.detach(),
         num_masked_frames=codes.new_full((), num_masked_frames),  # made on the device, without a host synchronisation
         target_perplexity=perplexity(code_counts),
@@ -622,6 +703,65 @@ def masked_prediction_losses(logits: torch.Tensor, codes: torch.Tensor) -> DinoS
         code_counts=code_counts,
         prediction_sums=prediction_sums,
     )
+
+
+def anchor_losses(
+    logits: torch.Tensor, labels: torch.Tensor, is_masked: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Score the predictions of frame labels from outside, of masked and of unmasked frames apart.
+
+    Args:
+        logits: (B, T, A), scored in float32.
+        labels: int64 (B, T), negative where there is none.
+        is_masked: bool (B, T).
+
+    Returns:
+        float32 (2,), nats, the mean over masked and over unmasked frames with a label, 0 without one but still with a
+        gradient; and int64 (2,) each, the numbers of these frames and of those with the most probable label.
+    """
+    parts = torch.stack([is_masked, ~is_masked]) & (labels >= 0)  # (2, B, T)
+    log_probs = logits.float().log_softmax(dim=-1)
+    losses = -log_probs.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)  # (B, T)
+    num_frames = parts.sum(dim=(1, 2))
+    means = (losses * parts).sum(dim=(1, 2)) / num_frames.clamp(min=1)
+    is_hit = log_probs.detach().argmax(dim=-1) == labels
+    return means, num_frames, (parts & is_hit).sum(dim=(1, 2))
+
+
+def anchored_loss(
+    codebook_loss: torch.Tensor, losses: torch.Tensor, num_codebooks: int, weight: float, unmasked_share: float
+) -> torch.Tensor:
+    """
+    Combine the codebooks' loss, a scalar, and `anchor_losses`, float32 (2,), to a scalar, all in nats.
+
+    (N L + w ((1 - u) A_masked + u A_unmasked)) / (N + w): the anchor counts as `weight` codebooks, and unmasked frames
+    as `unmasked_share` of the anchor (docs/parity.md, D10).
+    """
+    masked, unmasked = losses
+    anchor = (1 - unmasked_share) * masked + unmasked_share * unmasked
+    return (num_codebooks * codebook_loss + weight * anchor) / (num_codebooks + weight)
+
+
+def check_anchor_labels(config: DinoSRConfig, labels: torch.Tensor, shape: Sequence[int]) -> None:
+    """Raise `ValueError` unless these are labels (B, T) of a model with an anchor; values are checked on CPUs only."""
+    if config.num_anchor_labels == 0:
+        raise ValueError(
+            "anchor_labels are given, but num_anchor_labels=0: the model has no head for them. Set num_anchor_labels"
+            " in its configuration, or leave anchor_labels out."
+        )
+    if labels.is_floating_point():
+        raise ValueError(f"anchor_labels has dtype {labels.dtype}, but labels are integers. Give them as int64.")
+    if labels.shape != shape:
+        raise ValueError(
+            f"anchor_labels has shape {tuple(labels.shape)}, but must be (batch, frames) = {tuple(shape)}."
+        )
+    # Elsewhere the check would wait for the device.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.max() >= config.num_anchor_labels:
+        raise ValueError(
+            f"anchor_labels has the value {int(labels.max())}, but num_anchor_labels={config.num_anchor_labels}. Give"
+            " labels below it, and -100 to frames without one."
+        )
 
 
 def check_layers(config: DinoSRConfig, layers: Sequence[int], *, with_codebooks: bool) -> list[int]:
@@ -637,10 +777,26 @@ def check_layers(config: DinoSRConfig, layers: Sequence[int], *, with_codebooks:
     return found
 
 
-def check_source(source: str) -> None:
-    """Raise `ValueError` unless `source` is "student" or "teacher"."""
-    if source not in SOURCES:
-        raise ValueError(f"source={source!r} is unknown. Choose one of {', '.join(SOURCES)}.")
+def check_source(source: str, sources: Sequence[str] = SOURCES) -> None:
+    """Raise `ValueError` unless `source` is one of `sources`."""
+    if source not in sources:
+        raise ValueError(f"source={source!r} is unknown. Choose one of {', '.join(sources)}.")
+
+
+def check_unit_layers(config: DinoSRConfig, layers: Sequence[int], source: str) -> list[int]:
+    """Return numbers of layers with units of a source, from 1; raise `ValueError` where there is none."""
+    check_source(source, UNIT_SOURCES)
+    if source != "anchor":
+        return check_layers(config, layers, with_codebooks=True)
+    if config.num_anchor_labels == 0:
+        raise ValueError(
+            "source='anchor' is unknown to this model: it was made with num_anchor_labels=0. Choose one of"
+            f" {', '.join(SOURCES)}."
+        )
+    found, last = [int(layer) for layer in layers], config.num_hidden_layers
+    if found != [last]:
+        raise ValueError(f"source='anchor' has units on the last layer alone, but layers={found}. Give {last}.")
+    return found
 
 
 # Models
@@ -666,7 +822,7 @@ class DinoSRPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
         "attentions": OutputRecorder(DinoSRAttention, index=1, layer_name="encoder"),
     }
     # A pre-training checkpoint loads into every head without a report of these.
-    _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^codebooks\.", r"^heads\."]
+    _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^codebooks\.", r"^heads\.", r"^anchor_head\."]
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside of transformers, `_init_weights` would not see modules without parameters of their own, such
@@ -708,7 +864,7 @@ class DinoSRPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def freeze_feature_encoder(self) -> None:
-        """Stop training the convolutions, as fine-tuning does from its first update."""
+        """Stop training the convolutions, if there are any, as fine-tuning does from its first update."""
         self.base_model.feature_extractor.requires_grad_(False)
 
     def freeze_base_model(self) -> None:
@@ -737,7 +893,7 @@ class DinoSRModel(DinoSRPreTrainedModel):  # trf-ignore: TRF057
 
     def __init__(self, config: DinoSRConfig) -> None:
         super().__init__(config)
-        self.feature_extractor = DinoSRFeatureEncoder(config)
+        self.feature_extractor = make_feature_encoder(config)
         self.feature_projection = DinoSRFeatureProjection(config)
         self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size))
         self.encoder = DinoSREncoder(config)
@@ -789,8 +945,8 @@ class DinoSRModel(DinoSRPreTrainedModel):  # trf-ignore: TRF057
 
         Returns:
             `last_hidden_state` (B, T, D), zero in the padding unless `reference_padding` is set; `extract_features`
-            (B, T, C): the normalised output of the convolutions; on request `hidden_states`, the first layer's input
-            and each layer's output, and `attentions`.
+            (B, T, C): the normalised output of the front end; on request `hidden_states`, the first layer's input and
+            each layer's output, and `attentions`.
 
         Raises:
             ValueError: If an input has another shape or is too short for a frame.
@@ -819,6 +975,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         heads: N linear layers from the student's last layer to V codewords.
         teacher: The student's moving average, equal to it at first.
         codebooks: The codewords, in float32 whatever the dtype of the rest.
+        anchor_head: A linear layer from the student's last layer to the anchor's labels; None without an anchor.
     """
 
     _keep_in_fp32_modules_strict = ["codebooks"]
@@ -828,6 +985,9 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         self.dinosr = DinoSRModel(config)
         self.heads = nn.ModuleList(
             DinoSRLinear(config.hidden_size, config.codebook_size) for _ in range(config.num_codebooks)
+        )
+        self.anchor_head = (
+            DinoSRLinear(config.hidden_size, config.num_anchor_labels) if config.num_anchor_labels else None
         )
         self.teacher = DinoSRTeacher(config)
         self.codebooks = OnlineCodebooks(
@@ -866,6 +1026,9 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         mask_time_indices: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         masked_frames: torch.Tensor | None = None,
+        anchor_labels: torch.Tensor | None = None,
+        anchor_weight: float = 2.0,
+        anchor_unmasked_share: float = 0.5,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DinoSRForPreTrainingOutput:
         """
@@ -879,23 +1042,35 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             generator: Source of the masks drawn here; None: torch's global CPU generator.
             masked_frames: int64 (M,), `mask_time_indices.flatten().nonzero()[:, 0]` without padded frames. Not
                 checked; it saves a GPU a host synchronisation. None: computed here.
+            anchor_labels: int64 (B, T), labels of frames from outside, below `num_anchor_labels`, -100 where there is
+                none: what the anchor's head predicts. None: the loss has no anchor.
+            anchor_weight: What the anchor counts in the loss, in codebooks.
+            anchor_unmasked_share: Share of unmasked frames in the anchor's loss, 0 to 1.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
             `DinoSRForPreTrainingOutput`.
 
         Raises:
-            ValueError: If an input or mask has another shape.
+            ValueError: If an input, mask or labels have another shape, a label is out of range, or there are labels
+                without a mask.
         """
         if mask_time_indices is None and self.training:
             check_input(self.config, input_values, attention_mask)
             mask_time_indices = self._sample_mask(input_values, attention_mask, generator)
+        if mask_time_indices is None and anchor_labels is not None:
+            raise ValueError(
+                "anchor_labels are given without mask_time_indices, but in evaluation mode there is no loss without a"
+                " mask. Give both, or neither."
+            )
         student = self.dinosr(input_values, attention_mask, mask_time_indices=mask_time_indices, **kwargs)
         output = DinoSRForPreTrainingOutput()
         if mask_time_indices is not None:
             for_student_only = ("output_hidden_states", "output_attentions")
             teacher_kwargs = {name: value for name, value in kwargs.items() if name not in for_student_only}
             features = student.extract_features
+            if anchor_labels is not None:
+                check_anchor_labels(self.config, anchor_labels, features.shape[:2])
             frame_mask = self._frame_mask(attention_mask, features.shape[1])
             targets, target_energies = self._targets(input_values, features, frame_mask, **teacher_kwargs)
             if masked_frames is None:
@@ -912,6 +1087,11 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             output = masked_prediction_losses(logits, codes)
             output.target_energies = target_energies
             output.feature_energies = energy_sums(features, frame_mask)
+            if anchor_labels is not None:
+                scored = self._score_anchor(student.last_hidden_state, anchor_labels, mask_time_indices, frame_mask)
+                output.anchor_losses, output.num_anchor_frames, output.num_anchor_hits = scored
+                weights = (self.config.num_codebooks, anchor_weight, anchor_unmasked_share)
+                output.loss = anchored_loss(output.loss, scored[0], *weights)  # type: ignore[arg-type] # it has one
         output.last_hidden_state = student.last_hidden_state
         output.hidden_states = student.hidden_states
         output.attentions = student.attentions
@@ -932,6 +1112,21 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         # The authors' statistics include the padding.
         targets = normalize_over_time(outputs, None if self.config.reference_padding else frame_mask)
         return targets, energy_sums(outputs, frame_mask)
+
+    def _score_anchor(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        mask_time_indices: torch.Tensor,
+        frame_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return `anchor_losses` of the student's last layer (B, T, D), without padding."""
+        labels = labels.to(hidden_states.device)
+        if frame_mask is not None:
+            labels = labels.masked_fill(~frame_mask, -100)
+        is_masked = mask_time_indices.to(hidden_states.device, torch.bool)
+        logits = self.anchor_head(hidden_states)  # type: ignore[misc] # it exists if the labels are in order
+        return anchor_losses(logits, labels, is_masked)
 
     def compute_targets(
         self,
@@ -1009,10 +1204,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
 
     # Units and features of unmasked speech
 
-    def _check_unmasked(
-        self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, source: str, name: str
-    ) -> None:
-        check_source(source)
+    def _check_unmasked(self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, name: str) -> None:
         check_input(self.config, input_values, attention_mask)
         if self.training:
             raise ValueError(
@@ -1045,7 +1237,8 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         Raises:
             ValueError: If an input, a layer or the source is not one of these, or the model is in training mode.
         """
-        self._check_unmasked(input_values, attention_mask, source, "layer_features")
+        check_source(source)
+        self._check_unmasked(input_values, attention_mask, "layer_features")
         layers = check_layers(self.config, layers, with_codebooks=False)
         encoder = self.dinosr.encoder if source == "student" else self.teacher
         frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
@@ -1066,17 +1259,18 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         layers: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Compute acoustic units, one codeword a frame. They do not depend on the padding of the batch.
+        Compute acoustic units, one codeword (or label) a frame. They do not depend on the padding of the batch.
 
         Args:
             input_values: (B, S), as for `DinoSRModel`.
             attention_mask: (B, S) or None.
             layer: Number of a transformer layer with a codebook, from 1: the top `num_codebooks` layers have one. The
-                paper analyses layer 5 of the base model's 12.
+                paper analyses layer 5 of the base model's 12. The anchor's head is on the last layer.
             source: "student": the most probable codeword by that layer's prediction head, from unmasked speech; the
                 whole student is computed whatever the layer. "teacher": the nearest codeword of that layer's codebook
                 to the teacher's output, normalised over the utterance (equation 3): what the student learns to
-                predict; the teacher is computed up to the highest layer.
+                predict; the teacher is computed up to the highest layer. "anchor": the most probable of the
+                `num_anchor_labels` by the anchor's head, from unmasked speech.
             layers: Numbers of several layers, instead of `layer`.
 
         Returns:
@@ -1084,11 +1278,11 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             utterance, int64 (B,).
 
         Raises:
-            ValueError: If a layer has no codebook, an input or the source is not one of these, or the model is in
-                training mode.
+            ValueError: If a layer has no units of the source, an input or the source is not one of these, or the model
+                is in training mode.
         """
-        self._check_unmasked(input_values, attention_mask, source, "encode_units")
-        chosen = check_layers(self.config, [layer] if layers is None else layers, with_codebooks=True)
+        self._check_unmasked(input_values, attention_mask, "encode_units")
+        chosen = check_unit_layers(self.config, [layer] if layers is None else layers, source)
         if attention_mask is not None and self.config.reference_padding:
             codes, lengths = self._units_one_by_one(input_values, attention_mask, chosen, source)
         else:
@@ -1099,8 +1293,9 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, layers: list[int], source: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
-        if source == "student":
-            codes = self.student_units(self.dinosr(input_values, attention_mask).last_hidden_state, layers)
+        if source != "teacher":
+            hidden_states = self.dinosr(input_values, attention_mask).last_hidden_state
+            codes = self.student_units(hidden_states, layers, source)
         else:
             features = self.layer_features(input_values, attention_mask, layers, "teacher")
             codes = self.teacher_units(normalize_over_time(features, frame_mask), layers)
@@ -1123,15 +1318,19 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         return codes, lengths
 
     @torch.no_grad()
-    def student_units(self, hidden_states: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+    def student_units(
+        self, hidden_states: torch.Tensor, layers: Sequence[int], source: str = "student"
+    ) -> torch.Tensor:
         """
         Return each frame's most probable codeword by the prediction heads of L layers with codebooks.
 
-        The student's last layer (..., D) to int64 (L, ...). Raises `ValueError` if a layer has no codebook.
+        The student's last layer (..., D) to int64 (L, ...); with source "anchor", the most probable label of the
+        anchor's head. Raises `ValueError` if a layer has no codebook, or the model no anchor.
         """
-        first = self.config.codebook_layers[0]
-        numbers = check_layers(self.config, layers, with_codebooks=True)
-        return torch.stack([self.heads[layer - first](hidden_states).float().argmax(dim=-1) for layer in numbers])
+        check_source(source, ("student", "anchor"))
+        numbers, first = check_unit_layers(self.config, layers, source), self.config.codebook_layers[0]
+        heads: list[Any] = [self.anchor_head if source == "anchor" else self.heads[n - first] for n in numbers]
+        return torch.stack([head(hidden_states).float().argmax(dim=-1) for head in heads])
 
     @torch.no_grad()
     def teacher_units(self, targets: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:

@@ -187,7 +187,7 @@ class Transcriber:
         """Compute log probabilities float32 (T, V) of each wave (S,)."""
         values, mask = pad_batch(waves)
         model = self.model
-        logits = model(values.to(model.device, model.dtype), mask.to(model.device)).logits
+        logits = model(values.to(model.device), mask.to(model.device)).logits
         log_probs = logits.float().log_softmax(dim=-1).cpu().numpy()
         num_frames = model.config.num_frames(mask.sum(dim=1)).tolist()
         return [rows[:length] for rows, length in zip(log_probs, num_frames, strict=True)]

@@ -28,15 +28,19 @@ class BaselineExtractor(UnitExtractor):
         model: The model; it is put into evaluation mode.
         layers: Numbers of the transformer layers to take features from, from 1; `ValueError` if there is no such one.
         normalizes: Whether the model expects zero mean and unit variance (`do_normalize` of its feature extractor).
+        is_normalized: As for `UnitExtractor`.
     """
 
-    def __init__(self, model: PreTrainedModel, *, layers: Sequence[int], normalizes: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, layers: Sequence[int], normalizes: bool = True, is_normalized: bool = False
+    ) -> None:
         self._baseline = model.eval()
         shape = ("conv_dim", "conv_kernel", "conv_stride", "hidden_size", "num_hidden_layers")
         values: dict[str, Any] = {name: getattr(model.config, name) for name in shape}
+        values["feature_encoder"] = getattr(model.config, "feature_encoder", "conv")  # only a DinoSR has another
         self.config = DinoSRConfig(**values, num_attention_heads=1, num_codebooks=1)
         self.layers = check_layers(self.config, layers, with_codebooks=False)
-        self.source = "student"
+        self.source, self.is_normalized = "student", is_normalized
         # The smallest possible batches, of one window each.
         self._runner = WindowedInference(self.config, normalizes=normalizes, batch_seconds=2 * self.frame_seconds)
 
@@ -50,13 +54,18 @@ class BaselineExtractor(UnitExtractor):
 
 
 def load_baseline(
-    name: str | Path, *, layers: Sequence[int], device: str | torch.device = "cpu", dtype: str = "float32"
+    name: str | Path,
+    *,
+    layers: Sequence[int],
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    is_normalized: bool = False,
 ) -> BaselineExtractor:
     """
     Load an encoder of one of the types in `BASELINES`, with its feature extractor, from a folder or the Hub.
 
-    `layers` and `dtype` are those of `UnitExtractor` and `load_model`. Raises `ValueError` for a model of another
-    type, or without such a layer, `OSError` if there is no feature extractor.
+    `layers`, `dtype` and `is_normalized` are those of `UnitExtractor` and `load_model`. Raises `ValueError` for a
+    model of another type, or without such a layer, `OSError` if there is no feature extractor.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
@@ -65,4 +74,5 @@ def load_baseline(
         raise ValueError(f"{name} is a {config.model_type}; supported are {', '.join(BASELINES)}.")
     extractor: Any = AutoFeatureExtractor.from_pretrained(name)
     model = AutoModel.from_pretrained(name, dtype=DTYPES[dtype]).to(device)
-    return BaselineExtractor(model, layers=layers, normalizes=bool(extractor.do_normalize))
+    normalizes = bool(extractor.do_normalize)
+    return BaselineExtractor(model, layers=layers, normalizes=normalizes, is_normalized=is_normalized)

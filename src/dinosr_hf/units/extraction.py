@@ -22,7 +22,13 @@ from ..analysis.kmeans import MAX_FRAMES, KMeans, fit_kmeans
 from ..data import SAMPLING_RATE, SpeechSource
 from ..inference.windowed import DTYPES, RunningMoments, WindowedInference, pad_batch
 from ..model.configuration_dinosr import DinoSRConfig
-from ..model.modeling_dinosr import DinoSRForPreTraining, check_layers, check_source
+from ..model.modeling_dinosr import (
+    UNIT_SOURCES,
+    DinoSRForPreTraining,
+    check_layers,
+    check_source,
+    check_unit_layers,
+)
 from ..utils.command_line import argument_errors
 from ..utils.extras import import_extra
 from ..utils.files import atomic_file
@@ -91,12 +97,15 @@ class LayerKMeans(KMeans):
 
     layer: int
     source: str
+    is_normalized: bool = False  # whether the student's features were normalised over each recording
 
     def save(self, file: str | Path) -> Path:
         """Write a safetensors file atomically, and return its path."""
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"kmeans": json.dumps({"layer": self.layer, "source": self.source})}
+        metadata = {
+            "kmeans": json.dumps({"layer": self.layer, "source": self.source, "is_normalized": self.is_normalized})
+        }
         with atomic_file(file) as temporary:
             save_file({"centroids": np.ascontiguousarray(self.centroids)}, temporary, metadata=metadata)
         return file
@@ -107,7 +116,7 @@ class LayerKMeans(KMeans):
         advice = f"{file} is not a k-means file. Give a file that examples/fit_kmeans.py wrote: "
         with argument_errors(advice, (OSError, SafetensorError, KeyError)), safe_open(file, "numpy") as opened:
             about = json.loads((opened.metadata() or {})["kmeans"])
-            kmeans = cls(opened.get_tensor("centroids"), about["layer"], about["source"])
+            kmeans = cls(opened.get_tensor("centroids"), **about)
         return kmeans
 
 
@@ -127,17 +136,29 @@ class UnitExtractor:
     Args:
         model: In any precision, on any device; it is put into evaluation mode.
         layers: Numbers of transformer layers, from 1; units by codebook need layers that have one.
-        source: "student" or "teacher", see `DinoSRForPreTraining.encode_units`.
+        source: "student", "teacher" or, for units alone, "anchor", see `DinoSRForPreTraining.encode_units`.
+        is_normalized: Whether features have zero mean and unit variance over the recording, which takes much of the
+            speaker out of them. None: those of the teacher, which always have, but not the student's.
         windows: `window_seconds`, `context_seconds` and `batch_seconds` of `WindowedInference`. If the model has
             `reference_padding`, a batch is one window.
     """
 
     def __init__(
-        self, model: DinoSRForPreTraining, *, layers: Sequence[int] = (5,), source: str = "student", **windows: float
+        self,
+        model: DinoSRForPreTraining,
+        *,
+        layers: Sequence[int] = (5,),
+        source: str = "student",
+        is_normalized: bool | None = None,
+        **windows: float,
     ) -> None:
-        check_source(source)
+        check_source(source, UNIT_SOURCES)
         self.model, self.config, self.source = model.eval(), model.config, source
-        self.layers = check_layers(model.config, layers, with_codebooks=False)
+        self.is_normalized = source == "teacher" or bool(is_normalized)
+        if source == "anchor":
+            self.layers = check_unit_layers(model.config, layers, source)
+        else:
+            self.layers = check_layers(model.config, layers, with_codebooks=False)
         if model.config.reference_padding:  # features depend on the batch: process each recording alone
             windows["batch_seconds"] = 2 * self.frame_seconds
         self._runner = WindowedInference(model.config, normalizes=True, **windows)
@@ -169,7 +190,7 @@ class UnitExtractor:
         Args:
             recordings: As `open_source` or `open_recordings` opens them.
             kmeans: Clusters of the extractor's layer and source (else `ValueError`) to use as units; None: codewords,
-                which every layer must have.
+                which every layer must have, or the anchor's labels.
             indices: Indices of the recordings to process; None: all.
             on_progress: Called after each batch with its seconds of audio, without context.
         """
@@ -181,9 +202,15 @@ class UnitExtractor:
                     f" units were asked for of layers {self.layers} of the {self.source} with {dimensions[1]}. Use it"
                     " with the layer, source and model that it was fitted on."
                 )
+            if kmeans.is_normalized != (self.source == "student" and self.is_normalized):
+                raise ValueError(
+                    f"k-means was fitted with is_normalized={kmeans.is_normalized}, but the extractor has"
+                    f" is_normalized={self.is_normalized}. Use the same."
+                )
         else:
-            check_layers(self.config, self.layers, with_codebooks=True)
-        if self.source == "teacher":  # its units wait for the mean and variance of the complete recording
+            check_unit_layers(self.config, self.layers, self.source)
+        # Some units wait for the mean and variance of the complete recording.
+        if self.source == "teacher" or (kmeans is not None and self.is_normalized):
             for name, features in self.features(recordings, indices=indices, on_progress=on_progress):
                 yield Units(name, self._nearest(features, kmeans))
             return
@@ -199,19 +226,21 @@ class UnitExtractor:
         Extract the continuous features of recordings, float32 (T, L, D) each; the arguments are those of `units`.
 
         Features are the student's layer outputs, or what the teacher's codebooks cluster, normalised over the
-        recording. Hours of features are a memory-mapped temporary file.
+        recording if `is_normalized`. Hours of features are a memory-mapped temporary file. Raises `ValueError` for the
+        anchor, which has none.
         """
+        check_source(self.source)
         for index, rows in self._runner.run(recordings, self._features, indices=indices, on_progress=on_progress):
             if rows is None:
                 rows = np.empty((0, len(self.layers), self.config.hidden_size), np.float32)
-            elif self.source == "teacher":
+            elif self.is_normalized:
                 _normalize_rows(rows)
             yield recordings.utterances[index].id, rows
 
     def _batch(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         values, mask = pad_batch(waves)
         num_frames = self.config.num_frames(mask.sum(dim=1)).tolist()
-        return values.to(self.model.device, self.model.dtype), mask.to(self.model.device), num_frames
+        return values.to(self.model.device), mask.to(self.model.device), num_frames
 
     def _layer_features(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
         """Compute features float32 (B, T, L, D) of waves (S,), and their numbers of frames."""
@@ -223,17 +252,17 @@ class UnitExtractor:
         return _without_padding(*self._layer_features(waves))
 
     def _codes(self, waves: Sequence[np.ndarray], kmeans: LayerKMeans | None) -> list[np.ndarray]:
-        """Compute the student's units int32 (T, L) of each wave (S,)."""
+        """Compute the student's or the anchor's units int32 (T, L) of each wave (S,)."""
         if kmeans is None:
             values, mask, num_frames = self._batch(waves)
-            codes = self.model.encode_units(values, mask, layers=self.layers, source="student")[0].permute(1, 2, 0)
+            codes = self.model.encode_units(values, mask, layers=self.layers, source=self.source)[0].permute(1, 2, 0)
         else:
             features, num_frames = self._layer_features(waves)
             codes = kmeans.assign(features)
         return _without_padding(codes.int(), num_frames)
 
     def _nearest(self, features: NDArray[np.float32], kmeans: LayerKMeans | None) -> NDArray[np.int64]:
-        """Assign the teacher's features (T, L, D) to codewords or clusters (L, T)."""
+        """Assign normalised features (T, L, D) to codewords or clusters (L, T)."""
         found = []
         for chunk in _chunks(features):
             rows = torch.tensor(chunk, device=self.model.device)
@@ -255,22 +284,24 @@ def scored_units(
     """
     Extract the units of recordings with their scores, the longest recording first.
 
-    Scores of the student are the probabilities that the layer's head gives the units; those of the teacher minus the
+    Scores of student and anchor are the probabilities that the head gives the units; those of the teacher minus the
     distances from its output to the codewords, the root mean square over the D dimensions. The arguments are those of
-    `UnitExtractor` and its `units`, for a single layer, which must have a codebook (else `ValueError`).
+    `UnitExtractor` and its `units`, for a single layer, which must have units of the source (else `ValueError`).
     """
-    check_layers(model.config, [layer], with_codebooks=True)
+    check_unit_layers(model.config, [layer], source)
     number = layer - model.config.codebook_layers[0]
-    # The student's heads are on top of its last layer.
-    feature_layer = model.config.num_hidden_layers if source == "student" else layer
-    extractor = UnitExtractor(model, layers=[feature_layer], source=source, batch_seconds=batch_seconds)
+    head = model.anchor_head if source == "anchor" else model.heads[number]
+    # The heads are on top of the student's last layer.
+    feature_layer = layer if source == "teacher" else model.config.num_hidden_layers
+    features_of = "teacher" if source == "teacher" else "student"
+    extractor = UnitExtractor(model, layers=[feature_layer], source=features_of, batch_seconds=batch_seconds)
     for name, features in extractor.features(recordings, on_progress=on_progress):
         codes, scores = [], []
         for chunk in _chunks(features[:, 0]):
             rows = torch.tensor(chunk, device=model.device)  # (T, D)
-            if source == "student":
-                probabilities = model.heads[number](rows.to(model.dtype)).float().softmax(dim=-1)
-                chunk_scores, chunk_codes = probabilities.max(dim=-1)
+            if source != "teacher":
+                assert head is not None
+                chunk_scores, chunk_codes = head(rows.to(model.dtype)).float().softmax(dim=-1).max(dim=-1)
             else:
                 chunk_codes = model.codebooks.assign(rows[None], [number])[0]
                 distances = rows - model.codebooks.codewords[number][chunk_codes]
@@ -306,4 +337,5 @@ def fit_layer_kmeans(
     for _, rows in extractor.features(recordings, on_progress=on_progress):
         drawn.append(np.array(rows[generator.random(len(rows)) < share, 0]))
     clusters = fit_kmeans(np.concatenate(drawn), num_clusters, seed, max_frames=max_frames)
-    return LayerKMeans(clusters.centroids, extractor.layers[0], extractor.source)
+    is_normalized = extractor.source != "teacher" and extractor.is_normalized
+    return LayerKMeans(clusters.centroids, extractor.layers[0], extractor.source, is_normalized)

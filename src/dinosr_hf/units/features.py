@@ -38,6 +38,8 @@ class FeatureFiles:
     ) -> None:
         if form not in FEATURE_FORMATS:
             raise ValueError(f"form={form!r} is unknown. Choose one of {', '.join(FEATURE_FORMATS)}.")
+        if extractor.source == "anchor":
+            raise ValueError("source=anchor has units, but no features. Give student or teacher.")
         self.folder = Path(folder)
         self._extractor, self._recordings, self._form, self._process = extractor, recordings, form, process
         self._files = {

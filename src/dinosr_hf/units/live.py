@@ -4,15 +4,19 @@ Units of a live signal, chunk by chunk, with bounded latency and memory.
 `S` samples at 16 kHz, `T` frames, `L` layers.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import nn
 
 from ..data import SAMPLING_RATE
 from ..inference.windowed import RunningMoments
-from ..model.modeling_dinosr import DinoSRForPreTraining, check_layers, check_source
+from ..model.modeling_dinosr import DinoSRForPreTraining, check_unit_layers
 
 
 class UnitStreamer:
@@ -20,15 +24,15 @@ class UnitStreamer:
     Turns a live signal into units, chunk by chunk.
 
     Units come in steps of `step_seconds`. The units of a step are computed from a window: the step itself,
-    `context_seconds` before it, and `lookahead_seconds` after it. Offline, samples and teacher output are normalised
-    by the mean and variance of the recording; here, by those of the signal so far. Steps lie on a fixed grid of
-    frames, so units do not depend on how the signal is cut into chunks. A signal that ends within its first step gets
-    exactly its offline units.
+    `context_seconds` before it, and `lookahead_seconds` after it. Offline, samples, log-mel frames and teacher output
+    are normalised by the mean and variance of the recording; here, by those of the signal so far. Steps lie on a fixed
+    grid of frames, so units do not depend on how the signal is cut into chunks. A signal that ends within its first
+    step gets exactly its offline units.
 
     Args:
         model: In any precision, on any device; it is put into evaluation mode.
         layer: Number of the transformer layer whose codebook is used, from 1.
-        source: "student" or "teacher", see `DinoSRForPreTraining.encode_units`.
+        source: "student", "teacher" or "anchor", see `DinoSRForPreTraining.encode_units`.
         layers: Several layers at once, instead of `layer`.
         context_seconds: Past signal in each window; memory and the time per step grow with it.
         lookahead_seconds: Future signal in each window; a part of the latency.
@@ -51,8 +55,7 @@ class UnitStreamer:
         step_seconds: float = 0.5,
         level: tuple[float, float] | None = None,
     ) -> None:
-        check_source(source)
-        self._layers = check_layers(model.config, [layer] if layers is None else layers, with_codebooks=True)
+        self._layers = check_unit_layers(model.config, [layer] if layers is None else layers, source)
         self._is_single = layers is None
         self._model, self._source, self._level = model.eval(), source, level
         self._hop, self._field = model.config.inputs_to_logits_ratio, model.config.receptive_field
@@ -72,7 +75,8 @@ class UnitStreamer:
         self._pieces: list[NDArray[np.float32]] = []  # the signal from sample `_offset` on
         self._offset = self._num_heard = self._num_measured = 0  # samples; those measured are in `_signal`
         self._done = 0  # frames whose units were returned
-        self._signal, self._outputs = RunningMoments(*(self._level or ())), RunningMoments()
+        self._signal = RunningMoments(*(self._level or ()))
+        self._outputs, self._mels = RunningMoments(), RunningMoments()
 
     def push(self, samples: ArrayLike) -> NDArray[np.int64]:
         """
@@ -109,6 +113,29 @@ class UnitStreamer:
         codes = np.concatenate([np.empty((len(self._layers), 0), np.int64), *found], axis=1)
         return codes[0] if self._is_single else codes
 
+    def _normalize_mels(self, encoder: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        frames = encoder.energies(inputs[0])[0].cpu().numpy()  # type: ignore[operator] # (T, C)
+        self._mels.add(frames[self._mels.count - self._offset // self._hop :])
+        return torch.from_numpy(self._mels.normalize(frames)).T[None].to(output)
+
+    @contextmanager
+    def _mels_so_far(self) -> Iterator[None]:
+        """Have the model normalise the log-mel frames of a window by mean and variance of the signal so far."""
+        thread = threading.get_ident()
+
+        def normalize(encoder: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+            # Others may use the model at the same time.
+            return self._normalize_mels(encoder, inputs, output) if threading.get_ident() == thread else None
+
+        front_ends = (self._model.dinosr.feature_extractor, self._model.teacher.feature_extractor)
+        is_log_mel = self._model.config.feature_encoder == "log_mel"
+        hooks = [part.register_forward_hook(normalize) for part in front_ends if part is not None and is_log_mel]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     @torch.no_grad()
     def _units(self, last: int) -> NDArray[np.int64]:
         """Compute the units (L, T) of the frames up to `last`, from a window that ends with the newest sample."""
@@ -117,13 +144,15 @@ class UnitStreamer:
             self._signal.add(window[self._num_measured - self._offset :])
             self._num_measured = self._num_heard
         normalized = torch.from_numpy(self._signal.normalize(window))
-        values = normalized[None].to(self._model.device, self._model.dtype)
+        values = normalized[None].to(self._model.device)
         begin = self._offset // self._hop
         step = slice(self._done - begin, last - begin)
-        if self._source == "student":
-            codes = self._model.encode_units(values, layers=self._layers)[0][:, 0, step]
+        if self._source != "teacher":
+            with self._mels_so_far():
+                codes = self._model.encode_units(values, layers=self._layers, source=self._source)[0][:, 0, step]
         else:
-            features = self._model.layer_features(values, layers=self._layers, source="teacher")
+            with self._mels_so_far():
+                features = self._model.layer_features(values, layers=self._layers, source="teacher")
             rows = features[:, 0, step].transpose(0, 1).float().cpu().numpy()  # (T, L, D)
             self._outputs.add(rows)
             targets = torch.from_numpy(self._outputs.normalize(rows)).transpose(0, 1).to(self._model.device)

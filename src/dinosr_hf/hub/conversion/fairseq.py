@@ -292,9 +292,15 @@ def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
     """
     Convert a model to the content of a checkpoint of the authors. `read_fairseq` restores it bit for bit.
 
-    It has settings under `cfg.model` and weights under `model`, but not the state of a training run.
+    It has settings under `cfg.model` and weights under `model`, but not the state of a training run, and not the
+    anchor's head. Raises `ConversionError` for a model without convolutions.
     """
     config = model.config
+    if config.feature_encoder != "conv":
+        raise ConversionError(
+            f"feature_encoder={config.feature_encoder!r} has no place in the authors' layout, whose models begin with"
+            " convolutions. Only models with feature_encoder='conv' can be converted back."
+        )
     layers = list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
     settings = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items() if ours != "conv_layers"}
     settings |= {"_name": "dinosr", "conv_feature_layers": str(layers), **SUPPORTED}
@@ -304,7 +310,10 @@ def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
     settings["freeze_teacher_step"] = -1 if config.freeze_teacher_step is None else config.freeze_teacher_step
     settings["freeze_pre_enc_modules"] = config.freeze_mode != "copied"
     weights = model.state_dict()
-    weights.pop("codebooks.usage", None)  # for revival, which the authors' code does not have
+    # The authors' code has neither revival nor an anchor.
+    weights = {
+        name: value for name, value in weights.items() if not name.startswith(("codebooks.usage", "anchor_head."))
+    }
     for name in STACKED:
         weights.update({f"{name}.{i}": row.clone() for i, row in enumerate(weights.pop(name))})
     names = {ours: theirs for theirs, ours in PRETRAINING_KEYS.items()}
