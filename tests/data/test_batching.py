@@ -20,12 +20,14 @@ from dinosr_hf.data import (
     SpeechSource,
     StepDataset,
     StepLoader,
+    Utterance,
     micro_batches,
     plan_epoch,
     summarize_plan,
 )
 from dinosr_hf.data.batching import MicroBatch, SkippedUtterance
-from dinosr_hf.data.collator import utterance_generator, utterance_hash
+from dinosr_hf.data.collator import Item, Part, utterance_generator, utterance_hash, utterance_speed
+from tolerances import SAME_ARITHMETIC
 
 
 def corpus(num_utterances: int, seed: int = 0) -> list[int]:
@@ -39,8 +41,10 @@ LIMITS = {"step_samples": 1_000, "min_samples": 40, "max_samples": 250}
 SIZES = [1, 2, 13, 100, 731]
 
 
-def naive_plan(num_samples, *, seed, epoch, step_samples, min_samples, max_samples, mode, num_buckets, ids):
+def naive_plan(num_samples, *, seed, epoch, step_samples, min_samples, max_samples, mode, num_buckets, ids, speeds):
     """Plan an epoch in the most literal way, with random draws in the same order as `plan_epoch`."""
+    speeds = speeds or [1.0] * len(num_samples)
+    num_samples = [math.floor(n / speed) for n, speed in zip(num_samples, speeds, strict=True)]
     generator = utterance_generator(seed, epoch, "", "plan")
     length = {index: min(n, max_samples) for index, n in enumerate(num_samples) if n >= min_samples}
     tie = dict(zip(length, generator.random(len(length)), strict=True))
@@ -70,17 +74,19 @@ def naive_plan(num_samples, *, seed, epoch, step_samples, min_samples, max_sampl
         for index in step:
             taken = shortest if mode == "crop" else length[index]
             share = utterance_hash(seed, epoch, ids[index], "crop") / 2**128
-            plan[-1].append((index, math.floor(share * (num_samples[index] - taken + 1)), taken, epoch))
+            plan[-1].append((index, math.floor(share * (num_samples[index] - taken + 1)), taken, epoch, speeds[index]))
     return [plan[position] for position in generator.permutation(len(plan))]
 
 
 @pytest.mark.filterwarnings("ignore:All .* utterances together")
 @pytest.mark.parametrize("mode", ["crop", "pad"])
 @pytest.mark.parametrize("num_buckets", [1, 7])
+@pytest.mark.parametrize("speed_change", [None, 0.3])
 @pytest.mark.parametrize("size", SIZES)
-def test_plan_equals_the_naive_plan(size, num_buckets, mode):
-    lengths = corpus(size)
-    options = dict(LIMITS, seed=3, epoch=2, mode=mode, num_buckets=num_buckets, ids=[f"u{k}" for k in range(size)])
+def test_plan_equals_the_naive_plan(size, speed_change, num_buckets, mode):
+    lengths, ids = corpus(size), [f"u{k}" for k in range(size)]
+    speeds = None if speed_change is None else [utterance_speed(3, 2, name, speed_change) for name in ids]
+    options = dict(LIMITS, seed=3, epoch=2, mode=mode, num_buckets=num_buckets, ids=ids, speeds=speeds)
     assert plan_epoch(lengths, **options) == naive_plan(lengths, **options)
 
 
@@ -100,8 +106,8 @@ def test_invariants_of_a_plan(size, mode, epoch):
         uncropped = [min(lengths[crop.index], LIMITS["max_samples"]) for crop in step]
         assert sum(taken) <= sum(uncropped) <= LIMITS["step_samples"]
         assert taken == ([min(uncropped)] * len(step) if mode == "crop" else uncropped)
-        for index, start, num_samples, own_epoch in step:
-            assert own_epoch == epoch
+        for index, start, num_samples, own_epoch, speed in step:
+            assert (own_epoch, speed) == (epoch, 1)
             assert lengths[index] >= LIMITS["min_samples"]
             assert 0 <= start <= lengths[index] - num_samples
     if len(steps) > 1:
@@ -179,7 +185,7 @@ def test_members_of_an_epoch_may_repeat():
         [(c.index, c.epoch) for c in s] for s in steps
     ]
     for step in steps:
-        for index, start, num_samples, own_epoch in step:
+        for index, start, num_samples, own_epoch, _ in step:
             share = utterance_hash(3, own_epoch, ids[index], "crop") / 2**128
             assert start == math.floor(share * (lengths[index] - num_samples + 1))
     starts = {}
@@ -187,6 +193,24 @@ def test_members_of_an_epoch_may_repeat():
         starts.setdefault(crop.index, []).append(crop.start)
     assert all(len(set(each)) == len(each) for each in starts.values())
     assert max(map(len, starts.values())) == 2
+
+
+@pytest.mark.filterwarnings("ignore:All .* utterances together")
+def test_limits_hold_at_each_speed():
+    members = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    speeds = [1.25, 0.8, 1.25, 0.8, 1.5]
+    options = {"min_samples": 90, "max_samples": 110, "step_samples": 1_000, "seed": 0, "epoch": 0}
+    (step,) = plan_epoch([100, 120, 1_000], members=members, speeds=speeds, **options, mode="pad")
+    # Of 80, 125, 96, 150 and 666 samples.
+    assert sorted((c.index, c.epoch, c.speed, c.num_samples) for c in step) == [
+        (0, 1, 0.8, 110),
+        (1, 0, 1.25, 96),
+        (1, 1, 0.8, 110),
+        (2, 0, 1.5, 110),
+    ]
+    assert all(
+        crop.start <= length - crop.num_samples for crop, length in zip(sorted(step), (125, 96, 150, 666), strict=True)
+    )
 
 
 def test_all_members_are_the_default():
@@ -313,6 +337,15 @@ def test_summary_counts_everything():
     members = [(0, 0), (1, 0), (2, 0), (2, 1), (3, 0), (4, 0), (5, 0)]
     twice = summarize_plan(steps, lengths, min_samples=20, micro_samples=200, members=members)
     assert (twice.num_too_short, twice.num_dropped) == (1, 2)
+    # At these speeds the first has 20 samples, the second 15, the last 250.
+    fast = [[crop._replace(speed=0.8) if crop.index == 5 else crop for crop in step] for step in steps]
+    at_speed = summarize_plan(fast, lengths, min_samples=20, micro_samples=200, speeds=[0.5, 2.0, 1.0, 1.0, 1.0, 0.8])
+    assert (at_speed.num_too_short, at_speed.num_dropped) == (1, 1)
+    assert at_speed.cropped_share == pytest.approx(1 - 360 / 540)
+    mixed = summarize_plan(
+        fast, lengths, min_samples=20, micro_samples=200, members=members[1:], speeds=[2.0, 1.0, 1.0, 1.0, 1.0, 0.8]
+    )
+    assert (mixed.num_too_short, mixed.num_dropped) == (2, 1)
     halves = summarize_plan(steps, lengths, min_samples=20, world_size=2, micro_samples=200)
     assert (halves.num_micro_batches, halves.padded_share) == (4, 0)
 
@@ -328,10 +361,17 @@ def source(tmp_path_factory):
     return FolderSource(folder)
 
 
-def step_dataset(source, *, rank=0, world_size=1, micro_samples=32_000, mode="crop", epoch=0):
+def centres(part: Part) -> np.ndarray:
+    """Label each frame of a part with the sample of the whole utterance at its centre."""
+    return part.start + part.centres(320, 400).astype(np.int64)
+
+
+def step_dataset(source, *, rank=0, world_size=1, micro_samples=32_000, mode="crop", epoch=0, speed_change=None):
+    ids = [utterance.id for utterance in source.utterances]
     steps = plan_epoch(
         [utterance.num_samples for utterance in source.utterances],
-        ids=[utterance.id for utterance in source.utterances],
+        ids=ids,
+        speeds=None if speed_change is None else [utterance_speed(0, epoch, name, speed_change) for name in ids],
         seed=0,
         epoch=epoch,
         step_samples=50_000,
@@ -339,7 +379,7 @@ def step_dataset(source, *, rank=0, world_size=1, micro_samples=32_000, mode="cr
         max_samples=16_000,
         mode=mode,
     )
-    collator = PretrainingCollator(DinoSRConfig(), seed=0)
+    collator = PretrainingCollator(DinoSRConfig(), seed=0, anchor=centres)
     return StepDataset(source, steps, collator, rank, world_size, micro_samples)
 
 
@@ -352,18 +392,20 @@ def assert_same(first, second):
 
 
 def rows(batches):
-    """Return the samples and mask of each utterance, in an order that does not depend on the batches."""
+    """Return samples, mask and anchor's labels of each utterance, in an order that does not depend on the batches."""
     found = [
-        (values[: int(length)].tolist(), mask.tolist())
+        (values[: int(length)].tolist(), mask.tolist(), labels.tolist())
         for batch, _ in batches
-        for values, mask, length in zip(
+        for values, mask, labels, length in zip(
             batch["input_values"],
             batch["mask_time_indices"],
+            batch["anchor_labels"],
             batch.get("attention_mask", torch.ones_like(batch["input_values"])).sum(1),
             strict=True,
         )
     ]
-    return sorted((values, mask[: DinoSRConfig().num_frames(len(values))]) for values, mask in found)
+    num_frames = DinoSRConfig().num_frames
+    return sorted((v, mask[: num_frames(len(v))], labels[: num_frames(len(v))]) for v, mask, labels in found)
 
 
 def test_step_holds_the_planned_crops(source):
@@ -373,13 +415,84 @@ def test_step_holds_the_planned_crops(source):
     pieces = dataset.micro_batches(0)
     assert len(batches) == len(pieces) == 2
     for batch, piece in zip(batches, pieces, strict=True):
-        items = [(source.utterances[c.index].id, source.load(c.index, c.start, c.num_samples), 0) for c in piece]
+        items = [
+            Item(source.utterances[c.index].id, source.load(c.index, c.start, c.num_samples), 0, c.start)
+            for c in piece
+        ]
         assert_same([batch], [MicroBatch(dataset.collator(items), [])])
+        assert batch.inputs["anchor_labels"][:, 0].tolist() == [c.start + 200 for c in piece]
+    assert any(c.start > 0 for piece in pieces for c in piece)
+
+
+class Made(SpeechSource):
+    """A source of one recording in memory."""
+
+    def __init__(self, waveform):
+        self.waveform, self.skipped = waveform.astype(np.float32), {}
+        self.utterances = [Utterance("a", len(waveform))]
+
+    def load(self, index, start=0, num_samples=None):
+        assert start >= 0 and start + num_samples <= len(self.waveform)
+        return self.waveform[start : start + num_samples]
+
+
+def read_at_speed(waveform, start, num_samples, speed, anchor=None):
+    """Return input and labels of a part of a recording at some speed, not normalised."""
+    collator = PretrainingCollator(DinoSRConfig(), seed=0, normalize=False, anchor=anchor)
+    dataset = StepDataset(Made(waveform), [], collator, 0, 1, 1_000_000)
+    inputs = dataset.read([Crop(0, start, num_samples, 0, speed)]).inputs
+    return inputs["input_values"][0].numpy(), inputs.get("anchor_labels")
+
+
+@pytest.mark.parametrize("speed", [0.6066, 0.9123, 1.0, 1.25, 1.6487])
+def test_a_tone_is_as_much_higher_as_its_speed(speed):
+    tone = np.sin(2 * np.pi * 440 / 16_000 * np.arange(30_001))
+    for start, num_samples in [(0, 4_321), (777, 9_999), (int(30_001 / speed) - 8_000, 8_000)]:
+        faster, _ = read_at_speed(tone, start, num_samples, speed)
+        assert faster.shape == (num_samples,)
+        samples = math.floor(start * speed) + speed * np.arange(num_samples)
+        # At the ends the filter reaches past the part.
+        inner = slice(200, -200) if speed != 1 else slice(None)
+        angles = 2 * np.pi * 440 / 16_000 * samples[inner]
+        np.testing.assert_allclose(faster[inner], np.sin(angles), **SAME_ARITHMETIC)
+        assert abs(faster[inner] - np.sin(angles / speed)).max() > 0.5 or speed == 1
+
+
+def test_every_length_is_exact_at_every_speed():
+    rng, waveform = np.random.default_rng(0), np.random.default_rng(1).normal(size=9_000)
+    for _ in range(200):
+        speed = utterance_speed(0, int(rng.integers(10**6)), "a", 0.5)
+        length = int(9_000 / speed)
+        num_samples = int(rng.integers(4_000, length + 1))
+        for start in (0, length - num_samples):
+            assert len(read_at_speed(waveform, start, num_samples, speed)[0]) == num_samples
+
+
+@pytest.mark.parametrize("speed", [0.75, 1.0, 1.31])
+def test_labels_follow_the_speed(speed):
+    onset = 20_000  # of noise after silence
+    noise = np.random.default_rng(0).normal(size=40_000) * (np.arange(40_000) >= onset)
+    start, num_samples = 7_000, 20_000
+    faster, labels = read_at_speed(noise, start, num_samples, speed, lambda part: (centres(part) >= onset) + 0)
+    first = np.flatnonzero(abs(faster) > 0.1)[0]
+    assert first == pytest.approx(onset / speed - start, abs=10)
+    at_frame = np.searchsorted(200 + 320 * np.arange(labels.shape[1]), onset / speed - start)
+    assert labels[0].argmax() == at_frame > 0 and labels[0, at_frame:].all()
+    assert (at_frame == np.searchsorted(start + 200 + 320 * np.arange(labels.shape[1]), onset)) == (speed == 1)
+
+
+def test_recordings_too_bad_for_a_speed_are_skipped_as_well():
+    for waveform, message in [(np.zeros(9_000), "are 0"), (np.full(9_000, np.nan), "NaN or infinite")]:
+        collator = PretrainingCollator(DinoSRConfig(), seed=0)
+        (skipped,) = StepDataset(Made(waveform), [], collator, 0, 1, 10**6).read([Crop(0, 9, 5_000, 0, 1.2)]).skipped
+        assert re.search(message, skipped.message)
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
 def test_step_does_not_depend_on_processes_and_micro_batches(source, mode):
-    whole = step_dataset(source, mode=mode, micro_samples=1_000_000)
+    perturbed = {"mode": mode, "speed_change": 0.2, "epoch": 1}  # whose steps have three utterances at least
+    whole = step_dataset(source, **perturbed, micro_samples=1_000_000)
+    assert len({crop.speed for step in whole.steps for crop in step}) > 10
     for step in range(len(whole)):
         expected = rows(whole[step])
         for world_size, micro_samples in [(1, 16_000), (2, 32_000), (3, 16_000)]:
@@ -387,12 +500,13 @@ def test_step_does_not_depend_on_processes_and_micro_batches(source, mode):
                 batch
                 for rank in range(world_size)
                 for batch in step_dataset(
-                    source, mode=mode, rank=rank, world_size=world_size, micro_samples=micro_samples
+                    source, **perturbed, rank=rank, world_size=world_size, micro_samples=micro_samples
                 )[step]
             ]
             assert len(batches) > 1
             assert rows(batches) == expected
-    assert rows(whole[0]) != rows(step_dataset(source, mode=mode, micro_samples=1_000_000, epoch=1)[0])
+    assert rows(whole[0]) != rows(step_dataset(source, **perturbed | {"epoch": 0}, micro_samples=1_000_000)[0])
+    assert rows(whole[0]) != rows(step_dataset(source, mode=mode, epoch=1, micro_samples=1_000_000)[0])
 
 
 class Damaged(SpeechSource):
@@ -449,6 +563,7 @@ def test_micro_batch_with_all_skipped_is_silence(source, mode):
             num_samples = min(crop.num_samples for crop in piece)
             assert inputs["input_values"].shape == (1, num_samples)
             assert inputs["mask_time_indices"].shape == (1, DinoSRConfig().num_frames(num_samples))
+            assert (inputs.pop("anchor_labels") == -100).all()
             assert not any(tensor.any() for tensor in inputs.values())
 
 
@@ -482,7 +597,7 @@ def test_pinned_batches_are_of_the_same_types(source):
 
 @pytest.mark.parametrize(("num_workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])
 def test_workers_give_the_same_steps(source, num_workers, context):
-    dataset = step_dataset(source, mode="pad")
+    dataset = step_dataset(source, mode="pad", speed_change=0.2)
     loader = StepLoader(dataset, num_workers=num_workers, multiprocessing_context=context)
     loaded = list(loader)
     assert len(loaded) == len(loader) == len(dataset)

@@ -47,6 +47,25 @@ def test_a_pretraining_checkpoint_keeps_teacher_heads_and_codebooks(tmp_path, ba
     assert not teacher_is_student(model)
 
 
+@pytest.mark.parametrize("before", [0, 8, 5], ids=["none", "as many", "other"])
+@pytest.mark.parametrize("anchor", [None, "mfcc"])
+def test_the_anchor_s_head_starts_anew_and_the_rest_stays(tmp_path, base, before, anchor, caplog):
+    source = DinoSRForPreTraining(DinoSRConfig(**SIZES, num_anchor_labels=before))
+    source.load_state_dict(DinoSRForPreTraining.from_pretrained(base).state_dict(), strict=False)
+    save_folder(source, tmp_path / "base")
+    with caplog.at_level("INFO", "dinosr_hf"):
+        model = start_from(tmp_path, tmp_path / "base", anchor=anchor)
+    assert model.config.num_anchor_labels == (8 if anchor else 0)
+    assert ("the anchor's head starts anew" in caplog.text) == (anchor is not None or before > 0)
+    weights, expected = model.state_dict(), source.state_dict()
+    heads = {name: weights.pop(name) for name in list(weights) if name.startswith("anchor_head.")}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+    assert len(heads) == (2 if anchor else 0)
+    if heads:
+        assert heads["anchor_head.weight"].shape == (8, 16)
+        assert before != 8 or not torch.equal(heads["anchor_head.weight"], expected["anchor_head.weight"])
+
+
 def test_training_options_are_those_of_the_run(tmp_path, base):
     model = start_from(tmp_path, base, codebook_decay=0.7, ema_end_decay=0.995, mask_length=5)
     assert (model.config.codebook_decay, model.config.ema_end_decay, model.config.mask_length) == (0.7, 0.995, 5)

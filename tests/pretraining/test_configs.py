@@ -12,7 +12,7 @@ from dinosr_hf.pretraining.plan import RunPlan
 from dinosr_hf.pretraining.scaling import scale_to_batch
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
-NAMES = ("base_ls960", "base_1gpu", "large_ll60k", "multilingual", "tiny_cpu")
+NAMES = ("base_ls960", "base_1gpu", "large_ll60k", "multilingual", "small", "tiny_cpu")
 # For fine-tuning: tests/finetuning opens these.
 OTHERS = ("ctc_", "classify_", "superb_")
 BASE = DinoSRConfig()
@@ -45,7 +45,7 @@ def test_numbers_are_numbers_to_yaml(name):
     # YAML 1.1 reads 5e-4 as text: our parser accepts it, other readers of the file would not.
     content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     text = {key for key, value in content.items() if isinstance(value, str)}
-    assert text <= {"data", "batching", "output_dir", "mixed_precision", "schedule"}
+    assert text <= {"data", "batching", "output_dir", "mixed_precision", "schedule", "feature_encoder", "anchor"}
 
 
 def test_an_unknown_key_is_refused(tmp_path):

@@ -195,6 +195,22 @@ def test_phone_purity_is_over_all_frames_of_the_teacher():
     assert figures["best_layer"] == 2 + best
 
 
+@torch.no_grad()
+def test_an_anchor_s_labels_are_evaluated_too():
+    model = model_in_training(num_anchor_labels=9)  # more than codewords
+    speech = held_out(model, labels=labels_of())
+    figures = speech.evaluate(model)
+    model.eval()
+    phones = [phone for _, own in speech.labelled_speech() for phone in own]
+    units = [frame_units(model, waveform, "anchor")[0].numpy() for waveform, _ in speech.labelled_speech()]
+    expected = unit_quality(phones, np.concatenate(units), num_codes=9).pnmi
+    assert figures["anchor_pnmi"] == pytest.approx(expected) and expected > 0
+    assert len(figures["pnmis"]) == 2 and figures["anchor_pnmi"] not in figures["pnmis"]
+    assert "anchor_pnmi" not in held_out(model).evaluate(model)
+    plain = model_in_training()
+    assert "anchor_pnmi" not in held_out(plain, labels=labels_of()).evaluate(plain)
+
+
 def test_labelled_speech_gives_the_same_quality():
     model = model_in_training()
     labels = {name: phones for name, phones in labels_of().items() if name != "a/1.flac"}

@@ -100,14 +100,24 @@ def test_without_a_mask_there_are_no_energies():
     assert output.target_energies is None and output.feature_energies is None
 
 
+def anchor_labels_of(waves, num_frames):
+    """Label every other frame, with a number that depends on the waveform and the frame."""
+    labels = torch.full((len(waves), num_frames), -100)
+    for row, wave in zip(labels, waves, strict=True):
+        row[::2] = torch.arange(len(row[::2])) * len(wave) % 5
+    return labels
+
+
 def sums_of(model, groups):
     """Return the sums over groups of waveforms, each group padded into one batch, every third frame masked."""
-    sums = MetricSums(model.config.num_codebooks, model.config.codebook_size, torch.device("cpu"))
+    config, has_anchor = model.config, model.config.num_anchor_labels > 0
+    sums = MetricSums(config.num_codebooks, config.codebook_size, torch.device("cpu"), has_anchor=has_anchor)
     for waves in groups:
         x, attention_mask = padded(waves)
-        num_samples = sum(map(len, waves))
+        num_samples, num_frames = sum(map(len, waves)), config.num_frames(x.shape[1])
+        labels = anchor_labels_of(waves, num_frames) if has_anchor else None
         with torch.no_grad():
-            output = model(x, attention_mask, every_third(len(waves), model.config.num_frames(x.shape[1])))
+            output = model(x, attention_mask, every_third(len(waves), num_frames), anchor_labels=labels)
         sums.add(output, num_samples, x.numel() - num_samples)
     return sums
 
@@ -116,8 +126,9 @@ def identity(tensor):
     return tensor
 
 
-def test_any_grouping_gives_the_numbers_of_one_batch():
-    model = pretraining_model().eval()
+@pytest.mark.parametrize("num_anchor_labels", [0, 5], ids=["plain", "anchored"])
+def test_any_grouping_gives_the_numbers_of_one_batch(num_anchor_labels):
+    model = pretraining_model(num_anchor_labels=num_anchor_labels).eval()
     waves = [waveforms(1, length, seed=length)[0] for length in LENGTHS]
     together = sums_of(model, [waves]).compute(identity)
     apart = sums_of(model, [[wave] for wave in waves])
@@ -126,7 +137,7 @@ def test_any_grouping_gives_the_numbers_of_one_batch():
     for figures in (apart.compute(identity), merged.compute(identity)):
         assert figures.keys() == together.keys()
         for name in together.keys() - {"padded_share"}:
-            tolerance = 0 if name in EXACT else 1e-5
+            tolerance = 0 if name in EXACT | {"anchor_frames", "anchor_accuracies"} else 1e-5
             assert figures[name] == pytest.approx(together[name], rel=tolerance), name
     assert together["padded_share"] == pytest.approx(1 - sum(LENGTHS) / (3 * 801))
     assert apart.compute(identity)["padded_share"] == 0
@@ -134,6 +145,22 @@ def test_any_grouping_gives_the_numbers_of_one_batch():
     means = [sums_of(model, [[wave]]).compute(identity) for wave in waves]
     for name in ("loss", "target_variation", "feature_variation", "target_perplexity"):
         assert sum(mean[name] for mean in means) / 3 != pytest.approx(together[name], rel=1e-4), name
+
+
+def test_an_anchor_s_losses_and_accuracies_are_of_labelled_frames():
+    model = pretraining_model(num_anchor_labels=5).eval()
+    wave, num_frames = waveforms(1, 801)[0], model.config.num_frames(801)
+    figures = sums_of(model, [[wave]]).compute(identity)
+    mask, labels = every_third(1, num_frames)[0], anchor_labels_of([wave], num_frames)[0]
+    with torch.no_grad():
+        hidden_states = model(wave[None], mask_time_indices=mask[None]).last_hidden_state[0]
+        log_probs = model.anchor_head(hidden_states).log_softmax(dim=-1)
+    for part, frames in enumerate((mask & (labels >= 0), ~mask & (labels >= 0))):
+        assert figures["anchor_frames"][part] == frames.sum() > 0
+        loss = torch.nn.functional.nll_loss(log_probs[frames], labels[frames])
+        assert figures["anchor_losses"][part] == pytest.approx(loss.item(), rel=1e-5)
+        hits = (log_probs[frames].argmax(dim=-1) == labels[frames]).float().mean()
+        assert figures["anchor_accuracies"][part] == pytest.approx(hits.item())
 
 
 def test_processes_are_summed_before_dividing():
@@ -191,6 +218,8 @@ def test_the_state_of_another_model_is_refused():
     state = MetricSums(3, 7, torch.device("cpu")).state_dict()
     with pytest.raises(ValueError, match=r"has 56 sums, but 2 codebooks of 7 codewords have 39\. Give the state of"):
         MetricSums(2, 7, torch.device("cpu")).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"2 codebooks of 7 codewords and an anchor have 45\. Give the state of"):
+        MetricSums(2, 7, torch.device("cpu"), has_anchor=True).load_state_dict(state)
 
 
 def test_energies_in_half_precision_are_summed_in_float32():

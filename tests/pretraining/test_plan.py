@@ -133,13 +133,37 @@ def test_text(tiny_plan):
         "betas 0.9, 0.98; epsilon 1e-06; weight decay 0.01; clipping off",
         "2 of 128, updated every 1 update(s); memory at first: 2 updates, 2.67 min of audio",
         "memory at first: 100 updates, 2.23 h of audio; never frozen",
-        "6 model(s) of 4.7 MB, 2 checkpoint(s) of 10.2 MB and one being written",
+        f"6 model(s) of {tiny_plan.model_bytes / 1e6:.1f} MB, 2 checkpoint(s) of"
+        f" {tiny_plan.checkpoint_bytes / 1e6:.1f} MB and one being written",
     ):
         assert words in text
     table = [line.split() for line in text.splitlines() if line.lstrip()[:1].isdigit()]
     assert [row[:3] for row in table] == [["0", "%", "1"], *([str(25 * n), "%", str(150 * n)] for n in range(1, 5))]
     assert table[0][3:] == ["0.0", "1e-05", "0.99002", "0.5"]
     assert table[-1][3:] == ["13.3", "0.000101", "0.999", "0.9"]
+
+
+def test_text_tells_the_speeds():
+    assert "12.5 s, 1.2% padding; speeds 0.87 to 1.13\n" in str(RunPlan(tiny("--speed_change", "0.13"), EPOCH))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "anchor          256 labels from mfcc; weight 2 beside 8 codebooks, 0.5 of it on unmasked frames\n"),
+        (
+            ["--num_anchor_labels", "50", "--anchor_end_weight", "0.5", "--anchor_end_step", "300"],
+            "anchor          50 labels from mfcc; weight 2 beside 8 codebooks, 0.5 of it on unmasked frames; by update"
+            " 300 weight 0.5 beside 8 codebooks, 0.5 of it on unmasked frames\n",
+        ),
+    ],
+    ids=["constant", "annealed"],
+)
+def test_text_tells_the_anchor(flags, words):
+    plan = RunPlan(base("--anchor", "mfcc", *flags), EPOCH)
+    assert words in str(plan)
+    assert plan.num_trained - RunPlan(base(), EPOCH).num_trained == plan.config.num_anchor_labels * (768 + 1)
+    assert "\nanchor " not in str(RunPlan(base(), EPOCH))
 
 
 def test_text_lists_scaled_values():

@@ -1,5 +1,6 @@
 """The pre-training command: its arguments, that it learns, and that any grouping of a step gives the same step."""
 
+import json
 import math
 import os
 import re
@@ -96,6 +97,12 @@ def test_the_written_arguments_start_the_same_run(tmp_path, recordings):
         ("seed: -1", [], "seed=-1 is out of range"),
         ("adam_beta2: 1", [], "adam_beta2=1.0 is out of range"),
         ("num_buckets: 0", [], "num_buckets=0 is out of range"),
+        (
+            "speed_change: 1.0",
+            [],
+            r"speed_change=1.0 is out of range: it must be at least 0 and less than 1",
+        ),
+        ("speed_change: -0.1", [], "speed_change=-0.1 is out of range"),
         ("num_threads: -1", [], "num_threads=-1 is out of range"),
         ("collapse_perplexity: 1", [], r"collapse_perplexity=1.0 is out of range: .* \(no bound\) and less than 1"),
         ("collapse_active: -0.1", [], "collapse_active=-0.1 is out of range"),
@@ -190,15 +197,19 @@ def largest_difference(first, second):
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
+@pytest.mark.parametrize("anchor", [None, "mfcc"], ids=["plain", "anchored"])
 @pytest.mark.parametrize("batching", ["crop", "pad"])
-def test_micro_batches_are_the_same_step_as_one_batch(tmp_path, recordings, batching):
-    whole, whole_metrics = trained(tmp_path, recordings, "whole", batching=batching)
-    parts, parts_metrics = trained(tmp_path, recordings, "parts", batching=batching, micro_seconds=2.0)
+def test_micro_batches_are_the_same_step_as_one_batch(tmp_path, recordings, batching, anchor):
+    options = {"batching": batching, "anchor": anchor}
+    whole, whole_metrics = trained(tmp_path, recordings, "whole", **options)
+    parts, parts_metrics = trained(tmp_path, recordings, "parts", **options, micro_seconds=2.0)
     assert largest_difference(whole, parts) < 1e-4
     for one, other in zip(whole_metrics, parts_metrics, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert one["target_perplexity"] == pytest.approx(other["target_perplexity"], abs=1e-5)
         assert one["seconds"] == other["seconds"]
+        assert one.get("anchor_losses") == pytest.approx(other.get("anchor_losses"), abs=1e-5)
+        assert ("anchor_losses" in one) == (anchor is not None)
 
 
 def test_another_seed_gives_another_run(tmp_path, recordings):
@@ -209,8 +220,9 @@ def test_another_seed_gives_another_run(tmp_path, recordings):
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path, recordings):
-    first, _ = trained(tmp_path, recordings, "first", hidden_dropout=0.1, layerdrop=0.3, num_workers=0)
-    second, _ = trained(tmp_path, recordings, "second", hidden_dropout=0.1, layerdrop=0.3, num_workers=2)
+    options = {"hidden_dropout": 0.1, "layerdrop": 0.3, "anchor": "mfcc"}
+    first, _ = trained(tmp_path, recordings, "first", **options, num_workers=0)
+    second, _ = trained(tmp_path, recordings, "second", **options, num_workers=2)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -224,7 +236,8 @@ def test_gradient_checkpointing_and_clipping(tmp_path, recordings):
 
 
 def test_a_compiled_model_gives_the_same_run(tmp_path, recordings):
-    small = {"max_steps": 2, "num_hidden_layers": 1, "num_codebooks": 1}  # each layer takes seconds to trace
+    small = {"max_steps": 3, "num_hidden_layers": 1, "num_codebooks": 1}  # each layer takes seconds to trace
+    small |= {"anchor": "mfcc", "anchor_end_weight": 1.0, "anchor_end_step": 2}
     plain, _ = trained(tmp_path, recordings, "plain", **small)
     # Traced and differentiated as for inductor, whose C++ takes minutes.
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
@@ -374,9 +387,11 @@ def test_evaluating_does_not_change_the_run(tmp_path, recordings):
 
 
 def test_a_dry_run_prints_the_plan_draws_it_and_trains_nothing(tmp_path, recordings, capsys):
-    arguments = tiny_arguments(tmp_path, recordings, dry_run=True, scale_to_batch=True, reference_step_seconds=16.0)
+    options = {"scale_to_batch": True, "reference_step_seconds": 16.0, "anchor": "mfcc"}
+    arguments = tiny_arguments(tmp_path, recordings, dry_run=True, **options)
     assert run(arguments) is None
     printed = capsys.readouterr().out
+    assert "8 labels from mfcc; weight 2 beside 2 codebooks, 0.5 of it on unmasked frames" in printed
     assert "learning_rate" in printed and "Nothing was trained" in printed
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.png"]
 
@@ -436,9 +451,14 @@ def test_the_number_of_threads_is_that_asked_for_or_all_cores(tmp_path, recordin
             {"min_seconds": 4.0, "max_seconds": 5.0},
             r"No recording is at least min_seconds=4\.0 long \(the longest has 2\.9 s\)\. Lower --min_seconds\.$",
         ),
+        (
+            {"min_seconds": 2.8, "max_seconds": 5.0, "speed_change": 0.1},
+            r"No recording is at least min_seconds=2\.8 long \(the longest has 2\.9 s\) at the highest speed of"
+            r" speed_change=0\.1\. Lower --min_seconds or --speed_change\.$",
+        ),
         ({"output_dir": "/dev/null/out"}, "output_dir=/dev/null/out cannot be written to"),
     ],
-    ids=["data", "held-out data", "unknown tracker", "missing tracker", "fp16 on a CPU", "short", "folder"],
+    ids=["data", "held-out data", "unknown tracker", "missing tracker", "fp16 on a CPU", "short", "fast", "folder"],
 )
 def test_user_errors_are_named(tmp_path, recordings, changes, message):
     path = write_config(tmp_path, **{"data": str(recordings), "output_dir": str(tmp_path / "out"), **changes})
@@ -453,22 +473,33 @@ def test_trackers_get_the_metrics(tmp_path, recordings):
 
 EIGHT = {"adam_epsilon": 1e-3, "freeze_teacher_step": 3, "max_steps": 8, "step_seconds": 8.0, "batching": "pad"}
 EIGHT["codebook_revival_share"] = 0.5  # from the seventh step on
+EIGHT |= {"anchor_end_weight": 0.5, "anchor_end_unmasked_share": 0.1, "anchor_end_step": 5}
 
 
 @pytest.fixture(scope="module")
 def eight_recordings(tmp_path_factory):
-    """Eight recordings of unequal length, which are one step; their masks have unequal numbers of frames."""
+    """
+    Eight recordings of unequal length, which are one step; their masks have unequal numbers of frames. Labels of four
+    lie beside them, so that some micro-batches have none.
+    """
     folder = tmp_path_factory.mktemp("eight")
     generator = np.random.default_rng(1)
     for number in range(8):
         audio = generator.standard_normal(int(16000 * (0.65 + 0.08 * number))).cumsum() * 0.002
         soundfile.write(folder / f"{number}.wav", np.clip(audio, -0.9, 0.9), 16000)
+    rows = [{"name": name, "phones": list("abcd" * 40)[: 65 + 8 * int(name)]} for name in "1257"]
+    (folder / "phones.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
+
+
+def eight(recordings):
+    return {**EIGHT, "data": str(recordings), "anchor": str(recordings / "phones.jsonl")}
 
 
 def assert_same_steps(one, other, tolerance=1e-5):
     """Compare the metrics of each step, gradient norms among them, and the final weights."""
     names = ("loss", "codebook_losses", "target_perplexities", "prediction_perplexities", "grad_norm", "seconds")
+    names += ("anchor_losses", "anchor_accuracies", "anchor_frames")
     for first, second in zip(one[1], other[1], strict=True):
         for name in (*names, "masked_frames", "codebook_active_codewords", "target_variations", "feature_variation"):
             assert first[name] == pytest.approx(second[name], rel=tolerance, abs=tolerance), (first["step"], name)
@@ -478,7 +509,7 @@ def assert_same_steps(one, other, tolerance=1e-5):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:All 8 utterances together")
 def test_batch_8_and_8_times_1_and_2_processes_of_4_give_the_same_run(tmp_path, eight_recordings):
-    write_config(tmp_path, data=str(eight_recordings), **EIGHT)
+    write_config(tmp_path, **eight(eight_recordings))
     whole = launch(tmp_path, "whole", 1, "--micro_seconds", "10")
     assert "AutoModel.from_pretrained" in whole[2].stdout and "(1 micro-batches" in whole[2].stderr
     ones = launch(tmp_path, "ones", 1, "--micro_seconds", "1.25", "--max_seconds", "1.25")
@@ -492,18 +523,38 @@ def test_batch_8_and_8_times_1_and_2_processes_of_4_give_the_same_run(tmp_path, 
 @pytest.mark.filterwarnings("ignore:All 8 utterances together")
 def test_means_of_means_give_another_run(tmp_path, eight_recordings, monkeypatch):
     # negative control of the test above: all micro-batches weigh the same, however many of their frames are masked
-    whole = trained(tmp_path, eight_recordings, "whole", **EIGHT, micro_seconds=10.0)
-    parts = trained(tmp_path, eight_recordings, "parts", **EIGHT, micro_seconds=2.0)
+    options = eight(eight_recordings)
+    whole = trained(tmp_path, eight_recordings, "whole", **options, micro_seconds=10.0)
+    parts = trained(tmp_path, eight_recordings, "parts", **options, micro_seconds=2.0)
     assert_same_steps(whole, parts)
+    assert all(0 < min(line["anchor_frames"]) < line["masked_frames"] for line in whole[1])
     plain = loop._accumulate_gradients
 
-    def equal_weights(model, micro_batches, total_masked, accelerator, sums):
+    def equal_weights(model, micro_batches, total, *arguments):
         for batch in micro_batches:
-            masked = int(batch.inputs["mask_time_indices"].sum())
-            plain(model, [batch], masked * len(micro_batches), accelerator, sums)
+            own = loop.FrameCounts.of(batch.inputs)
+            plain(model, [batch], loop.FrameCounts(*(len(micro_batches) * count for count in own)), *arguments)
 
     monkeypatch.setattr(loop, "_accumulate_gradients", equal_weights)
-    naive = trained(tmp_path, eight_recordings, "naive", **EIGHT, micro_seconds=2.0)
+    naive = trained(tmp_path, eight_recordings, "naive", **options, micro_seconds=2.0)
+    with pytest.raises(AssertionError):
+        assert_same_steps(whole, naive, tolerance=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:All 8 utterances together")
+@pytest.mark.parametrize("part", ["anchor_masked", "anchor_unmasked"])
+def test_anchor_frames_that_are_counted_by_micro_batch_give_another_run(tmp_path, eight_recordings, monkeypatch, part):
+    options = eight(eight_recordings)
+    whole = trained(tmp_path, eight_recordings, "whole", **options, micro_seconds=10.0)
+    plain = loop._accumulate_gradients
+
+    def equal_weights(model, micro_batches, total, *arguments):
+        for batch in micro_batches:
+            own = getattr(loop.FrameCounts.of(batch.inputs), part)
+            plain(model, [batch], total._replace(**{part: own * len(micro_batches)}), *arguments)
+
+    monkeypatch.setattr(loop, "_accumulate_gradients", equal_weights)
+    naive = trained(tmp_path, eight_recordings, "naive", **options, micro_seconds=2.0)
     with pytest.raises(AssertionError):
         assert_same_steps(whole, naive, tolerance=1e-4)
 

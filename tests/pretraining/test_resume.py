@@ -27,7 +27,7 @@ from dinosr_hf.pretraining import (
     train_state,
 )
 from pretraining_runs import (
-    CHANCE,
+    ANCHORED,
     CONFIGS,
     ROOT,
     assert_same_run,
@@ -42,14 +42,14 @@ from pretraining_runs import (
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, recordings):
     folder = tmp_path_factory.mktemp("undisturbed")
-    run(tiny_arguments(folder, recordings, **CHANCE, checkpoint_steps=0))
+    run(tiny_arguments(folder, recordings, **ANCHORED, checkpoint_steps=0))
     return folder / "out"
 
 
 # An epoch has 3 steps of 4 or 5 recordings: in its middle, at its end, in the next one.
 @pytest.mark.parametrize("call", [0, 6, 13, 30])
 def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(tmp_path, recordings, undisturbed, monkeypatch, call):
-    arguments = tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=100)
+    arguments = tiny_arguments(tmp_path, recordings, **ANCHORED, checkpoint_steps=100)
     with monkeypatch.context() as patch:
         send_at_load(patch, signal.SIGTERM, call)
         with pytest.raises(RunInterrupted, match=r"SIGTERM: stopped after step \d+, with ") as caught:
@@ -63,7 +63,7 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(tmp_path, recordings, und
 
 @pytest.mark.parametrize("step", [2, 3, 5])
 def test_every_checkpoint_leads_to_the_same_end(tmp_path, recordings, undisturbed, step, caplog):
-    arguments = tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=1, keep_checkpoints=20)
+    arguments = tiny_arguments(tmp_path, recordings, **ANCHORED, checkpoint_steps=1, keep_checkpoints=20)
     run(arguments)
     for path in find_checkpoints(tmp_path / "out"):
         if read_checkpoint(path).step > step:
@@ -77,7 +77,7 @@ def test_every_checkpoint_leads_to_the_same_end(tmp_path, recordings, undisturbe
 
 def test_without_its_random_states_a_resumed_run_differs(tmp_path, recordings, undisturbed, monkeypatch):
     # negative control of the tests above
-    arguments = tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=5)
+    arguments = tiny_arguments(tmp_path, recordings, **ANCHORED, checkpoint_steps=5)
     run(arguments)
     shutil.rmtree(tmp_path / "out" / "checkpoint-10")
     (tmp_path / "out" / "finished.json").unlink()
@@ -87,8 +87,16 @@ def test_without_its_random_states_a_resumed_run_differs(tmp_path, recordings, u
         assert_same_run(tmp_path / "out", undisturbed)
 
 
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.1), (0.1, 0.0)], ids=["on", "off"])
+def test_other_speeds_begin_the_next_epoch(tmp_path, recordings, caplog, before, after):
+    run(tiny_arguments(tmp_path, recordings, speed_change=before, checkpoint_steps=1, max_steps=1))
+    run(tiny_arguments(tmp_path, recordings, speed_change=after, max_steps=2))
+    assert "position in the data is lost, because speed_change changed since the checkpoint" in caplog.text
+    assert [line["epoch"] for line in metrics_of(tmp_path / "out")] == [0, 1]
+
+
 def test_a_run_with_workers_and_a_freeze_resumes_bit_for_bit(tmp_path, recordings):
-    options = {**CHANCE, "freeze_teacher_step": 4, "num_workers": 2, "keep_checkpoints": 9}
+    options = {**ANCHORED, "freeze_teacher_step": 4, "num_workers": 2, "keep_checkpoints": 9}
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     run(tiny_arguments(tmp_path / "whole", recordings, **options, checkpoint_steps=0))
@@ -121,7 +129,7 @@ def test_a_checkpoint_names_versions_arguments_and_files(tmp_path, recordings):
 
 
 def finished_run(tmp_path, recordings):
-    arguments = tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=3, keep_checkpoints=9)
+    arguments = tiny_arguments(tmp_path, recordings, **ANCHORED, checkpoint_steps=3, keep_checkpoints=9)
     run(arguments)
     return arguments, tmp_path / "out"
 
@@ -323,7 +331,7 @@ def test_changed_data_start_a_new_epoch_with_a_warning(tmp_path, recordings, cap
 
 def test_sigusr1_asks_for_a_checkpoint_and_the_run_goes_on(tmp_path, recordings, undisturbed, monkeypatch):
     send_at_load(monkeypatch, signal.SIGUSR1, 13)
-    run(tiny_arguments(tmp_path, recordings, **CHANCE, checkpoint_steps=0))
+    run(tiny_arguments(tmp_path, recordings, **ANCHORED, checkpoint_steps=0))
     (saved,) = find_checkpoints(tmp_path / "out")
     assert 3 <= read_checkpoint(saved).step <= 5
     assert_same_run(tmp_path / "out", undisturbed)
@@ -375,7 +383,7 @@ except CheckpointError as error:
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_it_and_is_reported(tmp_path, recordings, undisturbed):
-    write_config(tmp_path, data=str(recordings), output_dir=str(tmp_path / "out"), **CHANCE, checkpoint_steps=2)
+    write_config(tmp_path, data=str(recordings), output_dir=str(tmp_path / "out"), **ANCHORED, checkpoint_steps=2)
     done = run_python(FULL_DISK, tmp_path / "tiny.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     # Without those of steps 4, 6 and 8 the run goes on; that the last one is missing is an error.
@@ -428,7 +436,7 @@ print(kills, while_saving, starts)
 
 @pytest.mark.slow
 def test_twenty_kills_end_with_the_weights_of_an_undisturbed_run(tmp_path, recordings):
-    options = {**CHANCE, "max_steps": 100, "log_steps": 7}
+    options = {**ANCHORED, "max_steps": 100, "log_steps": 7}
     (tmp_path / "killed").mkdir()
     (tmp_path / "whole").mkdir()
     run(tiny_arguments(tmp_path / "whole", recordings, **options, checkpoint_steps=0))

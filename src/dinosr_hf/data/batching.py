@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .audio import SAMPLING_RATE, AudioFileError
-from .collator import PretrainingCollator, utterance_generator, utterance_hash
+from .audio import SAMPLING_RATE, AudioFileError, require
+from .collator import Item, PretrainingCollator, utterance_generator, utterance_hash
 from .packing import equal_parts, pack
 from .sources import SpeechSource
 from .workers import block_signals_in_workers, initialize_worker
@@ -27,16 +27,21 @@ Mode = Literal["crop", "pad"]
 
 
 class Crop(NamedTuple):
-    """A part of an utterance."""
+    """A part of an utterance, which is counted in samples at its speed."""
 
     index: int  # type: ignore[assignment]  # of the utterance in its source; hides tuple.index, which has no use here
     start: int
     num_samples: int
-    epoch: int = 0  # the utterance's own pass, which seeds mask and start; in a mixture not always the run's epoch
+    epoch: int = 0  # the utterance's own pass, which seeds mask, start and speed; in a mixture not always the run's
+    speed: float = 1.0  # voice and tempo are that much higher than recorded
 
 
 def _seconds(num_samples: float) -> str:
     return f"{num_samples:,.0f} samples, {num_samples / SAMPLING_RATE:,.1f} s"
+
+
+def _lengths_at(num_samples: np.ndarray, speeds: Sequence[float] | None) -> np.ndarray:
+    return num_samples if speeds is None else (num_samples / np.asarray(speeds)).astype(np.int64)
 
 
 def plan_epoch(
@@ -51,6 +56,7 @@ def plan_epoch(
     num_buckets: int = 20,
     ids: Sequence[str] | None = None,
     members: Sequence[tuple[int, int]] | None = None,
+    speeds: Sequence[float] | None = None,
     window: int = 0,
 ) -> list[list[Crop]]:
     """
@@ -76,6 +82,8 @@ def plan_epoch(
         ids: Name of each utterance (None: its index); a part starts where (seed, pass, name) and its room say.
         members: (index, pass) of each part of this epoch, as `MixedSource.epoch_members` returns them: an index may
             occur more than once, with another pass each time. None: every utterance once, in pass `epoch`.
+        speeds: Speed of each part of this epoch, see `utterance_speed`; all limits hold for the length at this speed.
+            None: as recorded.
         window: Index of the window of the epoch, if `num_samples` is a window of a stream.
 
     Raises `ValueError` if limits contradict each other, or no utterance is long enough.
@@ -94,7 +102,7 @@ def plan_epoch(
     if members is None:
         members = [(index, epoch) for index in range(len(full_lengths))]
     indices, passes = np.asarray(members, dtype=np.int64).reshape(-1, 2).T
-    full_lengths = full_lengths[indices]
+    full_lengths = _lengths_at(full_lengths[indices], speeds)
     eligible = np.flatnonzero(full_lengths >= min_samples)
     if len(eligible) == 0:
         longest = _seconds(full_lengths.max()) if len(full_lengths) else "there are none"
@@ -120,7 +128,7 @@ def plan_epoch(
             index, own_epoch = int(indices[member]), int(passes[member])
             name = str(index) if ids is None else ids[index]
             start = utterance_hash(seed, own_epoch, name, "crop") * (room + 1) >> 128 if room else 0
-            yield Crop(index, start, length, own_epoch)
+            yield Crop(index, start, length, own_epoch, 1.0 if speeds is None else speeds[member])
 
     return [list(crops(steps[position])) for position in generator.permutation(len(steps))]
 
@@ -181,7 +189,7 @@ class PlanSummary(NamedTuple):
 
     num_steps: int
     num_utterances: int  # one that a mixture uses twice counts twice
-    num_too_short: int
+    num_too_short: int  # at their speed
     num_dropped: int  # left over because they do not fill half a step
     num_micro_batches: int  # forward passes, over all processes
     hours: float
@@ -206,26 +214,29 @@ def summarize_plan(
     world_size: int = 1,
     micro_samples: int,
     members: Sequence[tuple[int, int]] | None = None,
+    speeds: Sequence[float] | None = None,
 ) -> PlanSummary:
     """
     Summarize a plan of `plan_epoch`, and what it leaves out.
 
-    `num_samples`, `min_samples` and `members` are those of `plan_epoch`, and `world_size` and `micro_samples`, on
-    which the padding depends, those of `micro_batches`. Raises `ValueError` as these do.
+    `num_samples`, `min_samples`, `members` and `speeds` are those of `plan_epoch`, and `world_size` and
+    `micro_samples`, on which the padding depends, those of `micro_batches`. Raises `ValueError` as these do.
     """
     used = [crop for step in steps for crop in step]
     audio = sum(crop.num_samples for crop in used)
-    whole = sum(int(num_samples[crop.index]) for crop in used)
+    whole = sum(int(num_samples[crop.index] / crop.speed) for crop in used)
     pieces: list[list[Crop]] = []
     for step, rank in product(steps, range(world_size)):
         pieces += micro_batches(step, rank=rank, world_size=world_size, micro_samples=micro_samples)
-    too_short = np.asarray(num_samples) < min_samples
-    indices = range(len(num_samples)) if members is None else [index for index, _ in members]
+    recorded = np.asarray(num_samples)
+    indices = range(len(recorded)) if members is None else [index for index, _ in members]
+    too_short = _lengths_at(recorded[indices], speeds) < min_samples
+    others_too_short = np.delete(recorded, indices) < min_samples  # which a mixture leaves out of its members
     return PlanSummary(
         num_steps=len(steps),
         num_utterances=len(used),
-        num_too_short=int(too_short.sum()),
-        num_dropped=int((~too_short[indices]).sum()) - len(used),
+        num_too_short=int(too_short.sum() + others_too_short.sum()),
+        num_dropped=int((~too_short).sum()) - len(used),
         num_micro_batches=len(pieces),
         hours=audio / SAMPLING_RATE / 3600,
         seconds_per_step=audio / SAMPLING_RATE / len(steps),
@@ -253,6 +264,15 @@ class MicroBatch(NamedTuple):
     skipped: list[SkippedUtterance]
 
 
+def _change_speed(waveform: np.ndarray, speed: float, num_samples: int) -> np.ndarray:
+    """
+    Resample a waveform, float32 (S,), so that frequencies are multiplied by `speed`, and durations divided by it.
+
+    Returns the first `num_samples`. Ko et al. 2015, "Audio augmentation for speech recognition", Interspeech.
+    """
+    return require("soxr").resample(waveform, speed, 1.0, quality="HQ")[:num_samples]
+
+
 @dataclass(eq=False)
 class StepDataset(Dataset):
     """
@@ -277,14 +297,23 @@ class StepDataset(Dataset):
             self.steps[step], rank=self.rank, world_size=self.world_size, micro_samples=self.micro_samples
         )
 
+    def _recorded(self, crop: Crop) -> tuple[int, int]:
+        """Return start and length of a crop in its recording; of another speed, a sample more than it needs."""
+        if crop.speed == 1:
+            return crop.start, crop.num_samples
+        start = math.floor(crop.start * crop.speed)
+        end = math.ceil((crop.start + crop.num_samples) * crop.speed)
+        return start, min(end, self.source.utterances[crop.index].num_samples) - start
+
     def read(self, piece: Sequence[Crop]) -> MicroBatch:
         """Read and collate a micro-batch, skipping utterances that cannot be read, are not finite or all silence."""
-        items: list[tuple[str, np.ndarray, int]] = []
+        items: list[Item] = []
         skipped: list[SkippedUtterance] = []
-        for index, start, num_samples, epoch in piece:
-            name = self.source.utterances[index].id
+        for crop in piece:
+            name = self.source.utterances[crop.index].id
+            start, num_samples = self._recorded(crop)
             try:
-                waveform = self.source.load(index, start, num_samples)
+                waveform = self.source.load(crop.index, start, num_samples)
                 if not np.isfinite(waveform).all():
                     raise AudioFileError("The part has samples that are NaN or infinite.", "not finite")
                 if waveform.min() == waveform.max():
@@ -292,7 +321,11 @@ class StepDataset(Dataset):
             except (AudioFileError, OSError) as error:
                 skipped.append(SkippedUtterance(name, str(error)))
             else:
-                items.append((name, waveform, epoch))
+                item = Item(name, waveform, crop.epoch, start)
+                if crop.speed != 1:
+                    faster = _change_speed(waveform, crop.speed, crop.num_samples)
+                    item = item._replace(waveform=faster, speed=crop.speed, recorded=waveform)
+                items.append(item)
         if not items:
             return MicroBatch(self.collator.silence(min(crop.num_samples for crop in piece)), skipped)
         return MicroBatch(self.collator(items), skipped)

@@ -48,11 +48,7 @@ class LabelledDataArguments:
     min_seconds: float = argument(0.1, "Shorter utterances are left out of training.")
     # The reference is limited only by its batch of 200 s, and current devices need no lower limit.
     max_seconds: float = argument(40.0, "Longer utterances are left out of training; evaluation includes all.")
-    speed_change: float = argument(
-        0.0,
-        "Play each training utterance at a speed drawn in each epoch, 1 - speed_change to 1 + speed_change; 0 (the"
-        " paper): at its own speed.",
-    )
+    speed_change: float = shared_argument("speed_change", 0.0, "the paper: 0, at its own speed")
     synthetic_utterances: int = argument(200, "Number of synthetic training utterances.")
     synthetic_eval_utterances: int = argument(50, "Number of synthetic utterances of validation, and of test.")
     synthetic_speakers: int = argument(40, "Number of synthetic training speakers; evaluation has 40 others.")

@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForPreTraining, DinoSRModel
 from ..utils.command_line import argument_errors
 from ..utils.model_folder import open_dinosr_config
@@ -14,13 +15,26 @@ from .pretraining_arguments import CODEBOOK_SIZES, PretrainingArguments
 logger = logging.getLogger(__name__)
 
 
+def _with_new_anchor(name: str, config: DinoSRConfig) -> DinoSRForPreTraining:
+    """Load a pre-training checkpoint, but for the anchor's head."""
+    plain = DinoSRConfig(**{**config.to_dict(), "num_anchor_labels": 0})
+    base = DinoSRForPreTraining.from_pretrained(name, config=plain, dtype=torch.float32)
+    if not config.num_anchor_labels:
+        return base
+    model = DinoSRForPreTraining(config)
+    missing, _ = model.load_state_dict(base.state_dict(), strict=False)
+    assert all(key.startswith("anchor_head.") for key in missing), missing
+    return model
+
+
 def initial_model(arguments: PretrainingArguments) -> DinoSRForPreTraining:
     """
     Build the model of a run before its first step.
 
     A `base_model` from pre-training keeps its student, teacher, heads and codebooks. From any other model, and from
     one with codebooks of other sizes, only the network is taken: the teacher is a copy of it, and heads and codebooks
-    start anew. Schedules start at step 0 in either case. Raises `ArgumentError` if `base_model` cannot be read.
+    start anew. The anchor's head always starts anew: another run's clusters have other numbers. Schedules start at
+    step 0 in either case. Raises `ArgumentError` if `base_model` cannot be read.
     """
     config, name = arguments.model_config(), arguments.run.base_model
     if name is None:
@@ -29,8 +43,9 @@ def initial_model(arguments: PretrainingArguments) -> DinoSRForPreTraining:
         base = open_dinosr_config(name)
         is_pretraining = "DinoSRForPreTraining" in (base.architectures or [])
         if is_pretraining and all(getattr(base, size) == getattr(config, size) for size in CODEBOOK_SIZES):
-            logger.info("Starting from %s, with its teacher, heads and codebooks.", name)
-            return DinoSRForPreTraining.from_pretrained(name, config=config, dtype=torch.float32)
+            anew = "; the anchor's head starts anew" if config.num_anchor_labels or base.num_anchor_labels else ""
+            logger.info("Starting from %s, with its teacher, heads and codebooks%s.", name, anew)
+            return _with_new_anchor(name, config)
         network = DinoSRModel.from_pretrained(name, config=config, dtype=torch.float32)
     reason = "its codebooks have other sizes" if is_pretraining else "it has no codebooks"
     logger.info("Starting from the network of %s; %s, so teacher, heads and codebooks start anew.", name, reason)

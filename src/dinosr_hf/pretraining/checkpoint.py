@@ -190,7 +190,8 @@ def checkpoint_to_resume(
 
     def read(path: Path) -> Checkpoint:
         checkpoint = read_checkpoint(path)
-        saved = checkpoint.manifest["architecture"]
+        # Checkpoints from before these options lack them.
+        saved = {"feature_encoder": "conv", "num_anchor_labels": 0} | checkpoint.manifest["architecture"]
         differing = [
             f"{name} {saved.get(name)} instead of {value}"
             for name, value in architecture.items()

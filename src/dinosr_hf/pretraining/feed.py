@@ -22,6 +22,7 @@ from ..data import (
     plan_epoch,
     summarize_plan,
 )
+from ..data.collator import FrameLabeler, utterance_speed
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import ArgumentError
 from .pretraining_arguments import DataArguments
@@ -58,6 +59,7 @@ class StepFeed:
         rank: Rank of this process.
         world_size: Number of processes.
         pin_memory: As for `DataLoader`.
+        anchor: Labels frames; None: steps have no labels.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class StepFeed:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        anchor: FrameLabeler | None = None,
     ) -> None:
         self._source, self._data, self._seed = source, data, seed
         self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
@@ -77,7 +80,7 @@ class StepFeed:
             int(seconds * SAMPLING_RATE)
             for seconds in (data.min_seconds, data.max_seconds, data.step_seconds, data.micro_seconds)
         )
-        self._collator = PretrainingCollator(config, seed=seed)
+        self._collator = PretrainingCollator(config, seed=seed, anchor=anchor)
         self.fingerprint = fingerprint(source)
         # Position of the next step, and in a stream the state that its window is read again from.
         self._epoch, self._window, self._step = 0, 0, 0
@@ -108,7 +111,8 @@ class StepFeed:
         self._epoch, self._window, self._step = state["epoch"], state["window"], state["step"]
         self._stream_state = state["stream_state"]
         changed = [] if state["fingerprint"] == self.fingerprint else ["the recordings"]
-        changed += [name for name, value in self._plan_options().items() if state["plan"].get(name) != value]
+        plan = {"speed_change": 0.0} | state["plan"]  # which checkpoints from before this option lack
+        changed += [name for name, value in self._plan_options().items() if plan.get(name) != value]
         if changed:
             self._epoch, self._window, self._step, self._stream_state = self._epoch + 1, 0, 0, None
             logger.warning(
@@ -118,7 +122,7 @@ class StepFeed:
 
     def _plan_options(self) -> dict[str, Any]:
         """Return the options that the steps of an epoch depend on, besides the recordings."""
-        names = ["batching", "step_seconds", "min_seconds", "max_seconds", "num_buckets"]
+        names = ["batching", "step_seconds", "min_seconds", "max_seconds", "num_buckets", "speed_change"]
         names += ["data_weights", "data_temperature"] if len(self._data.data) > 1 else []
         names += ["window_seconds"] if isinstance(self._source, SpeechStream) else []
         return {"seed": self._seed} | {name: getattr(self._data, name) for name in names}
@@ -134,18 +138,19 @@ class StepFeed:
 
     def _stream_windows(self, stream: SpeechStream) -> Iterator[SpeechSource]:
         """Yield the rest of an epoch's windows; none if the stream has changed since the position was saved."""
-        hours = self._data.window_seconds / 3600
+        hours, fastest = self._data.window_seconds / 3600, 1 + self._data.speed_change
         logger.info(f"Epoch {self._epoch} of the stream: reading the first {hours:.2g} hours.")
         try:
             for window in stream.windows(self._epoch, self._window, self._stream_state):
                 self._window, self._stream_state = window.index, window.state
-                longest = max(utterance.num_samples for utterance in window.source.utterances)
+                longest = max(utterance.num_samples for utterance in window.source.utterances) / fastest
                 if longest >= self._min_samples:
                     yield window.source
                 else:  # the next window may be usable
                     logger.warning(
                         f"Skipping window {self._window} of epoch {self._epoch}: its longest utterance has"
-                        f" {longest / SAMPLING_RATE:.2f} s, less than min_seconds={self._data.min_seconds:g}."
+                        f" {longest / SAMPLING_RATE:.2f} s{' at the highest speed' if fastest > 1 else ''}, less than"
+                        f" min_seconds={self._data.min_seconds:g}."
                     )
         except StreamChangedError as error:
             self._step = 0
@@ -161,6 +166,7 @@ class StepFeed:
         limits = {"min_samples": self._min_samples, "max_samples": self._max_samples}
         if isinstance(source, MixedSource):
             members = source.epoch_members(self._epoch, seed=self._seed, **limits)
+        speeds = self._speeds(source, members)
         plan = plan_epoch(
             num_samples,
             seed=self._seed,
@@ -171,6 +177,7 @@ class StepFeed:
             num_buckets=self._data.num_buckets,
             ids=[utterance.id for utterance in source.utterances],
             members=members,
+            speeds=speeds,
             window=self._window,
         )
         usable = [step for step in plan if len(step) >= world_size]
@@ -184,8 +191,17 @@ class StepFeed:
                 f"Epoch {self._epoch}: skipping {len(plan) - len(usable)} of {len(plan)} steps that have fewer"
                 f" utterances than there are processes ({world_size}). Raise step_seconds, or lower max_seconds."
             )
-        sizes = {"world_size": world_size, "micro_samples": self._micro_samples}
-        return usable, summarize_plan(usable, num_samples, min_samples=self._min_samples, **sizes, members=members)
+        sizes = {"world_size": world_size, "micro_samples": self._micro_samples, "min_samples": self._min_samples}
+        return usable, summarize_plan(usable, num_samples, **sizes, members=members, speeds=speeds)
+
+    def _speeds(self, source: SpeechSource, members: Sequence[tuple[int, int]] | None) -> list[float] | None:
+        """Return the speed of each member of the epoch; None if all are as recorded."""
+        speed_change = self._data.speed_change
+        if not speed_change:
+            return None
+        if members is None:
+            members = [(index, self._epoch) for index in range(len(source))]
+        return [utterance_speed(self._seed, own, source.utterances[index].id, speed_change) for index, own in members]
 
     def __iter__(self) -> Iterator[Step]:
         is_first = True

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from ..analysis import UnitQuality, contingency, frame_labels, match_labels
 from ..analysis.model_units import LabelledSpeech, frame_units
@@ -159,7 +160,8 @@ class HeldOut:
             The figures of `MetricSums.compute` that describe the model: losses, perplexities, active codewords,
             variations; `seconds` of audio, and `skipped_files`, the number of unreadable utterances. With labels, for
             the teacher's codes of all frames, `pnmis` and `phone_purities` of each codebook, lowest layer first, and
-            of the codebook with the highest PNMI `pnmi`, `phone_purity` and `best_layer`, counted from 1.
+            of the codebook with the highest PNMI `pnmi`, `phone_purity` and `best_layer`, counted from 1; with an
+            anchor also `anchor_pnmi`, of the most probable labels by its head.
 
         Raises:
             ValueError: If no utterance could be read.
@@ -170,7 +172,7 @@ class HeldOut:
         config, device = self._config, model.device
         sums = MetricSums(config.num_codebooks, config.codebook_size, device)
         phones: list[str] = []
-        codes = [np.zeros((config.num_codebooks, 0), dtype=np.int64)]
+        codes = [np.zeros((config.num_codebooks + (config.num_anchor_labels > 0), 0), dtype=np.int64)]
         num_skipped = 0
         with _evaluating(model), accelerator.autocast() if accelerator else nullcontext():
             for batch in self._batches[rank::world_size]:
@@ -189,8 +191,8 @@ class HeldOut:
                 for part, waveform in zip(kept, inputs["input_values"], strict=True):
                     if (labels := self._labels.get(self._utterances[part.index].id)) is not None:
                         phones += labels
-                        codes.append(frame_units(model, waveform[: part.num_samples].numpy()).cpu().numpy())  # (N, T)
-        joined, num_codes = np.concatenate(codes, axis=1), config.codebook_size
+                        codes.append(_units(model, waveform[: part.num_samples].numpy()))
+        joined, num_codes = np.concatenate(codes, axis=1), max(config.codebook_size, config.num_anchor_labels)
         counted = [contingency(phones, layer, num_codes=num_codes, phones=self._phones)[0] for layer in joined]
         tables = torch.from_numpy(np.stack(counted))  # (N, P, V)
         figures = sums.compute(reduce)
@@ -203,12 +205,27 @@ class HeldOut:
         return figures | _phone_figures(counts[:-1].view_as(tables), config)
 
 
+def _units(model: DinoSRForPreTraining, waveform: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the teacher's codes of an utterance (S,), int64 (N, T); with an anchor also its labels (1, T)."""
+    units = frame_units(model, waveform)
+    if model.config.num_anchor_labels:
+        units = torch.cat([units, frame_units(model, waveform, "anchor")])
+    return units.cpu().numpy()
+
+
 def _phone_figures(tables: torch.Tensor, config: DinoSRConfig) -> dict[str, float | list[float]]:
-    """Return the quality of each codebook's codes from its table (P, V); nothing if no frame has a label."""
+    """
+    Return the quality of codes from the table (P, V) of each codebook, and of the anchor's head if there is one more.
+
+    Nothing if no frame has a label.
+    """
     if not tables.sum():
         return {}
-    qualities = [UnitQuality.from_table(table.numpy()) for table in tables]
+    measured = [UnitQuality.from_table(table.numpy()) for table in tables]
+    qualities, anchor = measured[: config.num_codebooks], measured[config.num_codebooks :]
     pnmis, purities = [quality.pnmi for quality in qualities], [quality.phone_purity for quality in qualities]
     best = pnmis.index(max(pnmis))
     figures: dict[str, float | list[float]] = {"pnmi": pnmis[best], "phone_purity": purities[best]}
+    if anchor:
+        figures["anchor_pnmi"] = anchor[0].pnmi
     return figures | {"best_layer": config.codebook_layers[best], "pnmis": pnmis, "phone_purities": purities}

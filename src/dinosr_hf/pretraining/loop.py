@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +19,13 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data import MicroBatch, SpeechSource, SpeechStream
-from ..model.modeling_dinosr import DinoSRForPreTraining
+from ..model.modeling_dinosr import DinoSRForPreTraining, DinoSRForPreTrainingOutput, anchored_loss
 from ..training.resume import CheckpointError
 from ..training.schedules import make_schedule
 from ..utils.command_line import ArgumentError
 from ..utils.model_folder import save_folder
+from .anchor import Anchor
+from .anchor_arguments import AnchorWeights, anchor_weights_at
 from .checkpoint import Checkpoint
 from .feed import Step
 from .held_out import HeldOut
@@ -40,14 +42,39 @@ class TrainingStopped(RuntimeError):
     """A run that ended itself because going on would be of no use; the message says why, and what to change."""
 
 
+class FrameCounts(NamedTuple):
+    """Numbers of frames that a loss is a mean over, of a micro-batch or of a step."""
+
+    masked: int
+    anchor_masked: int  # those with a label of the anchor
+    anchor_unmasked: int
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, torch.Tensor]) -> FrameCounts:
+        """Count the frames of a micro-batch, on the CPU: padded ones are never masked, and have no label."""
+        mask = inputs["mask_time_indices"]
+        if "anchor_labels" not in inputs:
+            return cls(int(mask.sum()), 0, 0)
+        is_labelled = inputs["anchor_labels"] >= 0
+        masked = int((is_labelled & mask).sum())
+        return cls(int(mask.sum()), masked, int(is_labelled.sum()) - masked)
+
+
 class StepTotals(NamedTuple):
     """What the processes found in a step before its forward pass, summed over all of them."""
 
-    masked_frames: int
+    masked_frames: int  # these three are the fields of `FrameCounts`
+    anchor_masked: int
+    anchor_unmasked: int
     skipped_files: int
     utterances: int
     save_requests: int
     stop_requests: int
+
+    @property
+    def frames(self) -> FrameCounts:
+        """The frames that the step's losses are means over."""
+        return FrameCounts(self.masked_frames, self.anchor_masked, self.anchor_unmasked)
 
 
 class Update(NamedTuple):
@@ -57,6 +84,7 @@ class Update(NamedTuple):
     learning_rate: float
     grad_norm: torch.Tensor
     decays: dict[str, float]
+    anchor: AnchorWeights | None
 
 
 def nan_if_not_finite(energies: torch.Tensor) -> torch.Tensor:
@@ -70,16 +98,42 @@ def nan_if_not_finite(energies: torch.Tensor) -> torch.Tensor:
     return energies.sum() * 0
 
 
+def _share_of_loss(
+    output: DinoSRForPreTrainingOutput,
+    own: FrameCounts,
+    total: FrameCounts,
+    anchor: AnchorWeights | None,
+    num_processes: int,
+) -> torch.Tensor:
+    """
+    Return a micro-batch's share of the loss of its step, which is `anchored_loss` of means over the step's frames.
+
+    Times the number of processes, whose gradients are averaged and not added up. The anchor's weights are applied here
+    and not by the model: compiled, it would be compiled anew whenever they change.
+    """
+    assert output.codebook_loss is not None and output.target_energies is not None
+    share = own.masked * num_processes / total.masked
+    loss = output.codebook_loss * (share + nan_if_not_finite(output.target_energies))
+    if anchor is None:
+        return loss
+    assert output.codebook_losses is not None and output.anchor_losses is not None
+    shares = (own.anchor_masked / max(total.anchor_masked, 1), own.anchor_unmasked / max(total.anchor_unmasked, 1))
+    masked, unmasked = (part * share * num_processes for part, share in zip(output.anchor_losses, shares, strict=True))
+    losses = torch.stack([masked, unmasked])
+    return anchored_loss(loss, losses, len(output.codebook_losses), anchor.weight, anchor.unmasked_share)
+
+
 def _accumulate_gradients(
     model: torch.nn.Module,
     micro_batches: Sequence[MicroBatch],
-    total_masked: float,
+    total: FrameCounts,
+    anchor: AnchorWeights | None,
     accelerator: Accelerator,
     sums: MetricSums,
 ) -> None:
     """
     Run forward and backward of a step. The gradient is that of the mean over all masked frames of the step, however
-    they are spread over micro-batches and processes.
+    they are spread over micro-batches and processes; likewise of means over frames with a label of the anchor.
     """
     for position, batch in enumerate(micro_batches):
         # Counted here and not on the device, whose forward pass would wait for it.
@@ -89,9 +143,8 @@ def _accumulate_gradients(
         is_last = position == len(micro_batches) - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             output = model(**inputs)
-            # Times the number of processes, whose gradients are averaged and not added up.
-            share = len(masked_frames) * accelerator.num_processes / total_masked
-            accelerator.backward(output.loss * (share + nan_if_not_finite(output.target_energies)))
+            own = FrameCounts.of(batch.inputs)
+            accelerator.backward(_share_of_loss(output, own, total, anchor, accelerator.num_processes))
         num_values = batch.inputs["input_values"].numel()
         num_samples = int(batch.inputs["attention_mask"].sum()) if "attention_mask" in batch.inputs else num_values
         sums.add(output, num_samples, num_values - num_samples)
@@ -121,8 +174,9 @@ class Pretraining:
 
     The model is a fresh or pre-trained one of `arguments.model_config()`, and the accelerator's own gradient
     accumulation must be off: steps are cut into micro-batches by `micro_seconds`. `held_out` is evaluated on every
-    `eval_steps`. Raises `ArgumentError` if the processes do not see the same recordings, and `CheckpointError` if the
-    checkpoint to resume from does not fit the model.
+    `eval_steps`; `anchor` is the one that the arguments name, see `open_anchor`. Raises `ArgumentError` if the
+    processes do not see the same recordings, and `CheckpointError` if the checkpoint to resume from does not fit the
+    model.
     """
 
     def __init__(
@@ -133,11 +187,12 @@ class Pretraining:
         accelerator: Accelerator,
         checkpoint: Checkpoint | None = None,
         held_out: HeldOut | None = None,
+        anchor: Anchor | None = None,
     ) -> None:
         self.arguments, self.options, self.accelerator, self.held_out = arguments, arguments.run, accelerator, held_out
         self.schedule = make_schedule(arguments.run)
         self.signals = SignalWatch()
-        self.state = make_train_state(model, source, arguments, accelerator, checkpoint)
+        self.state = make_train_state(model, source, arguments, accelerator, checkpoint, anchor)
         if len(set(gather_object([self.state.feed.fingerprint]))) > 1:  # each would train on by its own plan
             raise ArgumentError(
                 "The processes do not see the same recordings: their lists differ. Look at the data on each machine,"
@@ -168,7 +223,7 @@ class Pretraining:
                     self._answer_signals(is_stop=totals.stop_requests > 0)
                 state.feed.advance()  # from here on a checkpoint comes after this step
                 self._count_recordings(step, totals)
-                update = self._train_step(step, totals.masked_frames) if totals.masked_frames else None
+                update = self._train_step(step, totals.frames) if totals.masked_frames else None
                 if update is None:  # no recording could be read, or the gradient was not finite
                     continue
                 bar.update()
@@ -182,9 +237,12 @@ class Pretraining:
         """Tell the processes, in one collective, what all of them must know before a step."""
         # Padded frames are never in these masks: the frames of the step are known before the first forward pass.
         masks = [batch.inputs["mask_time_indices"] for batch in step.micro_batches]
+        counts = [FrameCounts.of(batch.inputs) for batch in step.micro_batches]
         num_skipped = sum(len(batch.skipped) for batch in step.micro_batches)
         own = StepTotals(
-            masked_frames=sum(int(mask.sum()) for mask in masks),
+            masked_frames=sum(count.masked for count in counts),
+            anchor_masked=sum(count.anchor_masked for count in counts),
+            anchor_unmasked=sum(count.anchor_unmasked for count in counts),
             skipped_files=num_skipped,
             utterances=num_skipped + sum(int(mask.any(dim=-1).sum()) for mask in masks),
             save_requests=int(self.signals.save),
@@ -228,11 +286,11 @@ class Pretraining:
             progress.recent_utterances /= 2
             progress.recent_skipped /= 2
 
-    def _train_step(self, step: Step, total_masked: int) -> Update | None:
+    def _train_step(self, step: Step, frames: FrameCounts) -> Update | None:
         """Forward, backward, clip, optimizer, codebooks and teacher; None if the step was skipped."""
         state, options, progress = self.state, self.options, self.state.progress
-        sums = state.sums.empty_like()
-        _accumulate_gradients(state.wrapped_model, step.micro_batches, total_masked, self.accelerator, sums)
+        sums, anchor = state.sums.empty_like(), anchor_weights_at(options, progress.step)
+        _accumulate_gradients(state.wrapped_model, step.micro_batches, frames, anchor, self.accelerator, sums)
         grad_norm = self.accelerator.clip_grad_norm_(state.model.parameters(), options.max_grad_norm or math.inf)
         if not bool(torch.isfinite(grad_norm)):
             self._skip_step()
@@ -252,7 +310,7 @@ class Pretraining:
             if self.accelerator.num_processes > 1:
                 # DDP's buckets would wait for the gradients of the frozen parameters.
                 state.wrapped_model = self.accelerator.prepare_model(state.model)
-        return Update(step.epoch, learning_rate, grad_norm, decays)
+        return Update(step.epoch, learning_rate, grad_norm, decays, anchor)
 
     def _skip_step(self) -> None:
         """Drop a step whose gradient is not finite: no weight, codeword, teacher or metric changes."""
@@ -301,6 +359,7 @@ class Pretraining:
             "epoch": update.epoch,
             "learning_rate": update.learning_rate,
             **update.decays,
+            **({} if update.anchor is None else update.anchor.metrics()),
             "grad_norm": float(update.grad_norm),
             **figures,
             "audio_seconds_per_second": speed,

@@ -18,22 +18,25 @@ from ..model.modeling_dinosr import DinoSRForPreTrainingOutput
 class MetricSums:
     """Metric sums of one log interval, kept on the device of the model: no host synchronisation until `compute`."""
 
-    def __init__(self, num_codebooks: int, codebook_size: int, device: torch.device) -> None:
-        self._shape = (num_codebooks, codebook_size)
+    def __init__(
+        self, num_codebooks: int, codebook_size: int, device: torch.device, *, has_anchor: bool = False
+    ) -> None:
+        self._shape, self._has_anchor = (num_codebooks, codebook_size), has_anchor
         # One tensor, so that one collective adds up everything: counts, probabilities, losses, energies, frames,
-        # samples, padding. In float64 counts stay exact for weeks; Apple's GPUs have none.
+        # samples, padding; the anchor's losses, frames and hits. In float64 counts stay exact for weeks; Apple's GPUs
+        # have none.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         size = num_codebooks * codebook_size
-        self._sizes = [size, size, num_codebooks, 2 * num_codebooks + 2, 3]
+        self._sizes = [size, size, num_codebooks, 2 * num_codebooks + 2, 3, 6 if has_anchor else 0]
         self._sums = torch.zeros(sum(self._sizes), device=device, dtype=dtype)
 
     def empty_like(self) -> MetricSums:
         """Return empty sums for the same model and device."""
-        return MetricSums(*self._shape, self._sums.device)
+        return MetricSums(*self._shape, self._sums.device, has_anchor=self._has_anchor)
 
     @torch.no_grad()
     def add(self, output: DinoSRForPreTrainingOutput, num_samples: int, num_padded: int) -> None:
-        """Add a forward pass with masks, over so many samples of audio and so many of padding."""
+        """Add a forward pass with masks (and labels, of an anchor), over so many samples of audio and of padding."""
         assert output.code_counts is not None and output.prediction_sums is not None
         assert output.codebook_losses is not None and output.num_masked_frames is not None
         assert output.target_energies is not None and output.feature_energies is not None
@@ -48,6 +51,11 @@ class MetricSums:
             frames[None],
             *(self._sums.new_full((1,), number) for number in (num_samples, num_padded)),
         ]
+        if self._has_anchor:
+            assert output.anchor_losses is not None and output.num_anchor_hits is not None
+            assert output.num_anchor_frames is not None
+            losses = output.anchor_losses * output.num_anchor_frames
+            parts += [losses, output.num_anchor_frames, output.num_anchor_hits]
         self._sums += torch.cat([part.to(self._sums.dtype) for part in parts])
 
     def merge(self, other: MetricSums) -> None:
@@ -63,8 +71,9 @@ class MetricSums:
         if state.shape != self._sums.shape:
             num_codebooks, codebook_size = self._shape
             raise ValueError(
-                f"The state has {len(state):,} sums, but {num_codebooks} codebooks of {codebook_size} codewords have"
-                f" {len(self._sums):,}. Give the state of a run of the same model."
+                f"The state has {len(state):,} sums, but {num_codebooks} codebooks of {codebook_size} codewords"
+                f"{' and an anchor' if self._has_anchor else ''} have {len(self._sums):,}. Give the state of a run of"
+                " the same model."
             )
         self._sums.copy_(state)
 
@@ -76,10 +85,11 @@ class MetricSums:
         `prediction_perplexities` over all frames of the interval, and `codebook_active_codewords` that were hit in it,
         each with its mean over codebooks; `target_variations` of the teacher's layers with their mean, and
         `feature_variation` of the student's convolutions (shares, 0 to 1, of the energy that changes over time within
-        an utterance); `masked_frames`, `seconds` of audio and `padded_share`.
+        an utterance); `masked_frames`, `seconds` of audio and `padded_share`; with an anchor `anchor_losses` (nats per
+        frame) and `anchor_accuracies`, of masked and of unmasked frames, and the numbers of these, `anchor_frames`.
         """
         num_codebooks, codebook_size = self._shape
-        codes, predictions, losses, energies, rest = torch.split(reduce(self._sums), self._sizes)
+        codes, predictions, losses, energies, rest, anchor = torch.split(reduce(self._sums), self._sizes)
         codes = codes.view(num_codebooks, codebook_size)
         frames, num_samples, num_padded = rest.tolist()
         losses = losses / max(frames, 1)
@@ -87,7 +97,7 @@ class MetricSums:
         active = (codes > 0).sum(dim=1)
         changing, energy = energies.view(num_codebooks + 1, 2).unbind(dim=1)
         *variations, feature_variation = (changing / energy.clamp(min=1e-12)).tolist()
-        return {
+        figures: dict[str, float | list[float]] = {
             "loss": losses.mean().item(),
             "target_perplexity": target.mean().item(),
             "prediction_perplexity": prediction.mean().item(),
@@ -103,3 +113,9 @@ class MetricSums:
             "seconds": num_samples / SAMPLING_RATE,
             "padded_share": num_padded / max(num_samples + num_padded, 1),
         }
+        if self._has_anchor:
+            anchor_losses, anchor_frames, hits = anchor.view(3, 2)
+            figures["anchor_losses"] = (anchor_losses / anchor_frames.clamp(min=1)).tolist()
+            figures["anchor_accuracies"] = (hits / anchor_frames.clamp(min=1)).tolist()
+            figures["anchor_frames"] = anchor_frames.tolist()
+        return figures

@@ -15,6 +15,7 @@ from ..model.masking_dinosr import sample_span_mask
 from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..training.schedules import make_schedule
 from ..utils.extras import import_extra
+from .anchor_arguments import anchor_weights_at
 from .pretraining_arguments import PretrainingArguments, RunArguments
 from .scaling import Change, changes_table, format_value
 
@@ -158,6 +159,8 @@ def _rows(plan: RunPlan) -> dict[str, str]:
     data, run, config, number = plan.arguments.data, plan.arguments.run, plan.config, format_value
     first, frozen = plan.points[0], config.freeze_teacher_step
     padded = "" if plan.padded_share is None else f", {plan.padded_share:.1%} padding"
+    if data.speed_change:
+        padded += f"; speeds {1 - data.speed_change:.2f} to {1 + data.speed_change:.2f}"
     epochs = "a stream, so the number of epochs is not known"
     if plan.steps_per_epoch is not None:
         epochs = f"{run.max_steps / plan.steps_per_epoch:,.1f} epochs of {plan.steps_per_epoch:,} steps"
@@ -170,7 +173,7 @@ def _rows(plan: RunPlan) -> dict[str, str]:
         audio = format_seconds(plan.seconds_per_step * updates)
         return "everything" if decay >= 1 else f"{updates:,.0f} updates, {audio} of audio"
 
-    return {
+    rows = {
         "step": f"{format_seconds(plan.seconds_per_step)} of audio (step_seconds={number(data.step_seconds)}):"
         f" {plan.seconds_per_step / plan.utterance_seconds:,.1f} utterances of {plan.utterance_seconds:.1f} s{padded}",
         "forward passes": f"{plan.micro_batches:,.1f} per step in each of {plan.world_size} process(es), of at most"
@@ -190,6 +193,20 @@ def _rows(plan: RunPlan) -> dict[str, str]:
         "disk": f"{_gigabytes(plan.disk_bytes)}: {plan.num_saved_models:,} model(s) of {_gigabytes(plan.model_bytes)},"
         f" {run.keep_checkpoints} checkpoint(s) of {_gigabytes(plan.checkpoint_bytes)} and one being written",
     }
+    return rows if run.anchor is None else rows | {"anchor": _describe_anchor(run, config)}
+
+
+def _describe_anchor(run: RunArguments, config: DinoSRConfig) -> str:
+    source = run.anchor if run.anchor_layer is None else f"layer {run.anchor_layer} of {run.anchor}"
+    weights = [anchor_weights_at(run, step) for step in ((0, run.anchor_end_step) if run.anchor_end_step else (0,))]
+    described = [
+        f"weight {format_value(each.weight)} beside {config.num_codebooks} codebooks,"
+        f" {format_value(each.unmasked_share)} of it on unmasked frames"
+        for each in weights
+        if each is not None
+    ]
+    end = f"; by update {run.anchor_end_step:,} {described[1]}" if run.anchor_end_step else ""
+    return f"{config.num_anchor_labels} labels from {source}; {described[0]}{end}"
 
 
 def _point_lines(plan: RunPlan) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from typing import Any, get_args
 import torch
 import yaml
 
-from ..model.configuration_dinosr import DinoSRConfig
+from ..analysis.baselines import MFCC_KINDS
+from ..model.configuration_dinosr import FEATURE_ENCODERS, DinoSRConfig
 from ..training.shared_arguments import argument, shared_argument, shared_rules
 from ..utils.command_line import ArgumentError, argument_errors, check_ranges, explicit_names, parse_groups
 from ..utils.model_folder import open_dinosr_config
+from .anchor_arguments import check_mfcc_frames, settle_anchor
 
 # The fields of DinoSRConfig that pre-training exposes, in the order of --help. Types and defaults are DinoSRConfig's;
 # the other fields belong to fine-tuning and are set there.
@@ -33,6 +36,8 @@ MODEL_HELP = {
     "layerdrop": "Probability with which the student skips a layer in training.",
     "initializer_range": "Standard deviation of the transformer's initial weights.",
     "layer_norm_eps": "Epsilon of the layer norms of transformer and projection.",
+    "feature_encoder": "Front end. conv (the paper): convolutions of the waveform, set by conv_*; log_mel: log mel"
+    " energies, nothing learnt, which needs far less speech and time.",
     "feat_extract_activation": "Activation of the convolutions, both of the feature encoder and of the positions.",
     "conv_dim": "Output channels of each convolution of the feature encoder.",
     "conv_stride": "Stride of each convolution of the feature encoder.",
@@ -50,6 +55,7 @@ MODEL_HELP = {
     " since the last one. The paper's 1 belongs to its large batch.",
     "codebook_revival_share": "A codeword that gets less than this part of an even share of the frames starts anew"
     " beside a much used one. 0 (the paper): never, and unused codewords stay unused; 0.1 keeps all in use.",
+    "num_anchor_labels": "Number of the anchor's labels; 0: codebook_size, or as many as the file of labels has.",
     "ema_decay": "Decay of the teacher's average at the first update (lambda of the paper's equation 1).",
     "ema_end_decay": "Decay of the teacher's average after ema_anneal_steps updates.",
     "ema_anneal_steps": "Number of updates over which the decay goes linearly from ema_decay to ema_end_decay.",
@@ -63,14 +69,17 @@ MODEL_HELP = {
     "mask_min_spans": "Minimum number of mask spans of an utterance.",
 }
 
+_CHOICES = {"feature_encoder": FEATURE_ENCODERS}
+
 CODEBOOK_SIZES = ("num_codebooks", "codebook_size")
 
 # What a checkpoint must agree in: the shapes of the weights, and what is computed with them.
 ARCHITECTURE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
-    *("feat_extract_activation", "conv_dim", "conv_stride", "conv_kernel", "conv_bias"),
+    *("feature_encoder", "feat_extract_activation", "conv_dim", "conv_stride", "conv_kernel", "conv_bias"),
     *("num_conv_pos_embeddings", "conv_pos_kernel_size", "num_conv_pos_embedding_groups"),
     *CODEBOOK_SIZES,
+    "num_anchor_labels",
 )
 
 
@@ -80,7 +89,7 @@ def _model_argument(name: str, text: str) -> tuple[str, Any, Any]:
     kinds: Any = get_args(spec.type) or (spec.type,)
     kind: Any = next((kind for kind in (list[int], float) if kind in kinds), kinds[0])
     default: Any = spec.default
-    field = argument(list(default) if kind == list[int] else default, text)
+    field = argument(list(default) if kind == list[int] else default, text, choices=_CHOICES.get(name))
     return name, kind | None if types.NoneType in kinds else kind, field
 
 
@@ -130,6 +139,7 @@ class DataArguments:
     micro_seconds: float = shared_argument("micro_seconds", 237.5)
     min_seconds: float = argument(2.0, "Minimum length of an utterance; shorter ones are left out.")
     max_seconds: float = argument(20.0, "Maximum length of an utterance; of a longer one a random part is used.")
+    speed_change: float = shared_argument("speed_change", 0.0, "the paper: 0, at its own speed")
     num_buckets: int = argument(20, "Maximum number of buckets of similar duration.")
     num_workers: int = argument(4, "Number of data loading processes of each training process.")
     max_skipped_share: float = argument(
@@ -159,6 +169,30 @@ class RunArguments:
         "Folder or Hub name of a DinoSR to train on; it also gives the sizes that are not set here. Unset: random"
         " weights.",
     )
+    anchor: str | None = argument(
+        None,
+        "Frame labels that the model predicts beside its codewords, which makes short runs learn far more. mfcc:"
+        " clusters of MFCCs of the data; a file of labels (.jsonl, .ctm, a folder of TextGrids), which may have some"
+        " of the recordings; or a model's folder or Hub name: clusters of its anchor_layer. none, or not set (the"
+        " paper): no anchor.",
+    )
+    anchor_layer: int | None = argument(None, "Layer of the anchor's model, from 1, that is clustered.")
+    anchor_features: str = argument(
+        "tuned",
+        "MFCCs of anchor mfcc. tuned: with what makes k-means follow phones; textbook: plain.",
+        choices=list(MFCC_KINDS),
+    )
+    anchor_weight: float = argument(2.0, "What the anchor counts in the loss; each codebook counts 1.")
+    anchor_end_weight: float | None = argument(
+        None, "Value that anchor_weight is annealed to, linearly; unset: anchor_weight is constant."
+    )
+    anchor_unmasked_share: float = argument(
+        0.5, "Share of unmasked frames in the anchor's loss; the rest is of masked ones."
+    )
+    anchor_end_unmasked_share: float | None = argument(
+        None, "Value that anchor_unmasked_share is annealed to, linearly; unset: it is constant."
+    )
+    anchor_end_step: int = argument(0, "Update at which the annealing of the anchor's weight and share ends.")
     seed: int = argument(0, "Seed of weights, masks, crops and order.")
     resume: str = argument(
         "auto",
@@ -264,10 +298,12 @@ def parse_arguments(
 
 
 def _take_sizes(arguments: PretrainingArguments, base_model: str, explicit: set[str]) -> None:
-    """Set the sizes that are not explicit to the base model's. Codebooks may differ: they then start anew."""
+    """Set the sizes that are not explicit to the base model's. Codebooks and anchor may differ, and start anew."""
     with argument_errors("base_model="):
         base = open_dinosr_config(base_model)
     for name in ARCHITECTURE:
+        if name == "num_anchor_labels":  # the run's anchor sets it
+            continue
         base_value, value = getattr(base, name), getattr(arguments.model, name)
         if name not in explicit:
             setattr(arguments.model, name, base_value)
@@ -291,6 +327,14 @@ _RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (lambda value: 0 <= value < 1, "at least 0 (no bound) and less than 1", "collapse_variation"),
     (lambda value: 0 <= value <= 1, "at least 0 and at most 1", "max_skipped_share"),
     (lambda value: 0 < value <= 1, "more than 0 and at most 1", "data_temperature"),
+    (lambda value: 0 <= value < 1, "at least 0 and less than 1", "speed_change"),
+    (lambda value: value is None or 0 <= value < math.inf, "at least 0", "anchor_weight anchor_end_weight"),
+    (
+        lambda value: value is None or 0 <= value <= 1,
+        "at least 0 and at most 1",
+        "anchor_unmasked_share anchor_end_unmasked_share",
+    ),
+    (lambda value: value >= 0, "at least 0", "anchor_end_step"),
     (lambda value: value in (None, "no", "fp16", "bf16"), "no, fp16 or bf16", "mixed_precision"),
 )
 # The first of each pair must be at least as large as the second.
@@ -323,5 +367,8 @@ def _check(arguments: PretrainingArguments) -> None:
         )
     if data.eval_labels is not None and data.eval_data is None:
         raise ArgumentError("eval_labels is set, but eval_data is not. Set both, or neither.")
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(RunArguments)}
+    settle_anchor(arguments.model, data, run, defaults)
     with argument_errors():
-        arguments.model_config()
+        config = arguments.model_config()
+    check_mfcc_frames(run, config.inputs_to_logits_ratio)

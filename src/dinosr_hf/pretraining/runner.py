@@ -31,6 +31,7 @@ from ..training.resume import lock_output_folder, refuse_existing_model, report_
 from ..utils.command_line import ArgumentError, argument_errors
 from ..utils.files import write_atomically
 from ..utils.threads import set_cpu_threads
+from .anchor_making import open_anchor
 from .base_model import initial_model
 from .checkpoint import Checkpoint, checkpoint_to_resume, remove_leftovers
 from .feed import StepFeed
@@ -74,12 +75,15 @@ def _open_one(data: DataArguments, number: int, seed: int) -> SpeechSource | Spe
     return open_source(name, **options)
 
 
-def _check_lengths(source: SpeechSource, min_seconds: float) -> None:
-    longest = max(utterance.num_samples for utterance in source.utterances)
+def _check_lengths(source: SpeechSource, data: DataArguments) -> None:
+    longest, min_seconds = max(utterance.num_samples for utterance in source.utterances), data.min_seconds
+    found = f"No recording is at least {min_seconds=} long (the longest has {longest / SAMPLING_RATE:.1f} s)"
     if longest < int(min_seconds * SAMPLING_RATE):
+        raise ArgumentError(f"{found}. Lower --min_seconds.")
+    if longest < int(min_seconds * SAMPLING_RATE) * (1 + data.speed_change):
         raise ArgumentError(
-            f"No recording is at least {min_seconds=} long (the longest has {longest / SAMPLING_RATE:.1f} s). Lower"
-            " --min_seconds."
+            f"{found} at the highest speed of speed_change={data.speed_change:g}. Lower --min_seconds or"
+            " --speed_change."
         )
 
 
@@ -93,7 +97,7 @@ def open_data(data: DataArguments, seed: int) -> SpeechSource | SpeechStream:
     sources = [_open_one(data, number, seed) for number in range(len(data.data))]
     if len(sources) == 1:
         if isinstance(sources[0], SpeechSource):
-            _check_lengths(sources[0], data.min_seconds)
+            _check_lengths(sources[0], data)
         return sources[0]
     mixed = MixedSource(
         [source for source in sources if isinstance(source, SpeechSource)],
@@ -196,8 +200,8 @@ def run(arguments: PretrainingArguments) -> DinoSRForPreTraining | None:
 
     Raises:
         ArgumentError: If `output_dir` has a model and no checkpoint, is in use or cannot be written to, if a mask span
-            does not fit the shortest utterance, or the data or the `base_model` cannot be opened.
-        CheckpointError: If there are checkpoints but none can be used, or one cannot be written.
+            does not fit the shortest utterance, or the data, the `base_model` or the `anchor` cannot be opened.
+        CheckpointError: If there are checkpoints but none can be used with this anchor, or one cannot be written.
         TrainingStopped: If going on would be of no use.
         RunInterrupted: After SIGTERM, SIGINT or SIGHUP; a checkpoint was written.
         ValueError: If no step can be made of the data.
@@ -263,6 +267,7 @@ def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRF
         with accelerator.main_process_first():
             source = open_data(arguments.data, options.seed)
         held_out = open_held_out(arguments)
+    anchor = open_anchor(arguments, source, accelerator, checkpoint)
     if checkpoint is None:
         with accelerator.main_process_first():
             model = initial_model(arguments)
@@ -280,7 +285,7 @@ def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRF
         plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in items}
         accelerator.init_trackers("dinosr", config=plain)
     try:
-        trained = Pretraining(model, source, arguments, accelerator, checkpoint, held_out).run()
+        trained = Pretraining(model, source, arguments, accelerator, checkpoint, held_out, anchor).run()
         if record is not None:
             finish_record(arguments, record, held_out)
         return trained

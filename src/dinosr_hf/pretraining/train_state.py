@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from ..data import SpeechSource, SpeechStream
 from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..utils.compat import enable_gradient_checkpointing
+from .anchor import Anchor, anchor_digest
 from .checkpoint import Checkpoint, load_model_weights, load_training_state, save_checkpoint
 from .feed import StepFeed
 from .metrics import MetricSums
@@ -49,6 +50,7 @@ class TrainState:
     monitor: CollapseMonitor
     progress: RunProgress
     is_frozen: bool  # whether the teacher is
+    anchor_digest: str | None = None  # None: no anchor
     origin: str | None = None  # path of the checkpoint that `resume` named when the run began, if any
     saved_step: int = 0  # of the newest checkpoint; 0: none
     timed_until: float = field(default_factory=time.perf_counter)  # clock up to which `progress` has counted the time
@@ -78,6 +80,7 @@ class TrainState:
                 "architecture": {name: config[name] for name in ARCHITECTURE},
                 "arguments": arguments.to_dict(),
                 "origin": self.origin,
+                "anchor": self.anchor_digest,
             },
             keep=arguments.run.keep_checkpoints,
         )
@@ -107,6 +110,7 @@ def make_train_state(
     arguments: PretrainingArguments,
     accelerator: Accelerator,
     checkpoint: Checkpoint | None = None,
+    anchor: Anchor | None = None,
 ) -> TrainState:
     """Build the state of a run at its first step, or restore it. Raises `CheckpointError` if that does not fit."""
     options, progress = arguments.run, RunProgress()
@@ -118,6 +122,7 @@ def make_train_state(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
+        anchor=anchor,
     )
     if options.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -132,9 +137,11 @@ def make_train_state(
         progress = RunProgress(**checkpoint.manifest["progress"])
     is_frozen = model.apply_freeze(progress.step)
     wrapped_model, wrapped_optimizer = accelerator.prepare(model, optimizer)
-    sums = MetricSums(model.config.num_codebooks, model.config.codebook_size, accelerator.device)
+    sizes, has_anchor = (model.config.num_codebooks, model.config.codebook_size), anchor is not None
+    sums = MetricSums(*sizes, accelerator.device, has_anchor=has_anchor)
     monitor = CollapseMonitor(model.config, options)
     state = TrainState(model, wrapped_model, wrapped_optimizer, feed, sums, monitor, progress, is_frozen)
+    state.anchor_digest = None if anchor is None else anchor_digest(anchor)
     if checkpoint is not None:
         state.restore(checkpoint, options, accelerator)
     return state

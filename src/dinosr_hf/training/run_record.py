@@ -25,6 +25,7 @@ TASKS = ("pretraining", "automatic-speech-recognition", "audio-classification")
 METRICS = (
     *("wer", "cer", "accuracy", "macro_f1", "real_time_factor"),
     *("loss", "target_perplexity", "prediction_perplexity", "active_codewords", "pnmi", "phone_purity"),
+    "anchor_pnmi",
 )
 
 

@@ -13,6 +13,8 @@ _HELP = {
     "step_seconds": "Seconds of audio in an optimizer step, over all processes and micro-batches",
     "micro_seconds": "Seconds of audio, padding included, in one forward pass of a process. Lower it if the device"
     " runs out of memory.",
+    "speed_change": "Play each training utterance at a speed drawn in each epoch, from 1 - speed_change to 1 +"
+    " speed_change, which changes voice and tempo",
     "learning_rate": "Peak learning rate, between warm-up and decay.",
     "schedule": "Learning rate after the warm-up. tri_stage (the paper): hold, then exponential decay; cosine: half a"
     " cosine; constant: hold.",

@@ -1,0 +1,50 @@
+"""
+K-means units of the MFCCs of recordings: the baseline that units of a model have to beat.
+
+`T` frames of 20 ms, each centred on the `field` samples of a model's frame (`baselines.mfcc`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data import AudioFileError, SpeechSource
+from .alignment import FIELD
+from .baselines import MFCC_KINDS, NUM_MFCCS, mfcc
+from .kmeans import KMeans, fit_kmeans
+
+logger = logging.getLogger(__name__)
+
+
+def _features(recordings: SpeechSource, kind: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield id and MFCCs (T, 39) of each recording of at least a frame; warn of those that cannot be read."""
+    if kind not in MFCC_KINDS:
+        raise ValueError(f"MFCCs of kind {kind!r} are unknown. Choose one of {', '.join(MFCC_KINDS)}.")
+    for index, utterance in enumerate(recordings.utterances):
+        try:
+            waveform = recordings.load(index)
+        except (AudioFileError, OSError) as error:
+            logger.warning("Skipped %s: %s", utterance.id, error)
+            continue
+        if len(waveform) >= FIELD:
+            yield utterance.id, mfcc(waveform, tuned=MFCC_KINDS[kind])
+
+
+def fit_mfcc_kmeans(recordings: SpeechSource, num_clusters: int, kind: str, *, seed: int = 0) -> KMeans:
+    """
+    Cluster the MFCCs of recordings with `kmeans.fit_kmeans`.
+
+    `kind` is "textbook" or "tuned". Raises `ValueError` for another, and as `fit_kmeans`.
+    """
+    features = [np.empty((0, NUM_MFCCS), np.float32), *(rows for _, rows in _features(recordings, kind))]
+    return fit_kmeans(np.concatenate(features), num_clusters, seed)
+
+
+def mfcc_units(recordings: SpeechSource, kmeans: KMeans, kind: str) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """Yield id and units, int64 (1, T), of each recording, by clusters that `fit_mfcc_kmeans` fitted on this kind."""
+    for name, rows in _features(recordings, kind):
+        yield name, kmeans.predict(rows)[None]

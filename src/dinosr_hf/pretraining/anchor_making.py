@@ -1,0 +1,200 @@
+"""Make the anchor of a run, or read the one that a checkpoint was trained with."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from ..analysis import frame_labels, match_labels
+from ..analysis.baselines import MFCC_KINDS, NUM_MFCCS
+from ..analysis.kmeans import KMeans, fit_kmeans
+from ..data import SAMPLING_RATE, AudioFileError, SpeechSource, SpeechStream
+from ..data.collator import utterance_hash
+from ..training.resume import CheckpointError
+from ..units import UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
+from ..utils.command_line import ArgumentError, argument_errors
+from ..utils.model_folder import open_config
+from .anchor import Anchor, MfccAnchor, TrackAnchor, anchor_digest, load_anchor, save_anchor
+from .anchor_arguments import anchor_kind, anchor_label_names, read_anchor_labels
+from .checkpoint import Checkpoint
+from .pretraining_arguments import PretrainingArguments
+
+logger = logging.getLogger(__name__)
+
+# Of MFCCs that k-means is fitted on: 17 minutes of speech, 4 s of a core with 128 clusters. Twice as many take twice
+# the time, and 20,000 frames have clusters that are only 1 % wider.
+MAX_MFCC_FRAMES = 50_000
+# Samples from one label of a file to the next.
+_LABEL_STRIDE = 160
+
+
+def open_anchor(
+    arguments: PretrainingArguments,
+    source: SpeechSource | SpeechStream,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+) -> Anchor | None:
+    """
+    Return the anchor of a run, from the file in its folder, which the main process writes first; None if it has none.
+
+    Raises:
+        ArgumentError: If an anchor cannot be made of the arguments and recordings.
+        CheckpointError: If the anchor that a checkpoint was trained with is another one, or is missing.
+    """
+    output_dir = Path(arguments.run.output_dir)
+    if arguments.run.anchor is None:
+        return None
+    if checkpoint is not None:
+        anchor = _anchor_of(checkpoint, arguments)
+        if accelerator.is_main_process and checkpoint.path.parent.resolve() != output_dir.resolve():
+            save_anchor(anchor, output_dir)
+        return anchor
+    # Loading a model draws random numbers, which are the run's in the main process only.
+    with accelerator.main_process_first(), torch.random.fork_rng(devices=[]):
+        if accelerator.is_main_process:
+            started = time.perf_counter()
+            made = make_anchor(arguments, source, accelerator.device)
+            save_anchor(made, output_dir)
+            logger.info(
+                f"Anchor {arguments.run.anchor}: {made.num_labels} labels, made in"
+                f" {time.perf_counter() - started:.1f} s."
+            )
+        return load_anchor(output_dir)
+
+
+def _anchor_of(checkpoint: Checkpoint, arguments: PretrainingArguments) -> Anchor:
+    """Read the anchor beside a checkpoint. Raises `CheckpointError` if it is not the one that it was trained with."""
+    before, now = checkpoint.manifest["arguments"], arguments.to_dict()
+    for name in ("anchor", "anchor_layer", "anchor_features"):
+        if before.get(name) != now[name]:
+            raise CheckpointError(
+                f"{name}={now[name]}, but {checkpoint.path} was trained with {name}={before.get(name)}, and the anchor"
+                " stays the same during a run. Give the same, or start another run in another output_dir with"
+                f" base_model={checkpoint.path}."
+            )
+    anchor = load_anchor(checkpoint.path.parent)
+    if anchor_digest(anchor) != checkpoint.manifest.get("anchor"):
+        raise CheckpointError(
+            f"The anchor in {checkpoint.path.parent} is not the one that {checkpoint.path.name} was trained with. Copy"
+            f" the right file back, or start another run in another output_dir with base_model={checkpoint.path}."
+        )
+    return anchor
+
+
+def make_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechStream, device: torch.device) -> Anchor:
+    """Make the anchor that the arguments ask for; the device is for a model. Raises `ArgumentError` if it cannot."""
+    name = arguments.run.anchor
+    assert name is not None
+    if anchor_kind(name) == "mfcc":
+        return _mfcc_anchor(arguments, source)
+    assert isinstance(source, SpeechSource)  # `settle_anchor` refuses streams
+    with argument_errors(f"anchor={name}: ", (OSError, ValueError)):
+        if anchor_kind(name) == "labels":
+            return _label_anchor(arguments, source)
+        return _model_anchor(arguments, source, device)
+
+
+def _mfcc_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechStream) -> MfccAnchor:
+    """Cluster the MFCCs of random recordings, of a stream's first window, cropped as for training."""
+    num_labels, seed = arguments.model.num_anchor_labels, arguments.run.seed
+    config, is_tuned = arguments.model_config(), MFCC_KINDS[arguments.run.anchor_features]
+    unfitted = MfccAnchor(KMeans(np.empty((0, NUM_MFCCS), np.float32)), config.receptive_field, is_tuned)
+    if isinstance(source, SpeechStream):
+        windows = source.windows(0)
+        source = next(windows).source
+        windows.close()
+    min_samples = max(int(arguments.data.min_seconds * SAMPLING_RATE), config.receptive_field)
+    max_samples = int(arguments.data.max_seconds * SAMPLING_RATE)
+    features: list[NDArray[np.float32]] = []
+    num_frames = 0
+    for index in _in_random_order(source, min_samples, seed):
+        utterance_id, length = source.utterances[index]
+        num_samples = min(length, max_samples)
+        start = utterance_hash(seed, 0, utterance_id, "anchor crop") * (length - num_samples + 1) >> 128
+        try:
+            waveform = source.load(index, start, num_samples)
+        except (AudioFileError, OSError):  # training counts and reports it
+            continue
+        if np.isfinite(waveform).all() and waveform.min() < waveform.max():
+            features.append(unfitted.features(waveform))
+            num_frames += len(features[-1])
+        if num_frames >= MAX_MFCC_FRAMES:
+            break
+    if num_frames < num_labels:
+        raise ArgumentError(
+            f"num_anchor_labels={num_labels} is more than the {num_frames:,} frames of the recordings. Lower"
+            " num_anchor_labels, or give more speech."
+        )
+    kmeans = fit_kmeans(np.concatenate(features)[:MAX_MFCC_FRAMES], num_labels, seed)
+    return MfccAnchor(kmeans, config.receptive_field, is_tuned)
+
+
+def _in_random_order(source: SpeechSource, min_samples: int, seed: int) -> list[int]:
+    utterances = source.utterances
+    usable = [index for index, utterance in enumerate(utterances) if utterance.num_samples >= min_samples]
+    return sorted(usable, key=lambda index: utterance_hash(seed, 0, utterances[index].id, "anchor"))
+
+
+def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> TrackAnchor:
+    """Turn the labels of a file into tracks."""
+    config, path = arguments.model_config(), arguments.run.anchor
+    assert path is not None
+    labels = read_anchor_labels(path)
+    numbers = {name: number for number, name in enumerate(anchor_label_names(labels))}
+    field = config.receptive_field
+    names = match_labels([utterance.id for utterance in source.utterances], labels)
+    tracks: dict[str, NDArray[np.unsignedinteger]] = {}
+    for utterance_id, num_samples in source.utterances:
+        if utterance_id not in names or num_samples < field:
+            continue
+        num_steps = (num_samples - field) // _LABEL_STRIDE + 1
+        try:
+            own = frame_labels(labels[names[utterance_id]], num_steps, stride=_LABEL_STRIDE, field=field)
+        except ValueError as error:
+            every = "Labels that are not segments must come every 0.01 s."
+            raise ArgumentError(f"{utterance_id}: {error} {every}") from error
+        tracks[utterance_id] = _small([numbers[label] for label in own], len(numbers))
+    logger.info(f"{len(tracks):,} of {len(source):,} recordings have labels.")
+    _check_tracks(tracks)
+    return TrackAnchor(tracks, len(numbers), _LABEL_STRIDE, field, config.inputs_to_logits_ratio, field)
+
+
+def _check_tracks(tracks: Mapping[str, NDArray[np.unsignedinteger]]) -> None:
+    if not tracks:
+        raise ArgumentError("No recording with labels is as long as a frame. Give longer recordings.")
+
+
+def _small(labels: list[int] | NDArray[np.int64], num_labels: int) -> NDArray[np.unsignedinteger]:
+    """Store labels in as few bytes as they need."""
+    return np.asarray(labels).astype(np.min_scalar_type(num_labels))
+
+
+def _model_anchor(arguments: PretrainingArguments, source: SpeechSource, device: torch.device) -> TrackAnchor:
+    """
+    Cluster a layer of a model, and label all recordings.
+
+    HuBERT's way, but with features normalised over each recording: their clusters tell more of phones and less of
+    voices (docs/experiments.md).
+    """
+    options, num_labels, config = arguments.run, arguments.model.num_anchor_labels, arguments.model_config()
+    assert options.anchor is not None and options.anchor_layer is not None
+    if has_codebooks(open_config(options.anchor)):
+        model = load_model(options.anchor, device=device)
+        extractor = UnitExtractor(model, layers=[options.anchor_layer], is_normalized=True)
+    else:
+        layers = [options.anchor_layer]
+        extractor = load_baseline(options.anchor, layers=layers, device=device, is_normalized=True)
+    logger.info(f"Labelling {len(source):,} recordings with layer {options.anchor_layer} of {options.anchor}.")
+    kmeans = fit_layer_kmeans(extractor, source, num_labels, seed=options.seed)
+    units = extractor.units(source, kmeans=kmeans)
+    tracks = {utterance_id: _small(codes[0], num_labels) for utterance_id, codes in units if codes.shape[1]}
+    _check_tracks(tracks)
+    stride, field = extractor.config.inputs_to_logits_ratio, extractor.config.receptive_field
+    return TrackAnchor(tracks, num_labels, stride, field, config.inputs_to_logits_ratio, config.receptive_field)

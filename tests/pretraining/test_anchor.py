@@ -1,0 +1,413 @@
+"""Anchors: labels of frames from MFCCs, files and models; their files; the arguments; runs that have one."""
+
+import json
+import pickle
+import re
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.analysis import frame_labels
+from dinosr_hf.analysis.baselines import mfcc
+from dinosr_hf.analysis.kmeans import KMeans
+from dinosr_hf.data import FolderSource, SpeechStream, StreamWindow
+from dinosr_hf.data.collator import Part
+from dinosr_hf.pretraining import ArgumentError, CheckpointError, anchor_making, read_checkpoint, run
+from dinosr_hf.pretraining.anchor import MfccAnchor, TrackAnchor, anchor_digest, load_anchor, save_anchor
+from dinosr_hf.pretraining.anchor_arguments import anchor_label_names, anchor_weights_at
+from dinosr_hf.pretraining.anchor_making import make_anchor
+from dinosr_hf.pretraining.scaling import scale_to_batch
+from dinosr_hf.units import UnitExtractor
+from pretraining_runs import metrics_of, tiny_arguments
+
+CPU = torch.device("cpu")
+TRACKS = {"a": np.array([3, 1, 4, 1, 5], np.uint8), "ü/b.flac": np.array([2, 6], np.uint8)}
+
+
+def track_anchor(**changes):
+    grid = {"num_labels": 7, "stride": 320, "field": 400, "model_stride": 320, "model_field": 400}
+    return TrackAnchor(TRACKS, **{**grid, **changes})
+
+
+def noise(num_samples):
+    return np.random.default_rng(0).standard_normal(num_samples).astype(np.float32)
+
+
+def part(name="a", num_samples=2_000, start=0, speed=1.0, *, field=400, at_speed=None):
+    """Return a part of noise; `at_speed` is its length for the model."""
+    num_frames = ((at_speed or num_samples) - field) // 320 + 1
+    return Part(name, noise(num_samples), start, num_frames, speed)
+
+
+def mfcc_anchor(seed=0):
+    centroids = mfcc(noise(8_000))[[seed, 5, 11, 17]]
+    return MfccAnchor(KMeans(centroids), field=400, is_tuned=True)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "start", "expected"),
+    [
+        (1680, 0, [3, 1, 4, 1, 5]),
+        (1040, 320, [1, 4, 1]),
+        (720, 320 + 159, [1, 4]),
+        (720, 320 + 160, [4, 1]),
+        (720, 1440, [5, 5]),
+    ],
+    ids=["whole", "later", "just before the middle", "from the middle on", "past the end"],
+)
+def test_a_frame_gets_the_label_with_the_nearest_centre(num_samples, start, expected):
+    labels = track_anchor()(part(num_samples=num_samples, start=start))
+    assert labels.tolist() == expected and labels.dtype == np.int64
+
+
+def test_other_grids_meet_at_their_centres():
+    # Labels are centred on 80, 240, ..., frames on 280, 600, ...: the nearest label is that of the centre's 10 ms.
+    anchor = TrackAnchor({"a": np.arange(50, dtype=np.uint8)}, 50, 160, 160, 320, 560)
+    for start in (0, 40, 100, 333):
+        centres = start + 280 + 320 * np.arange(10)
+        labels = anchor(part(num_samples=560 + 320 * 9, start=start, field=560))
+        assert labels.tolist() == (centres // 160).tolist()
+
+
+@pytest.mark.parametrize("speed", [0.7, 1.0, 1.3])
+def test_labels_are_at_the_same_place_of_the_recording_at_any_speed(speed):
+    # Label k is that of the samples from 160 k on.
+    anchor = TrackAnchor({"a": np.arange(90, dtype=np.uint8)}, 90, 160, 160, 320, 400)
+    labels = anchor(part(num_samples=int(3_000 * speed) + 1, start=333, speed=speed, at_speed=3_000))
+    assert labels.tolist() == [int((333 + (200 + 320 * frame) * speed) // 160) for frame in range(9)]
+
+
+def test_recordings_without_a_track_have_no_labels():
+    assert track_anchor()(part("unknown", 1040)).tolist() == [-100] * 3
+
+
+@pytest.mark.parametrize("is_tuned", [True, False], ids=["tuned", "textbook"])
+def test_mfcc_labels_are_the_nearest_clusters_of_the_part(is_tuned):
+    features = mfcc(noise(8_000), field=325, tuned=is_tuned)
+    anchor = MfccAnchor(KMeans(features[[3, 14, 15]]), 325, is_tuned)
+    distances = ((features[:, None] - anchor.kmeans.centroids) ** 2).sum(axis=-1)
+    nearest = distances.argmin(axis=1)
+    labels = anchor(part("anything", 8_000, 123, field=325))
+    assert labels.tolist() == nearest.tolist() and len(set(labels)) > 1
+    for speed in (0.8, 1.25):
+        at_speed = anchor(part("anything", 8_000, 123, speed, field=325, at_speed=int(8_000 / speed)))
+        centres = (162.5 + 320 * np.arange(len(at_speed))) * speed
+        recorded = abs(centres[:, None] - (162.5 + 320 * np.arange(len(nearest)))).argmin(axis=1)
+        assert at_speed.tolist() == nearest[recorded].tolist() and len(at_speed) != len(nearest)
+
+
+def test_a_slow_part_may_be_shorter_than_a_frame_as_recorded():
+    labels = mfcc_anchor()(part(num_samples=330, speed=0.61, at_speed=540))
+    assert labels.shape == (1,) and 0 <= labels[0] < 4
+
+
+@pytest.mark.parametrize("anchor", [track_anchor(), mfcc_anchor()], ids=["tracks", "mfcc"])
+def test_a_stored_anchor_gives_the_same_labels(tmp_path, anchor):
+    save_anchor(anchor, tmp_path)
+    for again in (load_anchor(tmp_path), pickle.loads(pickle.dumps(anchor))):
+        assert type(again) is type(anchor) and again.num_labels == anchor.num_labels
+        assert anchor_digest(again) == anchor_digest(anchor)
+        for name in ("a", "ü/b.flac", "c"):
+            assert again(part(name, start=300)).tolist() == anchor(part(name, start=300)).tolist()
+    assert anchor_digest(mfcc_anchor(seed=1)) != anchor_digest(mfcc_anchor())
+    assert anchor_digest(track_anchor(stride=160)) != anchor_digest(track_anchor())
+
+
+def test_a_missing_or_damaged_anchor_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"anchor\.safetensors is missing: .* base_model set to"):
+        load_anchor(tmp_path)
+    (tmp_path / "anchor.safetensors").write_bytes(mfcc_anchor().to_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"anchor\.safetensors cannot be read as an anchor: "):
+        load_anchor(tmp_path)
+
+
+def test_weights_are_annealed_linearly(tmp_path, recordings):
+    def weights(step, **changes):
+        return anchor_weights_at(tiny_arguments(tmp_path, recordings, **changes).run, step)
+
+    assert weights(3) is None
+    assert weights(3, anchor="mfcc") == (2.0, 0.5)
+    options = {"anchor": "mfcc", "anchor_weight": 4.0, "anchor_end_weight": 1.0, "anchor_end_step": 6}
+    assert [weights(step, **options) for step in (0, 2, 6, 9)] == [(4.0, 0.5), (3.0, 0.5), (1.0, 0.5), (1.0, 0.5)]
+    options = {"anchor": "mfcc", "anchor_end_unmasked_share": 0.0, "anchor_end_step": 4}
+    assert [weights(step, **options).unmasked_share for step in (0, 1, 4)] == [0.5, 0.375, 0.0]
+
+
+def test_the_end_of_annealing_scales_with_the_batch(tmp_path, recordings):
+    options = {"anchor": "mfcc", "anchor_end_weight": 1.0, "anchor_end_step": 6}
+    arguments = tiny_arguments(
+        tmp_path, recordings, **options, scale_to_batch=True, reference_step_seconds=16.0, step_seconds=8.0
+    )
+    assert scale_to_batch(arguments)[0].run.anchor_end_step == 12
+
+
+@pytest.fixture
+def files(tmp_path, recordings):
+    """Return a folder with good and bad anchors."""
+    rows = [{"name": f"{number:02d}", "phones": ["x", "y", "y", "z"] * 30} for number in range(3)]
+    rows = [{**row, "phones": row["phones"][: 78 + 15 * number]} for number, row in enumerate(rows)]
+    rows.append({"name": "04", "phones": [{"label": "x", "start": 0.25, "end": 0.75}]})
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    others = [{"name": "elsewhere", "phones": ["x"] * 100}]
+    (tmp_path / "others.jsonl").write_text("\n".join(map(json.dumps, others)))
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "hello"}))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    DinoSRForPreTraining(tiny_arguments(tmp_path, recordings).model_config()).save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anchor_weight": 1.0}, r"anchor_weight=1\.0 is set, but anchor is not\. Leave .* out, or set --anchor\."),
+        ({"anchor": "none", "anchor_layer": 1}, r"anchor_layer=1 is set, but anchor is not"),
+        ({"anchor_layer": 1}, r"anchor_layer=1 is set, but anchor is not"),
+        ({"anchor_features": "textbook"}, r"anchor_features=textbook is set, but anchor is not"),
+        ({"num_anchor_labels": 8}, r"num_anchor_labels=8 is set, but anchor is not\. Set --anchor"),
+        ({"anchor": "mfcc", "anchor_layer": 1}, r"anchor_layer=1 is set, but anchor=mfcc has no layers"),
+        (
+            {"anchor": "{}/labels.jsonl", "anchor_features": "textbook"},
+            r"anchor_features=textbook is set, but anchor=.*labels\.jsonl has no MFCCs",
+        ),
+        ({"anchor": "mfcc", "anchor_weight": -1.0}, r"anchor_weight=-1\.0 is out of range: it must be at least 0"),
+        ({"anchor": "mfcc", "anchor_unmasked_share": 1.5}, r"anchor_unmasked_share=1\.5 .* at least 0 and at most 1"),
+        ({"anchor": "mfcc", "anchor_end_weight": 1.0}, r"anchor_end_step=0 does not fit anchor_end_weight=1\.0 and"),
+        ({"anchor": "mfcc", "anchor_end_step": 3}, r"anchor_end_step=3 does not fit .*Set it and at least one"),
+        (
+            {"anchor": "mfcc", "conv_stride": [5, 8, 4]},
+            r"anchor=mfcc labels frames every 320 samples, but the model has one every 160.*Change conv_stride",
+        ),
+        ({"anchor": "{}/model"}, r"model is a model: set --anchor_layer, from 1 to 2\."),
+        ({"anchor": "{}/nowhere"}, r"anchor=.*nowhere is neither a folder nor a model on the Hub"),
+        ({"anchor": "{}/nowhere.jsonl"}, r"no frame labels that can be read: .*nowhere\.jsonl does not exist"),
+        ({"anchor": "{}/empty"}, r"empty is a folder with neither a model .* nor TextGrids\. If it is a run, let it"),
+        ({"anchor": "{}/manifest.jsonl"}, r'no frame labels that can be read: .*line 1, must be .* a list "phones"'),
+        (
+            {"anchor": "{}/labels.jsonl", "num_anchor_labels": 9},
+            r"num_anchor_labels=9, but anchor=.*labels\.jsonl has 4 different labels, with silence",
+        ),
+        (
+            {"anchor": "{}/labels.jsonl", "streaming": True},
+            r"labels all recordings before the first step, but a stream .* Use --anchor mfcc",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_that_do_not_fit_are_refused(files, recordings, options, message):
+    options = {
+        name: value.replace("{}", str(files)) if isinstance(value, str) else value for name, value in options.items()
+    }
+    with pytest.raises(ArgumentError, match=message):
+        tiny_arguments(files, recordings, **options)
+
+
+def made(folder, recordings, **options):
+    arguments = tiny_arguments(folder, recordings, **options)
+    return make_anchor(arguments, FolderSource(recordings), CPU)
+
+
+def test_mfcc_clusters_depend_on_seed_and_features_only(tmp_path, recordings, monkeypatch):
+    first = made(tmp_path, recordings, anchor="mfcc", num_anchor_labels=6)
+    assert (first.num_labels, first.field, first.is_tuned) == (6, 325, True)
+    assert anchor_digest(made(tmp_path, recordings, anchor="mfcc", num_anchor_labels=6)) == anchor_digest(first)
+    for change in ({"seed": 1}, {"anchor_features": "textbook"}):
+        other = made(tmp_path, recordings, anchor="mfcc", num_anchor_labels=6, **change)
+        assert anchor_digest(other) != anchor_digest(first)
+    monkeypatch.setattr(anchor_making, "MAX_MFCC_FRAMES", 100)
+    assert anchor_digest(made(tmp_path, recordings, anchor="mfcc", num_anchor_labels=6)) != anchor_digest(first)
+    with pytest.raises(ArgumentError, match=r"num_anchor_labels=900 is more than the \d+ frames of the recordings"):
+        made(tmp_path, recordings, anchor="mfcc", num_anchor_labels=900)
+
+
+def test_mfcc_clusters_of_a_stream_are_of_its_first_window(tmp_path, recordings):
+    arguments = tiny_arguments(tmp_path, recordings, anchor="mfcc", num_anchor_labels=6, streaming=True)
+    closed = []
+
+    class Stream(SpeechStream):
+        def __init__(self):
+            pass
+
+        def windows(self, epoch, first=0, state=None):
+            try:
+                yield StreamWindow(FolderSource(recordings), 0, {})
+                raise AssertionError("a second window is read")
+            finally:
+                closed.append(epoch)
+
+    streamed = make_anchor(arguments, Stream(), CPU)
+    assert closed == [0]
+    assert anchor_digest(streamed) == anchor_digest(make_anchor(arguments, FolderSource(recordings), CPU))
+
+
+def test_without_a_number_there_are_as_many_labels_as_codewords(tmp_path, recordings):
+    assert tiny_arguments(tmp_path, recordings, anchor="mfcc").model.num_anchor_labels == 8
+    assert tiny_arguments(tmp_path, recordings, anchor="mfcc", num_anchor_labels=3).model.num_anchor_labels == 3
+
+
+def test_none_turns_an_anchor_of_the_file_off(tmp_path, recordings):
+    arguments = tiny_arguments(tmp_path, recordings, anchor="none")
+    assert arguments.run.anchor is None and arguments.model.num_anchor_labels == 0
+
+
+def test_labels_of_a_file_are_those_of_the_frames(files, recordings):
+    arguments = tiny_arguments(files, recordings, anchor=str(files / "labels.jsonl"))
+    assert arguments.model.num_anchor_labels == 4
+    source, config = FolderSource(recordings), arguments.model_config()
+    anchor = make_anchor(arguments, source, CPU)
+    names = ["SIL", "x", "y", "z"]
+    found = {}
+    for index, (utterance_id, num_samples) in enumerate(source.utterances):
+        labels = anchor(Part(utterance_id, source.load(index), 0, config.num_frames(num_samples)))
+        found[utterance_id] = [names[label] if label >= 0 else None for label in labels]
+    assert {name for name in found if None not in found[name]} == {"00.wav", "01.flac", "02.ogg", "04.wav"}
+    rows = {row["name"]: row["phones"] for row in map(json.loads, (files / "labels.jsonl").open())}
+    for name in ("01.flac", "04.wav"):
+        expected = frame_labels(rows[name[:2]], len(found[name]), field=config.receptive_field)
+        assert found[name] == expected and len(set(expected)) > 1
+
+
+def test_label_names_include_silence_where_segments_leave_gaps():
+    assert anchor_label_names({"a": ["b", "a", "b"]}) == ["a", "b"]
+    assert anchor_label_names({"a": ["b"], "c": []}) == ["SIL", "b"]
+
+
+def test_labels_of_other_recordings_are_refused(files, recordings):
+    with pytest.raises(ArgumentError, match=r"others\.jsonl: None of 15 recordings has labels\. They are named like"):
+        made(files, recordings, anchor=str(files / "others.jsonl"))
+
+
+def test_labels_that_do_not_fit_their_audio_name_the_recording(files, recordings):
+    (files / "short.jsonl").write_text(json.dumps({"name": "03", "phones": ["x", "y"]}))
+    with pytest.raises(ArgumentError, match=r"short\.jsonl: 03\.mp3: 2 labels of 0\.01 s cover"):
+        made(files, recordings, anchor=str(files / "short.jsonl"))
+
+
+def test_recordings_without_a_frame_leave_no_anchor(files):
+    folder = files / "short"
+    folder.mkdir()
+    soundfile.write(folder / "a.wav", noise(100), 16_000)
+    (files / "a.jsonl").write_text(json.dumps({"name": "a", "phones": ["x"]}))
+    with pytest.raises(ArgumentError, match=r"No recording with labels is as long as a frame\. Give longer"):
+        made(files, folder, anchor=str(files / "a.jsonl"))
+
+
+def test_labels_of_a_model_are_clusters_of_its_layer(files, recordings):
+    arguments = tiny_arguments(files, recordings, anchor=str(files / "model"), anchor_layer=1, num_anchor_labels=5)
+    source = FolderSource(recordings)
+    anchor = make_anchor(arguments, source, CPU)
+    assert (anchor.num_labels, anchor.stride, anchor.field, anchor.model_field) == (5, 320, 325, 325)
+    assert set(anchor.tracks) == {utterance.id for utterance in source.utterances}
+    model = DinoSRForPreTraining.from_pretrained(files / "model")
+    features = dict(UnitExtractor(model, layers=[1], is_normalized=True).features(source))
+    assert all(len(track) == len(features[name]) for name, track in anchor.tracks.items())
+    # Frames of a cluster are nearer to its mean than to the others'.
+    together = np.concatenate([features[name][:, 0] for name in anchor.tracks])
+    labels = np.concatenate(list(anchor.tracks.values()))
+    means = np.stack([together[labels == label].mean(axis=0) for label in range(5)])
+    nearest = ((together[:, None] - means) ** 2).sum(axis=-1).argmin(axis=1)
+    assert (nearest == labels).mean() > 0.95
+
+
+@pytest.mark.parametrize("anchor", ["mfcc", "labels.jsonl", "model"])
+def test_a_run_has_its_anchor(files, recordings, anchor):
+    options = {"anchor": anchor if anchor == "mfcc" else str(files / anchor), "max_steps": 6, "log_steps": 3}
+    options |= {"anchor_layer": 2} if anchor == "model" else {}
+    model = run(tiny_arguments(files, recordings, **options))
+    assert model.config.num_anchor_labels == (4 if anchor == "labels.jsonl" else 8)
+    last = metrics_of(files / "out")[-1]
+    num_masked, num_unmasked = last["anchor_frames"]
+    assert num_unmasked > 0 and 0 < num_masked <= last["masked_frames"]
+    assert (num_masked < last["masked_frames"]) == (anchor == "labels.jsonl")  # which has not all recordings
+    assert all(0 <= accuracy <= 1 for accuracy in last["anchor_accuracies"])
+    assert (last["anchor_weight"], last["anchor_unmasked_share"]) == (2.0, 0.5)
+
+
+def test_a_run_learns_its_anchor(tmp_path, recordings):
+    options = {"feature_encoder": "log_mel", "anchor": "mfcc", "max_steps": 60, "log_steps": 20}
+    run(tiny_arguments(tmp_path, recordings, **options, num_anchor_labels=3, learning_rate=1e-2))
+    first, *_, last = metrics_of(tmp_path / "out")
+    assert first["anchor_accuracies"][1] < 0.5 and last["anchor_accuracies"][1] > 0.6
+    assert last["anchor_losses"][1] < first["anchor_losses"][1] - 0.2
+    assert last["anchor_losses"][1] < last["anchor_losses"][0]
+
+
+def test_without_an_anchor_there_is_none(tmp_path, recordings):
+    model = run(tiny_arguments(tmp_path, recordings, max_steps=1))
+    assert model.anchor_head is None and not (tmp_path / "out" / "anchor.safetensors").exists()
+    assert not any(name.startswith("anchor") for name in metrics_of(tmp_path / "out")[0])
+
+
+def test_making_an_anchor_does_not_change_the_run_s_random_numbers(files, recordings):
+    models = []
+    for number, options in enumerate([{"anchor": "mfcc"}, {"anchor": str(files / "model"), "anchor_layer": 1}]):
+        arguments = tiny_arguments(files, recordings, **options, max_steps=1, learning_rate=1e-12, weight_decay=0.0)
+        arguments.run.output_dir = str(files / f"run-{number}")
+        models.append(run(arguments).state_dict())
+    for name in ("anchor_head.weight", "dinosr.feature_projection.projection.weight"):
+        torch.testing.assert_close(models[0][name], models[1][name], rtol=0, atol=1e-6)
+
+
+RESUMED = {"anchor": "mfcc", "num_anchor_labels": 5, "checkpoint_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"anchor_features": "textbook"}, r"anchor_features=textbook, but .*checkpoint-4 was trained with .*=tuned"),
+        ({"num_anchor_labels": 6}, "num_anchor_labels 5 instead of 6"),
+        ({"anchor": None, "num_anchor_labels": 0}, "num_anchor_labels 5 instead of 0"),
+    ],
+    ids=["features", "number", "none"],
+)
+def test_an_anchor_stays_the_same_during_a_run(tmp_path, recordings, change, message):
+    run(tiny_arguments(tmp_path, recordings, **RESUMED))
+    with pytest.raises(CheckpointError, match=message):
+        run(tiny_arguments(tmp_path, recordings, **{**RESUMED, **change}, max_steps=6))
+
+
+def test_a_resumed_run_refuses_another_or_no_anchor_file(tmp_path, recordings):
+    run(tiny_arguments(tmp_path, recordings, **RESUMED))
+    file = tmp_path / "out" / "anchor.safetensors"
+    good, other = file.read_bytes(), made(tmp_path, recordings, anchor="mfcc", num_anchor_labels=5, seed=1)
+    save_anchor(other, tmp_path / "out")
+    again = tiny_arguments(tmp_path, recordings, **RESUMED, max_steps=5)
+    with pytest.raises(CheckpointError, match=r"is not the one that checkpoint-4 was trained with\. Copy the right"):
+        run(again)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=re.escape(f"{file} is missing")):
+        run(again)
+    file.write_bytes(good)
+    assert run(again) is not None
+
+
+def test_a_run_from_another_folder_s_checkpoint_takes_its_anchor_along(tmp_path, recordings):
+    (tmp_path / "first").mkdir()
+    run(tiny_arguments(tmp_path / "first", recordings, **RESUMED))
+    origin = tmp_path / "first" / "out" / "checkpoint-2"
+    options = {**RESUMED, "resume": str(origin), "max_steps": 6}
+    run(tiny_arguments(tmp_path, recordings, **options))
+    first = load_anchor(tmp_path / "first" / "out")
+    assert anchor_digest(load_anchor(tmp_path / "out")) == anchor_digest(first)
+    shutil.rmtree(tmp_path / "first" / "out" / "checkpoint-4")
+    (tmp_path / "first" / "out" / "anchor.safetensors").unlink()
+    run(tiny_arguments(tmp_path, recordings, **{**options, "max_steps": 7}))  # from its own checkpoints
+    assert read_checkpoint(tmp_path / "out" / "checkpoint-7").manifest["anchor"] == anchor_digest(first)
+
+
+def test_a_checkpoint_from_before_anchors_and_speeds_can_be_resumed(tmp_path, recordings, caplog):
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, max_steps=2))
+    file = tmp_path / "out" / "checkpoint-2" / "checkpoint.json"
+    manifest = json.loads(file.read_text())
+    assert manifest.pop("anchor") is None
+    for name in ("feature_encoder", "num_anchor_labels"):
+        del manifest["architecture"][name]
+    assert manifest["feed"]["plan"].pop("speed_change") == 0
+    file.write_text(json.dumps(manifest))
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, max_steps=3))
+    assert metrics_of(tmp_path / "out")[-1]["step"] == 3
+    assert "is lost" not in caplog.text
