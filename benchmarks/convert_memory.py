@@ -21,12 +21,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from contest import model_config
 
-from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
+from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.hub.conversion.fairseq import to_fairseq
-from dinosr_hf.pretraining import parse_arguments
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 CHILD = """
 import re, sys
 from dinosr_hf.hub.conversion import convert
@@ -45,11 +44,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def write_checkpoint(size: str, optimizer: bool, file: Path) -> dict[str, torch.Tensor]:
     """Write random weights in the authors' layout; return them by this package's names."""
-    config = DinoSRConfig()
-    if size == "tiny":
-        config = parse_arguments([], CONFIGS / "tiny_cpu.yaml").model_config()
     torch.manual_seed(0)
-    model = DinoSRForPreTraining(config)
+    model = DinoSRForPreTraining(model_config(size))
     checkpoint = to_fairseq(model)
     if optimizer:
         moments = [{"exp_avg": p.detach(), "exp_avg_sq": p.detach().square()} for p in model.dinosr.parameters()]

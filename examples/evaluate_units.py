@@ -3,25 +3,31 @@ Evaluate how well units agree with phones: all metrics, for all layers of one or
 
     python examples/evaluate_units.py runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/evaluated
     python examples/evaluate_units.py runs/base hubert --data dev-clean --labels textgrids --kmeans_data train-clean \
-        --kmeans_layers 6 9 --output_dir runs/compared
+        --kmeans_layers 6 9 --mfccs textbook tuned --output_dir runs/compared
 
 Models are pre-trained DinoSRs, or encoders of transformers (HuBERT, wav2vec 2.0, data2vec), whose units are k-means
-clusters of a layer. Labels are JSONL, CTM, or a folder of TextGrids; `--data synthetic` has its own. Intervals are
-bootstrapped over speakers. Needs the extras `train` and `analysis`.
+clusters of a layer; `--mfccs` adds the baseline, k-means on MFCCs. Labels are JSONL, CTM, or a folder of TextGrids;
+`--data synthetic` has its own. Intervals are bootstrapped over speakers. Needs the extras `train` and `analysis`.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from dinosr_hf.analysis.baselines import MFCC_KINDS
+from dinosr_hf.analysis.mfcc_units import fit_mfcc_kmeans, mfcc_units
+from dinosr_hf.analysis.model_units import unit_layers
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.analysis.unit_evaluation import REPORT, evaluate_units
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
 from dinosr_hf.inference.windowed import DTYPES
-from dinosr_hf.units import UnitExtractor, Units, fit_layer_kmeans, has_codebooks, load_baseline, load_model
+from dinosr_hf.model.modeling_dinosr import SOURCES, UNIT_SOURCES
+from dinosr_hf.units import UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
 from dinosr_hf.utils.command_line import command
 from dinosr_hf.utils.model_folder import open_config
 
@@ -36,18 +42,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tier", default="phones", help="tier of TextGrids (%(default)s)")
     parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
     parser.add_argument("--speakers", help="column of --data with the speaker (speaker_id, if it exists)")
-    parser.add_argument(
-        "--sources",
-        nargs="+",
-        default=["student", "teacher"],
-        choices=["student", "teacher"],
-        help="networks that give the units of a DinoSR (student teacher)",
-    )
+    parser.add_argument("--sources", nargs="+", choices=UNIT_SOURCES, help="what gives a DinoSR's units (all it has)")
     parser.add_argument("--layers", type=int, nargs="+", help="layers with a codebook (all)")
     parser.add_argument(
         "--kmeans_data", nargs="+", default=[], help="recordings to fit k-means on, not those of --data"
     )
     parser.add_argument("--kmeans_layers", type=int, nargs="+", default=[], help="layers for k-means units")
+    parser.add_argument(
+        "--mfccs", nargs="+", default=[], choices=list(MFCC_KINDS), help="kinds of MFCCs for k-means units"
+    )
     parser.add_argument(
         "--num_clusters", type=int, help="number of k-means clusters (the codebooks' size; 256 for other models)"
     )
@@ -62,30 +65,53 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype", default="float32", choices=list(DTYPES), help="precision of the models (%(default)s)"
     )
     options = parser.parse_args(argv)
-    if bool(options.kmeans_data) != bool(options.kmeans_layers):
-        parser.error("--kmeans_data and --kmeans_layers belong together: give both, or neither.")
+    if bool(options.kmeans_data) != bool(options.kmeans_layers or options.mfccs):
+        parser.error(
+            "--kmeans_data belongs to --kmeans_layers and --mfccs: give it with one of them, or leave it out."
+        )
     return options
+
+
+# Model, kind, layers and units of recordings; the number of codes; stride and field, if they are not the paper's.
+UnitSet = tuple[str, str, Sequence[int], Iterator[Any], int, dict[str, int]]
 
 
 def extract_units(
     name: str, source: SpeechSource, fit: SpeechSource | None, options: argparse.Namespace
-) -> Iterator[tuple[str, UnitExtractor, Iterator[Units], int]]:
-    """Yield kind, extractor and units of one model, and the number of codes."""
+) -> Iterator[UnitSet]:
+    """Yield the units of one model, kind by kind."""
     where = {"device": options.device, "dtype": options.dtype}
     config = open_config(name)
+
+    def extracted(kind: str, extractor: UnitExtractor, num_codes: int, **kmeans: Any) -> UnitSet:
+        frames = {"stride": extractor.config.inputs_to_logits_ratio, "field": extractor.config.receptive_field}
+        return name, kind, extractor.layers, extractor.units(source, **kmeans), num_codes, frames
+
     if has_codebooks(config):
         model = load_model(name, **where)
-        for kind in options.sources:
-            layers = options.layers or list(model.config.codebook_layers)
-            extractor = UnitExtractor(model, layers=layers, source=kind)
-            yield kind, extractor, extractor.units(source), model.config.codebook_size
-    elif fit is None:
+        own = UNIT_SOURCES if model.config.num_anchor_labels else SOURCES
+        for kind in options.sources or own:
+            layers = options.layers if options.layers and kind != "anchor" else unit_layers(model.config, kind)
+            yield extracted(kind, UnitExtractor(model, layers=layers, source=kind), model.config.num_units(kind))
+    elif not options.kmeans_layers:
         raise ValueError(f"{name} has no codebooks. Give --kmeans_data and --kmeans_layers for k-means units.")
-    num_clusters = options.num_clusters or getattr(config, "codebook_size", None) or 256
+    num_clusters = num_clusters_for(name, options)
     for layer in options.kmeans_layers if fit is not None else []:
         extractor = load_baseline(name, layers=[layer], **where)
         kmeans = fit_layer_kmeans(extractor, fit, num_clusters)
-        yield "k-means", extractor, extractor.units(source, kmeans=kmeans), num_clusters
+        yield extracted("k-means", extractor, num_clusters, kmeans=kmeans)
+
+
+def num_clusters_for(name: str, options: argparse.Namespace) -> int:
+    return options.num_clusters or getattr(open_config(name), "codebook_size", None) or 256
+
+
+def cluster_mfccs(source: SpeechSource, fit: SpeechSource, options: argparse.Namespace) -> Iterator[UnitSet]:
+    """Yield the k-means units of MFCCs, as many as the first model's; their layer is 0, the input."""
+    num_clusters = num_clusters_for(options.models[0], options)
+    for kind in options.mfccs:
+        units = mfcc_units(source, fit_mfcc_kmeans(fit, num_clusters, kind), kind)
+        yield "none", f"k-means on {kind} MFCCs", [0], units, num_clusters, {}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -100,16 +126,14 @@ def run(options: argparse.Namespace) -> None:
     print(f"{len(reference.labels):,} of {len(source):,} recordings have labels; {seconds / 60:.1f} minutes in total.")
     fit = open_recordings(options.kmeans_data) if options.kmeans_data else None
     rows = []
-    for name in options.models:
-        for kind, extractor, units, num_codes in extract_units(name, source, fit, options):
-            counts = reference.count_by_speaker(
-                tqdm(units, f"{name}, {kind}", len(source), disable=None, unit=" recordings"),
-                num_codes=num_codes,
-                stride=extractor.config.inputs_to_logits_ratio,
-                field=extractor.config.receptive_field,
-            )
-            for layer, speakers in zip(extractor.layers, counts, strict=True):
-                rows.append(evaluate_units(name, layer, kind, speakers, num_samples=options.num_samples))
+    parts = [extract_units(name, source, fit, options) for name in options.models]
+    if fit is not None:
+        parts.append(cluster_mfccs(source, fit, options))
+    for model, kind, layers, units, num_codes, frames in chain.from_iterable(parts):
+        bar = tqdm(units, f"{model}, {kind}", len(source), disable=None, unit=" recordings")
+        counts = reference.count_by_speaker(bar, num_codes=num_codes, **frames)
+        for layer, speakers in zip(layers, counts, strict=True):
+            rows.append(evaluate_units(model, layer, kind, speakers, num_samples=options.num_samples))
     print(REPORT.markdown(rows), end="")
     print(REPORT.write(options.output_dir, "units", rows))
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings, open_source
 from dinosr_hf.inference.windowed import DTYPES
+from dinosr_hf.model.modeling_dinosr import UNIT_SOURCES
 from dinosr_hf.units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, load_model
 from dinosr_hf.units.corpus import FORMATS
 from dinosr_hf.utils.command_line import command
@@ -35,9 +36,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("inputs", nargs="+", metavar="INPUT", help="audio files and folders; or one manifest, archive or dataset")
     add("--output_dir", required=True, help="folder to write units or features to")
     add("--split", help="split of the data, if it has several")
-    add("--layers", type=int, nargs="+", default=[5], help="layers, counted from 1 (5)")
-    networks = ["student", "teacher"]
-    add("--source", default="student", choices=networks, help="network that gives the units (%(default)s)")
+    add("--layers", type=int, nargs="+", help="layers, counted from 1 (5; of the anchor: the last)")
+    add("--source", default="student", choices=UNIT_SOURCES, help="what gives units or features (%(default)s)")
     add("--kmeans", help="file of examples/fit_kmeans.py, to use its clusters, layer and source")
     add("--deduplicate", action="store_true", help="merge runs of a unit, and write durations in frames")
     add("--format", default="jsonl", choices=FORMATS, help="format of units (%(default)s)")
@@ -93,6 +93,7 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
     model = load_model(options.model, device=options.device or state.device, dtype=options.dtype)
     if model.device.type == "cpu":
         set_cpu_threads(options.num_threads, state.num_processes)
+    options.layers = options.layers or [model.config.num_hidden_layers if options.source == "anchor" else 5]
     extractor = UnitExtractor(
         model,
         layers=options.layers,
@@ -122,7 +123,7 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
     state.wait_for_everyone()
     if not state.is_main_process:
         return 0
-    num_units = model.config.codebook_size if kmeans is None else len(kmeans.centroids)
+    num_units = len(kmeans.centroids) if kmeans else model.config.num_units(options.source)
     summary = corpus.finish(extractor, source, num_units)
     print(
         f"{summary['num_recordings']:,} recordings, {summary['hours']:,.2f} hours, in {len(summary['files'])} files"

@@ -24,7 +24,7 @@ from dinosr_hf.units import load_model, scored_units
 from dinosr_hf.utils.command_line import command
 
 # Meaning of a unit's score, by source.
-SCORES = {"student": "probability", "teacher": "distance"}
+SCORES = {"student": "probability", "teacher": "distance", "anchor": "probability"}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -36,10 +36,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--labels", help="phones, as for evaluate_units.py (none: a page without phones)")
     parser.add_argument("--words", help="words to draw with the units; may be the --labels file, if that has both")
     parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
-    parser.add_argument("--layer", type=int, default=5, help="layer with a codebook, counted from 1 (%(default)s)")
-    parser.add_argument(
-        "--source", default="teacher", choices=list(SCORES), help="network that gives the units (%(default)s)"
-    )
+    parser.add_argument("--layer", type=int, help="layer with a codebook, counted from 1 (5; of the anchor: the last)")
+    parser.add_argument("--source", default="teacher", choices=list(SCORES), help="what gives units (%(default)s)")
     parser.add_argument("--num_moments", type=int, default=5, help="moments to hear of each codeword (%(default)s)")
     parser.add_argument(
         "--context_seconds", type=float, default=0.3, help="seconds of sound before and after a moment (%(default)s)"
@@ -68,9 +66,10 @@ def run(options: argparse.Namespace) -> None:
     labels = read_alignments(options.labels) if options.labels else None
     words = read_alignments(options.words, tier="words") if options.words else None
     model = load_model(options.model, device=options.device, dtype=options.dtype)
+    layer = options.layer or (model.config.num_hidden_layers if options.source == "anchor" else 5)
     frames = {"stride": model.config.inputs_to_logits_ratio, "field": model.config.receptive_field}
     inspector = CodewordInspector(
-        model.config.codebook_size,
+        model.config.num_units(options.source),
         labels=labels,
         words=words,
         step_seconds=options.step_seconds,
@@ -82,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
         for units in scored_units(
             model,
             recordings,
-            layer=options.layer,
+            layer=layer,
             source=options.source,
             batch_seconds=options.batch_seconds,
             on_progress=bar.update,
@@ -98,8 +97,8 @@ def run(options: argparse.Namespace) -> None:
     page = render_page(
         inspector.result(),
         recordings,
-        title=options.title or f"Units of {Path(options.model).name}, layer {options.layer}",
-        name=f"layer {options.layer}, {options.source}",
+        title=options.title or f"Units of {Path(options.model).name}, layer {layer}",
+        name=f"layer {layer}, {options.source}",
         facts=facts,
         score_name=SCORES[options.source],
         audio=options.audio,

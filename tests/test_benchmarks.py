@@ -3,12 +3,16 @@
 import io
 import json
 import re
+import subprocess
 import sys
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
-from scripts import load_script
+from dinosr_hf import DinoSRConfig
+from scripts import ROOT, load_script
 
 QUICK = ["--size", "tiny", "--batch", "2", "--repeats", "1", "--threads", "1"]
 SHORT = ["--shortest", "0.5", "--longest", "1.0"]
@@ -150,3 +154,211 @@ def test_dataloading_is_not_timed_if_recordings_differ(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="An epoch has a single step"):
         benchmark.main([*QUICK_READING, "--step_seconds", "1000"])
     assert capsys.readouterr().out == ""
+
+
+# -- learning.py
+
+TINY_RECIPE = """
+{hidden_size: 36, num_hidden_layers: 3, num_attention_heads: 3, intermediate_size: 50, conv_dim: [11, 13],
+conv_kernel: [20, 16], conv_stride: [20, 16], num_conv_pos_embeddings: 2, conv_pos_kernel_size: 5,
+num_conv_pos_embedding_groups: 4, num_codebooks: 2, codebook_size: 7, mask_length: 3, codebook_revival_share: 0.1,
+codebook_decay: 0.5, codebook_end_decay: 0.8, step_seconds: 3, micro_seconds: 3, min_seconds: 0.5, max_seconds: 1.2,
+num_workers: 0, learning_rate: 0.002}
+"""
+# As much of spidr's public interface as the benchmark uses; a unit lasts as long as a phone.
+FAKE_SPIDR = {
+    "config.py": """
+        from dataclasses import dataclass
+        @dataclass(frozen=True)
+        class DinoSRConfig:
+            encoder_embed_dim: int = 768
+            encoder_num_layers: int = 12
+            encoder_num_heads: int = 12
+            encoder_ff_interm_features: int = 3072
+            encoder_pos_conv_kernel: int = 95
+            encoder_pos_conv_groups: int = 16
+            encoder_pos_conv_depth: int = 5
+            encoder_attention_dropout: float = 0.1
+            encoder_dropout: float = 0.1
+            encoder_layer_drop: float = 0.0
+            extractor_conv_layer_config: object = None
+            codebook_size: int = 256
+            codebook_decay: float = 0.9
+            num_codebooks: int = 8
+            ema_start_decay: float = 0.999
+            ema_final_decay: float = 0.9999
+            ema_final_step: int = 30000
+            freeze_step: int = 200000
+        @dataclass(frozen=True)
+        class SpidRConfig(DinoSRConfig):
+            ema_timescale: float = 20000
+        @dataclass(frozen=True)
+        class OptimizerConfig:
+            lr: float = 5e-4
+            dtype: str = "bfloat16"
+            max_norm: float = 10.0
+            max_steps: int = 400000
+            warmup_steps: int = 12000
+            hold_steps: int = 188000
+            decay_steps: int = 200000
+    """,
+    "models.py": """
+        import torch
+        class SpidR(torch.nn.Module):
+            def __init__(self, config):
+                super().__init__()
+                assert (config.encoder_embed_dim, config.codebook_decay) == (36, 0.8)
+                assert config.extractor_conv_layer_config[0] == [24, 10, 5]
+                assert config.freeze_step != 200000 or config.ema_timescale == 20000
+                self.config, self.weight = config, torch.nn.Parameter(torch.ones(()))
+                self.taken, self.is_frozen = 0, False
+            def forward(self, waveforms, *, mask_indices):
+                assert waveforms.dtype == torch.float32 and abs(waveforms[0].mean()) < 1e-4
+                assert mask_indices.shape[0] == waveforms.shape[0] and mask_indices.dtype == torch.int64
+                assert mask_indices.max() < (waveforms.shape[1] - 80) // 320
+                return self.weight * torch.ones(mask_indices.numel()), {}
+            def update_ema(self, step):
+                self.taken += 1
+                assert step == self.taken
+            def freeze_extractor(self):
+                assert self.taken == self.config.freeze_step
+            def get_codebooks(self, waveform):
+                assert not self.training
+                num_frames = (waveform.shape[1] - 80) // 320
+                codes = torch.arange(num_frames)[:, None] // 10 % 7
+                return [None, *(torch.eye(7)[codes[:, 0] * layer] for layer in (0, 1))]
+        DinoSR = SpidR
+    """,
+    "optimizer.py": """
+        import torch
+        def build_optimizer(model, config):
+            assert (config.lr, config.dtype) == (0.002, "float32")
+            assert config.warmup_steps + config.hold_steps + config.decay_steps >= config.max_steps
+            optimizer = torch.optim.SGD(model.parameters(), config.lr)
+            return optimizer, None, torch.optim.lr_scheduler.ConstantLR(optimizer)
+    """,
+}
+
+
+@pytest.fixture
+def learning(tmp_path, monkeypatch):
+    """The benchmark; `run(*flags)` runs it on noise of five speakers with phones, and the public command in here."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    benchmark = load_script("benchmarks/learning.py")
+    generator, labels = np.random.default_rng(0), []
+    speakers = {"train": ("ann", "bob"), "validation": ("cid", "dan"), "test": ("eve",)}
+    for split, names in speakers.items():
+        (tmp_path / split).mkdir()
+        table = ["file_name,speaker_id"]
+        for number, speaker in enumerate(names * 3):
+            name = f"{split}{number}"
+            samples = generator.uniform(-0.5, 0.5, 16_000 + 1_600 * number)
+            soundfile.write(tmp_path / split / f"{name}.wav", samples, 16_000)
+            table.append(f"{name}.wav,{speaker}")
+            phones = [("AA", "B", "SIL")[step // 20 % 3] for step in range(len(samples) // 160)]
+            labels.append(json.dumps({"name": name, "phones": phones}))
+        (tmp_path / split / "metadata.csv").write_text("\n".join(table) + "\n")
+    (tmp_path / "phones.jsonl").write_text("\n".join(labels) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(TINY_RECIPE)
+    words = [word for split in speakers for word in (f"--{split}", str(tmp_path / split))]
+    words += ["--labels", str(tmp_path / "phones.jsonl"), "--recipe", str(recipe), "--threads", "1"]
+    words += ["--output_dir", str(tmp_path / "runs"), "--seeds", "0"]
+    benchmark.run = lambda *flags: benchmark.main([*words, *flags])
+    pretrain, run_command = load_script("examples/pretrain.py"), subprocess.run
+
+    def run(command, **options):
+        if command[1] != str(ROOT / "examples" / "pretrain.py"):
+            return run_command(command, **options)
+        monkeypatch.setattr(sys, "argv", list(command[1:]))
+        pretrain.main()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    return benchmark
+
+
+def test_learning_prints_a_table(learning, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(learning, "NUM_TIMED", 6)
+    monkeypatch.setattr(learning, "TIME_TOLERANCE", 1e9)
+    contestants = ["--contestants", "ours", "paper", "mfcc-textbook", "mfcc-tuned", "--minutes", "0.01"]
+    learning.run(*contestants)
+    printed = capsys.readouterr().out
+    heading, _, *lines = rows(printed)
+    assert heading == list(learning.COLUMNS)
+    assert [line[0] for line in lines] == ["ours", "paper", "mfcc-textbook", "mfcc-tuned"]
+    assert all(re.fullmatch(r"0\.\d{3}", line[2]) for line in lines)
+    assert re.fullmatch(r"(student|teacher), layer [23]", lines[0][1])
+    # 16,000, 17,600 and 19,200 samples, with a frame of 320 every 320
+    assert "seeds 0; 165 test frames" in printed
+    record = json.loads((tmp_path / "runs" / "paper-0.01min-0" / "model" / "config.json").read_text())
+    assert record["conv_dim"] == [24] * 7 and record["conv_stride"] == list(DinoSRConfig().conv_stride)
+    assert record["codebook_revival_share"] == 0 and record["codebook_end_decay"] == 0.8
+    monkeypatch.setattr(learning, "RUNNERS", {})  # finished runs are read
+    learning.run(*contestants)
+    monkeypatch.setattr(learning, "RUNNERS", dict.fromkeys(learning.CONTESTANTS, lambda *_: sys.exit("run anew")))
+    with pytest.raises(SystemExit, match="run anew"):
+        learning.run(*contestants, "--threads", "2")
+
+
+def test_learning_trains_spidr_in_another_python(learning, tmp_path, capsys, monkeypatch):
+    (tmp_path / "modules" / "spidr").mkdir(parents=True)
+    for name, text in {"__init__.py": "", **FAKE_SPIDR}.items():
+        (tmp_path / "modules" / "spidr" / name).write_text(re.sub(r"(?m)^ {8}", "", text))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    monkeypatch.setattr(learning, "TIME_TOLERANCE", 1e9)
+    learning.run("--contestants", "spidr", "--minutes", "0.06")
+    (line,) = rows(capsys.readouterr().out)[2:]
+    # The higher of the two layers has a unit every 0.2 s, as phones, and the lower always the same.
+    assert line[:2] == ["spidr", "student, layer 3"] and float(line[2]) > 0.5 and line[4] == "6"
+    result = json.loads((tmp_path / "runs" / "spidr-0.06min-0" / "result.json").read_text())["result"]
+    assert result["validation"]["student, layer 2"]["pnmi"] == 0 and result["hours"] > 0
+
+
+def test_learning_needs_spidr(learning, tmp_path):
+    with pytest.raises(SystemExit, match=r"--spidr_python=no/python cannot be run: No such file"):
+        learning.run("--spidr_python", "no/python")
+    with pytest.raises(SystemExit, match=r"spidr is not installed for --spidr_python=.*pip install spidr"):
+        learning.run("--contestants", "spidr")
+
+
+def test_learning_refuses_if_its_check_fails(learning, capsys, monkeypatch, tmp_path):
+    flags = ["--contestants", "ours"]
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "EXACT", -1.0)
+        with pytest.raises(SystemExit, match=r"Nothing was trained: validation: the phones themselves have a PNMI of"):
+            learning.run(*flags)
+    with pytest.raises(SystemExit, match="validation and test both have the speakers cid, dan"):
+        learning.run(*flags, "--test", str(tmp_path / "validation"))
+    with pytest.raises(SystemExit, match="train and test both have the speakers ann, bob"):
+        learning.run(*flags, "--test", str(tmp_path / "train"))
+    assert capsys.readouterr().out == "" and not (tmp_path / "runs").exists()
+    with pytest.raises(SystemExit):
+        learning.run(*flags, "--minutes", "0")
+    with pytest.raises(SystemExit):
+        learning.run(*flags, "--recipe", "none.yaml")
+    errors = capsys.readouterr().err
+    assert "--minutes must be above 0" in errors and "--recipe=none.yaml does not exist" in errors
+
+
+def test_learning_chooses_units_on_validation_speakers(learning):
+    one, other = {"pnmi": 0.4}, {"pnmi": 0.3}
+    by_split = {"validation": {"a": one, "b": other}, "test": {"a": {"pnmi": 0.1}, "b": {"pnmi": 0.9}}}
+    assert learning.choose(by_split) == ("a", {"pnmi": 0.1})
+
+
+def test_learning_reports_unequal_times(learning, capsys, monkeypatch):
+    def runner(minutes):
+        figures = {"pnmi": 0.5, "phone_purity": 0.5, "active_codes": 3, "num_frames": 100}
+        return lambda *_: {"validation": {"x": figures}, "test": {"x": figures}, "minutes": minutes, "hours": 1.0}
+
+    monkeypatch.setattr(learning, "RUNNERS", {"ours": runner(10.5), "paper": runner(12), "mfcc-tuned": runner(1)})
+    with pytest.raises(
+        SystemExit, match=r"no fair comparison: \S*paper-10min-0 took 12.0 minutes instead of 10\. Repeat"
+    ):
+        learning.run("--contestants", "ours", "paper", "mfcc-tuned", "--minutes", "10")
+    capsys.readouterr()
+    learning.run("--contestants", "ours", "mfcc-tuned", "--minutes", "10", "--seeds", "0", "1")
+    (ours, _) = rows(capsys.readouterr().out)[2:]
+    assert ours[:3] == ["ours", "x", "0.500 (0.500, 0.500)"]
+    assert ours[4:] == ["3 (3, 3)", "1.00 (1.00, 1.00)", "10.5 (10.5, 10.5)"]

@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("inspect")
     (path / "speech").mkdir()
     write_recordings(path / "speech")
-    save_folder(randomize(DinoSRForPreTraining(tiny_config())), path / "model")
+    save_folder(randomize(DinoSRForPreTraining(tiny_config(num_anchor_labels=9))), path / "model")
     words = '"words": [{"label": "ah", "start": 0, "end": 0.2}]'
     lines = ['{"name": "a", "phones": [{"label": "AA", "start": 0, "end": 0.1}], ' + words + "}"]
     (path / "phones.jsonl").write_text("\n".join(lines) + "\n")
@@ -51,10 +51,23 @@ def test_the_script_reports_left_out_moments(folder, capsys):
     assert "<title>&lt;mine&gt;</title>" in (folder / "new" / "page.html").read_text(encoding="utf-8")
 
 
+def test_the_anchor_has_its_own_units_on_the_last_layer(folder, monkeypatch):
+    counts = []
+    render = SCRIPT.render_page
+    monkeypatch.setattr(
+        SCRIPT, "render_page", lambda found, *rest, **more: counts.append(found) or render(found, *rest, **more)
+    )
+    SCRIPT.main(options(folder, "--source", "anchor", "--num_moments", "1", "--device", "cpu"))
+    html = (folder / "new" / "page.html").read_text(encoding="utf-8")
+    assert "<td>layer 3, anchor</td>" in html and "probability 0." in html
+    assert len(counts[0].counts) == 9  # of which a codebook has 7
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--layer", "1"], "inspect_units.py: layer=1 has no codebook"),
+        (["--layer", "2", "--source", "anchor"], "source='anchor' has units on the last layer alone"),
         (["--layer", "2", "--labels", "no.txt"], "no.txt does not exist"),
         (["--layer", "2", "--words", "no.txt"], "no.txt does not exist"),
         (["--layer", "2", "--num_moments", "-1"], "num_moments=-1 is out of range"),

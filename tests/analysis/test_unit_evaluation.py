@@ -276,6 +276,45 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def anchored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "anchored"
+    save_folder(randomize(DinoSRForPreTraining(tiny_config(num_anchor_labels=5))), folder)
+    return folder
+
+
+def words_for(corpus, *models):
+    labels = ["--labels", str(corpus / "phones.jsonl"), "--num_samples", "0"]
+    return [*map(str, models), "--data", str(corpus / "speech"), *labels]
+
+
+def test_the_script_evaluates_the_anchor(corpus, trained, anchored, tmp_path, capsys):
+    script = load_script("examples/evaluate_units.py")
+    words = [*words_for(corpus, anchored), "--output_dir", str(tmp_path)]
+    script.main([*words, "--layers", "2"])
+    rows = json.loads((tmp_path / "units.json").read_text(encoding="utf-8"))
+    assert [(row["units"], row["layer"]) for row in rows] == [("student", 2), ("teacher", 2), ("anchor", 3)]
+    assert rows[2]["active_codes"] <= 5 and len({row["num_frames"] for row in rows}) == 1
+    script.main([*words, "--sources", "anchor"])
+    assert json.loads((tmp_path / "units.json").read_text(encoding="utf-8")) == rows[2:]
+    with pytest.raises(SystemExit, match=r"evaluate_units.py: source=.anchor.*num_anchor_labels=0"):
+        script.main([str(trained), *words[1:], "--sources", "anchor"])
+
+
+def test_the_script_evaluates_mfccs(corpus, trained, tmp_path, capsys):
+    words = [*words_for(corpus, trained), "--output_dir", str(tmp_path), "--sources", "student", "--layers", "2"]
+    more = ["--kmeans_data", str(corpus / "speech"), "--mfccs", "textbook", "tuned", "--num_clusters", "6"]
+    load_script("examples/evaluate_units.py").main([*words, *more])
+    rows = json.loads((tmp_path / "units.json").read_text(encoding="utf-8"))
+    kinds = ["student", "k-means on textbook MFCCs", "k-means on tuned MFCCs"]
+    assert [(row["units"], row["layer"]) for row in rows] == list(zip(kinds, [2, 0, 0], strict=True))
+    assert rows[1]["active_codes"] == rows[2]["active_codes"] == 6
+    assert rows[1]["pnmi"] != rows[2]["pnmi"]
+    # 4,000 to 5,600 samples with a frame of 400 every 320
+    assert rows[1]["num_frames"] == rows[2]["num_frames"] == sum(range(12, 18))
+    assert f"| none | 0 | {kinds[1]} | 87 | " in capsys.readouterr().out
+
+
 def test_the_script_evaluates_models_and_baselines_in_one_table(corpus, trained, tmp_path, capsys):
     save_baseline(tmp_path / "hubert", "hubert")
     script = load_script("examples/evaluate_units.py")
@@ -311,9 +350,10 @@ def test_curves_have_layers_in_order_and_their_intervals():
     assert kmeans.metrics["phone purity"] == [1.0] and "boundary recall" not in kmeans.metrics
 
 
-def test_the_script_requires_both_options_of_kmeans(capsys):
+@pytest.mark.parametrize(
+    "words", [["--kmeans_layers", "1"], ["--mfccs", "tuned"], ["--kmeans_data", "d"]], ids=" ".join
+)
+def test_the_script_requires_both_options_of_kmeans(capsys, words):
     with pytest.raises(SystemExit):
-        load_script("examples/evaluate_units.py").parse(
-            ["m", "--data", "d", "--output_dir", "o", "--kmeans_layers", "1"]
-        )
-    assert "--kmeans_data and --kmeans_layers belong together" in capsys.readouterr().err
+        load_script("examples/evaluate_units.py").parse(["m", "--data", "d", "--output_dir", "o", *words])
+    assert "--kmeans_data belongs to --kmeans_layers and --mfccs" in capsys.readouterr().err

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForPreTraining, normalize_over_time
 from .quality import contingency
 
-Source = Literal["student", "teacher"]
+Source = Literal["student", "teacher", "anchor"]
 
 
 class LabelledSpeech(NamedTuple):
@@ -34,6 +35,11 @@ def target_features(model: DinoSRForPreTraining, waveform: NDArray[np.float32]) 
     return normalize_over_time(features, None)[:, 0]
 
 
+def unit_layers(config: DinoSRConfig, source: str) -> list[int]:
+    """Return the layers, from 1, with units of a source: those with a codebook, or for "anchor" the last one."""
+    return [config.num_hidden_layers] if source == "anchor" else list(config.codebook_layers)
+
+
 def frame_units(
     model: DinoSRForPreTraining, waveform: NDArray[np.float32], source: Source = "teacher"
 ) -> torch.Tensor:
@@ -41,9 +47,10 @@ def frame_units(
     Return the units of an utterance (S,) from every codebook, int64 (N, T), as `encode_units` does.
 
     From the teacher: the nearest codewords, which the student is trained on. From the student: the most probable ones.
+    From the anchor: its head's most probable labels, (1, T).
     """
     input_values = torch.from_numpy(waveform)[None].to(model.device)  # (1, S)
-    codes, _ = model.encode_units(input_values, layers=model.config.codebook_layers, source=source)
+    codes, _ = model.encode_units(input_values, layers=unit_layers(model.config, source), source=source)
     return codes[:, 0]
 
 
@@ -61,5 +68,5 @@ def layer_tables(
     labels = [phone for utterance in utterances for phone in utterance.labels]
     codes = [frame_units(model, utterance.waveform, source).cpu().numpy() for utterance in utterances]
     joined = np.concatenate(codes, axis=1)  # (N, T)
-    tables = [contingency(labels, layer, num_codes=model.config.codebook_size) for layer in joined]
+    tables = [contingency(labels, layer, num_codes=model.config.num_units(source)) for layer in joined]
     return [table for table, _ in tables], tables[0][1]

@@ -53,6 +53,8 @@ class UnitCounts:
 REPORT = LayerReport(
     names={"model": "model", "layer": "layer", "units": "units"},
     metrics={
+        # PNMI and purity of few frames are too high, so a table says how many there were.
+        "num_frames": Metric("frames", digits=0, is_plotted=False),
         "phone_purity": Metric("phone purity"),
         "cluster_purity": Metric("cluster purity"),
         "pnmi": Metric("PNMI"),
@@ -212,8 +214,8 @@ def evaluate_units(
     """
     Return a row of `REPORT`: the metrics of all speakers together and, with several, `bootstrap_intervals`.
 
-    `layer` is counted from 1, and `units` is "student", "teacher" or "k-means". With `num_samples=0` there are no
-    intervals.
+    `layer` is counted from 1, 0 for units of the input; `units` says what they are: "student", "teacher", "anchor",
+    "k-means". With `num_samples=0` there are no intervals.
     """
     whole = total(counts.values())
     has_intervals = len(counts) > 1 and num_samples > 0
