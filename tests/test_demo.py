@@ -40,7 +40,8 @@ def run_demo(folder, *flags):
 def test_the_demo_prints_its_tables_and_writes_model_and_picture(tmp_path):
     done = run_demo(tmp_path / "demo")
     assert done.returncode == 0, done.stderr[-3000:]
-    for row in ("at the start", "at the end", "DinoSR, layer", "untrained model, layer", "k-means on MFCCs"):
+    models = ("at the start", "at the end", "DinoSR, layer", "untrained model, layer")
+    for row in (*models, "k-means on textbook MFCCs", "k-means on tuned MFCCs"):
         cells = next(line for line in done.stdout.splitlines() if line.startswith(f"| {row}")).split("|")
         assert float(cells[2]) > 0
     assert (tmp_path / "demo" / "phone_by_codeword.png").stat().st_size > 10_000

@@ -118,7 +118,7 @@ OWN_PARSER = (
     *("examples/evaluate_layers.py", "examples/evaluate_abx.py"),
     *("benchmarks/unit_agreement.py", "benchmarks/convolution.py", "benchmarks/codebook.py"),
     *("benchmarks/extract.py", "benchmarks/ctc.py", "benchmarks/dataloading.py", "benchmarks/scaling.py"),
-    "examples/inspect_units.py",
+    *("examples/inspect_units.py", "benchmarks/learning.py"),
 )
 
 
@@ -157,6 +157,8 @@ def check_pip(words):
 
 def check_command(words):
     match words:
+        case [assignment, *rest] if re.fullmatch(r"[A-Z_]+=\w*", assignment):
+            check_command(rest)
         case ["make", *targets]:
             check_make(targets)
         case ["pip", *rest]:
