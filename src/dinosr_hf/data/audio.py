@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ..model.configuration_dinosr import SAMPLING_RATE
+from ..model.configuration_dinosr import SAMPLING_RATE as SAMPLING_RATE  # for all of `data`
 from ..utils.extras import import_extra
 
 
