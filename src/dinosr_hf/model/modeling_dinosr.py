@@ -1044,7 +1044,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
                 checked; it saves a GPU a host synchronisation. None: computed here.
             anchor_labels: int64 (B, T), labels of frames from outside, below `num_anchor_labels`, -100 where there is
                 none: what the anchor's head predicts. None: the loss has no anchor.
-            anchor_weight: What the anchor counts in the loss, in codebooks.
+            anchor_weight: Weight of the anchor in the loss, in codebooks.
             anchor_unmasked_share: Share of unmasked frames in the anchor's loss, 0 to 1.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 

@@ -182,7 +182,7 @@ class RunArguments:
         "MFCCs of anchor mfcc. tuned: with what makes k-means follow phones; textbook: plain.",
         choices=list(MFCC_KINDS),
     )
-    anchor_weight: float = argument(2.0, "What the anchor counts in the loss; each codebook counts 1.")
+    anchor_weight: float = argument(2.0, "Weight of the anchor in the loss; each codebook has 1.")
     anchor_end_weight: float | None = argument(
         None, "Value that anchor_weight is annealed to, linearly; unset: anchor_weight is constant."
     )
