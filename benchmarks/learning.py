@@ -55,7 +55,6 @@ from dinosr_hf.analysis.unit_evaluation import Reference, total
 from dinosr_hf.data import SpeechSource, TableSource, normalize_waveform, open_recordings
 from dinosr_hf.data.labelled import METADATA_FILES
 from dinosr_hf.hub.conversion import convert
-from dinosr_hf.model.modeling_dinosr import SOURCES, UNIT_SOURCES
 from dinosr_hf.pretraining import PretrainingArguments, open_data, parse_arguments
 from dinosr_hf.pretraining.feed import StepFeed
 from dinosr_hf.units import UnitExtractor, load_model
@@ -198,7 +197,7 @@ def model_figures(folder: Path, part: Part) -> dict[str, Figures]:
     model = load_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     frames = {"stride": model.config.inputs_to_logits_ratio, "field": model.config.receptive_field}
     found = {}
-    for kind in UNIT_SOURCES if model.config.num_anchor_labels else SOURCES:
+    for kind in model.config.unit_sources:
         layers = unit_layers(model.config, kind)
         units = UnitExtractor(model, layers=layers, source=kind).units(part.source)
         names = [f"{kind}, layer {layer}" for layer in layers]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.hub.conversion import convert, convert_to_fairseq, statistics_table
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import command, parse_options
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--license", help="licence of the weights for the card, such as cc-by-nc-4.0")
     parser.add_argument("--to", choices=("fairseq",), help="write the authors' layout instead")
     parser.add_argument("--verify", metavar="AUDIO", help="print how many codewords a recording uses in each layer")
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv, num_attention_heads=1)
     if options.to and (options.as_ or options.verify or options.dictionary or options.config or options.license):
         parser.error("--to takes only a folder and a file. Leave out the other flags.")
     return options

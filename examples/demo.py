@@ -23,7 +23,7 @@ from dinosr_hf.analysis.model_units import LabelledSpeech, layer_tables, target_
 from dinosr_hf.analysis.plots import phone_codeword_figure
 from dinosr_hf.data import normalize_waveform
 from dinosr_hf.pretraining import PretrainingArguments, parse_arguments, synthetic_corpus
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import check_ranges, command
 from dinosr_hf.utils.files import claim_output_folder
 
 HERE = Path(__file__).parent
@@ -92,6 +92,8 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
     with command(__file__):
+        num_test = options.test_utterances
+        check_ranges([(num_test >= 1, "test_utterances", num_test, "at least 1")])
         arguments = parse_arguments(flags, CONFIG)
         out = claim_output_folder(options.output_dir, MARKER)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
@@ -100,7 +102,6 @@ def main() -> None:
         sys.exit("demo.py: the pre-training failed; the reason is above.")
 
     print("\nEvaluating on held-out voices ...", flush=True)
-    num_test = options.test_utterances
     train, test = labelled_speech(arguments, "train", num_test), labelled_speech(arguments, "test", num_test)
     validation = labelled_speech(arguments, "validation", max(1, num_test // 2))
     trained = DinoSRForPreTraining.from_pretrained(out).eval()

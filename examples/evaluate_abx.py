@@ -32,7 +32,7 @@ from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.data import SpeechSource
 from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import FeatureFiles, UnitExtractor, has_codebooks, load_baseline, load_model
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import command, parse_options
 from dinosr_hf.utils.model_folder import open_config
 
 
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="float32", choices=list(DTYPES), help="precision of the models (%(default)s)"
     )
-    return parser.parse_args(argv)
+    return parse_options(parser, argv, max_size_group=1, max_x_across=1)
 
 
 def write_representations(
@@ -108,8 +108,8 @@ def report(rows: Sequence[dict], out: Path) -> None:
     headings = [f"{name} speakers, %" if name in SPEAKERS else name for name in rows[0]]
     cells = [[f"{100 * row[name]:.2f}" if name in SPEAKERS else str(row[name]) for name in row] for row in rows]
     markdown, csv = markdown_table(headings, cells), csv_table(list(rows[0]), [list(row.values()) for row in rows])
-    print(markdown, end="")
-    print(write_report(out, "abx", markdown=markdown, csv=csv, rows=rows))
+    sentence = write_report(out, "abx", markdown=markdown, csv=csv, rows=rows)
+    print(markdown, sentence, sep="")
 
 
 def run(options: argparse.Namespace) -> None:

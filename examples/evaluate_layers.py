@@ -21,7 +21,7 @@ from dinosr_hf.analysis.layers import REPORT, Recordings, check_disjoint_speaker
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import UnitExtractor, has_codebooks, load_baseline, load_model
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import command, parse_options
 from dinosr_hf.utils.model_folder import open_config
 
 
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="float32", choices=list(DTYPES), help="precision of the models (%(default)s)"
     )
-    return parser.parse_args(argv)
+    return parse_options(parser, argv, num_clusters=1, max_frames=1)
 
 
 def open_recordings(name: str, options: argparse.Namespace) -> Recordings:
@@ -98,8 +98,8 @@ def run(options: argparse.Namespace) -> None:
             for position, layer in enumerate(tqdm(extractor.layers, f"{name}, {source}", disable=None)):
                 figures = evaluate_layer(train, test, position, num_clusters=options.num_clusters, seed=options.seed)
                 rows.append({"model": name, "source": source, "layer": layer, **figures})
-    print(REPORT.markdown(rows), end="")
-    print(REPORT.write(options.output_dir, "layers", rows))
+    sentence = REPORT.write(options.output_dir, "layers", rows)
+    print(REPORT.markdown(rows), sentence, sep="")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -26,9 +26,9 @@ from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.analysis.unit_evaluation import REPORT, evaluate_units
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
 from dinosr_hf.inference.windowed import DTYPES
-from dinosr_hf.model.modeling_dinosr import SOURCES, UNIT_SOURCES
+from dinosr_hf.model.modeling_dinosr import UNIT_SOURCES
 from dinosr_hf.units import UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import command, parse_options
 from dinosr_hf.utils.model_folder import open_config
 
 
@@ -64,7 +64,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="float32", choices=list(DTYPES), help="precision of the models (%(default)s)"
     )
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv, num_clusters=1, num_samples=0)
     if bool(options.kmeans_data) != bool(options.kmeans_layers or options.mfccs):
         parser.error(
             "--kmeans_data belongs to --kmeans_layers and --mfccs: give it with one of them, or leave it out."
@@ -89,8 +89,7 @@ def extract_units(
 
     if has_codebooks(config):
         model = load_model(name, **where)
-        own = UNIT_SOURCES if model.config.num_anchor_labels else SOURCES
-        for kind in options.sources or own:
+        for kind in options.sources or model.config.unit_sources:
             layers = options.layers if options.layers and kind != "anchor" else unit_layers(model.config, kind)
             yield extracted(kind, UnitExtractor(model, layers=layers, source=kind), model.config.num_units(kind))
     elif not options.kmeans_layers:
@@ -134,8 +133,8 @@ def run(options: argparse.Namespace) -> None:
         counts = reference.count_by_speaker(bar, num_codes=num_codes, **frames)
         for layer, speakers in zip(layers, counts, strict=True):
             rows.append(evaluate_units(model, layer, kind, speakers, num_samples=options.num_samples))
-    print(REPORT.markdown(rows), end="")
-    print(REPORT.write(options.output_dir, "units", rows))
+    sentence = REPORT.write(options.output_dir, "units", rows)
+    print(REPORT.markdown(rows), sentence, sep="")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from dinosr_hf.data import load_audio
 from dinosr_hf.hub.export import FolderModel, OnnxModel, TorchModel, compare, export_onnx, quantize_onnx
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import command, parse_options
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -24,7 +24,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--verify", metavar="AUDIO", nargs="+", default=[], help="audio files to compare the models on"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace exported models")
-    return parser.parse_args(argv)
+    return parse_options(parser, argv)
 
 
 def verify(models: dict[str, FolderModel], files: Sequence[str]) -> None:

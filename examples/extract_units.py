@@ -5,7 +5,7 @@ Turn recordings into acoustic units, or into the continuous features of layers.
     accelerate launch examples/extract_units.py runs/base my_speech --output_dir units --deduplicate --dtype bfloat16
     python examples/extract_units.py runs/base my_speech --output_dir features --features npy --layers 5 9
 
-Inputs are audio files and folders of them (wav, flac, ogg, opus, mp3), or one manifest, archive or dataset. Run the
+Inputs are audio files (wav, flac, mp3, aiff, ...) and folders of them, or one manifest, archive or dataset. Run the
 same command again to resume after an interruption. Recordings that cannot be read are skipped and listed.
 """
 
@@ -25,7 +25,7 @@ from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.model.modeling_dinosr import UNIT_SOURCES
 from dinosr_hf.units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, load_model
 from dinosr_hf.units.corpus import FORMATS
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import command, parse_options
 from dinosr_hf.utils.threads import set_cpu_threads
 
 
@@ -51,7 +51,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", help="device of the model (the GPU of the process if there is one, else the CPU)")
     add("--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)")
     add("--num_threads", type=int, default=0, help="CPU threads per process; 0: its share of the cores")
-    return parser.parse_args(argv)
+    return parse_options(parser, argv, num_threads=0)
 
 
 class Bar:
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
         num_written = files.write(on_progress=bar.advance)
         bar.close()
         print(f"{num_written:,} recordings, with {len(extractor.layers)} file(s) each, in {options.output_dir}")
-        return sum(map(len, source.skipped.values())) + len(extractor.unreadable)
+        return len(source.left_out) + len(extractor.unreadable)
     names = ("model", "layers", "source", "kmeans", "window_seconds", "context_seconds", "dtype")
     settings = {name: getattr(options, name) for name in names}
     form = {"form": options.format, "deduplicate": options.deduplicate, "shard_seconds": options.shard_seconds}

@@ -23,14 +23,14 @@ from dinosr_hf.finetuning import (
     LabelledDataArguments,
     finetune,
 )
-from dinosr_hf.utils.command_line import ArgumentError, command, parse_groups
+from dinosr_hf.utils.command_line import command, parse_groups
 
 CONFIG = Path(__file__).parent / "configs" / "classify_tiny.yaml"
 GROUPS = (InitialModelArguments, LabelledDataArguments, ClassificationArguments, FinetuningArguments)
 
 
 def main() -> None:
-    with command(__file__, ArgumentError, ImportError):
+    with command(__file__):
         start, data, classification, arguments = parse_groups(sys.argv[1:], GROUPS, CONFIG, description=__doc__)
         if PartialState().is_main_process:
             logging.getLogger("dinosr_hf").setLevel(logging.INFO)

@@ -19,7 +19,7 @@ from dinosr_hf.analysis.kmeans import MAX_FRAMES
 from dinosr_hf.data import SAMPLING_RATE, open_recordings
 from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import UnitExtractor, fit_layer_kmeans, load_model
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import command, parse_options
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,7 +38,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=default_device, help="device of the model (%(default)s)")
     add("--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)")
-    return parser.parse_args(argv)
+    return parse_options(parser, argv, layer=1, num_clusters=1, max_frames=1)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -21,7 +21,8 @@ from dinosr_hf.analysis.inspection import AUDIO_FORMATS, CodewordInspector, rend
 from dinosr_hf.data import SAMPLING_RATE, open_recordings, open_source
 from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import load_model, scored_units
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import command, parse_options
+from dinosr_hf.utils.files import write_atomically
 
 # Meaning of a unit's score, by source.
 SCORES = {"student": "probability", "teacher": "distance", "anchor": "probability"}
@@ -58,7 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)"
     )
-    return parser.parse_args(argv)
+    return parse_options(parser, argv, layer=1, num_moments=0)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -72,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
         model.config.num_units(options.source),
         labels=labels,
         words=words,
+        recordings=[utterance.id for utterance in recordings.utterances],
         step_seconds=options.step_seconds,
         num_moments=options.num_moments,
         **frames,
@@ -108,8 +110,7 @@ def run(options: argparse.Namespace) -> None:
     )
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    # Names of files may hold bytes that are not UTF-8.
-    output.write_text(page.html, encoding="utf-8", errors="replace")
+    write_atomically(output, page.html)
     print(f"The page is {output}: {output.stat().st_size / 1e6:.1f} MB with {page.num_clips:,} moments to listen to.")
     if page.num_left_out:
         print(f"{page.num_left_out:,} more had no room; --max_megabytes or --audio ogg makes some.")

@@ -14,12 +14,12 @@ import time
 from collections.abc import Sequence
 
 from dinosr_hf.data.scan import MIN_SECONDS, check_manifest_path, scan_folder, write_manifest
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import command, parse_options
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Scan a folder of recordings and write a manifest.")
-    parser.add_argument("folder", help="folder with wav, flac, ogg, opus or mp3 files in it or below it")
+    parser.add_argument("folder", help="folder with audio files (wav, flac, mp3, aiff, ...) in it or below it")
     parser.add_argument(
         "manifest", help="manifest to write: .jsonl, .csv, or .tsv (fairseq's; files of one rate only)"
     )
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--decode", action="store_true", help="decode all files, which finds all damaged ones")
     parser.add_argument("--overwrite", action="store_true", help="replace the manifest if it exists")
-    return parser.parse_args(argv)
+    return parse_options(parser, argv)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,8 +41,10 @@ def main(argv: Sequence[str]) -> None:
     with command(__file__):
         check_manifest_path(options.manifest, overwrite=options.overwrite)
         scan = scan_folder(options.folder, min_seconds=options.min_seconds, decode=options.decode, show_progress=True)
-        print(scan)
-        written = write_manifest(scan, options.manifest, overwrite=options.overwrite)
+        try:
+            written = write_manifest(scan, options.manifest, overwrite=options.overwrite)
+        finally:
+            print(scan)
     num_files, seconds = len(scan.usable) + len(scan.left_out), time.perf_counter() - since
     print(f"{num_files:,} files in {seconds:,.1f} s ({num_files / seconds:,.0f} a second)")
     print("Written:", *written)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinosr_hf.analysis.curves import read_run, run_figure
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import command, parse_options
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -24,16 +24,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--x", default="step", choices=["step", "hours"], help="updates, or hours of audio (%(default)s)"
     )
     parser.add_argument("--title", help="title of the plot")
-    return parser.parse_args(argv)
+    return parse_options(parser, argv)
 
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     with command(__file__):
         figure = run_figure([read_run(folder) for folder in options.runs], x=options.x, title=options.title)
-    output = Path(options.output or Path(options.runs[0]) / "curves.png")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
+        output = Path(options.output or Path(options.runs[0]) / "curves.png")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=150)
     print(f"The picture is {output}.")
 
 

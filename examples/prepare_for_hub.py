@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from dinosr_hf.hub import prepare, push, read_provenance
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import command, parse_options
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -28,7 +28,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--include", nargs="+", default=[], help="further files to copy")
     parser.add_argument("--push", action="store_true", help="upload the folder; needs `hf auth login` once")
     parser.add_argument("--public", action="store_true", help="make a new repository public")
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
     if options.public and not options.push:
         parser.error("--public needs --push")
     return options

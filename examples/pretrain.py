@@ -15,7 +15,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from dinosr_hf.pretraining import ArgumentError, RunInterrupted, TrainingStopped, parse_arguments, run
+from dinosr_hf.pretraining import RunInterrupted, TrainingStopped, parse_arguments, run
 from dinosr_hf.utils.command_line import command
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     logging.getLogger("dinosr_hf").setLevel(logging.INFO)
     config = Path(__file__).parent / "configs" / "tiny_cpu.yaml"
     try:
-        with command(__file__, ArgumentError, TrainingStopped, ImportError):
+        with command(__file__, ValueError, OSError, ImportError, TrainingStopped):
             arguments = parse_arguments(sys.argv[1:], config, description=__doc__)
             model = run(arguments)
     except RunInterrupted as interruption:

@@ -4,7 +4,7 @@ Transcribe recordings of any length.
     python examples/transcribe.py runs/recogniser talk.mp3
     python examples/transcribe.py runs/recogniser talks more/talk.wav --format srt --output_dir subtitles
 
-Inputs are audio files and folders of them (wav, flac, ogg, opus, mp3), or one manifest, archive or dataset.
+Inputs are audio files (wav, flac, mp3, aiff, ...) and folders of them, or one manifest, archive or dataset.
 Transcripts go to stdout, or with --output_dir each to a file of its own. Uses beam search if the model's folder has a
 decoding.json (examples/tune_decoding.py writes it), else greedy search. Exits with 1 if a recording cannot be read.
 """
@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
 from dinosr_hf.inference.windowed import DTYPES
-from dinosr_hf.recognition import FORMATS, Transcriber, Transcript, output_path
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.recognition import FORMATS, Transcriber, Transcript, output_paths
+from dinosr_hf.utils.command_line import command, parse_options
 from dinosr_hf.utils.files import write_atomically
 
 
@@ -32,7 +32,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("model", metavar="MODEL", help="folder of a recogniser, or name on the Hub")
     add("inputs", nargs="+", metavar="INPUT", help="audio files and folders; or one manifest, archive or dataset")
     add("--format", default="txt", choices=list(FORMATS), help="format of the transcripts (%(default)s)")
-    add("--output_dir", help="folder to write one file per recording to, instead of stdout")
+    place = "folder to write one file per recording to, instead of stdout; those of /data/a.wav and ../a.wav in a"
+    add("--output_dir", help=f"{place} manifest are data/a.txt and _up/a.txt below it")
     add("--overwrite", action="store_true", help="replace existing transcripts")
     add("--decoding", help="file with options of beam search (decoding.json of the model)")
     add("--greedy", action="store_true", help="use greedy search even if there is a decoding.json")
@@ -45,18 +46,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=default_device, help="device of the model (%(default)s)")
     add("--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)")
-    return parser.parse_args(argv)
+    return parse_options(parser, argv)
 
 
 def plan_outputs(source: SpeechSource, options: argparse.Namespace) -> dict[str, Path]:
-    """Return the file for each recording; raise if one exists already and --overwrite is not set."""
+    """Return the file for each recording; raise if one exists and --overwrite is not set, or cannot be written."""
     if options.output_dir is None:
         return {}
-    paths = {name: output_path(options.output_dir, name, options.format) for name, _ in source.utterances}
-    path, count = Counter(paths.values()).most_common(1)[0]
-    if count > 1:
-        names = ", ".join(name for name in paths if paths[name] == path)
-        raise ValueError(f"{names} would all be written to {path}. Rename them, or transcribe them one by one.")
+    paths = output_paths(options.output_dir, (name for name, _ in source.utterances), options.format)
     existing = [path for path in paths.values() if path.exists()]
     if existing and not options.overwrite:
         raise ValueError(
@@ -92,8 +89,8 @@ def print_in_order(transcripts: dict[str, Transcript], source: SpeechSource, for
             print(FORMATS[form](transcript), end="")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Transcribe; return the number of recordings that could not be read."""
+def run(options: argparse.Namespace) -> list[str]:
+    """Transcribe; return why each recording that could not be read was skipped."""
     source = open_recordings(options.inputs)
     if options.output_dir is None and options.format in ("srt", "vtt") and len(source) > 1:
         found = f"--format {options.format} writes one file per recording, and there are {len(source):,}"
@@ -119,15 +116,15 @@ def run(options: argparse.Namespace) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, FORMATS[options.format](transcript))
     print_in_order(printed, source, options.format)
-    skipped = {reason: len(names) for reason, names in source.skipped.items() if reason != "hidden"}
-    return sum(skipped.values()) + len(transcriber.unreadable)
+    return [*source.left_out.values(), *("unreadable" for _ in transcriber.unreadable)]
 
 
 def main(argv: Sequence[str]) -> None:
     with command(__file__):
-        num_unreadable = run(parse(argv))
-    if num_unreadable:
-        sys.exit(f"transcribe.py: {num_unreadable:,} recordings could not be read and were skipped.")
+        reasons = run(parse(argv))
+    if reasons:
+        counts = ", ".join(f"{number:,} {reason}" for reason, number in sorted(Counter(reasons).items()))
+        sys.exit(f"transcribe.py: {len(reasons):,} recordings could not be read and were skipped ({counts}).")
 
 
 if __name__ == "__main__":

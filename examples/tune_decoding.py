@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCTC
 
-import dinosr_hf  # registers the model  # noqa: F401
+from dinosr_hf import DinoSRForCTC
 from dinosr_hf.data import SAMPLING_RATE, open_labelled
 from dinosr_hf.data.packing import pack
 from dinosr_hf.recognition import load_processor
 from dinosr_hf.recognition.decoding import BeamSearchDecoder, DecodingOptions, GreedyDecoder
 from dinosr_hf.recognition.tuning import WORD_SCORES, Trial, random_pairs, tune
-from dinosr_hf.utils.command_line import command
+from dinosr_hf.utils.command_line import command, parse_options
+from dinosr_hf.utils.model_folder import open_weights
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--beam_threshold", type=float, default=DecodingOptions.beam_threshold, help=threshold)
     add("--max_utterances", type=int, help="use only the first utterances")
     add("--batch_seconds", type=float, default=60.0, help="seconds of audio per batch (%(default)s)")
-    return parser.parse_args(argv)
+    return parse_options(parser, argv, trials=1, max_utterances=1, beam_size=1)
 
 
 @torch.inference_mode()
@@ -81,7 +81,7 @@ def row(trial: Trial) -> str:
 def run(options: argparse.Namespace) -> None:
     processor, normalization = load_processor(options.model)
     normalize = normalization or str
-    model = AutoModelForCTC.from_pretrained(options.model, dtype=torch.float32).eval()
+    model = open_weights(DinoSRForCTC, options.model, dtype=torch.float32).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     # Before the audio is read, so that an unsuitable language model fails at once.
     lexicon = None if options.no_lexicon else options.lexicon or options.language_model
@@ -104,11 +104,12 @@ def run(options: argparse.Namespace) -> None:
             on_trial=lambda trial: progress.update(),
         )
     best = trials[0]
-    print("lm_weight  word_score  word error rate", *map(row, itertools.islice(trials, 20)), sep="\n")
-    print(f"greedy search: {without.word_error_rate:.2%}, beam search: {best.word_error_rate:.2%}")
     output = Path(options.output or Path(options.model) / "decoding.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    print(f"The best trial is in {decoder.reweighted(best.lm_weight, best.word_score).options.save(output)}.")
+    decoder.reweighted(best.lm_weight, best.word_score).options.save(output)
+    print("lm_weight  word_score  word error rate", *map(row, itertools.islice(trials, 20)), sep="\n")
+    print(f"greedy search: {without.word_error_rate:.2%}, beam search: {best.word_error_rate:.2%}")
+    print(f"The best trial is in {output}.")
 
 
 def main(argv: Sequence[str]) -> None:

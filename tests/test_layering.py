@@ -43,7 +43,17 @@ REMOTE_CODE = {file.stem for file in (PACKAGE / "model").glob("*_dinosr.py")}
 DATA_MAY_IMPORT = {"configuration_dinosr", "masking_dinosr"}
 
 # Installed everywhere: our dependencies and those of transformers.
-ALWAYS_INSTALLED = {"filelock", "numpy", "safetensors", "torch", "transformers", "huggingface_hub", "tqdm", "yaml"}
+ALWAYS_INSTALLED = {
+    "filelock",
+    "numpy",
+    "regex",
+    "safetensors",
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "tqdm",
+    "yaml",
+}
 REMOTE_CODE_MAY_IMPORT = {"numpy", "torch", "transformers", "huggingface_hub"}
 EXTRAS = [
     "accelerate",

@@ -326,3 +326,13 @@ def test_audible_phones_have_a_low_error(corpus, tmp_path):
     items = triphone_items(source, Reference(ids, wrong, speakers=["ann"] * 12), model.config)
     assert error < 0.1 < 0.3 < abx_error(items, tmp_path / "layer-1", rate)
     assert abx_module.DISTANCES[0] == "angular"
+
+
+def test_units_of_two_recordings_in_one_file_are_refused(tmp_path):
+    units = ((name, np.zeros((1, 3), dtype=np.int64)) for name in ("a.wav", "/b.wav", "a.flac"))
+    with pytest.raises(ValueError, match=r"a\.wav and a\.flac would be written to the same file\. Rename one"):
+        write_unit_files(units, tmp_path, [5])
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.npy")} == {
+        "layer-5/a.npy",
+        "layer-5/b.npy",
+    }

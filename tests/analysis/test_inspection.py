@@ -95,6 +95,21 @@ def test_labels_that_do_not_fit_are_ignored():
     assert found.counts.sum() == 16
 
 
+def test_labels_are_not_those_of_another_speaker():
+    labels = {"ann/1": ["AA"] * 9, "bob/2": ["B"] * 9}
+    recordings = ["ann/1.wav", "ann/2.wav", "bob/1.wav", "bob/2.wav"]
+    inspector = CodewordInspector(2, labels=labels, words=labels, recordings=recordings)
+    for name in recordings:
+        inspector.add(name, np.array([0, 1, 1, 0]))
+    assert inspector.result().num_labelled == 2
+    with pytest.raises(ValueError, match=r"labels of '1' fit two recordings, 'ann/1\.wav' and 'bob/1\.wav'"):
+        CodewordInspector(2, labels={"1": ["AA"]}, recordings=recordings)
+    inspector = CodewordInspector(2, labels={"1": ["AA"] * 9})  # recordings are not known before they come
+    inspector.add("ann/1.wav", np.array([0, 1, 1, 0]))
+    with pytest.raises(ValueError, match=r"labels of '1' fit two recordings, 'ann/1\.wav' and 'bob/1\.wav'"):
+        inspector.add("bob/1.wav", np.array([0, 1, 1, 0]))
+
+
 def test_words_belong_to_the_example():
     words = {"b": [Segment("no", 0, 0.4)], "a": ["one"] * 9 + ["", "two"], "c": [Segment("three", 0.2, 0.9)]}
     inspector = CodewordInspector(2, words=words)

@@ -10,6 +10,7 @@ import soundfile
 import torch
 from transformers import Data2VecAudioConfig, Data2VecAudioModel, HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
+from audio_files import write
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.analysis import Segment, UnitQuality
 from dinosr_hf.analysis.segmentation import SegmentCounts
@@ -131,6 +132,26 @@ def test_recordings_are_counted_by_speaker():
     assert second["ann"].table.tolist() == [[1, 1, 0, 0], [2, 0, 2, 0], [3 + 3, 0, 0, 0]]
     apart, _ = reference().count_by_speaker(units, num_codes=4)
     assert list(apart) == ["b", "x/a.wav"]
+
+
+def test_labels_belong_to_one_recording():
+    ids = ["ann/1.wav", "ann/2.wav", "bob/1.wav"]
+    ours = Reference(ids, {"ann/1": PHONES, "ann/2": PHONES})
+    assert list(ours.labels) == ["ann/1.wav", "ann/2.wav"]
+    with pytest.raises(ValueError, match=r"labels of '1' fit two recordings, 'ann/1\.wav' and 'bob/1\.wav'"):
+        Reference(ids, {"1": PHONES})
+    # A recording that cannot be read has a name, too.
+    assert list(Reference(ids[1:], {"1": PHONES}).labels) == ["bob/1.wav"]
+    with pytest.raises(ValueError, match=r"labels of '1' fit two recordings, 'bob/1\.wav' and 'ann/1\.wav'"):
+        Reference(ids[1:], {"1": PHONES}, others=ids[:1])
+
+
+def test_names_phones_and_speakers_that_look_alike_are_one():
+    labels = {"e\u0301": [Segment("a\u0303\u200e", 0, 0.1), Segment("ã", 0.1, 0.2)], "b": ["ã\ufeff", "a\u0303"]}
+    ours = Reference(["é.wav", "b"], labels, speakers=["zoë", "zoe\u0308\u200b"])
+    assert ours.phones == ["SIL", "ã"]
+    assert ours.labels["b"] == ["ã", "ã"] and {label.label for label in ours.labels["é.wav"]} == {"ã"}
+    assert set(ours.speakers.values()) == {"zoë"}
 
 
 def test_reference_refuses():
@@ -357,3 +378,23 @@ def test_the_script_requires_both_options_of_kmeans(capsys, words):
     with pytest.raises(SystemExit):
         load_script("examples/evaluate_units.py").parse(["m", "--data", "d", "--output_dir", "o", *words])
     assert "--kmeans_data belongs to --kmeans_layers and --mfccs" in capsys.readouterr().err
+
+
+def test_recordings_without_labels_are_counted_and_said(tmp_path, caplog):
+    for name in "abc":
+        write(tmp_path / f"{name}.wav", 900)
+    (tmp_path / "phones.jsonl").write_text('{"name": "b", "phones": ["t"]}\n')
+    _, ours = open_reference(tmp_path, labels=tmp_path / "phones.jsonl")
+    assert list(ours.labels) == ["b.wav"]
+    assert "2 of 3 recordings have no labels, for example a.wav." in caplog.text
+
+
+def test_speakers_that_are_missing_or_no_text(tmp_path, caplog):
+    write(tmp_path / "a.wav", 900)
+    (tmp_path / "phones.jsonl").write_text('{"name": "a", "phones": ["t"]}\n')
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav", "speaker_id": null}\n')
+    open_reference(tmp_path, labels=tmp_path / "phones.jsonl")
+    assert "1 of 1 recordings have no speaker, and each of them counts as" in caplog.text
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav", "speaker_id": ["s"]}\n')
+    with pytest.raises(ValueError, match=r"The speakers: .*metadata\.jsonl, line 1, speaker_id: a label must be text"):
+        open_reference(tmp_path, labels=tmp_path / "phones.jsonl")

@@ -1,7 +1,9 @@
 """Recordings with labels: all forms of data, what is left out, and errors."""
 
+import datetime
 import json
 import logging
+import os
 
 import pytest
 
@@ -125,14 +127,49 @@ def test_a_dataset_on_disk(tmp_path, form):
         ([1, 0, None], datasets.ClassLabel(names=["no", "yes"]), ["yes", "no", None]),
         ([1, -1, 0], datasets.ClassLabel(names=["no", "yes"]), ["yes", None, "no"]),
         ([7, 8, None], None, ["7", "8", None]),
+        ([1.0, None, float("nan"), 2.5], None, ["1", None, None, "2.5"]),
+        (["1.0", "nan", "None"], None, ["1.0", "nan", "None"]),
         (["a", "", None], None, ["a", "", None]),
     ],
-    ids=["class labels", "unlabelled class", "numbers", "text"],
+    ids=["class labels", "unlabelled class", "numbers", "numbers with a gap", "text of numbers", "text"],
 )
 def test_columns_of_a_dataset(labels, feature, wanted):
     source = DatasetSource(dataset(labels, feature))
     assert source.labels("text") == wanted
     assert LabelledSource(source, wanted).labels == [label for label in wanted if label]
+
+
+NO_LABELS = [True, ["a", "b"], {"text": "a"}]
+
+
+@pytest.mark.parametrize("value", [*NO_LABELS, b"a", datetime.date(2024, 1, 1), 1e300], ids=repr)
+def test_a_column_of_a_dataset_that_is_no_text_is_refused_by_row(value):
+    message = r"The dataset, row 1, column 'text': (a label must be text or a number, but this is |.* is too large)"
+    with pytest.raises(ValueError, match=message):
+        DatasetSource(dataset([None, value])).labels()
+
+
+def test_parquet_of_pandas_with_gaps(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"audio": [flac(1_600), flac(1_700), flac(1_800)], "digit": [1, None, 3]})
+    frame.to_parquet(tmp_path / "data.parquet")
+    assert frame["digit"].dtype == float
+    assert open_labelled(tmp_path / "data.parquet", column="digit").labels == ["1", "3"]
+
+
+def test_numbers_of_a_table(tmp_path):
+    folder = folder_with_table(tmp_path / "json", [7, 1.0, 2.5, float("nan"), None], name="metadata.jsonl")
+    assert open_labelled(folder).labels == ["7", "1", "2.5"]
+    folder = folder_with_table(tmp_path / "csv", ["7", "1.0", "nan"])
+    assert open_labelled(folder).labels == ["7", "1.0", "nan"]  # in CSV all is text
+
+
+@pytest.mark.parametrize("value", [*NO_LABELS, float("inf"), 1e299, "\ud800"], ids=repr)
+def test_a_label_of_a_table_that_is_no_text_is_refused_by_line(tmp_path, value):
+    folder = folder_with_table(tmp_path, ["one", value], name="metadata.jsonl")
+    message = r"metadata\.jsonl, line 2, transcription: (a label must be text|.* is too large|.* is not UTF-8)"
+    with pytest.raises(ValueError, match=message):
+        open_labelled(folder)
 
 
 def test_labels_follow_the_rows_that_are_kept():
@@ -168,6 +205,17 @@ def test_missing_and_empty_labels_are_counted_and_reported(tmp_path, name, caplo
     assert len(source.load(0)) == 1_700  # not the first recording
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_recordings_that_a_table_leaves_out_are_counted_and_reported(tmp_path, name, caplog):
+    folder_with_table(tmp_path, name=name)
+    write(tmp_path / "more" / "3.wav", 900)
+    write(tmp_path / ".3.wav", 900)
+    with caplog.at_level(logging.WARNING, "dinosr_hf"):
+        source = open_labelled(tmp_path)
+    assert source.skipped == {"no label": ["more/3.wav"]}
+    assert "1 audio files beside it are not in the table and are left out, for example more/3.wav." in caplog.text
+
+
 def test_no_warning_if_no_label_is_missing(tmp_path, caplog):
     open_labelled(folder_with_table(tmp_path))
     assert caplog.text == ""
@@ -189,19 +237,46 @@ def test_columns_that_exist_are_named(tmp_path):
         DatasetSource(dataset(TEXTS)).labels("speech")
 
 
-def test_a_line_with_too_many_fields_is_not_a_column(tmp_path):
+def test_a_text_with_a_comma_and_without_quotes_is_refused(tmp_path):
     folder_with_table(tmp_path, ["one", "two,three"], column="words")
-    with pytest.raises(ValueError, match="Its columns are file_name, words: name one"):
+    with pytest.raises(ValueError, match=r"line 3: the row has 3 instead of 2 fields \(file_name, words\)"):
         open_labelled(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["metadata.csv", "x.trans.txt", "train.wrd"])
-def test_other_encodings_are_refused_by_name(tmp_path, name):
+@pytest.mark.parametrize(
+    "rest", ["1.wav,two\n2.wav,three\n", '1.wav,two\n2.wav,"three"\n', '1.wav,two"\n2.wav,three\n']
+)
+def test_a_transcript_never_takes_in_the_next_row(tmp_path, rest):
+    folder_with_table(tmp_path)
+    (tmp_path / "metadata.csv").write_text(f'file_name,text\n0.wav,"one\n{rest}')
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 2: (a quote|text reaches to line 3)"):
+        open_labelled(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "table.csv", "table.jsonl"])
+def test_a_named_pipe_is_refused_at_once(tmp_path, name):
+    write(tmp_path / "0.wav", 900)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} .*not a file"):
+        open_labelled(tmp_path if "metadata" in name else tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "x.trans.txt", "train.wrd"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_marks_and_other_encodings(tmp_path, name, encoding):
     write(tmp_path / "0.wav", 1_600)
-    lines = {"metadata.csv": "file_name,text\n0.wav,naïf\n", "x.trans.txt": "0 naïf\n", "train.wrd": "naïf\n"}[name]
-    (tmp_path / name).write_bytes(lines.encode("latin-1"))
+    lines = {
+        "metadata.csv": "file_name,text\n0.wav,naïf\n",
+        "metadata.jsonl": '{"file_name": "0.wav", "text": "naïf"}\n',
+        "x.trans.txt": "0 naïf\n",
+        "train.wrd": "naïf\n",
+    }
+    (tmp_path / name).write_bytes(lines[name].encode(encoding))
     path = manifest(tmp_path, ("0.wav", 1_600)) if name == "train.wrd" else tmp_path
-    with pytest.raises(ValueError, match=rf"{name}.* is not UTF-8|{name}: .* is not UTF-8"):
+    if encoding == "utf-8-sig":
+        assert open_labelled(path).labels == ["naïf"]
+        return
+    with pytest.raises(ValueError, match=rf"{name}.* is not UTF-8"):
         open_labelled(path)
 
 

@@ -40,7 +40,37 @@ def test_manifest_beside_its_folder_with_other_rate_empty_and_repeated_lines(tmp
     assert len(source.load(1)) == 6_000
 
 
-@pytest.mark.parametrize("line", ["a.wav 4000", "a.wav\tlong", "a.wav\t1\t2"])
+def test_manifest_with_a_byte_order_mark_and_other_line_ends(tmp_path):
+    write(tmp_path / "é.wav", 4_000)
+    path = tmp_path / "train.tsv"
+    path.write_bytes(f"\ufeff{tmp_path}\r\né.wav\t4000\r\n".encode())
+    assert ManifestSource(path).utterances == [("é.wav", 4_000)]
+    path.write_bytes(f"{tmp_path}\né.wav\t4000\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"train\.tsv is not UTF-8, but UTF-16"):
+        ManifestSource(path)
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.jsonl"])
+def test_table_with_a_byte_order_mark(tmp_path, name):
+    write(tmp_path / "a.wav", 4_000)
+    path = table(tmp_path, [{"path": "a.wav", "text": "x"}], name)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert TableSource(path).labels() == ["x"]
+
+
+@pytest.mark.parametrize("exponent", [999_999_999, 999_999_999_999_999_999])
+def test_table_with_numbers_of_any_size(tmp_path, exponent):
+    path = tmp_path / "train.csv"
+    path.write_text(f"path,duration\na.wav,1e{exponent}\n")
+    with pytest.raises(ValueError, match=r"line 2: duration is '1e9+', but must be a number of .* at most"):
+        TableSource(path)
+    write(tmp_path / "a.wav", 4_000)
+    path.write_text(f"path,duration\na.wav,1e-{exponent}\n")
+    with pytest.raises(ValueError, match="none of 1 recordings can be read"):
+        TableSource(path)
+
+
+@pytest.mark.parametrize("line", ["a.wav 4000", "a.wav\tlong", "a.wav\t1\t2", "\t5", f"a.wav\t{'9' * 5000}"])
 def test_manifest_with_a_line_of_another_form(tmp_path, line):
     path = tmp_path / "train.tsv"
     path.write_text(f"{tmp_path}\nb.wav\t5\n{line}\n")
@@ -204,10 +234,34 @@ def test_table_of_one_file_twice(tmp_path):
         ({"path": "a.wav", "num_samples": 1.5}, "but must be a whole number"),
         ({"path": "a.wav", "duration": float("nan")}, "line 1: duration is 'NaN'"),
         ({"path": "a.wav", "duration": -1}, "line 1: duration is -1"),
+        (
+            {"path": "a.wav", "duration": 1e299},
+            r"line 1: duration is '1E\+299', but must be .* at most 1,000,000,000,000",
+        ),
+        ({"path": "a.wav", "num_samples": 10**13}, "line 1: num_samples is 10000000000000"),
+        ({"path": "a.wav", "num_samples": True}, "line 1: num_samples is True"),
+        ({"path": "a.wav", "id": ["a"]}, "line 1, id: a label must be text or a number"),
+        ({"path": "a.wav\nb.wav"}, r"line 1: path is 'a\.wav\\nb\.wav', but must be the path of a file"),
+        ({"path": "a.wav\0"}, "but must be the path of a file"),
         ({"path": "a.wav", "offset": 1}, "line 1: offset=1 needs a duration"),
         ([1], r"line 1: '\[1\]' is not a JSON object; each line must be one"),
     ],
-    ids=["column", "path", "text", "half", "nan", "negative", "offset", "list"],
+    ids=[
+        "column",
+        "path",
+        "text",
+        "half",
+        "nan",
+        "negative",
+        "huge",
+        "long",
+        "flag",
+        "id",
+        "lines",
+        "NUL",
+        "offset",
+        "list",
+    ],
 )
 def test_table_that_cannot_be_parsed(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):

@@ -139,7 +139,7 @@ def test_open_table(tmp_path):
         source = open_source(tmp_path / name)
         assert isinstance(source, TableSource)
         assert source.utterances == [("a.wav", 5_000)]
-    with pytest.raises(ValueError, match=r"split='x': .*train\.csv is a manifest, which has no splits"):
+    with pytest.raises(ValueError, match=r"split='x': .*train\.csv is a table, which has no splits"):
         open_source(tmp_path / "train.csv", split="x")
 
 

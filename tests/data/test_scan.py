@@ -217,10 +217,10 @@ def test_file_name_that_a_tsv_cannot_hold(tmp_path):
     (tmp_path / "speech").mkdir()
     soundfile.write(tmp_path / "speech" / "a\tb.wav", noise(16_000), 16_000)
     scan = scan_folder(tmp_path / "speech")
-    with pytest.raises(ValueError, match=r"'a\\tb.wav' has a tab or a line break, which a .tsv cannot hold"):
+    with pytest.raises(ValueError, match=r"'a\\tb.wav' has a tab, which a .tsv cannot hold"):
         write_manifest(scan, tmp_path / "train.tsv")
     manifest, *_ = write_manifest(scan, tmp_path / "train.csv")
-    assert [utterance.id for utterance in open_source(manifest).utterances] == ["a\tb.wav"]
+    assert [utterance.id for utterance in open_source(manifest).utterances] == ["a\\tb.wav"]
 
 
 def test_nothing_to_scan_or_to_write(tmp_path):

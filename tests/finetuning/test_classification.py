@@ -54,7 +54,7 @@ def write_tones(folder, labels, *, seconds=0.2, seed=0):
             folder / f"{number:02d}.wav", 0.3 * np.sin(angle) + generator.normal(0, 0.02, num_samples), 16_000
         )
         lines.append(f"{number:02d}.wav,{label}")
-    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 
@@ -94,6 +94,15 @@ def probed(pretrained, tones, tmp_path_factory):
     folder, kept = tmp_path_factory.mktemp("runs") / "probed", []
     record = run(pretrained, tones, folder, start={"freeze_encoder": True}, keep=kept, max_steps=60, **EVERY_30)
     return folder, record, kept[0]
+
+
+def test_classes_that_look_alike_are_one(tmp_path):
+    labels = ["zoë", "zoe\u0308", "bob", "\u200ebob\ufeff", "new\u00a0york", " new  york\u200b"]
+    task = Classification(ClassificationArguments())
+    source = open_labelled(write_tones(tmp_path / "tones", labels), column="tone")
+    task.prepare(source)
+    assert task.classes == ["bob", "new york", "zoë"]
+    assert task.targets(source) == [2, 2, 0, 0, 1, 1]
 
 
 def test_metrics_by_hand():

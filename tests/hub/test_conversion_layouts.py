@@ -125,10 +125,17 @@ def test_weights_of_integers_are_refused(checkpoint, tmp_path):
         convert(save(checkpoint, tmp_path), tmp_path / "out")
 
 
-@pytest.mark.parametrize(("name", "value"), [("encoder_layers", 10**9), ("pos_conv_depth", 10**9)])
-def test_a_configuration_of_a_huge_model_is_refused(checkpoint, tmp_path, name, value):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("encoder_layers", 10**9, "is not valid: num_hidden_layers=1000000000 is out of range: .* at most 1000"),
+        ("pos_conv_depth", 10**9, "is not valid: num_conv_pos_embeddings=1000000000 is out of range: .* at most 100"),
+        ("encoder_layers", 900, r"900 layers and .* but there are \d+ weights"),
+    ],
+)
+def test_a_configuration_of_a_huge_model_is_refused(checkpoint, tmp_path, name, value, message):
     checkpoint["cfg"]["model"][name] = value
-    with pytest.raises(ConversionError, match=r"but there are \d+ weights"):
+    with pytest.raises(ConversionError, match=message):
         convert(save(checkpoint, tmp_path), tmp_path / "out")
 
 

@@ -1,6 +1,7 @@
 """The configuration: the paper's values, what it refuses, frames of samples, and decays over the steps of a run."""
 
 import re
+import time
 
 import pytest
 import torch
@@ -88,6 +89,68 @@ def test_negative_is_refused(name):
 def test_what_is_no_share_is_refused(name, value):
     with pytest.raises(ValueError, match=rf"{name}={value} is out of range.*at most 1"):
         DinoSRConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**7}, r"num_hidden_layers=10000000 is out of range.*at most 1000\."),
+        ({"hidden_size": 10**9, "num_attention_heads": 1}, r"hidden_size=1000000000 .*at most 65536\."),
+        ({"codebook_size": 10**12}, r"codebook_size=1000000000000 .*at most 1000000\."),
+        ({"vocab_size": 10**9}, "vocab_size=1000000000 .*at most 1000000"),
+        ({"intermediate_size": 10**9}, "intermediate_size=1000000000 .*at most 1000000"),
+        ({"num_anchor_labels": 10**9}, "num_anchor_labels=1000000000 .*at most 1000000"),
+        ({"num_conv_pos_embeddings": 10**6}, "num_conv_pos_embeddings=1000000 .*at most 100"),
+        ({"conv_pos_kernel_size": 10**9}, "conv_pos_kernel_size=1000000000 .*at most 65536"),
+        ({"classifier_proj_size": 10**9}, "classifier_proj_size=1000000000 .*at most 65536"),
+        ({"xvector_output_dim": 10**9}, "xvector_output_dim=1000000000 .*at most 65536"),
+        ({"conv_kernel": [10**9] * 7}, "conv_kernel=.*entry above 65536"),
+        ({"tdnn_dim": [10**9] * 5}, "tdnn_dim=.*entry above 65536"),
+        ({"mask_length": 10**9}, "mask_length=1000000000 .*at most 100000"),
+        ({"mask_time_min_masks": 10**9}, "mask_time_min_masks=1000000000 .*at most 100000"),
+        ({"num_labels": 10**9}, "num_labels=1000000000 .*at most 1000000"),
+        (
+            {"conv_dim": [8] * 10**6, "conv_kernel": [1] * 10**6, "conv_stride": [1] * 10**6},
+            "conv_dim has 1,000,000 entries, one a layer: it must have at most 100",
+        ),
+        ({"tdnn_kernel": (1,) * 10**6}, "tdnn_kernel has 1,000,000 entries"),
+        (
+            {"hidden_size": 16_384, "num_hidden_layers": 48, "num_attention_heads": 16},
+            r"weights, .*at most 20,000,000,000: hidden_size=16384, num",
+        ),
+        ({"codebook_size": 10**6, "hidden_size": 7_680}, "codebook_size=1000000"),
+        ({"layer_norm_eps": float("inf")}, "layer_norm_eps=inf is out of range"),
+        ({"initializer_range": float("inf")}, "initializer_range=inf is out of range"),
+    ],
+)
+def test_absurd_sizes_are_refused_at_once(changes, message):
+    before = time.process_time()
+    with pytest.raises(ValueError, match=message):
+        DinoSRConfig(**changes)
+    assert time.process_time() - before < 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+        {"hidden_size": 1280, "num_hidden_layers": 48, "num_attention_heads": 16, "intermediate_size": 5120},
+        {"hidden_size": 1920, "num_hidden_layers": 48, "num_attention_heads": 16, "intermediate_size": 7680},
+        {"codebook_size": 65_536, "vocab_size": 250_000, "num_labels": 20_000},
+        {"mask_length": 3_000},
+    ],
+    ids=["base", "large", "XL", "two billion weights", "many classes", "a minute masked"],
+)
+def test_the_largest_sensible_sizes_are_allowed(changes):
+    assert DinoSRConfig(**changes).num_encoder_weights < 3 * 10**9
+
+
+@pytest.mark.parametrize("front_end", ["conv", "log_mel"])
+def test_the_encoder_has_as_many_weights_as_its_configuration_says(front_end):
+    config = tiny_config(feature_encoder=front_end)
+    matrices = [weight for weight in DinoSRModel(config).parameters() if weight.dim() > 1]
+    assert sum(weight.numel() for weight in matrices) == config.num_encoder_weights
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,12 @@ def test_folders_keep_the_front_end(tmp_path):
     assert torch.equal(empty.eval()(values).last_hidden_state, model(values).last_hidden_state)
 
 
+def test_computes_shapes_on_the_meta_device():
+    model, values = build(DinoSRForCTC), waveforms(2, 4_000)
+    shape = model(values).logits.shape
+    assert model.to("meta")(values.to("meta")).logits.shape == shape
+
+
 def test_pipelines(tmp_path):
     save_recogniser(tmp_path / "recogniser", feature_encoder="log_mel")
     recognise = pipeline("automatic-speech-recognition", model=str(tmp_path / "recogniser"))

@@ -166,3 +166,38 @@ def test_transformers_own_class_needs_torchaudio(folder):
 
 def test_processor_is_found(folder):
     assert type(AutoProcessor.from_pretrained(folder)).__name__ == "Wav2Vec2Processor"
+
+
+def test_too_short_for_a_frame(either, ours, tmp_path):
+    short, wave = noise(5), noise(2_000)
+    text = either(wave)["text"]
+    assert either(short) == {"text": ""} != text
+    assert either({"raw": short, "sampling_rate": 16_000}) == {"text": ""}
+    for batch_size in (1, 2):
+        assert either([short, wave], batch_size=batch_size) == [{"text": ""}, {"text": text}]
+    assert either(short, return_timestamps="word")["chunks"] == []
+    sf.write(tmp_path / "a.wav", short, 16_000)
+    assert ours(str(tmp_path / "a.wav")) == {"text": ""}
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (np.where(np.arange(2_000) == 700, np.nan, noise(2_000)), "NaN or infinite"),
+        (np.where(np.arange(2_000) == 700, np.inf, noise(2_000)), "NaN or infinite"),
+        (noise(0), "has no samples"),
+        (noise(4_000).reshape(2_000, 2), r"shape \(2000, 2\).*transpose it"),
+    ],
+    ids=["nan", "infinite", "empty", "samples before channels"],
+)
+def test_unusable_arrays_are_refused_alike(ours, samples, message):
+    ways = {
+        "alone": lambda: ours(samples),
+        "dict": lambda: ours({"raw": samples, "sampling_rate": 16_000}),
+        "batch": lambda: ours([noise(2_000), samples], batch_size=2),
+        "chunks": lambda: ours(samples, chunk_length_s=1_000 / 16_000),
+        "tensor": lambda: ours(torch.from_numpy(samples)),
+    }
+    for read in ways.values():
+        with pytest.raises(ValueError, match=message):
+            read()

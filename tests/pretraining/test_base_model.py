@@ -132,7 +132,7 @@ def test_other_folders_are_refused(tmp_path):
 def test_a_base_without_weights_is_refused(tmp_path, base):
     folder = shutil.copytree(base, tmp_path / "bare")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ArgumentError, match=r"base_model=.*bare: .*model\.safetensors"):
+    with pytest.raises(ArgumentError, match=r"base_model=.*bare cannot be opened: .*model\.safetensors"):
         start_from(tmp_path, folder)
 
 

@@ -272,10 +272,16 @@ def test_no_readable_utterance_is_an_error():
         held_out(model, MemorySource(broken=list(LENGTHS))).evaluate(model)
 
 
+def test_labels_of_recordings_that_are_not_used_are_not_anothers():
+    source = MemorySource({"ann/1.wav": 900, "bob/1.wav": 50})  # bob's is too short
+    with pytest.raises(ValueError, match=r"labels of '1' fit two recordings, 'ann/1\.wav' and 'bob/1\.wav'"):
+        held_out(pretraining_model(), source, labels={"1": ["A"] * 45})
+
+
 @pytest.mark.parametrize(
     ("lengths", "labels", "message"),
     [
-        ({"a": 50}, None, r"None of 1 held-out utterances can be masked: each needs 80 samples \(0.01 s\)"),
+        ({"a": 50}, None, r"None of 1 held-out recordings is at least 0\.005 s long, which mask_length"),
         (LENGTHS, {"z": ["A"]}, r"None of 4 .* has labels. They are named like '.*flac', the labels like 'z'"),
         (LENGTHS, {}, "the labels like 'nothing'"),
         ({"a/1.wav": 900, "b/1.wav": 900}, {"1": ["A"] * 5}, "labels of '1' fit two recordings, './1.wav' and"),

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from dinosr_hf import DinoSRForPreTraining
-from dinosr_hf.data import PlanSummary
+from dinosr_hf.data import PlanSummary, SpeechSource
+from dinosr_hf.data.sources import Utterance
 from dinosr_hf.pretraining import parse_arguments
-from dinosr_hf.pretraining.plan import RunPlan, format_seconds, plan_figure
+from dinosr_hf.pretraining.plan import RunPlan, describe_left_out, format_seconds, plan_figure
+from dinosr_hf.pretraining.pretraining_arguments import DataArguments
 from dinosr_hf.pretraining.scaling import scale_to_batch
 from dinosr_hf.training.schedules import tri_stage
 from dinosr_hf.utils.model_folder import save_folder
@@ -266,3 +268,31 @@ def test_odd_runs_are_described_and_drawn(flags, tmp_path):
     assert str(plan)
     plan_figure(plan).savefig(tmp_path / "plan.png", dpi=50)
     assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+class Named(SpeechSource):
+    """A source without audio."""
+
+    def load(self, index, start=0, num_samples=None):
+        raise NotImplementedError
+
+
+def test_what_is_left_out_is_described():
+    source = Named()
+    source.utterances = [Utterance("a.wav", 8_000), Utterance("b.wav", 40_000), Utterance("c.wav", 7_000)]
+    source.skipped = {"unreadable": ["x.wav", "y.wav"], "unsupported .m4a": ["z.m4a"], "hidden": ["._a.wav"]}
+    data = DataArguments(min_seconds=1.0)
+    assert describe_left_out(data, source, EPOCH._replace(num_too_short=3)) == (
+        "2 shorter than min_seconds=1 (such as a.wav), 2 unreadable (such as x.wav), 1 unsupported .m4a (such as"
+        " z.m4a), 1 hidden (such as ._a.wav), 1 shorter than that at their speed, 2 that do not fill half a step,"
+        " others in each epoch; 10.0% of the audio is cropped away"
+    )
+    source.utterances, source.skipped = source.utterances[1:2], {}
+    assert describe_left_out(data, source, EPOCH._replace(num_too_short=0, num_dropped=0, cropped_share=0.0)) == (
+        "no recording"
+    )
+
+
+def test_the_text_says_what_is_left_out(tiny_plan):
+    assert "left out" not in str(tiny_plan)  # of a stream it is not known
+    assert re.search(r"^left out +3 too few$", str(RunPlan(tiny(), EPOCH, left_out="3 too few")), re.MULTILINE)

@@ -425,6 +425,21 @@ def test_spellings_of_a_lexicon(tmp_path):
     assert {found.text for found in decoder.decode(of_path(["b", "a", "|"]), num_best=2)} == {"one", "two"}
 
 
+def test_words_of_a_lexicon_that_look_alike(tmp_path):
+    text = "\u200eab\ufe0f\nbe\u0301\na\tbe\u0301 \u2060a\n"
+    (tmp_path / "lexicon.txt").write_text(text, encoding="utf-8")
+    labels = ["a", "<pad>", "bé", "|", "<unk>", "b"]
+    decoder = BeamSearchDecoder(labels, options=DecodingOptions(lexicon=str(tmp_path / "lexicon.txt")), **NAMED)
+
+    def read(*path):
+        frames = np.full((2 * len(path), len(labels)), 0.02, dtype=np.float32)
+        spoken = [labels.index(label) for name in path for label in (name, "<pad>")]
+        frames[np.arange(len(spoken)), spoken] = 0.9
+        return decoder.decode(np.log(frames))[0].text
+
+    assert [read("a", "b"), read("bé"), read("bé", "a")] == ["ab", "bé", "a"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -513,6 +528,32 @@ def test_compressed_language_model(tmp_path, word_model):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_byte_order_marks_of_lexicons_and_language_models(tmp_path, word_model, pack):
+    marked = tmp_path / "marked"
+    marked.write_bytes(pack("\ufeffab\ta b\r\nba\tb a\r\n".encode()))
+    assert read_lexicon(marked) == [("ab", ["a", "b"]), ("ba", ["b", "a"])]
+    log_probs, found = emissions(9), []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        with open(word_model, "rb") as file:
+            marked.write_bytes(pack(mark + file.read()))
+        assert sorted(read_lexicon(marked)) == sorted(read_lexicon(word_model))
+        options = DecodingOptions(str(marked), word_model)
+        found.append(BeamSearchDecoder(LABELS, options=options, **NAMED).decode(log_probs))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_other_encodings_of_lexicons_and_language_models_raise(tmp_path, encoding):
+    model = write_arpa(tmp_path / "lm.arpa", ["ab é"])
+    model.write_bytes(model.read_text(encoding="utf-8").encode(encoding))
+    with pytest.raises(ValueError, match=r"lm\.arpa is not a language model: .*lm\.arpa.* is not UTF-8"):
+        BeamSearchDecoder(LABELS, words=WORDS, options=DecodingOptions(str(model)), **NAMED)
+    (tmp_path / "lexicon.txt").write_bytes("ab\né\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"lexicon\.txt.* is not UTF-8"):
+        read_lexicon(tmp_path / "lexicon.txt")
+
+
 def test_language_model_that_does_not_fit_raises(tmp_path, word_model, label_model, caplog):
     upper = str(write_arpa(tmp_path / "upper.arpa", [sentence.upper() for sentence in SENTENCES]))
     with pytest.raises(ValueError, match=r"knows 0 of the 4 words .* \(0%\), and not a, ab, ba, abb\. .* upper case"):
@@ -542,6 +583,8 @@ def test_options_survive_saving_and_moving(tmp_path, word_model):
     found = BeamSearchDecoder(LABELS, options=moved, **NAMED).decode(of_path(["a", "b"]))
     assert found[0].text == "ab"
     assert DecodingOptions.load(DecodingOptions().save(tmp_path / "plain.json")) == DecodingOptions()
+    (tmp_path / "marked.json").write_text("\ufeff{}", encoding="utf-8")
+    assert DecodingOptions.load(tmp_path / "marked.json") == DecodingOptions()
 
 
 @pytest.mark.parametrize(
@@ -553,8 +596,11 @@ def test_options_survive_saving_and_moving(tmp_path, word_model):
         ('{"lm_wieght": 1}', "lm_wieght is not a known option. The nearest is lm_weight"),
         ('{"beam_size": 0}', "beam_size=0 is out of range: it must be at least 1"),
         ('{"beam_size": "wide"}', r"decoding\.json: "),
+        ('{"lexicon": 5}', r"decoding\.json: "),
+        ('{"beam_size": 2, "beam_size": 3}', r"decoding\.json: an object has the key 'beam_size' twice"),
+        ("[" * 200_000, r"decoding\.json: its brackets are nested too deeply"),
     ],
-    ids=["missing", "not-json", "list", "unknown", "out-of-range", "type"],
+    ids=["missing", "not-json", "list", "unknown", "out-of-range", "type", "path", "twice", "deep"],
 )
 def test_invalid_files_of_options_raise(tmp_path, content, message):
     if content is not None:

@@ -50,6 +50,24 @@ def test_edits_equal_a_plain_dynamic_programme():
     assert report.cer == sum(map(edits, references, predictions)) / characters
 
 
+@pytest.mark.parametrize(
+    ("reference", "prediction"),
+    [
+        ("é a", "e\u0301 a"),
+        ("\u200fשלום עולם\u200e", "שלום עולם"),
+        ("\ufeffone two", "one\u200b t\u00adwo\u2060"),
+        ("می\u200cروم", "می\u200c\u200eروم"),
+        ("สวัสดี\u200bครับ", "สวัสดี ครับ"),
+        ("a b", "a \u00a0 b"),
+    ],
+)
+def test_texts_that_look_alike_have_no_errors(reference, prediction):
+    for pair in ((reference, prediction), (prediction, reference)):
+        report = score([pair[0]], [pair[1]])
+        assert (report.wer, report.cer) == (0.0, 0.0)
+    assert score(["می\u200cروم"], ["میروم"]).wer == 1.0  # they do not look alike
+
+
 def test_empty_texts():
     report = score(["", "a b", ""], ["oh no", "", ""], ["x", "y", "z"])
     assert [(row.id, row.word_errors, row.character_errors) for row in report.utterances] == [

@@ -1,12 +1,13 @@
 """Transcripts as text, JSON, SubRip and WebVTT: where captions are cut, and the exact content of files."""
 
 import json
+import unicodedata
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from dinosr_hf.recognition import FORMATS, Transcript, captions, output_path
+from dinosr_hf.recognition import FORMATS, Transcript, captions
 from dinosr_hf.recognition.decoding import TimedWord
 
 
@@ -106,6 +107,68 @@ def test_text_and_json():
     assert "é" in text
 
 
+JAPANESE = "今日は天気が良いので公園へ散歩に行きましょう" * 4 + "とてもカード"
+THAI = "ประเทศไทยเป็นประเทศที่ตั้งอยู่ในทวีปเอเชียตะวันออกเฉียงใต้" * 3
+KHMER = "ប្រទេសកម្ពុជាជាប្រទេសមួយនៅអាស៊ីអាគ្នេយ៍" * 4
+TEXTS = {
+    "Japanese": JAPANESE,
+    "Chinese": "中文没有空格" * 20,
+    "Thai": THAI,
+    "Khmer": KHMER,
+    "Burmese": "မြန်မာဘာသာစကား" * 9,
+    "Korean": "한국어는" * 20,
+    "combining marks": "カ\u309a" * 60,
+    "no spaces at all": "x" * 200,
+    "mixed": "好Ω" * 50,
+}
+LIMITS = [{}, {"max_characters": 13}, {"max_seconds": 2.5}, {"max_lines": 1, "max_characters": 20}]
+
+
+def columns(text):
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_without_spaces_is_cut(name, limits):
+    found = captions([TimedWord(TEXTS[name], 1.0, 24.0)], **limits)
+    lines = [line for caption in found for line in caption.lines]
+    assert "".join(lines) == TEXTS[name]
+    allowed = {"max_characters": 42, "max_lines": 2, "max_seconds": 7.0, **limits}
+    assert all(len(caption.lines) <= allowed["max_lines"] for caption in found)
+    assert all(columns(line) <= allowed["max_characters"] for line in lines)
+    assert all(caption.end - caption.start <= allowed["max_seconds"] + 1e-9 for caption in found)
+    assert found[0].start == 1.0 and found[-1].end == 24.0
+    assert all(left.end == right.start for left, right in pairwise(found))
+    assert not any(unicodedata.category(line[0]).startswith("M") for line in lines)
+    assert not any(line[0] in "ーょぁ" or line[-1] in "เแโใไ\u17d2" for line in lines)
+
+
+def test_parts_of_a_text_without_spaces_have_their_times():
+    found = captions([TimedWord("あいうえお" * 4, 0.0, 20.0)], max_seconds=5)
+    assert found == [(["あいうえお"], start, start + 5.0) for start in (0.0, 5.0, 10.0, 15.0)]
+    # Words before and after it share its first and last subtitles.
+    words = [TimedWord("yes", 0.0, 1.0), TimedWord("漢字" * 20, 1.0, 9.0), TimedWord("no", 9.0, 10.0)]
+    found = captions(words)
+    assert [caption.lines for caption in found] == [["yes", "漢字" * 10], ["漢字" * 10, "no"]]
+    assert [(caption.start, caption.end) for caption in found] == [(0.0, 5.0), (5.0, 10.0)]
+
+
+def test_a_text_without_spaces_that_fits_is_not_cut():
+    words = [TimedWord("今日は", 0.0, 1.0), TimedWord("ประเทศไทย", 1.1, 2.0)]
+    assert captions(words) == [(["今日は ประเทศไทย"], 0.0, 2.0)]
+
+
+@pytest.mark.parametrize("suffix", ["srt", "vtt"])
+def test_files_of_a_text_without_spaces(suffix):
+    text = FORMATS[suffix](transcript(TimedWord(JAPANESE, 0.0, 23.0)))
+    rows = [line for line in text.splitlines() if line and not line.isdecimal() and line != "WEBVTT"]
+    times, lines = ([row for row in rows if (" --> " in row) == is_time] for is_time in (True, False))
+    assert len(times) == 4 and len(lines) == 8
+    assert "".join(lines) == JAPANESE and max(map(len, lines)) <= 21
+    assert times[0].startswith("00:00:00") and times[-1].replace(",", ".").endswith("00:00:23.000")
+
+
 def test_empty_transcript():
     contents = {suffix: FORMATS[suffix](transcript()) for suffix in ("txt", "srt", "vtt")}
     assert contents == {"txt": "\n", "srt": "", "vtt": "WEBVTT\n"}
@@ -115,17 +178,3 @@ def test_empty_transcript():
 def test_invalid_numbers_raise(name):
     with pytest.raises(ValueError, match=f"{name}=0 is out of range: it must be more than 0"):
         captions(words_of("a"), **{name: 0})
-
-
-@pytest.mark.parametrize(
-    ("recording", "expected"),
-    [("a.wav", "a.srt"), ("deep/a.b.MP3", "deep/a.b.srt"), ("7", "7.srt"), ("v1.5", "v1.5.srt")],
-)
-def test_output_paths(tmp_path, recording, expected):
-    assert output_path(tmp_path, recording, "srt") == tmp_path / expected
-
-
-@pytest.mark.parametrize("recording", ["../a.wav", "/a.wav", "", "b/../../a.wav"])
-def test_output_paths_stay_in_the_folder(tmp_path, recording):
-    with pytest.raises(ValueError, match="leads out of"):
-        output_path(tmp_path, recording, "srt")

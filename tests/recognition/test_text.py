@@ -61,6 +61,23 @@ def frames_of(labels, blank=0, repeats=2):
         ("\tone\n two\u00a0three ", {}, "one two three"),
         ("...", {}, ""),
         ("  AH0  B\tt̪ʰ | ", {"units": "phonemes"}, "AH0 B t̪ʰ |"),
+        ("\ufeffa\u0303 ʰ\u200e \u200b ½", {"units": "phonemes"}, "ã ʰ ½"),  # NFC, not NFKC
+        ("\u200fהלו\u200e co\u00adop\u2060s \ufeff!", {}, "הלו coops"),
+        ("می\u200cروم؟ کتاب\u200c", {}, "می\u200cروم کتاب"),
+        ("สวัสดี\u200bครับ", {}, "สวัสดี ครับ"),
+        (
+            "hi 👋🏽 👨\u200d👩\u200d👧 ❤\ufe0f 1\ufe0f\u20e3 ℹ\ufe0f ™\ufe0f 🈚 🏴\U000e0067\U000e007f ok",
+            {},
+            "hi 1 ok",
+        ),
+        ("naïve nai\u0308ve", {"case": "keep"}, "naïve naïve"),
+        ("A\u200eB\ufe0f", {"case": "keep"}, "AB"),
+        ("co\u00adop\u200e", {"keep": "'\u00ad"}, "co\u00adop"),
+        ("ΐ", {"case": "upper"}, "Ϊ\u0301"),
+        ("İSTANBUL ISPARTA ılık i\u0307zmir", {}, "istanbul isparta ılık izmir"),
+        ("İSTANBUL I\u0307zmir ISPARTA ılık i\u0307yi", {"case": "lower_turkic"}, "istanbul izmir ısparta ılık iyi"),
+        ("İstanbul Isparta i\u0307zmir", {"case": "keep"}, "İstanbul Isparta izmir"),
+        ("i\u0307\u0301", {}, "i\u0307\u0301"),  # Lithuanian
     ],
 )
 def test_normalisation(text, settings, wanted):
@@ -213,6 +230,24 @@ def test_texts_of_equal_naive_text():
 @pytest.mark.parametrize(("labels", "needed"), [([], 0), ([5], 1), ([5, 6, 5], 3), ([5, 5], 3), ([5, 5, 5, 6, 6], 8)])
 def test_frames_needed(labels, needed):
     assert frames_needed(np.array(labels, dtype=np.int64)) == needed
+
+
+def test_transcripts_that_look_alike_have_the_same_labels():
+    plain = recognition("می\u200cروم é", "oh no")
+    marked = recognition("\u200fمی\u200c\u200cروم\u200e e\u0301", "\ufeffoh\u2060 \u200bno")
+    assert marked.processor.tokenizer.get_vocab() == plain.processor.tokenizer.get_vocab()
+    (wanted,), (found,) = (plain.targets(labelled(text)) for text in ("oh no", "o\u200eh n\ufe0fo"))
+    assert wanted.tolist() == found.tolist() != []
+
+
+def test_a_vocabulary_of_decomposed_phones_stays_usable(tmp_path):
+    make_processor(build_vocabulary(["a\u0303 t b\u200e"], "phonemes"), "phonemes").save_pretrained(tmp_path)
+    TextNormalization("phonemes").save(tmp_path)
+    task = recognition("x", processor=str(tmp_path))
+    source = labelled("ã t", "a\u0303 b")
+    targets = task.targets(source)
+    assert [len(target) for target in targets] == [2, 2]
+    assert task.report(source, [frames_of(target) for target in targets], tmp_path, "test") == {"wer": 0.0, "cer": 0.0}
 
 
 def test_utterances_excluded_from_training():

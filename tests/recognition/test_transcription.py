@@ -1,7 +1,10 @@
 """Transcription of recordings of any length: windows, pauses, batches, unreadable files, the script."""
 
 import importlib.util
+import io
 import json
+import shutil
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -334,6 +337,21 @@ def test_script_writes_files(main, recogniser, recordings, tmp_path, capsys):
     main([*command, "--overwrite"])
 
 
+def test_script_says_what_it_leaves_out(main, recogniser, recordings, capsys, caplog):
+    for name in ("talk.m4a", "more.m4a", "call.amr"):
+        (recordings / name).write_bytes(b"\0\0\0\x20ftypM4A " if name.endswith("4a") else b"#!AMR\n")
+    sf.write(recordings / "apple.aiff", noise(1_000), 16_000)
+    (recordings / "._a.wav").write_bytes(b"\0\5")
+    reasons = r"\(1 unsupported \.amr, 2 unsupported \.m4a\)"
+    with pytest.raises(SystemExit, match=rf"^transcribe\.py: 3 recordings could not be .* skipped {reasons}\.$"):
+        main([str(recogniser), str(recordings)])
+    names = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["a.wav", "apple.aiff", "b.wav", "long.wav", "short.wav"]
+    assert "ffmpeg -i call.amr call.flac" in caplog.text
+    with pytest.raises(SystemExit, match=r"^transcribe\.py: .*talk\.m4a cannot be .* ffmpeg -i talk\.m4a talk\.flac$"):
+        main([str(recogniser), str(recordings / "talk.m4a")])
+
+
 def test_script_reports_errors(main, recogniser, recordings, tmp_path):
     (recordings / "bad.wav").write_text("no audio")
     with pytest.raises(SystemExit, match=r"transcribe.py: 1 recordings could not be read"):
@@ -345,3 +363,111 @@ def test_script_reports_errors(main, recogniser, recordings, tmp_path):
         main([str(recogniser), str(recordings), "--output_dir", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match=r"^transcribe.py: \S+pretrained has no tokenizer: vocab\.json"):
         main([str(recogniser.parent / "pretrained"), str(recordings)])
+
+
+LATIN = "caf\udce9.wav"  # a name in Latin-1, as old zips have it
+
+
+def test_script_writes_names_that_are_not_utf8(main, recogniser, recordings, tmp_path, capsys):
+    (recordings / "b.wav").rename(recordings / LATIN)
+    (recordings / "a.wav").rename(recordings / "a\nb\tc.wav")
+    main([str(recogniser), str(recordings)])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in lines] == [r"a\nb\tc.wav", r"caf\xe9.wav", "long.wav", "short.wav"]
+    for form in ("txt", "json", "srt", "vtt"):
+        out = tmp_path / form
+        main([str(recogniser), str(recordings), "--format", form, "--output_dir", str(out)])
+        names = [rf"a\nb\tc.{form}", rf"caf\xe9.{form}", f"long.{form}", f"short.{form}"]
+        assert sorted(path.name for path in out.iterdir()) == names
+    found = json.loads((tmp_path / "json" / r"caf\xe9.json").read_text("utf-8"))
+    assert (found["id"], found["text"]) == (r"caf\xe9.wav", lines[1][1])
+
+
+def write_table(path, names):
+    path.write_text("".join(json.dumps({"audio_filepath": str(name)}) + "\n" for name in names))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
+def test_script_writes_below_the_folder_whatever_the_paths_of_a_manifest(
+    main, recogniser, recordings, tmp_path, kind, caplog
+):
+    (tmp_path / "lists").mkdir()
+    table = tmp_path / "lists" / f"all.{kind}"
+    paths = [str(recordings / "a.wav"), "../recordings/b.wav"]
+    if kind == "jsonl":  # as NeMo writes them
+        write_table(table, paths)
+    else:
+        lines = {"csv": ["path", *paths], "tsv": [".", *(f"{path}\t{LENGTHS[path[-5]]}" for path in paths)]}
+        table.write_text("\n".join([*lines[kind], ""]))
+    out = tmp_path / "out"
+    main([str(recogniser), str(table), "--output_dir", str(out)])
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*.txt")}
+    assert written == {f"{str(recordings)[1:]}/a.txt", "_up/recordings/b.txt"}
+    assert "2 of 2 recordings have names that are no possible names below" in caplog.text
+
+
+def test_script_checks_names_before_it_loads_the_model(main, recordings, tmp_path):
+    sf.write(recordings / "a.flac", noise(1_000), 16_000)
+    (recordings / "b.txt").mkdir()
+    sf.write(recordings / "b.txt" / "x.wav", noise(1_000), 16_000)
+    out = str(tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"^transcribe\.py: a\.flac, a\.wav would all be written to \S+/a\.txt\. Re"):
+        main(["no model", str(recordings), "--output_dir", out])
+    (recordings / "a.flac").unlink()
+    with pytest.raises(
+        SystemExit, match=r"^transcribe\.py: b\.wav would be written to \S+/b\.txt, which is the folder"
+    ):
+        main(["no model", str(recordings), "--output_dir", out])
+    with pytest.raises(SystemExit, match=r"^transcribe\.py: b\.wav would be written to \S+/b\.txt, which is a folder"):
+        main(["no model", str(recordings / "b.wav"), "--output_dir", str(recordings), "--overwrite"])
+
+
+def test_script_shortens_names_that_are_too_long(main, recogniser, recordings, tmp_path, caplog):
+    long = "x" * 251
+    (recordings / "b.wav").rename(recordings / f"{long}.wav")
+    out = tmp_path / "out"
+    main([str(recogniser), str(recordings / f"{long}.wav"), "--output_dir", str(out), "--format", "json"])
+    main([str(recogniser), str(recordings / f"{long}.wav"), "--output_dir", str(out)])
+    text, found = sorted(out.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert text.name == f"{long}.txt" and found.name.startswith(long[:200]) and len(found.name) == 255
+    assert json.loads(found.read_text())["id"] == f"{long}.wav"
+    assert "1 of 1 recordings have names that are no possible names" in caplog.text
+
+
+@pytest.fixture
+def foreign(recogniser, tmp_path):
+    """A recogniser whose letters an ASCII terminal cannot show."""
+    folder = shutil.copytree(recogniser, tmp_path / "foreign")
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    letters = dict(zip("ABCD", "é日😀ß", strict=True))
+    vocabulary = {letters.get(label, label): number for label, number in vocabulary.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    return folder
+
+
+def ascii_stdout(monkeypatch):
+    """Replace stdout as PYTHONIOENCODING=ascii does, and return what is written to it."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    return written
+
+
+@pytest.mark.parametrize("form", ["txt", "json"])
+def test_terminal_that_cannot_show_a_transcript(main, foreign, recordings, monkeypatch, form):
+    (recordings / "b.wav").rename(recordings / "日.wav")
+    arguments = [str(foreign), str(recordings / "日.wav"), str(recordings / "a.wav"), "--format", form]
+    expected = {
+        found.id: found.text for found in Transcriber.from_folder(foreign).transcribe(open_recordings([recordings]))
+    }
+    assert set("é日😀ß") & set(expected["日.wav"])
+    written = ascii_stdout(monkeypatch)
+    main(arguments)
+    text = written.getvalue().decode("ascii")
+    if form == "txt":
+        rows = (line.split("\t") for line in text.splitlines())
+        found = {json.loads(f'"{name}"'): json.loads(f'"{said}"') for name, said in rows}
+    else:
+        parts = text.replace("}\n{", "}\0{").split("\0")
+        found = {row["id"]: row["text"] for row in map(json.loads, parts)}
+    assert found == {name: expected[name] for name in ("a.wav", "日.wav")}

@@ -265,6 +265,21 @@ def test_unreadable_recordings_are_listed(script, model_folder, tmp_path, capsys
     assert list(json.loads((tmp_path / "units" / "summary.json").read_text())["left_out"]) == ["worse.wav"]
 
 
+@pytest.mark.parametrize("features", [[], ["--features", "npy"]], ids=["units", "features"])
+def test_audio_that_cannot_be_read_is_listed_by_kind(script, model_folder, tmp_path, capsys, features):
+    folder, out = tmp_path / "corpus [v2]", tmp_path / "units [v2]"
+    folder.mkdir()
+    sf.write(folder / "good.aiff", noise(900), 16_000)
+    (folder / "talk.m4a").write_bytes(b"\0\0\0\x20ftypM4A ")
+    (folder / "._good.aiff").write_bytes(b"hidden")
+    words = [str(model_folder), str(folder), "--layers", "2", "--device", "cpu", "--output_dir", str(out)]
+    script.main([*words, *features])
+    assert "extract_units.py: 1 recordings could not be read" in capsys.readouterr().err
+    if not features:
+        assert json.loads((out / "summary.json").read_text())["left_out"] == {"talk.m4a": "unsupported .m4a"}
+        assert load_units(out)["id"] == ["good.aiff"]
+
+
 def test_the_script_writes_features(script, command, tmp_path, capsys):
     script.main([*command, "--features", "npy", "--layers", "1", "3"])
     assert f"{NUM_RECORDINGS} recordings, with 2 file(s) each, in {tmp_path / 'units'}" in capsys.readouterr().out
@@ -323,3 +338,63 @@ def test_invalid_arguments_raise(script, command, tmp_path):
         script.main([*command, "--features", "npy", "--deduplicate"])
     with pytest.raises(SystemExit, match=r"extract_units.py: layer=1 has no codebook"):
         script.main([*command, "--layers", "1"])
+
+
+def test_ids_that_repeat_are_all_written(script, command, folder, tmp_path):
+    """Ids `a, a, a#2, b`: four rows, once, also in a folder that is continued, and four files of features."""
+    table = tmp_path / "t.csv"
+    rows = [f"{folder}/{number:02}.wav,{name}" for number, name in enumerate(["a", "a", "a#2", "b"])]
+    table.write_text("\n".join(["path,id", *rows, ""]))
+    words = [command[0], str(table), *command[2:]]
+    script.main(words)
+    out = tmp_path / "units"
+    assert set(rows_of(out)) == {"a", "a#2", "a#3", "b"}
+    shards_of(out)[-1].unlink()  # as if killed before it
+    script.main(words)
+    found = rows_of(out)
+    alone = {path: row["units"] for path, row in expected_units(command, folder, tmp_path).items()}
+    assert {name: found[name]["units"] for name in ("a", "a#3", "a#2", "b")} == {
+        name: alone[f"{number:02}.wav"] for number, name in enumerate(["a", "a#3", "a#2", "b"])
+    }
+    script.main([*words, "--features", "npy", "--output_dir", str(tmp_path / "features")])
+    names = {path.name for path in (tmp_path / "features").rglob("*.npy")}
+    assert names == {"a.npy", "a#2.npy", "a#3.npy", "b.npy"}
+
+
+def expected_units(command, folder, tmp_path):
+    """Return the rows of the whole folder, by file."""
+    load_script(SCRIPT).main([command[0], str(folder), *command[2:], "--output_dir", str(tmp_path / "whole")])
+    return rows_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_names_that_are_not_utf8_are_escaped(script, command, folder, tmp_path, form):
+    speech = tmp_path / "speech"
+    speech.mkdir()
+    for number, name in enumerate(["caf\udce9.wav", "a\nb.wav", "plain.wav", "bad\udcff.wav"]):
+        (speech / name).write_bytes((folder / f"{number:02}.wav").read_bytes() if number < 3 else b"no audio")
+    words = [command[0], str(speech), *command[2:], "--format", form]
+    script.main(words)
+    before = {path: path.stat().st_mtime_ns for path in shards_of(tmp_path / "units")}
+    ids = {r"caf\xe9.wav", r"a\nb.wav", "plain.wav"}
+    assert set(load_units(tmp_path / "units")["id"]) == ids and len(load_units(tmp_path / "units")) == 3
+    script.main(words)  # nothing to do
+    assert {path: path.stat().st_mtime_ns for path in shards_of(tmp_path / "units")} == before
+    summary = json.loads((tmp_path / "units" / "summary.json").read_text("utf-8"))
+    assert summary["num_recordings"] == 3 and list(summary["left_out"]) == [r"bad\xff.wav"]
+    script.main([*command[:1], str(speech), *command[2:], "--features", "npy", "--output_dir", str(tmp_path / "f")])
+    names = {path.name for path in (tmp_path / "f" / "layer-2").iterdir()}
+    assert names == {r"caf\xe9.npy", r"a\nb.npy", "plain.npy"}
+
+
+def test_features_of_absolute_paths_stay_in_the_folder(script, command, folder, tmp_path, caplog):
+    (tmp_path / "lists").mkdir()
+    table = tmp_path / "lists" / "t.jsonl"
+    paths = [str(folder / "00.wav"), os.path.relpath(folder / "01.wav", table.parent)]
+    table.write_text("".join(json.dumps({"audio_filepath": path}) + "\n" for path in paths))
+    script.main([command[0], str(table), *command[2:], "--features", "npy", "--layers", "1", "2"])
+    out = tmp_path / "units"
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*.npy")}
+    up = paths[1].removesuffix(".wav").replace("..", "_up")
+    assert found == {f"layer-{layer}/{name}.npy" for layer in (1, 2) for name in (f"{folder}/00"[1:], up)}
+    assert caplog.text.count("2 of 2 recordings have names that are no possible names below") == 1

@@ -1,5 +1,6 @@
 """Extraction of units and features: windows, normalisation, k-means, feature files, unreadable recordings."""
 
+import json
 import sys
 
 import numpy as np
@@ -232,7 +233,7 @@ def test_invalid_feature_files_raise(model, recordings, tmp_path):
         FeatureFiles(tmp_path, UnitExtractor(model, layers=[3], source="anchor"), recordings)
     for suffix in ("wav", "flac"):
         sf.write(tmp_path / f"same.{suffix}", noise(500), 16_000)
-    with pytest.raises(ValueError, match=r"2 recordings would all be written to .*same.npy"):
+    with pytest.raises(ValueError, match=r"same\.flac, same\.wav would all be written to .*same\.npy"):
         FeatureFiles(tmp_path, extractor, open_recordings([tmp_path]))
 
 
@@ -270,3 +271,37 @@ def test_invalid_arguments_raise(model, recordings):
         UnitExtractor(model, layers=[2], source="both")
     with pytest.raises(ValueError, match=r"window_seconds=1.* must be more than twice context_seconds="):
         UnitExtractor(model, layers=[2], window_seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("centroids", "about", "message"),
+    [
+        (np.zeros(4), {}, r"its centroids have shape \(4,\); expected \(clusters, hidden size\)"),
+        (np.zeros((0, 4)), {}, r"its centroids have shape \(0, 4\)"),
+        (np.full((2, 4), np.nan), {}, "its centroids are not all finite: fit them again"),
+        (np.zeros((2, 4)), {"layer": 0}, "it has layer=0, .*expected a number from 1"),
+        (np.zeros((2, 4)), {"layer": "5"}, "it has layer='5'"),
+        (np.zeros((2, 4)), {"source": "anchor"}, "source='anchor' .*student or teacher"),
+        (np.zeros((2, 4)), {"is_normalized": 1}, "is_normalized=1; expected .* true or false"),
+        (np.zeros((2, 4)), {"colour": 1}, "unexpected keyword argument 'colour'"),
+    ],
+)
+def test_centroids_that_are_none_are_refused(tmp_path, centroids, about, message):
+    metadata = {"kmeans": json.dumps({"layer": 2, "source": "student", "is_normalized": False, **about})}
+    file = tmp_path / "kmeans.safetensors"
+    save_file({"centroids": centroids.astype(np.float32)}, file, metadata=metadata)
+    with pytest.raises(
+        ValueError, match=rf"^{file} is not a k-means file: .*{message}.*examples/fit_kmeans\.py wrote\.$"
+    ):
+        LayerKMeans.load(file)
+
+
+@pytest.mark.parametrize("num_lost", [10, 10_000])
+def test_a_cut_kmeans_file_is_named(tmp_path, num_lost):
+    file = LayerKMeans(np.zeros((2, 4), np.float32), 2, "student").save(tmp_path / "kmeans.safetensors")
+    assert LayerKMeans.load(file).layer == 2
+    file.write_bytes(file.read_bytes()[: max(3, file.stat().st_size - num_lost)])
+    with pytest.raises(
+        ValueError, match=rf"^{file} .*bytes.* Download it again\. Give a file that examples/fit_kmeans"
+    ):
+        LayerKMeans.load(file)

@@ -1,7 +1,11 @@
 """Arguments from a file and flags over it, beside the tests of pre-training's arguments."""
 
+import ast
+import io
+import json
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -145,3 +149,41 @@ def test_a_script_hides_the_bar_of_loading_weights_but_not_of_downloads(are_show
         assert are_progress_bars_disabled() != are_shown
     finally:
         enable_progress_bars()
+
+
+def test_a_script_prints_what_the_terminal_cannot_show(monkeypatch):
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    text = "é 日 😀 \udcff"
+    with pytest.raises(UnicodeEncodeError):
+        print(text)
+    with command("say.py"):
+        print(text)
+        print(json.dumps({"text": text}, ensure_ascii=False), file=sys.stderr)
+    print(text)  # after the command, too
+    for stream in streams.values():
+        stream.flush()
+    shown, errors = (stream.buffer.getvalue().decode("ascii").splitlines() for stream in streams.values())
+    assert shown == [r"\u00e9 \u65e5 \ud83d\ude00 \udcff"] * 2
+    assert json.loads(errors[0]) == {"text": text}
+
+
+def test_a_terminal_that_shows_everything_is_left_as_it_is(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with command("say.py"):
+        print("é 日 😀")
+    stream.flush()
+    assert stream.buffer.getvalue().decode("utf-8") == "é 日 😀\n"
+
+
+SCRIPTS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_all_scripts_run_as_a_command(script):
+    source = script.read_text(encoding="utf-8")
+    assert source.count("with command(__file__") == 1
+    help_text = ast.get_docstring(ast.parse(source))
+    assert help_text.isascii()  # --help is printed before

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
 from dinosr_hf.data import SAMPLING_RATE
-from dinosr_hf.utils.model_folder import feature_extractor, open_config, save_folder
+from dinosr_hf.utils.model_folder import feature_extractor, open_config, open_weights, save_folder
 from hub_server import hub_server
 from tiny import tiny_config
 
@@ -113,3 +113,52 @@ def test_saving_leaves_progress_bars_as_they_were(model, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
     save_folder(model, tmp_path / "model")
     assert while_saving == [False] and transformers_logging.is_progress_bar_enabled()
+
+
+def test_all_weights_are_loaded(model, tmp_path):
+    save_folder(model, tmp_path)
+    loaded = open_weights(DinoSRForPreTraining, tmp_path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_that_would_be_random_are_refused_but_for_those_that_may_be(model, tmp_path, caplog):
+    save_folder(model, tmp_path)
+    with pytest.raises(ValueError, match=rf"^{tmp_path} lacks 2 weights of a DinoSRForCTC, .* lm_head\.bias\. It is"):
+        open_weights(DinoSRForCTC, tmp_path)
+    assert isinstance(open_weights(DinoSRForCTC, tmp_path, may_lack=r"lm_head\."), DinoSRForCTC)
+    DinoSRForCTC(tiny_config(vocab_size=9)).save_pretrained(tmp_path)
+    options = {"ignore_mismatched_sizes": True, "vocab_size": 8}
+    with pytest.raises(ValueError, match="lacks 2 weights of a DinoSRForCTC, or has them in another shape"):
+        open_weights(DinoSRForCTC, tmp_path, **options)
+    assert open_weights(DinoSRForCTC, tmp_path, may_lack=r"lm_head\.", **options).config.vocab_size == 8
+    assert "has lm_head.bias, lm_head.weight in another shape: they start anew, at random." in caplog.text
+
+
+def test_a_configuration_of_another_model_takes_no_memory(model, tmp_path, monkeypatch):
+    save_folder(model, tmp_path)
+    tiny_config(num_hidden_layers=900).save_pretrained(tmp_path)
+    monkeypatch.setattr(DinoSRForPreTraining, "from_pretrained", lambda *_, **__: pytest.fail("memory is taken"))
+    message = r"config\.json describes an encoder of [\d,]+ weights, but the folder's files have [\d,]+: they are of"
+    with pytest.raises(ValueError, match=message):
+        open_weights(DinoSRForPreTraining, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "config.json is not valid JSON"),
+        ("[]", "cannot be opened"),
+        ("5", "cannot be opened"),
+        ('{"model_type": "dinosr", "hidden_size": "wide"}', "Field 'hidden_size' expected int, got str"),
+        ('{"model_type": "dinosr", "id2label": 5}', "cannot be opened"),
+        ('{"model_type": "dinosr", "dtype": "float33"}', "cannot be opened: .*float33"),
+        ('{"model_type": "dinosr", "layer_norm_eps": NaN}', "layer_norm_eps=nan is out of range"),
+        ('{"model_type": "dinosr", "num_labels": 1000000000}', "num_labels=1000000000 is out of range"),
+    ],
+    ids=["nested", "list", "number", "text for a number", "no labels", "no dtype", "NaN", "many labels"],
+)
+def test_a_configuration_that_is_none_is_one_line(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        open_config(tmp_path)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)

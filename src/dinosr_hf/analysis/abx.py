@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..data import SAMPLING_RATE, SpeechSource
-from ..inference.windowed import output_path
+from ..data.output_names import output_path
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.extras import import_extra
 from .alignment import SILENCE, label_segments
@@ -103,8 +103,15 @@ def items_text(items: Iterable[Item]) -> str:
 def write_unit_files(
     units: Iterable[tuple[str, NDArray[np.integer]]], folder: str | Path, layers: Sequence[int]
 ) -> None:
-    """Write ids and codes (L, T) of recordings as `units.FeatureFiles` does: `layer-5/id.npy`, int64 (T, 1)."""
+    """
+    Write ids and codes (L, T) of recordings as `units.FeatureFiles` does: `layer-5/id.npy`, int64 (T, 1).
+
+    Raises `ValueError` if two recordings have the same file.
+    """
+    owners: dict[Path, str] = {}
     for name, codes in units:
+        if (other := owners.setdefault(output_path("", name, "npy"), name)) != name:
+            raise ValueError(f"{other} and {name} would be written to the same file. Rename one of them.")
         for layer, row in zip(layers, codes, strict=True):
             file = output_path(Path(folder, f"layer-{layer}"), name, "npy")
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,9 @@ seconds; an interval contains its start and not its end. `T` frames of audio at 
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from operator import attrgetter
@@ -21,7 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data import SAMPLING_RATE
+from ..data.label_text import label_text
+from ..data.name_matching import match_names, without_suffix
 from ..utils.command_line import check_ranges
+from ..utils.visible_text import visible_text
+
+logger = logging.getLogger(__name__)
 
 STRIDE = 320
 FIELD = 400
@@ -60,7 +67,10 @@ def to_segment(item: Segment | tuple[str, float, float] | Mapping[str, Any]) -> 
         label, start, end = (item[key] for key in Segment._fields) if isinstance(item, Mapping) else item
     except KeyError as error:
         raise ValueError(f"A segment lacks {error}: it needs label, start and end. It is {item}.") from None
-    segment = Segment(str(label), float(start), float(end))
+    name = label_text(label, "The label of a segment")
+    if name is None:
+        raise ValueError(f"The segment {item} has no label. Write one for silence, or leave it out.")
+    segment = Segment(visible_text(name), float(start), float(end))
     if not (math.isfinite(segment.start) and segment.start <= segment.end < math.inf):
         raise ValueError(f"The segment {tuple(segment)} ends before it starts: times are seconds, start first.")
     return segment
@@ -173,32 +183,54 @@ def label_segments(
     return [*found, Segment(label, start, end)] if end > start else found
 
 
+def visible_labels(labels: Labels) -> Labels:
+    """Return labels without invisible characters, so that those that look alike are one."""
+    spelled = (
+        visible_text(item) if isinstance(item, str) else item._replace(label=visible_text(item.label))
+        for item in labels
+    )
+    return list(spelled)  # type: ignore[return-value]
+
+
 def label_name(recording: str, labels: Mapping[str, Labels]) -> str | None:
-    """Return the key of a recording's labels: its id, or its file name with or without suffix; None if it has none."""
-    file = recording.rpartition("/")[2]
-    stem, dot, suffix = file.rpartition(".")
-    name = stem if dot and suffix.isalnum() and not suffix.isdigit() else file
-    return next((known for known in (recording, file, name) if known in labels), None)
+    """Return the key of the labels of a recording whose neighbours are not known, or None if it has none."""
+    path, file = without_suffix(recording), recording.rpartition("/")[2]
+    return next((name for name in (recording, path, file, without_suffix(file)) if name in labels), None)
 
 
-def match_labels(ids: Sequence[str], labels: Mapping[str, Labels]) -> dict[str, str]:
+def match_labels(ids: Sequence[str], labels: Mapping[str, Labels], *, others: Iterable[str] = ()) -> dict[str, str]:
     """
     Find the labels of recordings by id (`84/84-121123.flac`), or by the name of the file with or without suffix.
 
-    Returns the key of each recording's labels, by the recording's id, for those that have labels. Raises `ValueError`
-    if no recording has labels, or two recordings have the same.
+    Names that are not ids count where they are unique, as `match_names` says; `others` are ids of further recordings
+    of the same data, among which they must be unique too. Returns the key of each recording's labels, by the
+    recording's id, for those that have labels, and warns of the rest. Raises `ValueError` if no recording has labels,
+    or the names do not tell whose they are.
     """
-    names = {recording: name for recording in ids if (name := label_name(recording, labels)) is not None}
-    if not names:
+    names, ambiguous = match_names([*ids, *others], labels)
+    owners, wanted = defaultdict[str, list[str]](list), set(ids)
+    for recording, name in names.items():
+        owners[name].append(recording)
+    for recording, options in ambiguous.items():
+        owners[options[0]].append(recording)
+        if len(options) > 1 and recording in wanted:
+            raise ValueError(
+                f"The labels of {options[0]!r} and of {options[1]!r} fit one recording, {recording!r}. Name the labels"
+                " by the recordings' ids."
+            )
+    for name, several in owners.items():
+        own = [recording for recording in several if recording in wanted]
+        if len(several) > 1 and own and (len(own) > 1 or own[0] in ambiguous):
+            raise ValueError(
+                f"The labels of {name!r} fit two recordings, {several[0]!r} and {several[1]!r}. Name the labels by the"
+                " recordings' ids."
+            )
+    found = {recording: names[recording] for recording in ids if recording in names}
+    if not found:
         raise ValueError(
             f"None of {len(ids):,} recordings has labels. They are named like {ids[0]!r}, the labels like"
             f" {next(iter(labels), 'nothing')!r}: both must have the same id, or the name of the file without suffix."
         )
-    owners: dict[str, str] = {}
-    for recording, name in names.items():
-        if (owner := owners.setdefault(name, recording)) != recording:
-            raise ValueError(
-                f"The labels of {name!r} fit two recordings, {owner!r} and {recording!r}. Name the labels by the"
-                " recordings' ids."
-            )
-    return names
+    if without := [recording for recording in ids if recording not in found]:
+        logger.warning(f"{len(without):,} of {len(ids):,} recordings have no labels, for example {without[0]}.")
+    return found

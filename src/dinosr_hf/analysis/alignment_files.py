@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections import Counter
+import codecs
+import math
+import re
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
+from ..data.finding import find_files
+from ..utils.command_line import argument_errors
 from ..utils.extras import import_extra
+from ..utils.names import printable_name
+from ..utils.text_files import check_regular_file, json_lines, read_text, text_lines
+from ..utils.visible_text import visible_text
 from .alignment import Labels, Segment, to_segment
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ctm", ".TextGrid")
 
 
-def _parse_line(line: str, tier: str) -> tuple[str, list[str] | list[Segment]]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error}. Give one object a line.") from None
-    name = row.get("name", row.get("id")) if isinstance(row, dict) else None
+# Number of tiers, and of the intervals or points of each, in the long and the short form of a TextGrid.
+_NUM_TIERS = re.compile(r"<exists>\s*(?:size\s*=)?\s*(\d+)")
+_NUM_ENTRIES = re.compile(
+    r'(?:^\s*(?:intervals|points)\s*:\s*size\s*=|^"(?:Interval|Text)Tier"\s*\n.*\n.*\n.*\n)\s*(\d+)', re.MULTILINE
+)
+
+
+def _parse_row(row: dict[str, Any], tier: str, place: str) -> tuple[str, list[str] | list[Segment]]:
+    name = row.get("name", row.get("id"))
     if not isinstance(name, str) or not isinstance(row.get(tier), list):
-        raise ValueError(f'must be an object with a string "name" (or "id") and a list "{tier}".')
+        raise ValueError(f'{place}, must be an object with a string "name" (or "id") and a list "{tier}".')
     kinds = {type(label) for label in row[tier]}
     if kinds <= {str}:
-        return name, row[tier]
+        return name, [*map(visible_text, row[tier])]
     if kinds != {dict}:
-        raise ValueError(f'must hold all strings or all objects with label, start and end in "{tier}".')
+        raise ValueError(f'{place}, must hold all strings or all objects with label, start and end in "{tier}".')
     try:
         return name, [to_segment(label) for label in row[tier]]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"has an invalid segment: {error}") from None
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{place}, has an invalid segment: {error}") from None
 
 
 def read_labels(path: str | Path, tier: str = "phones") -> dict[str, list[str] | list[Segment]]:
@@ -45,17 +54,12 @@ def read_labels(path: str | Path, tier: str = "phones") -> dict[str, list[str] |
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{path} is not a JSONL file: give .jsonl or .jsonl.gz, or other labels: .ctm or .TextGrid.")
     rows: dict[str, list[str] | list[Segment]] = {}
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                name, labels = _parse_line(line, tier)
-                if name in rows:
-                    raise ValueError(f"names {name!r} again, but each recording has one line.")
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}, {error}") from None
-            rows[name] = labels
+    for number, row in json_lines(path):
+        place = f"{path}, line {number}"
+        name, labels = _parse_row(row, tier, place)
+        if name in rows:
+            raise ValueError(f"{place}, names {name!r} again, but each recording has one line.")
+        rows[name] = labels
     return rows
 
 
@@ -68,25 +72,38 @@ def read_ctm(path: str | Path) -> dict[str, list[Segment]]:
     """
     rows: dict[str, list[Segment]] = {}
     channels: dict[str, str] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text_lines(path), start=1):
         words = line.split()
         if not words or words[0].startswith(";;"):
             continue
         place = f"{path}, line {number}"
         try:
             name, channel, start, duration, label = words[:5]
-            begin, length = float(start), float(duration)
+            begin, length, _ = float(start), float(duration), float(words[5] if len(words) > 5 else 1)
         except ValueError:
-            raise ValueError(f"{place}: {line[:80]!r} is not `recording channel start duration label`.") from None
-        if not (begin >= 0 and 0 <= length < float("inf")):
+            form = "`recording channel start duration label`, or that and a number"
+            raise ValueError(f"{place}: {line[:80]!r} is not {form}.") from None
+        if not (0 <= begin < math.inf and 0 <= length < math.inf):
             raise ValueError(f"{place}: start={start} and duration={duration} must be at least 0 seconds.")
         if channels.setdefault(name, channel) != channel:
             raise ValueError(
                 f"{place}: {name!r} has the channels {channels[name]} and {channel}, but only one can have labels."
                 " Name the recording of each channel differently."
             )
-        rows.setdefault(name, []).append(Segment(label, begin, begin + length))
+        if label := visible_text(label):
+            rows.setdefault(name, []).append(Segment(label, begin, begin + length))
     return {name: sorted(segments, key=attrgetter("start")) for name, segments in rows.items()}
+
+
+def _textgrid_text(path: str | Path) -> str:
+    check_regular_file(path)
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return read_text(path)
+    with argument_errors(f"{path} is not UTF-16, as it begins: "):  # Praat writes it where ASCII is not enough
+        text = Path(path).read_text(encoding="utf-16")
+    return text
 
 
 def read_textgrid(path: str | Path, tier: str = "phones") -> list[Segment]:
@@ -94,19 +111,30 @@ def read_textgrid(path: str | Path, tier: str = "phones") -> list[Segment]:
     Read an interval tier of a TextGrid, in Praat's long or short form, without intervals of empty text.
 
     The Montreal Forced Aligner writes the tiers "phones" and "words". Raises `ValueError` if the file is not a
-    TextGrid or has no such interval tier, and `ImportError` without praatio.
+    TextGrid, is cut short or has no such interval tier, and `ImportError` without praatio.
     """
-    textgrid = import_extra("praatio.textgrid", "analysis")
+    textgrid_io = import_extra("praatio.utilities.textgrid_io", "analysis")
     errors = import_extra("praatio.utilities.errors", "analysis")
+    text = _textgrid_text(path)
     try:
-        grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=False, reportingMode="error")
-    except (errors.PraatioException, ValueError, IndexError, UnicodeDecodeError) as error:
+        tiers = textgrid_io.parseTextgridStr(text, includeEmptyIntervals=True)["tiers"]
+        segments = {
+            one["name"]: [to_segment(entry[2:] + entry[:2]) for entry in one["entries"] if visible_text(entry[2])]
+            for one in reversed(tiers)
+            if one["class"] == "IntervalTier"
+        }
+    except (errors.PraatioException, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a TextGrid: {error}") from error
-    tiers = {one.name: one for one in reversed(grid.tiers) if isinstance(one, textgrid.IntervalTier)}
-    if tier not in tiers:
-        names = ", ".join(reversed(tiers)) or "none"
+    sizes, num_tiers = [int(size) for size in _NUM_ENTRIES.findall(text)], _NUM_TIERS.search(text)
+    counts = [len(one["entries"]) for one in tiers]
+    if (sizes and sizes != counts) or (num_tiers and int(num_tiers[1]) != len(tiers)):
+        raise ValueError(f"{path} is cut short or damaged: its tiers state {sizes} entries, but have {counts}.")
+    if tier not in segments:
+        names = ", ".join(reversed(segments)) or "none"
         raise ValueError(f"{path} has no interval tier {tier!r}; its interval tiers: {names}. Name one of them.")
-    return [Segment(entry.label, float(entry.start), float(entry.end)) for entry in tiers[tier].entries]
+    if [one["name"] for one in tiers].count(tier) > 1:
+        raise ValueError(f"{path} has several tiers {tier!r}. Rename or remove all but one.")
+    return segments[tier]
 
 
 def read_alignments(path: str | Path, *, tier: str = "phones") -> dict[str, Labels]:
@@ -115,7 +143,7 @@ def read_alignments(path: str | Path, *, tier: str = "phones") -> dict[str, Labe
 
     Args:
         path: Path to a `.jsonl` or `.jsonl.gz` file (`read_labels`), a `.ctm` file, a `.TextGrid`, or a folder of
-            TextGrids, searched recursively, each named after its recording.
+            TextGrids, searched recursively, each named after its recording; its name is its path, without suffix.
         tier: Tier of a TextGrid, or key of the labels in JSONL; ignored for CTM.
 
     Raises `ValueError` if the path does not exist, its format is not supported, it cannot be read, or a name occurs
@@ -123,14 +151,15 @@ def read_alignments(path: str | Path, *, tier: str = "phones") -> dict[str, Labe
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".textgrid")
-        for name, number in Counter(file.stem for file in files).items():
-            if number > 1:
-                raise ValueError(f"{path} has two files {name}.TextGrid, but each recording has one. Remove one.")
+        files: dict[str, str] = {}
+        for file in find_files(path, ".textgrid").names:
+            name = printable_name(Path(file).with_suffix("").as_posix())
+            if (other := files.setdefault(name, file)) != file:
+                raise ValueError(f"{path} has {other} and {file}, but each recording has one. Remove one.")
         if not files:
             raise ValueError(f"{path} has no .TextGrid files in it.")
-        return {file.stem: read_textgrid(file, tier) for file in files}
-    if not path.is_file():
+        return {name: read_textgrid(path / file, tier) for name, file in files.items()}
+    if not path.exists():
         raise ValueError(f"{path} does not exist. Labels are a file ({', '.join(SUFFIXES)}) or a folder of TextGrids.")
     if path.suffix.lower() == ".textgrid":
         return {path.stem: read_textgrid(path, tier)}

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
-import yaml
 
 from ..utils.extras import import_extra
+from ..utils.names import printable_name
+from ..utils.text_files import load_yaml
 from ._figures import add_panels, label_axes, legend_above, line_colors, new_figure, span_a_decade
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class RunCurves(NamedTuple):
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     # A last line without an end is being written, or was when the run was killed.
     complete = text[: text.rfind("\n") + 1]
     lines: list[dict[str, Any]] = []
@@ -81,7 +82,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(row)
             step = int(line["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise ValueError(f"{path}, line {number}, is not a line of metrics: an object with a step.") from None
         if lines and lines[-1]["step"] > step:
             lines = [earlier for earlier in lines if earlier["step"] < step]
@@ -104,11 +105,11 @@ def read_run(folder: str | Path) -> RunCurves:
         if not path.is_file():
             raise ValueError(f"{path} does not exist. Give the output_dir of a run that has started.")
     lines = _read_lines(metrics)
-    arguments = yaml.safe_load(arguments_file.read_text(encoding="utf-8"))
+    arguments = load_yaml(arguments_file)
     if not isinstance(arguments, dict) or "codebook_size" not in arguments:
         raise ValueError(f"{arguments_file} has no codebook_size. Give the output_dir of a pre-training run.")
     bounds = {name: value for name, value in arguments.items() if name in _BOUNDS}
-    return RunCurves(folder.resolve().name, lines, arguments["codebook_size"], bounds)
+    return RunCurves(printable_name(folder.resolve().name), lines, arguments["codebook_size"], bounds)
 
 
 class _Curve(NamedTuple):

@@ -12,6 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..utils.files import write_atomically
 from .plots.lines import LayerCurves, layer_curves_figure
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     records = json.loads(json.dumps(rows), parse_constant=lambda constant: None)
     for suffix, text in {"md": markdown, "csv": csv, "json": json.dumps(records, indent=2) + "\n"}.items():
-        (folder / f"{name}.{suffix}").write_text(text, encoding="utf-8")
+        write_atomically(folder / f"{name}.{suffix}", text)
     sentence = f"The table is {folder / name}.md, .csv and .json"
     if figure is None:
         return f"{sentence}."

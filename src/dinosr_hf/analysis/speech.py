@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from pathlib import Path
 
 from ..data import DatasetSource, SpeechSource, TableSource, open_recordings
 from ..data.labelled import METADATA_FILES
+from ..data.sources import NoLabelsError
 from ..data.synthetic import SyntheticCorpus
 from .alignment import Labels, to_segment
 from .alignment_files import read_alignments
@@ -51,17 +53,21 @@ def open_reference(
         kinds = "a file of phones (.jsonl, .ctm, .TextGrid) or a folder of TextGrids"
         raise ValueError(f"--labels is missing, and only `--data synthetic` has its own: give {kinds}.")
     else:
-        table = next((Path(data, name) for name in METADATA_FILES if Path(data, name).is_file()), None)
+        table = next((Path(data, name) for name in METADATA_FILES if Path(data, name).exists()), None)
         source = open_recordings([data]) if table is None else TableSource(table)
         found = read_alignments(labels, tier=tier)
     speakers = None
     try:
         speakers = source.labels(speaker_column or "speaker_id")
     except ValueError as error:
-        if speaker_column is not None:
+        if speaker_column is not None or not isinstance(error, NoLabelsError):
             raise ValueError(f"The speakers: {error}") from error
         logger.warning(
             "There is no column speaker_id: each recording counts as a speaker of its own. Name the speakers' column."
         )
+    if speakers is not None and None in speakers:
+        counts = f"{speakers.count(None):,} of {len(speakers):,} recordings have no speaker"
+        logger.warning("%s, and each of them counts as a speaker of its own.", counts)
     ids = [utterance.id for utterance in source.utterances]
-    return source, Reference(ids, found, speakers=speakers, step_seconds=step_seconds)
+    others = chain.from_iterable(source.skipped.values())
+    return source, Reference(ids, found, speakers=speakers, step_seconds=step_seconds, others=others)

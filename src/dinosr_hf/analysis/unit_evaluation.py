@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..data import SAMPLING_RATE
 from ..utils.command_line import check_ranges
-from .alignment import FIELD, SILENCE, STRIDE, Labels, frame_labels, match_labels
+from ..utils.visible_text import visible_text
+from .alignment import FIELD, SILENCE, STRIDE, Labels, frame_labels, match_labels, visible_labels
 from .quality import UnitQuality, contingency
 from .reports import LayerReport, Metric
 from .segmentation import SegmentCounts, bitrate, label_boundaries, match_boundaries, run_counts, unit_boundaries
@@ -150,8 +151,9 @@ class Reference:
     The reference that units are evaluated against: phones and speakers of recordings.
 
     `labels` has phones by name, as `read_alignments` returns them, with steps of `step_seconds`; recordings without
-    labels are not evaluated. `speakers` has the speaker of each recording, None where unknown. Raises `ValueError` if
-    no recording has labels, or the number of speakers differs from that of recordings.
+    labels are not evaluated. `speakers` has the speaker of each recording, None where unknown. `others` are the ids of
+    recordings that are left out, whose labels may be there. Raises `ValueError` if no recording has labels, they fit
+    several, or the number of speakers differs from that of recordings.
 
     Attributes:
         labels: Phones of each recording that has some, by id.
@@ -166,12 +168,15 @@ class Reference:
         *,
         speakers: Sequence[str | None] | None = None,
         step_seconds: float = 0.01,
+        others: Iterable[str] = (),
     ) -> None:
         speakers = [None] * len(ids) if speakers is None else speakers
         if len(speakers) != len(ids):
             raise ValueError(f"There are {len(speakers)} speakers for {len(ids)} recordings, but each needs one.")
-        self.labels = {recording: labels[name] for recording, name in match_labels(ids, labels).items()}
-        self.speakers = {recording: speaker or recording for recording, speaker in zip(ids, speakers, strict=True)}
+        names = match_labels(ids, labels, others=others)
+        self.labels = {recording: visible_labels(labels[name]) for recording, name in names.items()}
+        known = (visible_text(speaker or "") for speaker in speakers)
+        self.speakers = {recording: speaker or recording for recording, speaker in zip(ids, known, strict=True)}
         self.step_seconds = step_seconds
         spoken = (label for own in self.labels.values() for label in own)
         self.phones = sorted({SILENCE, *(label if isinstance(label, str) else label.label for label in spoken)})

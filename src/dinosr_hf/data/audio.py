@@ -5,18 +5,27 @@ Files keep their own rate; a *frame* of a file is one sample per channel.
 """
 
 import io
+import logging
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from ..model.configuration_dinosr import SAMPLING_RATE as SAMPLING_RATE  # for all of `data`
+from ..utils.damaged_files import explain_stand_in
 from ..utils.extras import import_extra
+from ..utils.names import printable_name
+from ..utils.visible_text import path_on_disk
+from .containers import PiecedFile, StreamError, Streams, find_streams
+from .finding import how_to_convert, unsupported_kind
+
+logger = logging.getLogger(__name__)
 
 
 class Samples(NamedTuple):
@@ -41,6 +50,20 @@ _RESAMPLER_MARGIN = 200
 # Number of frames to decode at a time where a whole file is gone through.
 BLOCK_FRAMES = 1 << 20
 
+# Sampling rates of recordings, Hz: others are damaged headers, which would be resampled to terabytes or to nothing.
+MIN_RATE, MAX_RATE = 1_000, 768_000
+
+# Speech has some frames a byte, Opus at its lowest rate 64, silence in FLAC 340. A header that promises more than this
+# is not believed: its frames are counted.
+_MAX_FRAMES_PER_BYTE = 100
+
+_UNKNOWN_LENGTH = 2**63 - 1  # of a stream, in libsndfile
+
+# A file with more bytes has samples.
+_LONGEST_HEADER = 1 << 16
+
+_CONVERT = "Convert it, for example with ffmpeg -i FILE NEW.flac, or leave it out."
+
 # soundfile opens one file at a time, holding a lock of its own. A worker that is forked while another thread (one that
 # reads a stream ahead) holds that lock would deadlock, so forking waits until no file is being opened.
 _OPENING = threading.Lock()
@@ -49,10 +72,14 @@ if hasattr(os, "register_at_fork"):
 
 
 class AudioFileError(ValueError):
-    """An audio file that cannot be used; `reason` is "missing", "unreadable", "empty", "truncated" or "not finite"."""
+    """
+    An audio file that cannot be used.
+
+    `reason` is "missing", "unreadable", "unsupported .m4a" (or another suffix), "empty", "truncated" or "not finite".
+    """
 
     def __init__(self, message: str, reason: str = "unreadable") -> None:
-        super().__init__(message)
+        super().__init__(printable_name(message))  # it has the file's name
         self.reason = reason
 
 
@@ -74,76 +101,142 @@ def resampled_length(num_frames: int, sampling_rate: int, target_rate: int = SAM
     return (2 * num_frames * target_rate + sampling_rate) // (2 * sampling_rate)
 
 
-class OpenAudio(NamedTuple):
-    """An audio file being read, and its name in messages."""
+class _Stream:
+    """A stream of an audio file, decoded from its beginning on, or from where it is to be read if it can seek."""
 
-    name: str
-    sound: Any  # soundfile.SoundFile
-    has_length: bool  # whether `sound.frames` is the length of the file, which is shorter if not
+    def __init__(self, name: str, file: Any, size: int) -> None:
+        self.name, self._file, self._size = name, file, size
+        self._open()
+        claimed = int(self.sound.frames)
+        is_estimate = self.sound.subtype in ("MPEG_LAYER_I", "MPEG_LAYER_II")
+        self.is_counted = 0 <= claimed <= _MAX_FRAMES_PER_BYTE * size and not is_estimate
+        self.num_frames = claimed  # at most, if they are not counted
+
+    def _open(self) -> None:
+        if isinstance(self._file, int):
+            os.lseek(self._file, 0, os.SEEK_SET)
+        else:
+            self._file.seek(0)  # libsndfile takes the current position for the beginning of the file
+        with _OPENING:
+            self.sound = require("soundfile").SoundFile(self._file, closefd=False)
+        self._can_seek = self.sound.seekable()
+        # soundfile seeks after each read of a seekable file, after which MP3 and Ogg are decoded wrongly for a while.
+        self.sound.seekable = lambda: False
+        self._position = 0
+
+    def close(self) -> None:
+        """Close the decoder, not the file."""
+        self.sound.close()
 
     def count_frames(self) -> int:
-        """Return the number of frames; decodes the file block by block if it does not have its length."""
-        if self.has_length:
-            return int(self.sound.frames)
-        num_frames = 0
-        while num_read := len(self.read(num_frames, BLOCK_FRAMES)):
-            num_frames += num_read
-        self.sound.seek(0)
-        return num_frames
+        """Return the number of frames; decode all of them once if the header's number is not credible."""
+        if not self.is_counted:
+            found = 0
+            while num_read := len(self.read(found, BLOCK_FRAMES)):
+                found += num_read
+            if found < self.num_frames < _UNKNOWN_LENGTH:
+                problem = f"its header promises {self.num_frames:,} frames, but {found:,} are there and read"
+                _warn(self.name, problem)
+            self.num_frames, self.is_counted = found, True
+        return self.num_frames
 
     def read(self, first: int, count: int) -> np.ndarray:
         """Decode frames from `first` on, mono float32 (count,); fewer at an end that the header does not tell."""
-        soundfile, sound = require("soundfile"), self.sound
-        start = first
+        soundfile = require("soundfile")
         try:
-            if first != sound.tell():
-                start = max(0, first - _PREROLL_SECONDS.get(sound.format, 0) * sound.samplerate)
-                sound.seek(start)
-            samples = sound.read(first - start + count, dtype="float32", always_2d=True)[first - start :]
-            if len(samples) == count or not self.has_length:
-                return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+            if first != self._position:
+                self._go_to(first)
+            samples = self._decode(count)
+            if len(samples) == count or not self.is_counted:
+                return samples
             problem = f"{len(samples):,} of {count:,} frames from frame {first:,} on could be read"
         except soundfile.SoundFileError as error:
-            problem = str(error).strip() or "the decoder gave up"
-        promised = f", of {sound.frames:,} that its header promises" if self.has_length else ""
+            problem = str(error).strip().rstrip(".") or "the decoder gave up"
+        promised = f", of {self.num_frames:,} that its header promises" if self.is_counted else ""
         message = f"{self.name} is truncated or damaged: {problem}{promised}. Download it again, or leave it out."
         raise AudioFileError(message, "truncated")
 
+    def _go_to(self, frame: int) -> None:
+        """Go to a frame, decoding those before it that the decoder needs."""
+        if self._can_seek:
+            preroll = _PREROLL_SECONDS.get(self.sound.format, 0) * self.sound.samplerate
+            self._position = max(0, frame - preroll)
+            self.sound.seek(self._position)
+        elif frame < self._position:
+            self.sound.close()
+            self._open()
+        while (missing := frame - self._position) and len(self._decode(min(missing, BLOCK_FRAMES))):
+            pass
 
-class _LongerFile:
-    """A binary file that claims more bytes than it has; reading stops at its real end, before an ID3v1 tag there."""
+    def _decode(self, count: int) -> np.ndarray:
+        """Decode the next frames, mono float32 (count,); a block at a time, since there may be far fewer."""
+        blocks = [np.empty(0, np.float32)]
+        while count:
+            size = min(count, BLOCK_FRAMES)
+            block = self.sound.read(size, dtype="float32", always_2d=True)
+            self._position += len(block)
+            blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
+            count -= len(block)
+            if len(block) < size:
+                break
+        self._check_rest()
+        return np.concatenate(blocks) if len(blocks) != 2 else blocks[1]
 
-    def __init__(self, file: IO[bytes], num_extra_bytes: int) -> None:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(max(0, size - 128))
-        self._file, self._position = file, 0
-        self._end = size - 128 if file.read(3) == b"TAG" else size
-        self._claimed_size = size + num_extra_bytes
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._claimed_size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, count: int) -> bytes:
-        if self._position + count == self._claimed_size:  # libmpg123 fails if there are no bytes where a tag may be
-            data = bytes(count)
-        else:
-            self._file.seek(self._position)
-            data = self._file.read(max(0, min(count, self._end - self._position)))
-        self._position += len(data)
-        return data
+    def _check_rest(self) -> None:
+        """Warn if much of the file is left at the end that the header tells; `find_streams` looks at other formats."""
+        if not self.is_counted or self._position < self.num_frames or self.sound.format in ("WAV", "OGG"):
+            return
+        where = os.lseek(self._file, 0, os.SEEK_CUR) if isinstance(self._file, int) else self._file.tell()
+        rest = self._size - where
+        if rest > max(4096, 0 if self.sound.format == "FLAC" else self._size // 10):
+            problem = f"{rest:,} of {self._size:,} bytes come after the {self.num_frames:,} frames that its header"
+            _warn(self.name, f"{problem} promises, and are not read. {_CONVERT}")
 
 
-def _open_sound(file: Any) -> Any:
-    with _OPENING:
-        sound = require("soundfile").SoundFile(file)
-    # soundfile seeks after each read of a seekable file, after which MP3 and Ogg are decoded wrongly for a while.
-    sound.seekable = lambda: False
-    return sound
+class OpenAudio:
+    """An audio file being read, and its name in messages: a stream, or several of the same rate, one after another."""
+
+    def __init__(self, name: str, streams: list[_Stream]) -> None:
+        self.name, self._streams = name, streams
+        sound = streams[0].sound
+        self.rate, self.num_channels = int(sound.samplerate), int(sound.channels)
+        self.subtype: str = sound.subtype
+        self.kind = f"{sound.format} {sound.subtype}"
+
+    @property
+    def max_frames(self) -> int:
+        """Largest number of frames that there may be, without decoding the last stream."""
+        return sum(stream.count_frames() for stream in self._streams[:-1]) + self._streams[-1].num_frames
+
+    def count_frames(self) -> int:
+        """Return the number of frames; decodes the file block by block if it does not have its length."""
+        return sum(stream.count_frames() for stream in self._streams)
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """Decode frames from `first` on, mono float32 (count,); fewer at an end that the header does not tell."""
+        if len(self._streams) == 1:
+            return self._streams[0].read(first, count)
+        parts = [np.empty(0, np.float32)]
+        for stream in self._streams:
+            num_frames = stream.count_frames()
+            if count and first < num_frames:
+                parts.append(stream.read(first, min(count, num_frames - first)))
+                count -= len(parts[-1])
+            first = max(0, first - num_frames)
+        return np.concatenate(parts)
+
+
+@lru_cache(maxsize=1 << 16)
+def _warn(name: str, problem: str) -> None:
+    """Warn about a file that is read nevertheless, once."""
+    logger.warning("%s: %s%s", printable_name(name), problem, "" if problem.endswith(("?", ".")) else ".")
+
+
+@lru_cache(maxsize=1024)
+def _find_streams_at(path: str | Path, size: int, modified: int) -> Streams:
+    """Find the streams of a file, of which windows are read one by one, once."""
+    with open(path, "rb") as file:
+        return find_streams(file, size)
 
 
 @contextmanager
@@ -151,39 +244,75 @@ def open_audio(source: AudioInput) -> Iterator[OpenAudio]:
     """
     Open an audio file for reading.
 
-    libsndfile estimates the length of an MP3 without a length in its header (Xing or Info) from the bit rate of its
-    first frame and the size of the file, and reads no further. Such a file is recognized by trying another size; it
-    is then opened with a claimed size so large that the estimate does not end it early.
+    All of it is read, whatever its header says: see `containers.find_streams`. A number of frames that so many bytes
+    hardly hold, or that is unknown, is not believed but counted.
 
-    Raises `AudioFileError` if the file is missing, empty or not audio, and `ImportError` without soundfile.
+    Raises `AudioFileError` if the file is missing, empty, not audio, needs more memory than there is, has a sampling
+    rate out of range or streams that do not fit together, and `ImportError` without soundfile.
     """
     soundfile = require("soundfile")
-    path = source if isinstance(source, (str, Path)) else None
-    file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+    path = path_on_disk(source) if isinstance(source, (str, Path)) else None
+    source = source if path is None else path
     name = "The recording" if path is None else str(path)
     with ExitStack() as stack:
         try:
             if path is None:
-                file.seek(0)  # libsndfile takes the current position for the beginning of the file
+                file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+                size = file.seek(0, io.SEEK_END)
+                found = find_streams(file, size)
             else:
-                # soundfile itself cannot encode a name that is not UTF-8.
-                file = os.fspath(path) if os.name == "nt" else os.fsencode(path)
-            sound = stack.enter_context(_open_sound(file))
-        except (soundfile.SoundFileError, OSError) as error:
+                if not os.path.isfile(path):  # opening a pipe would wait for someone to write to it
+                    raise FileNotFoundError(path)
+                file = stack.enter_context(open(path, "rb", buffering=0))
+                status = os.fstat(file.fileno())
+                size = status.st_size
+                found = _find_streams_at(path, size, status.st_mtime_ns)
+            if found.note:
+                _warn(name, found.note)
+            if found.pieces:
+                files = [PiecedFile(file, pieces) for pieces in found.pieces]
+                streams = [_Stream(name, part, part.size) for part in files]
+            else:
+                is_descriptor = path is not None and os.name != "nt"
+                streams = [_Stream(name, file.fileno() if is_descriptor else file, size)]
+            for stream in streams:
+                stack.callback(stream.close)
+        except StreamError as error:
+            raise AudioFileError(f"{name} cannot be read: {error}. {_CONVERT}") from error
+        except (soundfile.SoundFileError, OSError, MemoryError) as error:
             raise _explain_unreadable(source, name, error) from error
-        has_length = True
-        if sound.format == "MP3":
-            if path is not None:
-                file = stack.enter_context(open(path, "rb"))
-            position = file.tell()
-            with _open_sound(_LongerFile(file, 8)) as longer:
-                has_length = longer.frames == sound.frames
-            if not has_length:
-                # Long enough for any file: the highest bit rate of MP3 is 20 times the lowest.
-                sound = stack.enter_context(_open_sound(_LongerFile(file, 31 * file.seek(0, io.SEEK_END))))
-            elif path is None:
-                file.seek(position)  # where `sound` reads on
-        yield OpenAudio(name, sound, has_length)
+        rates = sorted({int(stream.sound.samplerate) for stream in streams})
+        for rate in rates:
+            check_rate(name, rate)
+        if len(rates) > 1:
+            joined = f"{len(streams)} files joined to one, with rates of {', '.join(f'{rate:,}' for rate in rates)} Hz"
+            raise AudioFileError(f"{name} cannot be read: it is {joined}. {_CONVERT}")
+        if streams[0].num_frames == 0 and size > _LONGEST_HEADER:
+            problem = f"its header promises no samples, but it has {size:,} bytes"
+            raise AudioFileError(f"{name} cannot be read: {problem}. {_CONVERT}")
+        try:
+            yield OpenAudio(name, streams)
+        except MemoryError as error:
+            raise AudioFileError(f"{name} cannot be read: it needs more memory than there is. Cut it.") from error
+
+
+def check_rate(name: str, rate: int) -> None:
+    """Raise `AudioFileError` if a sampling rate is none that recordings have."""
+    if not MIN_RATE <= rate <= MAX_RATE:
+        problem = f"cannot be read: its sampling rate is {rate:,} Hz, which must be from {MIN_RATE:,} to {MAX_RATE:,}"
+        raise AudioFileError(f"{name} {problem}. Correct its header, or leave it out.")
+
+
+def _head(source: AudioInput) -> bytes:
+    """Return the first bytes of a recording, which tell its kind."""
+    if isinstance(source, bytes):
+        return source[:1024]
+    if isinstance(source, (str, Path)):
+        with open(source, "rb") as file:
+            return file.read(1024)
+    assert not isinstance(source, Samples)
+    source.seek(0)
+    return source.read(1024)
 
 
 def _explain_unreadable(source: AudioInput, name: str, error: Exception) -> AudioFileError:
@@ -191,8 +320,13 @@ def _explain_unreadable(source: AudioInput, name: str, error: Exception) -> Audi
         return AudioFileError(f"{name} is not a file. Check the path.", "missing")
     if source == b"" or (isinstance(source, (str, Path)) and os.path.getsize(source) == 0):
         return AudioFileError(f"{name} is empty (0 bytes). Leave it out or download it again.", "empty")
-    cause = str(getattr(error, "error_string", error)).rstrip(".")
-    advice = "Supported formats are wav, flac, ogg, opus and mp3. Convert the file, or leave it out."
+    path = source if isinstance(source, (str, Path)) else ""
+    if (stand_in := explain_stand_in(_head(source), os.path.getsize(path) if path else None)) is not None:
+        return AudioFileError(f"{name} {stand_in}")
+    if (kind := unsupported_kind(path, _head(source))) is not None:
+        return AudioFileError(f"{name} cannot be read: {how_to_convert(path, kind)}", f"unsupported {kind}")
+    cause = str(getattr(error, "error_string", error)).rstrip(".") or "not enough memory"
+    advice = "Convert the file, for example to flac, or leave it out."
     return AudioFileError(f"{name} cannot be read as audio: {cause}. {advice}")
 
 
@@ -207,15 +341,15 @@ def audio_info(source: AudioInput) -> AudioInfo:
     """
     Return length, sampling rate and number of channels of a recording, from its header.
 
-    Only MP3s without a length in their header are decoded (about 1 s per hour of audio). A header may promise more
-    than a truncated FLAC or MP3 holds, which only `load_audio` finds out. Raises `AudioFileError` if the file is
+    Only files that state no length, or one that so many bytes hardly hold, are decoded. A header may promise more than
+    a truncated FLAC or MP3 holds, which only `load_audio` finds out. Raises `AudioFileError` if the file is
     missing, is not audio, or has no samples, and `ImportError` if soundfile is not installed.
     """
     if isinstance(source, Samples):
+        check_rate("The recording", source.rate)
         return AudioInfo(_length("The recording", len(source.frames), source.rate), source.rate, 1)
     with open_audio(source) as audio:
-        rate = audio.sound.samplerate
-        return AudioInfo(_length(audio.name, audio.count_frames(), rate), rate, audio.sound.channels)
+        return AudioInfo(_length(audio.name, audio.count_frames(), audio.rate), audio.rate, audio.num_channels)
 
 
 def load_audio(
@@ -230,7 +364,7 @@ def load_audio(
     rates).
 
     Args:
-        source: Path, bytes of a file, or a seekable binary file object (wav, flac, ogg, opus, mp3); or `Samples`.
+        source: Path, bytes of a file, or a seekable binary file object; or `Samples`.
         start: First sample, at `sampling_rate` (Hz).
         num_samples: Number of samples, at `sampling_rate`; None for all from `start` on.
 
@@ -247,6 +381,7 @@ def load_audio(
     part = (start, num_samples, sampling_rate)
     if isinstance(source, Samples):
         frames, rate = source
+        check_rate("The recording", rate)
 
         def read(first: int, count: int) -> np.ndarray:
             return frames[first : first + count]
@@ -254,8 +389,8 @@ def load_audio(
         return _load_part("The recording", read, len(frames), rate, part)
     with open_audio(source) as audio:
         # The frames of a part need not be counted, only found to be there.
-        num_frames = audio.count_frames() if num_samples is None else int(audio.sound.frames)
-        return _load_part(audio.name, audio.read, num_frames, audio.sound.samplerate, part)
+        num_frames = audio.count_frames() if num_samples is None else audio.max_frames
+        return _load_part(audio.name, audio.read, num_frames, audio.rate, part)
 
 
 def _load_part(

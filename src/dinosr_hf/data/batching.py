@@ -106,9 +106,9 @@ def plan_epoch(
     eligible = np.flatnonzero(full_lengths >= min_samples)
     if len(eligible) == 0:
         longest = _seconds(full_lengths.max()) if len(full_lengths) else "there are none"
-        limit = f"min_samples={min_samples:,} ({_seconds(min_samples)})"
-        found = f"None of {len(full_lengths):,} utterances has {limit}; the longest: {longest}"
-        raise ValueError(f"{found}. Lower min_samples, or give other data.")
+        limit = f"{min_samples / SAMPLING_RATE:g} s long (min_samples={min_samples:,}, of a run min_seconds)"
+        found = f"None of {len(full_lengths):,} utterances is at least {limit}; the longest: {longest}"
+        raise ValueError(f"{found}. Lower the minimum, or give other data.")
 
     lengths = np.minimum(full_lengths, max_samples)
     generator = utterance_generator(seed, epoch, str(window) if window else "", "plan")
@@ -117,7 +117,7 @@ def plan_epoch(
     if len(steps) == 1:
         found = f"All {len(eligible):,} utterances together ({_seconds(lengths[eligible].sum())}) are no more than a"
         problem = f"{found} step ({_seconds(step_samples)}): each epoch is one step with all of them"
-        warnings.warn(f"{problem}. Lower step_samples, or give more data.", stacklevel=2)
+        warnings.warn(f"{problem}. Lower step_samples (of a run step_seconds), or give more data.", stacklevel=2)
     elif lengths[steps[-1]].sum() * 2 < step_samples:
         del steps[-1]
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.command_line import argument_errors
+from ..utils.names import printable_name
+from ..utils.visible_text import remove_invisible
 from .manifests import TableSource
 from .mixture import JoinedSource
 from .opening import open_source
@@ -33,14 +35,14 @@ class LabelledSource:
     ) -> None:
         assert len(labels) == len(source), (len(labels), len(source))
         self.source, self.name, self.split = source, name, split
-        self.indices = [index for index, label in enumerate(labels) if label is not None and label.strip()]
+        self.indices = [index for index, label in enumerate(labels) if remove_invisible(label or "").strip()]
         self.labels = [str(labels[index]) for index in self.indices]
         self.ids = [source.utterances[index].id for index in self.indices]
         self.num_samples = [source.utterances[index].num_samples for index in self.indices]
         self.skipped = {reason: list(ids) for reason, ids in source.skipped.items()}
         without = [source.utterances[index].id for index in sorted(set(range(len(source))) - set(self.indices))]
         if without:
-            self.skipped["no label"] = without
+            self.skipped.setdefault("no label", []).extend(without)
             counts = f"{len(without):,} of {len(source):,} recordings"
             logger.warning("%s: %s have no label and are left out, for example %s.", name, counts, without[0])
         if not self.indices:
@@ -56,9 +58,14 @@ class LabelledSource:
 
 def _open_one(name: str, split: str | None, audio_column: str, config_name: str | None) -> SpeechSource:
     folder = Path(name) if split is None else Path(name, split)
-    table = next((folder / file for file in METADATA_FILES if (folder / file).is_file()), None)
+    table = next((folder / file for file in METADATA_FILES if (folder / file).exists()), None)
     if table is not None and config_name is None:
-        return TableSource(table)
+        source = TableSource(table)
+        if unlisted := [*map(printable_name, source.unlisted())]:
+            source.skipped["no label"] = unlisted
+            counts = f"{len(unlisted):,} audio files beside it are not in the table"
+            logger.warning("%s: %s and are left out, for example %s.", table, counts, unlisted[0])
+        return source
     return open_source(name, split=split, audio_column=audio_column, config_name=config_name)
 
 

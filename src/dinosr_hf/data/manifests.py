@@ -1,7 +1,5 @@
 """Manifests: lists of recordings with their lengths, so that files need not be opened to plan with them."""
 
-import csv
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,16 +9,18 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from ..utils.text_files import csv_rows, json_lines, read_lines, text_lines
+from ..utils.visible_text import name_key
 from .audio import SAMPLING_RATE, AudioFileError, audio_info, load_audio, resampled_length
-from .sources import SpeechSource, find_text_column, read_lengths, read_lines
+from .finding import AUDIO_SUFFIXES, find_files
+from .label_text import label_text
+from .sources import NoLabelsError, SpeechSource, find_text_column, read_lengths
 
 _NUM_CHECKED = 16  # number of files whose headers are compared with the manifest
 _MAX_DECIMALS = 9  # decimals of seconds that are used; more of them say nothing about samples
+_MAX_NUMBER = 10**12  # of frames or seconds, which no recording has
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".json")
-
-# Keeps numbers as they are written, and NaN as text: for messages, and for counting decimals.
-_DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=str)
 
 # Names of columns with the path of the audio; the first one that exists is used.
 PATH_COLUMNS = ("path", "audio_filepath", "file_name", "audio", "wav")
@@ -46,9 +46,9 @@ class ManifestSource(SpeechSource):
 
     def __init__(self, path: str | Path) -> None:
         self._manifest = Path(path)
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            root = file.readline().strip()
-            rows = [self._parse(line, f"{path}, line {number}") for number, line in enumerate(file, 2) if line.strip()]
+        lines = text_lines(path, errors="surrogateescape")
+        root = next(lines, "").strip()
+        rows = [self._parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 2) if line.strip()]
         self.root = self._manifest.parent / root
         if not root or not self.root.is_dir():
             rule = "its first line must be the folder that the paths below it are relative to"
@@ -62,7 +62,7 @@ class ManifestSource(SpeechSource):
         """Read the file beside the manifest with the suffix `column` (None: wrd) and one line per recording."""
         file, name = self._manifest.with_suffix(f".{column or 'wrd'}"), self._manifest.name
         if not file.is_file():
-            raise ValueError(f"{file} does not exist. It must have a line for each line of {name} but the first.")
+            raise NoLabelsError(f"{file} does not exist. It must have a line for each line of {name} but the first.")
         lines = read_lines(file)
         if len(lines) != len(self._paths):
             counts = f"{len(lines):,} lines for the {len(self._paths):,} recordings of {name}"
@@ -71,10 +71,10 @@ class ManifestSource(SpeechSource):
 
     @staticmethod
     def _parse(line: str, where: str) -> tuple[str, int]:
-        path, _, frames = line.rstrip("\r\n").partition("\t")
-        if not frames.strip().isdecimal():
+        path, _, frames = line.partition("\t")
+        if not path or not frames.strip().isdecimal() or len(frames.strip()) > len(str(_MAX_NUMBER)):
             form = "`relative/path<TAB>frames`, which each line but the first must be"
-            raise ValueError(f"{where}: {line.strip()!r} is not {form}.")
+            raise ValueError(f"{where}: {line.strip()[:200]!r} is not {form}.")
         return path, int(frames)
 
     def _check_headers(self, rows: list[tuple[str, int]]) -> int:
@@ -145,17 +145,18 @@ class TableSource(SpeechSource):
 
     def labels(self, column: str | None = None) -> list[str | None]:
         """Read a column of the table, which is opened again; see `SpeechSource.labels`."""
-        rows = [row for _, row in _rows(self._table)]
-        # All rows, since a line of JSON may leave a column out; None is the key of surplus values in a line of CSV.
-        names = list(dict.fromkeys(name for row in rows for name in row if name is not None))
+        rows = list(_rows(self._table))
+        # All rows, since a line of JSON may leave a column out.
+        names = list(dict.fromkeys(name for _, row in rows for name in row))
         column = find_text_column(names, column, str(self._table))
-        values = [rows[position].get(column) for position in self._positions]
-        labels = [None if value is None else str(value) for value in values]
-        # Paths may be any bytes, texts may not.
-        for label in labels:
-            if label and any("\ud800" <= character <= "\udfff" for character in label):
-                raise ValueError(f"{self._table}: {label!r} is not UTF-8. Save the table in that encoding.")
-        return labels
+        kept = (rows[position] for position in self._positions)
+        return [label_text(row.get(column), f"{self._table}, line {number}, {column}") for number, row in kept]
+
+    def unlisted(self) -> list[str]:
+        """Return the audio files in the table's folder and below that the table does not name; hidden ones aside."""
+        listed = {name_key(str(self.root / entry.path)) for entry in self._entries}
+        found = find_files(self.root, *AUDIO_SUFFIXES).names
+        return [name for name in found if name_key(str(self.root / name)) not in listed]
 
     def _lengths(self) -> list[int | AudioFileError]:
         unknown = [self.root / entry.path for entry in self._entries if entry.num_samples is None]
@@ -222,7 +223,7 @@ def _entries(table: Path) -> Iterator[_Entry]:
             raise ValueError(f"{table} has no column with paths of audio. Its columns are {columns}; {rule}")
         where = f"{table}, line {number}"
         path, samples = row.get(column), None
-        if not isinstance(path, str) or not path:
+        if not isinstance(path, str) or not path or set("\n\0") & set(path):
             raise ValueError(f"{where}: {column} is {path!r}, but must be the path of a file.")
         duration, offset = (_number(row, key, where) for key in ("duration", "offset"))
         if offset is None:
@@ -232,29 +233,16 @@ def _entries(table: Path) -> Iterator[_Entry]:
                 samples = Decimal(resampled_length(int(frames), int(rate)))
         elif duration is None:
             raise ValueError(f"{where}: offset={offset} needs a duration, which says where the part ends.")
-        name = path if row.get("id") in (None, "") else str(row["id"])
+        name = label_text(row.get("id"), f"{where}, id") or path
         yield _Entry(path, name, int(samples)) if samples is not None else _Entry(path, name, None, duration, offset)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the lines of a table, with their numbers."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        if path.suffix.lower() == ".csv":
-            reader = csv.DictReader(file)
-            for row in reader:
-                yield reader.line_num, row
-            return
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = _DECODER.decode(line.strip())
-            except json.JSONDecodeError:
-                value = None
-            if not isinstance(value, dict):
-                shown = repr(line.strip()[:80])
-                raise ValueError(f"{path}, line {number}: {shown} is not a JSON object; each line must be one.")
-            yield number, value
+    if path.suffix.lower() == ".csv":
+        yield from csv_rows(path, errors="surrogateescape")
+    else:
+        yield from json_lines(path, errors="surrogateescape", decimals=True)
 
 
 def _number(row: dict[str, Any], key: str, where: str, *, is_whole: bool = False) -> Decimal | None:
@@ -263,10 +251,11 @@ def _number(row: dict[str, Any], key: str, where: str, *, is_whole: bool = False
         return None
     try:
         value = Decimal(given)
-        is_valid = value.is_finite() and value >= 0 and not (is_whole and value % 1)
+        is_valid = value.is_finite() and 0 <= value <= _MAX_NUMBER and not (is_whole and value % 1)
     except (InvalidOperation, TypeError, ValueError):
         is_valid = False
-    if not is_valid:
+    if not is_valid or isinstance(given, bool):
+        given = str(given) if isinstance(given, Decimal) else given
         kind = "a whole number" if is_whole else "a number"
-        raise ValueError(f"{where}: {key} is {given!r}, but must be {kind} of at least 0.")
+        raise ValueError(f"{where}: {key} is {given!r}, but must be {kind} of at least 0 and at most {_MAX_NUMBER:,}.")
     return value

@@ -93,9 +93,9 @@ class MixedSource(JoinedSource):
             lengths = np.array([length for _, length in source.utterances], dtype=np.int64)
             positions = np.flatnonzero(lengths >= min_samples)
             if len(positions) == 0:
-                limit = f"min_samples={min_samples:,} ({min_samples / SAMPLING_RATE:,.2f} s)"
-                problem = f"None of the {len(lengths):,} utterances of {name} has {limit}"
-                raise ValueError(f"{problem}. Lower it, or leave this source out.")
+                limit = f"{min_samples / SAMPLING_RATE:g} s long (min_samples={min_samples:,}, of a run min_seconds)"
+                problem = f"None of the {len(lengths):,} utterances of {name} is at least {limit}"
+                raise ValueError(f"{problem}. Lower the minimum, or leave this source out.")
             usable.append((positions, np.minimum(lengths[positions], max_samples or lengths.max())))
         return usable
 

@@ -3,20 +3,24 @@
 import glob
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .archives import TarSource
+from ..utils.damaged_files import explain_damage
+from ..utils.text_files import check_regular_file
+from .archives import TarSource, find_archives
 from .audio import require
+from .finding import AUDIO_SUFFIXES, COMPRESSED_SUFFIXES, UNSUPPORTED_SUFFIXES, find_files, has_suffix, literal_paths
 from .manifests import TABLE_SUFFIXES, ManifestSource, TableSource
-from .sources import AUDIO_SUFFIXES, DatasetSource, FileSource, FolderSource, SpeechSource, find_audio_files, is_hidden
+from .parquet_folders import has_configurations, parquet_splits
+from .sources import DatasetSource, FileSource, FolderSource, SpeechSource
 from .streaming import SpeechStream
 
 logger = logging.getLogger(__name__)
 
 _ACCEPTED = """Accepted are:
-  a folder with wav, flac, ogg, opus or mp3 files in it or below it,
+  a folder with wav, flac, ogg, opus, mp3, aiff, au, caf, w64 or sph files in it or below it, or one such file,
   an uncompressed .tar archive, a folder of them, or a pattern ("data/train-*.tar"),
   a fairseq manifest (.tsv), or a table with a column of paths (.csv, .jsonl, .json),
   a folder written by datasets' save_to_disk, a .parquet file, or a folder of .parquet files,
@@ -27,12 +31,26 @@ def _is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _has_parquet(path: Path) -> bool:
-    return any(path.glob("*.parquet")) or any(path.glob("*/*.parquet"))
+# What a folder can have, in the order in which the first one that it has is used.
+_AUDIO, _ARCHIVES, _PARQUET = "audio files", ".tar archives", ".parquet files"
+_UNSUPPORTED, _COMPRESSED = "audio files that cannot be read", "compressed archives"
+_CONTENTS: dict[str, tuple[str, ...]] = {
+    _AUDIO: AUDIO_SUFFIXES,
+    _ARCHIVES: (".tar",),
+    _PARQUET: (".parquet",),
+    _UNSUPPORTED: UNSUPPORTED_SUFFIXES,
+    _COMPRESSED: COMPRESSED_SUFFIXES,
+}
+
+
+def _contents(folder: Path) -> list[str]:
+    """Return which of `_CONTENTS` are in a folder and below."""
+    names = find_files(folder, *(suffix for suffixes in _CONTENTS.values() for suffix in suffixes)).names
+    return [content for content, ends in _CONTENTS.items() if any(has_suffix(name, ends) for name in names)]
 
 
 def _is_pattern(name: str) -> bool:
-    return glob.has_magic(name) and name.endswith(".tar")
+    return glob.has_magic(name) and has_suffix(name, ".tar")
 
 
 def _load_dataset(*arguments: Any, split: str | None, what: str, **options: Any) -> Any:
@@ -68,14 +86,31 @@ def _open_dataset(path: Path, name: str, split: str | None, config_name: str | N
     if _is_saved_dataset(path):
         return _choose_split(require("datasets").load_from_disk(name), split, name)
     if path.is_dir():
+        if not has_configurations(path):
+            return _load_dataset("parquet", data_files=parquet_splits(path), split=split, what=name, **options)
+        if glob.has_magic(str(path.absolute())):
+            raise ValueError(
+                f"{name} has a README.md that lists the files of its splits, but datasets takes the path for a"
+                " pattern, because of its brackets, * or ?. Rename the folder."
+            )
         return _load_dataset(name, split=split, what=name, **options)
     if path.is_file():
-        dataset = _load_dataset("parquet", data_files=name, split=None, what=name, **options)
+        dataset = _load_dataset("parquet", data_files=literal_paths([path]), split=None, what=name, **options)
         return _choose_split(dataset, split, name)
     try:
         return _load_dataset(name, config_name, split=split, what=name, **options)
     except (FileNotFoundError, ConnectionError) as error:  # the first if there is no dataset of this name
         raise ValueError(f"{name} does not exist here, and was not found on the Hub ({error}). {_ACCEPTED}") from error
+
+
+def _refuse_damaged(path: Path) -> None:
+    """Raise `ValueError` for a file of a dataset on this machine that cannot be one, such as a Git LFS pointer."""
+    files = [path]
+    if path.is_dir():
+        files = [path / name for name in find_files(path, ".parquet", ".arrow", ".tar").names]
+    for file in files:
+        if file.is_file() and (problem := explain_damage(file)) is not None:
+            raise ValueError(problem)
 
 
 def _split_folder(path: Path, split: str | None) -> Path:
@@ -86,34 +121,52 @@ def _split_folder(path: Path, split: str | None) -> Path:
     return path / (split or "")
 
 
-def _open_files(path: Path, name: str, split: str | None) -> SpeechSource | None:
-    """Open a folder with audio, a manifest, a table or archives; return None if it is none of these."""
-    if path.is_dir():
-        if next(find_audio_files(path), None) is not None:
-            folder = _split_folder(path, split)
-            if any(folder.glob("*.tar")):
-                logger.warning("%s has .tar archives too, which are ignored because it has audio files.", folder)
-            return FolderSource(folder)
-        return TarSource(_split_folder(path, split)) if any(path.glob("**/*.tar")) else None
-    is_list = path.is_file() and path.suffix.lower() in (".tsv", *TABLE_SUFFIXES)
-    is_archive = (path.is_file() and ".tar" in path.suffixes[-2:]) or _is_pattern(name)
-    if split is not None and (is_list or is_archive):
-        kind = "a manifest" if is_list else "an archive"
-        raise ValueError(f"split={split!r}: {name} is {kind}, which has no splits. Leave split out.")
-    if is_list:
-        return ManifestSource(path) if path.suffix.lower() == ".tsv" else TableSource(path)
-    return TarSource(name) if is_archive else None
+def _open_folder(path: Path, split: str | None) -> SpeechSource | None:
+    """Open a folder with audio or archives; return None if it has parquet files."""
+    first, *others = _contents(path) or [""]
+    counted = {_AUDIO: _UNSUPPORTED, _ARCHIVES: _COMPRESSED}.get(first)  # by the source itself
+    if others := [other for other in others if other != counted]:
+        ignored = " and ".join(others)
+        logger.warning("%s has %s too, which are ignored because it has %s.", path, ignored, first)
+    if first in (_AUDIO, _UNSUPPORTED):
+        return FolderSource(_split_folder(path, split))
+    if first in (_ARCHIVES, _COMPRESSED):
+        return TarSource(_split_folder(path, split))
+    if not first:
+        hidden = find_files(path, *AUDIO_SUFFIXES).hidden
+        but = f", only hidden files such as {hidden[0]}" if hidden else ""
+        raise ValueError(f"{path} has no audio in it{but}. {_ACCEPTED}")
+    return None
+
+
+def _open_file(path: Path, name: str, split: str | None) -> SpeechSource | None:
+    """Open a recording, a manifest, a table, an archive or a pattern of them; return None if it is none of these."""
+    kinds: dict[str, tuple[tuple[str, ...], Callable[[Path], SpeechSource]]] = {
+        "a recording": (AUDIO_SUFFIXES + UNSUPPORTED_SUFFIXES, lambda path: FileSource([path])),
+        "a manifest": ((".tsv",), ManifestSource),
+        "a table": (TABLE_SUFFIXES, TableSource),
+        "an archive": ((".tar", *COMPRESSED_SUFFIXES), TarSource),
+    }
+    for kind, (suffixes, opened) in kinds.items():
+        if has_suffix(name, suffixes):
+            if split is not None:
+                raise ValueError(f"split={split!r}: {name} is {kind}, which has no splits. Leave split out.")
+            return opened(path)
+    return None
 
 
 def _parse_name(name: str | Path, config_name: str | None) -> tuple[Path, str]:
     """Return a name as path and as text; refuse one that does not exist and cannot be on the Hub."""
     path, name = Path(name), str(name)
     is_hub_name = not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
-    is_hub_name &= path.suffix.lower() not in (".tsv", ".parquet", ".tar", *TABLE_SUFFIXES)
+    files = (".tsv", ".parquet", ".tar", *TABLE_SUFFIXES, *AUDIO_SUFFIXES, *UNSUPPORTED_SUFFIXES)
+    is_hub_name &= not has_suffix(name, files)
     if config_name is not None and not is_hub_name:
         raise ValueError(f"config_name={config_name!r} is for a dataset on the Hub, and {name} is not one.")
     if not path.exists() and not is_hub_name and not _is_pattern(name):
         raise ValueError(f"{name} does not exist. {_ACCEPTED}")
+    if path.exists() and not path.is_dir():
+        check_regular_file(path)
     return path, name
 
 
@@ -124,9 +177,9 @@ def open_source(
     Open the recordings that a name stands for.
 
     Args:
-        name: A folder with audio; a `.tar` archive, a folder of them or a pattern; a fairseq manifest (`.tsv`) or
-            another table of paths (`.csv`, `.jsonl`, `.json`); a folder written by `save_to_disk`, a `.parquet` file
-            or a folder of them; or the name of a dataset on the Hub.
+        name: A folder with audio, or a recording; a `.tar` archive, a folder of them or a pattern; a fairseq manifest
+            (`.tsv`) or another table of paths (`.csv`, `.jsonl`, `.json`); a folder written by `save_to_disk`, a
+            `.parquet` file or a folder of them; or the name of a dataset on the Hub.
         split: Split of a dataset that has several, or the name of a subfolder of a folder with audio or archives.
         config_name: Configuration of a Hub dataset that has several.
         audio_column: Column of a dataset that has the audio.
@@ -138,13 +191,16 @@ def open_source(
     """
     path, name = _parse_name(name, config_name)
     if not _is_saved_dataset(path):
-        source = _open_files(path, name, split)
+        source = None
+        if path.is_dir():
+            source = _open_folder(path, split)
+        elif path.is_file() or _is_pattern(name):
+            source = _open_file(path, name, split)
+            if source is None and not has_suffix(name, ".parquet"):
+                raise ValueError(f"{name} has no recordings. {_ACCEPTED}")
         if source is not None:
             return source
-        if path.is_dir() and not _has_parquet(path):
-            raise ValueError(f"{path} has no audio in it. {_ACCEPTED}")
-        if path.is_file() and path.suffix != ".parquet":
-            raise ValueError(f"{name} has no recordings. {_ACCEPTED}")
+    _refuse_damaged(path)
     return DatasetSource(_open_dataset(path, name, split, config_name), audio_column)
 
 
@@ -172,14 +228,17 @@ def open_stream(
         ImportError: If `datasets` is not installed.
     """
     path, name = _parse_name(name, config_name)
+    contents = _contents(path) if path.is_dir() else []
+    _refuse_damaged(path)
     if _is_saved_dataset(path):
         dataset = _open_dataset(path, name, split, None)
         dataset = dataset.to_iterable_dataset(num_shards=max(1, min(len(dataset), len(dataset.cache_files))))
-    elif _is_pattern(name) or path.suffix == ".tar" or (path.is_dir() and any(path.glob("**/*.tar"))):
-        archives = name if path.suffix == ".tar" else str(path / "**" / "*.tar")
-        dataset = _load_dataset("webdataset", data_files=archives, split=None, what=name, streaming=True)
+    elif _ARCHIVES in contents or has_suffix(name, ".tar"):
+        folder, split = (_split_folder(path, split), None) if path.is_dir() else (path, split)
+        files = literal_paths(find_archives(folder)[0])
+        dataset = _load_dataset("webdataset", data_files=files, split=None, what=name, streaming=True)
         dataset = _choose_split(dataset, split, name)
-    elif path.exists() and path.suffix != ".parquet" and not _has_parquet(path):
+    elif path.exists() and _PARQUET not in contents and not has_suffix(name, ".parquet"):
         rule = "streaming is for datasets (on the Hub, parquet, WebDataset archives, save_to_disk)"
         advice = "Leave streaming out: its audio is read on demand in any case."
         raise ValueError(f"{rule}, and {name} is not one. {advice}")
@@ -196,17 +255,13 @@ def open_recordings(names: Sequence[str | Path]) -> SpeechSource:
     Raises `ValueError` if a name does not exist, nothing is readable, or several names are not all files and folders.
     """
     paths = [Path(name) for name in names]
-    files: list[Path] = []
+    suffixes = AUDIO_SUFFIXES + UNSUPPORTED_SUFFIXES
+    if len(paths) == 1 and (paths[0].is_dir() or not has_suffix(paths[0], suffixes)):
+        return open_source(paths[0])
     for path in paths:
-        if path.suffix.lower() in AUDIO_SUFFIXES:
-            files.append(path)
-        elif len(paths) == 1:
-            return open_source(path)
-        elif path.is_dir():
-            files += [path / name for name in sorted(find_audio_files(path)) if not is_hidden(name)]
-        else:
+        if not path.is_dir() and not has_suffix(path, suffixes):
             raise ValueError(
                 f"{path} is neither an audio file ({', '.join(AUDIO_SUFFIXES)}) nor a folder. Name several of those,"
                 " or one manifest, archive or dataset alone."
             )
-    return FileSource(files)
+    return FileSource(paths)

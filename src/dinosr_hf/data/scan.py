@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..utils.files import write_atomically
+from ..utils.names import printable_name
 from .audio import BLOCK_FRAMES, AudioFileError, OpenAudio, open_audio, require, resampled_length
-from .sources import is_hidden, list_audio_files, map_in_threads
+from .finding import find_audio, how_to_convert, is_hidden
+from .sources import map_in_threads
 
 # Shorter files are of use to no run: less than one masked span of the paper's model (mask_length 10, its
 # convolutions). A run leaves out more by its own min_seconds when it plans.
 MIN_SECONDS = 0.21
 
 _SUFFIXES = (".jsonl", ".csv", ".tsv")
+_LINE_ENDS = "\r\n"
 
 
 class ScannedFile(NamedTuple):
@@ -30,7 +33,8 @@ class ScannedFile(NamedTuple):
     sampling_rate: int = 0  # its own rate, Hz
     num_channels: int = 0
     format: str = ""  # container and encoding, such as "FLAC PCM_16"
-    reason: str = ""  # why it is left out: as in `AudioFileError`, "too short", "silent" (all samples equal), "hidden"
+    # Why it is left out: as in `AudioFileError`, "too short", "silent" (all samples equal), "hidden", "line break".
+    reason: str = ""
     message: str = ""  # the reason in detail
 
     @property
@@ -62,8 +66,10 @@ class FolderScan(NamedTuple):
         lines.append(f"left out: {len(self.left_out):,} files, {lost:,.2f} h by their headers")
         for reason, number in Counter(file.reason for file in self.left_out).most_common():
             example = next(file.name for file in self.left_out if file.reason == reason)
-            printable = example.encode("utf-8", "backslashreplace").decode()  # file names need not be UTF-8
-            lines.append(f"  {number:,} {reason}, such as {printable}")
+            printable = printable_name(example)
+            kind = reason.removeprefix("unsupported ")
+            advice = f" ({how_to_convert(printable, kind)})" if kind != reason else ""
+            lines.append(f"  {number:,} {reason}, such as {printable}{advice}")
         return "\n".join(lines)
 
 
@@ -75,7 +81,9 @@ def scan_folder(
     folder: str | Path, *, min_seconds: float = MIN_SECONDS, decode: bool = False, show_progress: bool = False
 ) -> FolderScan:
     """
-    Scan all audio files in a folder and below, also by symbolic links, except in hidden folders.
+    Scan all audio files in a folder and below, also by symbolic links.
+
+    Leaves out hidden files, those in hidden folders, and audio of kinds that libsndfile cannot read.
 
     Reads the headers, and each file from its beginning to the first sample that differs from those before it, which
     tells a silent file from one that only begins so. Files of floating-point samples are decoded completely, since
@@ -95,7 +103,8 @@ def scan_folder(
     if min_seconds < 0:
         raise ValueError(f"min_seconds={min_seconds} is out of range: it must be at least 0.")
     folder = Path(folder)
-    names = list_audio_files(folder)
+    found = find_audio(folder)
+    names = sorted(found.names + found.hidden)
     require("soundfile")
     scan_one = partial(_scan_file, folder, min_seconds=min_seconds, decode=decode)
     files = map_in_threads(scan_one, names, "Scanning", show_progress=show_progress)
@@ -105,17 +114,17 @@ def scan_folder(
 def _scan_file(folder: Path, name: str, *, min_seconds: float, decode: bool) -> ScannedFile:
     file = ScannedFile(name)
     if is_hidden(name):
-        return file._replace(reason="hidden", message="Its name begins with a dot.")
+        return file._replace(reason="hidden", message="Its name, or that of a folder, begins with a dot.")
+    if set(name) & set(_LINE_ENDS):
+        return file._replace(reason="line break", message="A manifest cannot hold its name. Rename it.")
     try:
         with open_audio(folder / name) as audio:
-            sound = audio.sound
-            kind = f"{sound.format} {sound.subtype}"
-            file = ScannedFile(name, audio.count_frames(), sound.samplerate, sound.channels, kind)
+            file = ScannedFile(name, audio.count_frames(), audio.rate, audio.num_channels, audio.kind)
             if resampled_length(file.num_frames, file.sampling_rate) == 0:
                 return file._replace(reason="empty", message="It has no samples.")
             if file.seconds < min_seconds:
                 return file._replace(reason="too short", message=f"It has {file.seconds:.3f} s.")
-            can_hold_nan = sound.subtype in ("FLOAT", "DOUBLE")
+            can_hold_nan = audio.subtype in ("FLOAT", "DOUBLE")
             if _is_silent(audio, file, decode=decode or can_hold_nan):
                 return file._replace(reason="silent", message="All its samples are equal.")
     except (AudioFileError, OSError) as error:
@@ -168,7 +177,7 @@ def write_manifest(scan: FolderScan, path: str | Path, *, overwrite: bool = Fals
     written = {path: _manifest(path.suffix, base, scan.usable)}
     others = path.with_name(f"{path.stem}.left_out.csv")
     if scan.left_out:
-        rows = [(file.name, file.reason, file.message) for file in scan.left_out]
+        rows = [(printable_name(file.name), file.reason, printable_name(file.message)) for file in scan.left_out]
         written[others] = _csv([("name", "reason", "message"), *rows])
     else:
         others.unlink(missing_ok=True)  # of an earlier scan
@@ -178,17 +187,24 @@ def write_manifest(scan: FolderScan, path: str | Path, *, overwrite: bool = Fals
 
 
 def _manifest(suffix: str, base: Path, files: list[ScannedFile]) -> str:
+    if set(str(base)) & set(_LINE_ENDS):
+        raise ValueError(
+            f"The folder {str(base)!r} has a line break in its name, which no manifest can hold. Rename it."
+        )
     if suffix == ".tsv":
         if len({file.sampling_rate for file in files}) > 1:
             rates = _count(f"{file.sampling_rate:,} Hz" for file in files)
             raise ValueError(f"The files have different rates ({rates}), but a .tsv has one. Write .jsonl or .csv.")
-        broken = next((file.name for file in files if set(file.name) & set("\t\r\n")), None)
+        broken = next((file.name for file in files if "\t" in file.name), None)
         if broken is not None:
-            raise ValueError(f"{broken!r} has a tab or a line break, which a .tsv cannot hold. Write .jsonl or .csv.")
+            raise ValueError(f"{broken!r} has a tab, which a .tsv cannot hold. Write .jsonl or .csv.")
         return "".join([f"{base.as_posix()}\n", *(f"{file.name}\t{file.num_frames}\n" for file in files)])
     columns = ("path", "id", "num_frames", "sampling_rate", "num_channels", "format", "duration")
     # A file's fields from num_frames to format.
-    rows = [((base / file.name).as_posix(), file.name, *file[1:5], round(file.seconds, 6)) for file in files]
+    rows = [
+        ((base / file.name).as_posix(), printable_name(file.name), *file[1:5], round(file.seconds, 6))
+        for file in files
+    ]
     if suffix == ".csv":
         return _csv([columns, *rows])
     # With escapes for names that are not UTF-8.

@@ -7,19 +7,20 @@ Headers are read once, audio when it is asked for; nothing is decoded to disk. `
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from ..utils.names import printable_name, unique_names
 from .audio import AudioFileError, AudioInput, Samples, audio_info, load_audio, require
+from .finding import find_audio
+from .label_text import label_text
+from .transcript_files import read_transcripts
 
 logger = logging.getLogger(__name__)
-
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 
 # Names of columns with transcripts; the first one that exists is used.
 TEXT_COLUMNS = ("transcription", "transcript", "text", "sentence", "normalized_text", "raw_text")
@@ -29,10 +30,14 @@ Result = TypeVar("Result")
 
 
 class Utterance(NamedTuple):
-    """An utterance: its id, unique within its source, and its length in samples at 16 kHz."""
+    """An utterance: its id, a line of text, unique within its source, and its length in samples at 16 kHz."""
 
     id: str
     num_samples: int
+
+
+class NoLabelsError(ValueError):
+    """A source has no labels, or none of the name that was asked for."""
 
 
 class SpeechSource(ABC):
@@ -63,23 +68,31 @@ class SpeechSource(ABC):
         """
         Return the transcript, or another label, of each utterance, in their order; None where there is none.
 
-        Raises `ValueError` if this kind of source has no labels, or no such `column` (None: that of transcripts).
+        Raises `NoLabelsError` if this kind of source has none, or no such `column` (None: that of transcripts), and
+        `ValueError` if one cannot be read, or is neither text nor a number.
         """
-        raise ValueError(
+        raise NoLabelsError(
             f"{type(self).__name__} has no transcripts. Give a folder with metadata.csv or LibriSpeech's .trans.txt"
             " files, a table (.csv, .jsonl), a .tsv manifest with a .wrd file beside it, or a dataset."
         )
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Reason for each id in `skipped`, without hidden files, which are copies or no recordings."""
+        return {name: reason for reason, names in self.skipped.items() if reason != "hidden" for name in names}
+
     def _set_utterances(self, names: Iterable[str], lengths: Iterable[int | AudioFileError], name: str) -> None:
-        """Fill `utterances`, `skipped`, and the `_positions` of utterances in `lengths`. Repeated names get #2, ..."""
+        """
+        Fill `utterances`, `skipped`, and the `_positions` of utterances in `lengths`.
+
+        Ids are the names, `printable_name`, numbered by `unique_names`: the same whatever is skipped.
+        """
         self.utterances, self.skipped, self._positions = [], {}, []
-        seen: Counter[str] = Counter()
-        example = ""
-        for position, (given, length) in enumerate(zip(names, lengths, strict=True)):
-            seen[given] += 1
-            utterance_id = given if seen[given] == 1 else f"{given}#{seen[given]}"
+        ids = unique_names(map(printable_name, names))
+        examples: dict[str, str] = {}  # one a reason, but one for all of "unsupported .m4a", "unsupported .amr", ...
+        for position, (utterance_id, length) in enumerate(zip(ids, lengths, strict=True)):
             if isinstance(length, AudioFileError):
-                example = example or str(length)
+                examples.setdefault(length.reason.split()[0], str(length))
                 self.skipped.setdefault(length.reason, []).append(utterance_id)
             else:
                 self.utterances.append(Utterance(utterance_id, length))
@@ -87,9 +100,10 @@ class SpeechSource(ABC):
         if self.skipped:
             counts = ", ".join(f"{len(ids):,} {reason}" for reason, ids in sorted(self.skipped.items()))
             num_skipped = sum(map(len, self.skipped.values()))
+            example = " ".join(examples.values())
             if not self.utterances:
                 raise ValueError(f"{name}: none of {num_skipped:,} recordings can be read ({counts}): {example}")
-            logger.warning(f"{name}: {num_skipped:,} of {seen.total():,} recordings left out ({counts}). {example}")
+            logger.warning(f"{name}: {num_skipped:,} of {len(ids):,} recordings left out ({counts}). {example}")
         elif not self.utterances:
             raise ValueError(f"{name} has no utterances.")
 
@@ -116,110 +130,74 @@ def read_lengths(items: Sequence[Item], length_of: Callable[[Item], int], name: 
     return map_in_threads(length_or_error, items, f"{name}: reading headers")
 
 
-def read_lines(file: Path) -> list[str]:
-    """Return the lines of a file of transcripts, without line ends. Raises `ValueError` if it is not UTF-8."""
-    try:
-        with open(file, encoding="utf-8-sig") as lines:
-            return [line.rstrip("\n") for line in lines]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}). Save it in that encoding.") from error
-
-
 def find_text_column(columns: Sequence[str], column: str | None, name: str) -> str:
     """Return `column`, or if None the first of `TEXT_COLUMNS` that exists. Raises `ValueError` if there is none."""
     found = next((known for known in (TEXT_COLUMNS if column is None else [column]) if known in columns), None)
     if found is None:
         wanted = f"column {column!r}" if column is not None else f"column of transcripts ({', '.join(TEXT_COLUMNS)})"
-        raise ValueError(f"{name} has no {wanted}. Its columns are {', '.join(columns) or 'none'}: name one of them.")
+        shown = ", ".join(columns) or "none"
+        raise NoLabelsError(f"{name} has no {wanted}. Its columns are {shown}: name one of them.")
     return found
-
-
-def find_audio_files(root: Path) -> Iterator[str]:
-    """Yield relative paths (with /) of audio files, also hidden ones, in a folder and below; links are followed."""
-    visited = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # by a link
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        below = Path(folder).relative_to(root)
-        yield from ((below / name).as_posix() for name in names if name.lower().endswith(AUDIO_SUFFIXES))
-
-
-def list_audio_files(folder: Path) -> list[str]:
-    """Return the paths of `find_audio_files`, sorted. Raises `ValueError` if there are none, or no such folder."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder. Give a folder that has audio files in it or below it.")
-    names = sorted(find_audio_files(folder))
-    if not names:
-        raise ValueError(f"{folder} has no audio files in it or below it. Looked for {', '.join(AUDIO_SUFFIXES)}.")
-    return names
-
-
-def is_hidden(path: str) -> bool:
-    """Return whether the file name in a path (with /) begins with a dot."""
-    return path.rpartition("/")[2].startswith(".")
 
 
 class FolderSource(SpeechSource):
     """
-    All audio files (wav, flac, ogg, opus, mp3; any rate, any number of channels) in a folder and below.
+    All audio files (any kind that libsndfile reads, any rate, any number of channels) in a folder and below.
 
-    An utterance's id is its path relative to the folder. All headers are read once, in threads. Hidden folders are not
-    searched; hidden files (which macOS leaves on foreign disks) are skipped and counted. Raises `ValueError` if `path`
-    is not a folder or has no readable audio.
+    An utterance's id is its path relative to the folder. All headers are read once, in threads. Hidden files (which
+    macOS leaves on foreign disks) and files in hidden folders are skipped and counted, and so is audio of kinds that
+    libsndfile cannot read, such as m4a. Raises `ValueError` if `path` is not a folder or has no readable audio.
     """
 
     def __init__(self, path: str | Path) -> None:
-        found = list_audio_files(Path(path))
-        self._set_files(Path(path), [name for name in found if not is_hidden(name)], str(path))
-        if hidden := [name for name in found if is_hidden(name)]:
-            self.skipped["hidden"] = hidden
+        found = find_audio(path)
+        self._set_files(Path(path), found.names, str(path))
+        if found.hidden:
+            self.skipped["hidden"] = [*map(printable_name, found.hidden)]
 
     def _set_files(self, root: Path, names: list[str], name: str) -> None:
-        self.root = root
+        self.root, self._names = root, names
         lengths = read_lengths(names, lambda file: audio_info(root / file).num_samples, name)
         self._set_utterances(names, lengths, name)
 
     def labels(self, column: str | None = None) -> list[str | None]:
-        """Read the `.trans.txt` files of LibriSpeech and Libri-light, `id text` a line; see `SpeechSource.labels`."""
-        transcripts: dict[str, str] = {}
-        for file in sorted(self.root.rglob("*.trans.txt")):
-            folder = file.parent.relative_to(self.root)
-            for line in read_lines(file):
-                utterance_id, _, text = line.strip().partition(" ")
-                # A transcript beside the recording takes precedence: names are unique in LibriSpeech, maybe not here.
-                transcripts[(folder / utterance_id).as_posix()] = text
-                transcripts.setdefault(utterance_id, text)
-        if column is not None or not transcripts:
+        """Read the `.trans.txt` files below the folder; see `read_transcripts` and `SpeechSource.labels`."""
+        transcripts = None if column is not None else read_transcripts(self.root, self._names)
+        if transcripts is None:
             wanted = "transcripts: no .trans.txt files below it and" if column is None else f"column {column!r}:"
-            raise ValueError(
+            raise NoLabelsError(
                 f"{self.root} has no {wanted} no metadata.csv or metadata.jsonl in it. Write"
                 f" `file_name,{column or 'transcription'}` lines to metadata.csv there."
             )
-        paths = [Path(utterance.id).with_suffix("") for utterance in self.utterances]
-        return [transcripts.get(path.as_posix(), transcripts.get(path.name)) for path in paths]
+        return [transcripts[position] for position in self._positions]
 
     def load(self, index: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
-        return load_audio(self.root / self.utterances[index].id, start=start, num_samples=num_samples)
+        path = self.root / self._names[self._positions[index]]
+        return load_audio(path, start=start, num_samples=num_samples)
 
 
 class FileSource(FolderSource):
     """
-    Audio files given one by one; duplicates are ignored.
+    Audio files, and those in folders, given one by one; duplicates are ignored.
 
     An utterance's id is its path below the lowest folder that contains all of them. Raises `ValueError` if none of
-    them is readable audio.
+    them is readable audio, or a folder has none.
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
-        files = list(dict.fromkeys(os.path.abspath(path) for path in paths))
+        files: list[str] = []
+        hidden: list[str] = []
+        for path in map(os.path.abspath, paths):
+            found = find_audio(path) if os.path.isdir(path) else None
+            files += [path] if found is None else [os.path.join(path, name) for name in found.names]
+            hidden += [] if found is None else [os.path.join(path, name) for name in found.hidden]
         if not files:
             raise ValueError("There are no files. Name at least one.")
+        files = list(dict.fromkeys(files))
         root = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
         self._set_files(root, [Path(file).relative_to(root).as_posix() for file in files], "The files")
+        if hidden:
+            self.skipped["hidden"] = sorted(map(printable_name, set(hidden)))
 
 
 def check_dataset(dataset: Any, class_name: str) -> None:
@@ -300,7 +278,7 @@ class DatasetSource(StoredSource):
 
     The column can be of `Audio` (files or their bytes, decoded by `load_audio`, never by torchcodec), paths, bytes of
     files, `{"array", "sampling_rate"}` as in the synthetic corpus, or lists of floats. Only the samples of a requested
-    part are touched. An utterance's id is its `id` if there is such a column, else its row number.
+    part are touched. An utterance's id is its `id` if it has one, else its row number.
 
     Args:
         dataset: A map-style `datasets.Dataset`.
@@ -320,22 +298,32 @@ class DatasetSource(StoredSource):
         self._sampling_rate = sampling_rate
         column_type = self._rows.features.arrow_schema.field(audio_column).type
         self._kind = kind_of_audio(column_type, audio_column, sampling_rate)
-        names = self._column("id") if "id" in self._others.column_names else range(len(dataset))
+        given = self._column("id") if "id" in self._others.column_names else range(len(dataset))
+        names = (str(row if name is None else name) for row, name in enumerate(given))
         lengths = read_lengths(
             range(len(dataset)), lambda row: audio_info(self._stored(row)).num_samples, "The dataset"
         )
-        self._set_utterances(map(str, names), lengths, "The dataset")
+        self._set_utterances(names, lengths, "The dataset")
 
-    def _column(self, name: str) -> Any:
-        return self._others.select_columns([name]).with_format(None)[name]
+    def _column(self, name: str) -> list[Any]:
+        # In Arrow format nothing is decoded, such as a second column of audio.
+        return [value.as_py() for value in self._others.select_columns([name]).with_format("arrow")[:].column(0)]
 
     def labels(self, column: str | None = None) -> list[str | None]:
         """Read a column of text, numbers or class labels, as their names; see `SpeechSource.labels`."""
         column = find_text_column(self._others.column_names, column, "The dataset")
-        values, feature = list(self._column(column)), self._others.features[column]
-        is_class = hasattr(feature, "int2str")  # a ClassLabel, where -1 is a missing value
-        name_of, missing = (feature.int2str, (None, -1)) if is_class else (str, (None,))
-        return [None if values[row] in missing else name_of(values[row]) for row in self._positions]
+        feature, values = self._others.features[column], self._column(column)
+        name_of = getattr(feature, "int2str", None)  # of a ClassLabel, where -1 is a missing value
+
+        def label(row: int) -> str | None:
+            where, value = f"The dataset, row {row}, column {column!r}", values[row]
+            if name_of is None or value is None:
+                return label_text(value, where)
+            if not -1 <= value < feature.num_classes:
+                raise ValueError(f"{where}: {value} is no class: the column has {feature.num_classes} classes.")
+            return None if value == -1 else str(name_of(value))
+
+        return [label(row) for row in self._positions]
 
     def _stored(self, row: int) -> AudioInput:
         return stored_audio(self._rows[row].column(0)[0], self._kind, self._sampling_rate)

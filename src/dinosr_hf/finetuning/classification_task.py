@@ -26,6 +26,7 @@ from ..training.shared_arguments import argument
 from ..utils.command_line import ArgumentError, check_ranges
 from ..utils.extras import import_extra
 from ..utils.files import write_atomically
+from ..utils.visible_text import visible_text
 from .task import Task
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ class Classification(Task):
 
     def prepare(self, train: LabelledSource) -> None:
         """
-        Collect the classes: the labels of the training speech, without space around them.
+        Collect the classes: the labels of the training speech, as `visible_text` spells them.
 
         Raises `ArgumentError` if there is only one class, or no class has two utterances.
         """
@@ -184,7 +185,7 @@ class Classification(Task):
         }
 
     def _references(self, source: LabelledSource) -> list[str]:
-        return [label.strip() for label in source.labels]
+        return [visible_text(label) for label in source.labels]
 
     def targets(self, source: LabelledSource) -> list[np.ndarray | int]:
         """Return the indices of the classes; -100 for classes that training speech does not have, with a warning."""

@@ -47,7 +47,9 @@ class RecognitionArguments:
         " alone.",
     )
     units: str = argument("characters", "Whether transcripts are characters or names of phones.", UNITS)
-    case: str = argument("lower", "Case of normalised transcripts.", CASES)
+    case: str = argument(
+        "lower", "Case of normalised transcripts; lower_turkic where I and ı, İ and i are pairs, as in Turkish.", CASES
+    )
     keep_punctuation: str = argument("'", "Punctuation and symbols to keep in transcripts.")
     ctc_loss_reduction: str = argument(
         "sum",

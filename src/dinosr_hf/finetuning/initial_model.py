@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForPreTraining, DinoSRPreTrainedModel
 from ..utils.command_line import ArgumentError, argument_errors
-from ..utils.model_folder import open_dinosr_config
+from ..utils.model_folder import open_dinosr_config, open_weights
 from .finetuning_arguments import InitialModelArguments
 
 
@@ -31,7 +31,9 @@ def _copy_teacher(model: DinoSRPreTrainedModel, name: str, config: DinoSRConfig)
             f"network=teacher needs a pre-training checkpoint, but {name} is a {kind} without a teacher. Set"
             " network=student."
         )
-    for averaged, own in DinoSRForPreTraining.from_pretrained(name).teacher.pairs_with(model.base_model):
+    with argument_errors("network=teacher of model="):
+        checkpoint = open_weights(DinoSRForPreTraining, name)
+    for averaged, own in checkpoint.teacher.pairs_with(model.base_model):
         own.copy_(averaged)
 
 
@@ -50,12 +52,13 @@ def load_model(
     """
     name, changes = arguments.model, {**arguments.config_changes(), **changes}
     config = check_initial_model(arguments)
-    with argument_errors(f"model={name}: ", (OSError, ValueError)):  # OSError: no weights
+    with argument_errors("model="):
         if arguments.from_scratch:
             model = model_class(DinoSRConfig(**{**config.to_diff_dict(), **changes}))
         else:
-            # A vocabulary other than that of a fine-tuned checkpoint needs a new head; transformers warns of it.
-            model = model_class.from_pretrained(name, dtype=torch.float32, ignore_mismatched_sizes=True, **changes)
+            # A vocabulary other than that of a fine-tuned checkpoint needs a new head, with a warning.
+            options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, **changes}
+            model = open_weights(model_class, name, may_lack=rf"(?!{model_class.base_model_prefix}\.)", **options)
     if arguments.network == "teacher" and not arguments.from_scratch:
         _copy_teacher(model, name, config)
     if arguments.freeze_feature_encoder and not arguments.from_scratch:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ..training.resume import CheckpointError, choose_checkpoint, find_checkpoints, refuse_existing_model
 from ..training.run_record import RECORD_NAME, RunRecord
 from ..utils.command_line import ArgumentError
+from ..utils.text_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,11 @@ def read_checkpoint(path: Path) -> str:
         if not any(path.glob(pattern)):
             raise CheckpointError(f"{path} has no {pattern}: it is incomplete, or not of a fine-tuning run.")
     try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        for file in path.glob("*.safetensors"):
+        read_json(path / "trainer_state.json")
+        for file in path.glob("[!.]*.safetensors"):
             with safe_open(file, framework="pt"):
                 pass
-        for file in path.glob("*.pt*"):  # also .pth
+        for file in path.glob("[!.]*.pt*"):  # also .pth
             zipfile.ZipFile(file).close()
     except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} has a truncated file: {error}.") from error
@@ -49,7 +50,7 @@ def _read_record(folder: Path) -> RunRecord | None:
     """Return the record in a folder, finished or not."""
     file = folder / RECORD_NAME
     try:
-        return RunRecord(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        return RunRecord(**read_json(file)) if file.is_file() else None
     except (ValueError, TypeError) as error:
         raise ArgumentError(f"{file} cannot be read ({error}). Remove it, or give another output_dir.") from error
 

@@ -46,13 +46,18 @@ def _training_set(
 
     reasons = [exclusion_reason(*pair) for pair in zip(targets, source.num_samples, strict=True)]
     excluded = Counter(reason for reason in reasons if reason is not None)
+    counts = ""
     if excluded:
         examples = {reason: source.ids[reasons.index(reason)] for reason in sorted(excluded)}
         counts = ", ".join(f"{excluded[reason]:,} {reason} (e.g. {name})" for reason, name in examples.items())
-        logger.warning(f"{excluded.total():,} of {len(source):,} utterances are left out of training: {counts}.")
     positions = [position for position, reason in enumerate(reasons) if reason is None]
     if not positions:
-        raise ArgumentError(f"{source.name}: no utterance can be trained on. Check min_seconds and max_seconds.")
+        raise ArgumentError(
+            f"{source.name}: none of {len(source):,} utterances can be trained on: {counts}. Check"
+            f" min_seconds={data.min_seconds:g}, max_seconds={data.max_seconds:g} and the labels."
+        )
+    if excluded:
+        logger.warning(f"{excluded.total():,} of {len(source):,} utterances are left out of training: {counts}.")
     return LabelledDataset(
         source, targets, positions, crop_samples=crop_samples, speed_change=data.speed_change, seed=seed
     )
@@ -109,7 +114,7 @@ def _evaluate(trainer: SpeechTrainer, task: Task, splits: dict[str, LabelledData
 def _train_and_save(
     trainer: SpeechTrainer, task: Task, test: LabelledDataset | None, record: RunRecord, checkpoint: str | None
 ) -> RunRecord:
-    """Train, evaluate and write model and record; return the complete record."""
+    """Train, write the model, evaluate it and write the record; return the complete record."""
     folder = Path(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()  # until all processes have read the previous record
     if trainer.is_world_process_zero():
@@ -117,6 +122,11 @@ def _train_and_save(
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
+    # Before the evaluation and its reports, whose failure must not cost the model.
+    trainer.model = model = merge_adapters(trainer.accelerator.unwrap_model(trainer.model))
+    if trainer.is_world_process_zero():
+        save_folder(model, folder)
+        task.save(folder)
     record = dataclasses.replace(
         record,
         steps=trainer.state.global_step,
@@ -124,10 +134,8 @@ def _train_and_save(
         data=[record.data[0] | {"unreadable": trainer.num_unreadable()}],
         finished=time_now(),
     )
-    model = merge_adapters(trainer.accelerator.unwrap_model(trainer.model))
     if trainer.is_world_process_zero():
-        save_folder(model, folder)
-        task.save(folder)
+        task.save(folder)  # with what `calibrate` measured
         write_record(folder, record)
     trainer.accelerator.wait_for_everyone()
     return record

@@ -42,7 +42,7 @@ def _open_synthetic(arguments: LabelledDataArguments, split: str, seed: int) -> 
 
 def _have_metadata(folders: Sequence[str], split: str) -> bool:
     """Return whether each folder has a table of labels for the split; the split "" is the folder itself."""
-    return all(any(Path(folder, split, name).is_file() for name in METADATA_FILES) for folder in folders)
+    return all(any(Path(folder, split, name).exists() for name in METADATA_FILES) for folder in folders)
 
 
 def open_splits(arguments: LabelledDataArguments, seed: int) -> Splits:

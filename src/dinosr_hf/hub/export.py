@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from ..data import SAMPLING_RATE
 from ..model.modeling_dinosr import DinoSRForCTC, DinoSRForXVector
 from ..utils.extras import import_extra
 from ..utils.files import atomic_folder
+from ..utils.model_folder import open_weights
 from .folder import Processor, StrPath, open_folder, open_processor
 
 NETWORK = "model.onnx"
@@ -124,7 +126,7 @@ class TorchModel(FolderModel):
 
     def __init__(self, folder: StrPath) -> None:
         super().__init__(folder)
-        self.model = self.model_class.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = open_weights(self.model_class, folder, dtype=torch.float32).eval()
 
     @torch.inference_mode()
     def forward(self, input_values: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
@@ -263,9 +265,10 @@ def export_onnx(
     folder = Path(folder)
     _check_target(folder, overwrite)
     if not isinstance(model, PreTrainedModel):
-        _, model_class = open_folder(Path(model), OUTPUTS, _PROBLEM)
-        processor = processor or open_processor(Path(model), is_recogniser=model_class is DinoSRForCTC)
-        model = model_class.from_pretrained(model)
+        source = Path(model)
+        _, model_class = open_folder(source, OUTPUTS, _PROBLEM)
+        processor = processor or open_processor(source, is_recogniser=model_class is DinoSRForCTC)
+        model = cast(PreTrainedModel, open_weights(model_class, source))
     name = type(model).__name__
     if name not in OUTPUTS:
         raise ValueError(f"The model is a {name}, {_PROBLEM}")

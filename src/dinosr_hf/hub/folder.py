@@ -18,7 +18,7 @@ from ..model import modeling_dinosr
 from ..model.configuration_dinosr import DinoSRConfig
 from ..training.run_record import RECORD_NAME, RunRecord
 from ..utils.files import atomic_folder
-from ..utils.model_folder import feature_extractor, open_dinosr_config
+from ..utils.model_folder import feature_extractor, open_dinosr_config, open_weights, opening
 from .card import build_card
 from .provenance import Provenance
 
@@ -54,16 +54,19 @@ def open_folder(folder: Path, allowed: Collection[str], problem: str) -> tuple[D
 
 def open_processor(folder: Path, is_recogniser: bool) -> Processor:
     """Load a recogniser's processor (`ValueError` if it is incomplete), or the feature extractor of another model."""
-    has_extractor = any(folder.glob("*processor_config.json"))  # with or without "pre"
+    has_extractor = any((folder / f"{pre}processor_config.json").is_file() for pre in ("", "pre"))
+    advice = "Save the processor of the model's run there: processor.save_pretrained(folder)."
     if not is_recogniser:
-        return Wav2Vec2FeatureExtractor.from_pretrained(folder) if has_extractor else feature_extractor()
+        with opening(folder, advice):
+            return Wav2Vec2FeatureExtractor.from_pretrained(folder) if has_extractor else feature_extractor()
     if not (has_extractor and (folder / "vocab.json").is_file()):
         missing = "tokenizer (vocab.json)" if has_extractor else "feature extractor (processor_config.json)"
         raise ValueError(
             f"{folder} has no {missing}, which a recogniser needs. Save the processor of the fine-tuning run there:"
             " processor.save_pretrained(folder)."
         )
-    return Wav2Vec2Processor.from_pretrained(folder)
+    with opening(folder, advice):
+        return Wav2Vec2Processor.from_pretrained(folder)
 
 
 def _open_model(folder: Path, record: RunRecord) -> PreTrainedModel:
@@ -76,7 +79,7 @@ def _open_model(folder: Path, record: RunRecord) -> PreTrainedModel:
     problem = f"but the run's task is {task}, whose models are {', '.join(allowed)}."
     advice = "Give the record of the run that trained the model."
     _, model_class = open_folder(folder, allowed, f"{problem} {advice}")
-    return model_class.from_pretrained(folder)
+    return open_weights(model_class, folder)
 
 
 def _check_loads(folder: Path, model: PreTrainedModel) -> None:

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +25,8 @@ from numpy.typing import NDArray
 
 from ..data import SAMPLING_RATE, AudioFileError, SpeechSource, normalize_waveform
 from ..data.packing import equal_parts, pack
-from ..data.sources import AUDIO_SUFFIXES
 from ..model.configuration_dinosr import DinoSRConfig
+from ..utils.command_line import MAX_NUMBER, check_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -88,19 +87,6 @@ class RunningMoments:
     def normalize(self, rows: np.ndarray) -> NDArray[np.float32]:
         """Subtract the mean from rows (R, ...) and divide them by the standard deviation, as `normalize_waveform`."""
         return ((rows - self.mean) / np.sqrt(self.variance + 1e-5)).astype(np.float32)
-
-
-def output_path(folder: str | Path, recording: str, suffix: str) -> Path:
-    """
-    Return the path in `folder` of a recording's output: its id, with `suffix` instead of that of an audio file.
-
-    Raises `ValueError` if the id leads out of the folder.
-    """
-    path = Path(recording)
-    if path.is_absolute() or ".." in path.parts or not path.name:
-        raise ValueError(f"The recording {recording!r} leads out of {folder}. Give recordings other ids.")
-    stem = path.stem if path.suffix.lower() in AUDIO_SUFFIXES else path.name
-    return Path(folder, path.with_name(f"{stem}.{suffix}"))
 
 
 def pad_batch(waves: Sequence[np.ndarray], min_samples: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,6 +151,8 @@ class WindowedInference:
         context_seconds: float = 5.0,
         batch_seconds: float = 120.0,
     ) -> None:
+        given = {"window_seconds": window_seconds, "context_seconds": context_seconds, "batch_seconds": batch_seconds}
+        check_ranges((abs(value) <= MAX_NUMBER, name, value, "a finite number") for name, value in given.items())
         self._config, self._normalizes, hop = config, normalizes, config.inputs_to_logits_ratio
         self._window_frames = config.num_frames(int(window_seconds * SAMPLING_RATE))
         self._context_frames = round(context_seconds * SAMPLING_RATE / hop)

@@ -6,6 +6,7 @@ The online codebooks of DinoSR: a table of codewords for each teacher layer, lea
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Return a context in which operations on a device keep the precision of their inputs."""
+    is_available = torch.amp.is_autocast_available(device.type)  # it is not on the meta device
+    return torch.autocast(device.type, enabled=False) if is_available else nullcontext()
 
 
 def perplexity(histogram: torch.Tensor) -> torch.Tensor:
@@ -129,7 +136,7 @@ class OnlineCodebooks(nn.Module):
         Returns:
             int64 (N, M), in [0, V).
         """
-        with torch.autocast(targets.device.type, enabled=False):
+        with without_autocast(targets.device):
             codewords = self.codewords if codebooks is None else self.codewords[list(codebooks)]
             # |t - c|^2 = |t|^2 - 2 (t c - |c|^2 / 2), and |t|^2 is the same for all codewords
             half_norms = codewords.square().sum(dim=-1)[:, None, :] / 2  # (N, 1, V)

@@ -15,7 +15,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -32,6 +32,14 @@ MEL_WINDOW = 400
 MEL_HOP = 160
 MELS_PER_FRAME = 2
 NUM_MELS = 80
+
+# What no speech model comes near: a configuration beyond it is damaged or hostile, and would exhaust the memory.
+MAX_LAYERS = 1_000
+MAX_CONVOLUTIONS = 100  # of the front end, of the positions and of the x-vector
+MAX_WIDTH = 65_536  # of a layer, or of a kernel
+MAX_CLASSES = 1_000_000  # labels, codewords
+MAX_MASK = 100_000  # frames or channels of a span, or spans
+MAX_WEIGHTS = 20_000_000_000
 
 Length = TypeVar("Length", int, torch.Tensor)
 
@@ -195,6 +203,21 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # Before the type of each entry is checked, and a name is made for each class.
+        for name in ("conv_dim", "conv_stride", "conv_kernel", "tdnn_dim", "tdnn_kernel", "tdnn_dilation"):
+            value = kwargs.get(name)
+            if isinstance(value, list | tuple) and len(value) > MAX_CONVOLUTIONS:
+                raise ValueError(
+                    f"{name} has {len(value):,} entries, one a layer: it must have at most {MAX_CONVOLUTIONS}."
+                )
+        num_labels = kwargs.get("num_labels")
+        if isinstance(num_labels, int) and not 0 <= num_labels <= MAX_CLASSES:
+            raise ValueError(
+                f"num_labels={num_labels} is out of range: it must be at least 0 and at most {MAX_CLASSES}."
+            )
+        return super().__new__(cls)
+
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         # Here and not only as a hook of @strict, whose own error is no ValueError.
@@ -207,10 +230,18 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         self._check_codebooks_and_teacher()
         self._check_masks()
         self._check_heads()
+        if (num_weights := self.num_encoder_weights + self._num_head_weights()) > MAX_WEIGHTS:
+            names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "num_codebooks")
+            sizes = ", ".join(f"{name}={getattr(self, name)}" for name in (*names, "codebook_size", "conv_dim"))
+            raise ValueError(
+                f"These sizes make {num_weights:,} weights, and a model may have at most {MAX_WEIGHTS:,}: {sizes}."
+                " Lower some of them."
+            )
 
     def _check_transformer(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        self._check_range(sizes, 1)
+        self._check_range(("num_hidden_layers",), 1, MAX_LAYERS)
+        self._check_range(("hidden_size", "num_attention_heads"), 1, MAX_WIDTH)
+        self._check_range(("vocab_size", "intermediate_size"), 1, MAX_CLASSES)
         self._check_range(("layer_norm_eps",), 0, open_low=True)
         self._check_range(("initializer_range",), 0)
         probabilities = ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout")
@@ -222,11 +253,12 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         self._check_one_of("feature_encoder", FEATURE_ENCODERS)
         self._check_lists(("conv_dim", "conv_stride", "conv_kernel"))
         self._check_one_of("feat_extract_activation", ACT2FN)
-        positions = ("num_conv_pos_embeddings", "conv_pos_kernel_size", "num_conv_pos_embedding_groups")
-        self._check_range(positions, 1)
+        self._check_range(("num_conv_pos_embeddings",), 1, MAX_CONVOLUTIONS)
+        self._check_range(("conv_pos_kernel_size", "num_conv_pos_embedding_groups"), 1, MAX_WIDTH)
 
     def _check_codebooks_and_teacher(self) -> None:
-        self._check_range(("num_codebooks", "codebook_size", "codebook_update_steps"), 1)
+        self._check_range(("num_codebooks", "codebook_update_steps"), 1)
+        self._check_range(("codebook_size",), 1, MAX_CLASSES)
         if self.num_codebooks > self.num_hidden_layers:
             raise ValueError(
                 f"num_codebooks={self.num_codebooks} is more than num_hidden_layers={self.num_hidden_layers}, but each"
@@ -235,7 +267,8 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         self._check_range(("codebook_decay", "ema_decay", "ema_end_decay"), 0, 1)
         if self.codebook_end_decay is not None:
             self._check_range(("codebook_end_decay",), 0, 1)
-        self._check_range(("codebook_end_decay_step", "ema_anneal_steps", "num_anchor_labels"), 0)
+        self._check_range(("codebook_end_decay_step", "ema_anneal_steps"), 0)
+        self._check_range(("num_anchor_labels",), 0, MAX_CLASSES)
         self._check_range(("codebook_revival_share",), 0, 0.5)
         if self.freeze_teacher_step is not None and self.freeze_teacher_step < 0:
             raise ValueError(
@@ -247,8 +280,8 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
     def _check_masks(self) -> None:
         self._check_range(("mask_prob",), 0, 1, open_low=True)
         self._check_range(("mask_time_prob", "mask_feature_prob"), 0, 1)
-        self._check_range(("mask_length", "mask_time_length", "mask_feature_length"), 1)
-        self._check_range(("mask_min_spans", "mask_time_min_masks", "mask_feature_min_masks"), 0)
+        self._check_range(("mask_length", "mask_time_length", "mask_feature_length"), 1, MAX_MASK)
+        self._check_range(("mask_min_spans", "mask_time_min_masks", "mask_feature_min_masks"), 0, MAX_MASK)
         if self.mask_feature_prob > 0 and self.mask_feature_length > self.hidden_size:
             raise ValueError(
                 f"mask_feature_length={self.mask_feature_length} is longer than hidden_size={self.hidden_size}, the"
@@ -258,13 +291,13 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
     def _check_heads(self) -> None:
         self._check_one_of("ctc_loss_reduction", CTC_LOSS_REDUCTIONS)
         self._check_lists(("tdnn_dim", "tdnn_kernel", "tdnn_dilation"))
-        self._check_range(("classifier_proj_size", "xvector_output_dim"), 1)
+        self._check_range(("classifier_proj_size", "xvector_output_dim"), 1, MAX_WIDTH)
 
     def _check_range(self, names: Sequence[str], low: float, high: float = math.inf, open_low: bool = False) -> None:
         for name in names:
             value = getattr(self, name)
             too_low = value <= low if open_low else value < low
-            if too_low or value > high or math.isnan(value):
+            if too_low or value > high or value in (math.inf, -math.inf) or value != value:  # the last: NaN
                 allowed = f"{'more than' if open_low else 'at least'} {low}"
                 allowed += "" if high == math.inf else f" and at most {high}"
                 raise ValueError(f"{name}={value} is out of range: it must be {allowed}.")
@@ -287,6 +320,8 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         for name in names:
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} has an entry below 1.")
+            if max(getattr(self, name)) > MAX_WIDTH:
+                raise ValueError(f"{name}={getattr(self, name)} has an entry above {MAX_WIDTH}.")
 
     def _convolutions(self) -> list[tuple[int, int]]:
         """Kernel size and stride of each step from samples to frames."""
@@ -298,6 +333,26 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
     def feature_size(self) -> int:
         """Number `C` of the front end's channels (base: 512)."""
         return NUM_MELS * MELS_PER_FRAME if self.feature_encoder == "log_mel" else self.conv_dim[-1]
+
+    @property
+    def num_encoder_weights(self) -> int:
+        """Number of weights of the encoder, without biases and norms (base: 93 million)."""
+        width, inputs = self.hidden_size, 1
+        layers = self.num_hidden_layers * (4 * width**2 + 2 * width * self.intermediate_size)
+        kernel = self.conv_pos_kernel_size * self.num_conv_pos_embeddings
+        positions = width * (width // self.num_conv_pos_embedding_groups) * kernel
+        convolutions = 0
+        for outputs, size in (
+            [] if self.feature_encoder == "log_mel" else zip(self.conv_dim, self.conv_kernel, strict=True)
+        ):
+            convolutions, inputs = convolutions + inputs * outputs * size, outputs
+        return layers + positions + convolutions + self.feature_size * width
+
+    def _num_head_weights(self) -> int:
+        codebooks = 2 * self.num_codebooks * self.codebook_size  # codewords, and heads that predict them
+        inputs, delays = (self.hidden_size, *self.tdnn_dim), zip(self.tdnn_dim, self.tdnn_kernel, strict=True)
+        layers = sum(width * outputs * kernel for width, (outputs, kernel) in zip(inputs, delays, strict=False))
+        return self.hidden_size * (self.vocab_size + self.num_anchor_labels + codebooks) + layers
 
     @property
     def inputs_to_logits_ratio(self) -> int:
@@ -333,6 +388,11 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
             else:
                 num_samples = (num_samples - kernel) // stride + 1
         return num_samples.clamp(min=0) if isinstance(num_samples, torch.Tensor) else max(num_samples, 0)
+
+    @property
+    def unit_sources(self) -> tuple[str, ...]:
+        """The sources of units that a model of this configuration has, see `encode_units`."""
+        return ("student", "teacher", "anchor") if self.num_anchor_labels else ("student", "teacher")
 
     def num_units(self, source: str) -> int:
         """Return the number of units of a source of `encode_units`: the anchor's labels, or a codebook's codewords."""

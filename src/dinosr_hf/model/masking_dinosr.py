@@ -100,7 +100,7 @@ def sample_span_mask(
         if num_spans == 0 or size <= 0:
             continue
         starts = _draw_span_starts(size, num_spans, mask_length, generator)
-        frames = (starts[:, None] + np.arange(mask_length)).ravel()
+        frames = (starts[:, None] + np.arange(min(mask_length, size))).ravel()
         mask[row, frames[frames < size]] = True
     if require_same_masks:
         _cut_to_same_count(mask, generator)

@@ -46,7 +46,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .codebook_dinosr import OnlineCodebooks, perplexity
+from .codebook_dinosr import OnlineCodebooks, perplexity, without_autocast
 from .configuration_dinosr import (
     MEL_HOP,
     MEL_WINDOW,
@@ -258,7 +258,7 @@ class DinoSRLogMelEncoder(nn.Module):
 
     def energies(self, input_values: torch.Tensor) -> torch.Tensor:
         """(B, S) to float32 (B, T, 160), not yet normalised."""
-        with torch.autocast(input_values.device.type, enabled=False):
+        with without_autocast(input_values.device):
             windows = input_values.float().unfold(-1, MEL_WINDOW, MEL_HOP)  # (B, 2 T or one more, 400)
             windows = windows * torch.hann_window(MEL_WINDOW, dtype=torch.float32, device=windows.device)
             spectrum = torch.fft.rfft(windows, n=self._FFT_LENGTH)
@@ -1348,6 +1348,17 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
 # Heads
 
 
+def pad_to_frame(
+    config: DinoSRConfig, input_values: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pad waveforms (B, S) that are too short for a frame, as a longer one in their batch would."""
+    if config.num_frames(input_values.shape[1]) >= 1:
+        return input_values, attention_mask
+    padding = (0, config.receptive_field - input_values.shape[1])
+    mask = torch.ones_like(input_values, dtype=torch.long) if attention_mask is None else attention_mask
+    return nn.functional.pad(input_values, padding), nn.functional.pad(mask, padding)
+
+
 def mask_padding_logits(config: DinoSRConfig, logits: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
     """
     Give padded frames of (B, T, vocab_size), from `num_frames` int64 (B,) on, all probability to the blank.
@@ -1375,7 +1386,7 @@ def ctc_loss(
             " tokenizer's vocab_size."
         )
     is_label = labels >= 0
-    with torch.autocast(logits.device.type, enabled=False), torch.backends.cudnn.flags(enabled=False):
+    with without_autocast(logits.device), torch.backends.cudnn.flags(enabled=False):
         return nn.functional.ctc_loss(
             logits.float().log_softmax(dim=-1).transpose(0, 1),
             labels.masked_fill(~is_label, config.pad_token_id or 0),
@@ -1426,11 +1437,14 @@ class DinoSRForCTC(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             labels: int64 (B, L), padded at the end with -100.
 
         Returns:
-            `logits` (B, T, vocab_size), the blank's in the padding, and with labels `loss` in nats.
+            `logits` (B, T, vocab_size), the blank's in the padding, and with labels `loss` in nats. Without labels, an
+            input too short for a frame has one, of padding.
 
         Raises:
             ValueError: If a label is not below `vocab_size`.
         """
+        if labels is None and input_values.dim() == 2:
+            input_values, attention_mask = pad_to_frame(self.config, input_values, attention_mask)
         outputs = self.dinosr(input_values, attention_mask, **kwargs)
         samples = torch.ones_like(input_values) if attention_mask is None else attention_mask
         num_frames = self.config.num_frames(samples.long().sum(dim=-1))

@@ -150,5 +150,5 @@ def load_anchor(folder: str | Path) -> Anchor:
         ids = json.loads(tensors["ids"].tobytes())
         tracks = np.split(tensors["labels"], np.cumsum(tensors["lengths"])[:-1])
         return TrackAnchor(dict(zip(ids, tracks, strict=True)), **about)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as an anchor: {error}") from error

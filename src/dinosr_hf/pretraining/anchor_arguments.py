@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from ..analysis import Labels, Segment, read_alignments
 from ..analysis.alignment import SILENCE, STRIDE
 from ..analysis.alignment_files import SUFFIXES
+from ..data.finding import find_files
 from ..utils.command_line import ArgumentError, argument_errors
 from ..utils.model_folder import open_config
 
@@ -52,7 +53,7 @@ def anchor_kind(name: str) -> Kind:
         return "labels"
     if not path.is_dir() or (path / "config.json").exists():
         return "model"
-    if not any(path.rglob("*.TextGrid")):
+    if not find_files(path, ".textgrid").names:
         raise ArgumentError(
             f"anchor={name} is a folder with neither a model (config.json) nor TextGrids. If it is a run, let it"
             " finish, or give one of its step or checkpoint folders."

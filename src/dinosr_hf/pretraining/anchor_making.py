@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -149,7 +150,8 @@ def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> Trac
     labels = read_anchor_labels(path)
     numbers = {name: number for number, name in enumerate(anchor_label_names(labels))}
     field = config.receptive_field
-    names = match_labels([utterance.id for utterance in source.utterances], labels)
+    others = itertools.chain.from_iterable(source.skipped.values())
+    names = match_labels([utterance.id for utterance in source.utterances], labels, others=others)
     tracks: dict[str, NDArray[np.unsignedinteger]] = {}
     for utterance_id, num_samples in source.utterances:
         if utterance_id not in names or num_samples < field:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForPreTraining, DinoSRModel
 from ..utils.command_line import argument_errors
-from ..utils.model_folder import open_dinosr_config
+from ..utils.model_folder import open_dinosr_config, open_weights
 from .pretraining_arguments import CODEBOOK_SIZES, PretrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,9 @@ logger = logging.getLogger(__name__)
 def _with_new_anchor(name: str, config: DinoSRConfig) -> DinoSRForPreTraining:
     """Load a pre-training checkpoint, but for the anchor's head."""
     plain = DinoSRConfig(**{**config.to_dict(), "num_anchor_labels": 0})
-    base = DinoSRForPreTraining.from_pretrained(name, config=plain, dtype=torch.float32)
+    # The use of codewords is counted only where some are revived, which may begin with this run.
+    options: dict[str, Any] = {"config": plain, "dtype": torch.float32}
+    base = open_weights(DinoSRForPreTraining, name, may_lack=r"codebooks\.usage$", **options)
     if not config.num_anchor_labels:
         return base
     model = DinoSRForPreTraining(config)
@@ -39,14 +42,14 @@ def initial_model(arguments: PretrainingArguments) -> DinoSRForPreTraining:
     config, name = arguments.model_config(), arguments.run.base_model
     if name is None:
         return DinoSRForPreTraining(config)
-    with argument_errors(f"base_model={name}: ", (OSError, ValueError, RuntimeError)):
+    with argument_errors("base_model="):
         base = open_dinosr_config(name)
         is_pretraining = "DinoSRForPreTraining" in (base.architectures or [])
         if is_pretraining and all(getattr(base, size) == getattr(config, size) for size in CODEBOOK_SIZES):
             anew = "; the anchor's head starts anew" if config.num_anchor_labels or base.num_anchor_labels else ""
             logger.info("Starting from %s, with its teacher, heads and codebooks%s.", name, anew)
             return _with_new_anchor(name, config)
-        network = DinoSRModel.from_pretrained(name, config=config, dtype=torch.float32)
+        network = open_weights(DinoSRModel, name, config=config, dtype=torch.float32)
     reason = "its codebooks have other sizes" if is_pretraining else "it has no codebooks"
     logger.info("Starting from the network of %s; %s, so teacher, heads and codebooks start anew.", name, reason)
     model = DinoSRForPreTraining(config)

@@ -246,7 +246,7 @@ def _choose_by_path(path: Path, output_dir: Path, read: Callable[[Path], Checkpo
 def load_model_weights(checkpoint: Checkpoint, model: DinoSRForPreTraining) -> None:
     """Load a checkpoint's weights, teacher and codebooks into a model. Raises `CheckpointError` if they do not fit."""
     weights: dict[str, torch.Tensor] = {}
-    for file in sorted(checkpoint.path.glob("*.safetensors")):  # several, if the model is large
+    for file in sorted(checkpoint.path.glob("[!.]*.safetensors")):  # several, if the model is large
         weights |= load_file(file)
     try:
         model.load_state_dict(weights, strict=True)

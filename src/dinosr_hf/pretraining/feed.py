@@ -140,11 +140,14 @@ class StepFeed:
         """Yield the rest of an epoch's windows; none if the stream has changed since the position was saved."""
         hours, fastest = self._data.window_seconds / 3600, 1 + self._data.speed_change
         logger.info(f"Epoch {self._epoch} of the stream: reading the first {hours:.2g} hours.")
+        usable, longest_of_all = self._window > 0, 0.0
         try:
             for window in stream.windows(self._epoch, self._window, self._stream_state):
                 self._window, self._stream_state = window.index, window.state
                 longest = max(utterance.num_samples for utterance in window.source.utterances) / fastest
+                longest_of_all = max(longest_of_all, longest)
                 if longest >= self._min_samples:
+                    usable = True
                     yield window.source
                 else:  # the next window may be usable
                     logger.warning(
@@ -155,6 +158,13 @@ class StepFeed:
         except StreamChangedError as error:
             self._step = 0
             logger.warning(f"The position in the stream is lost: {error} Epoch {self._epoch + 1} starts now.")
+        else:
+            if not usable:
+                raise ArgumentError(
+                    f"No recording of the stream is at least min_seconds={self._data.min_seconds:g} long (the longest"
+                    f" has {longest_of_all / SAMPLING_RATE:.3g} s{' at the highest speed' if fastest > 1 else ''})."
+                    " Lower --min_seconds."
+                )
 
     def summarize(self) -> PlanSummary | None:
         """Summarize the current epoch over all processes; None for a stream, which is not known in advance."""

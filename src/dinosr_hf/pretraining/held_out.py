@@ -102,9 +102,11 @@ class HeldOut:
         shortest, utterances = min_maskable_samples(self._config), self._utterances
         eligible = [index for index, utterance in enumerate(utterances) if utterance.num_samples >= shortest]
         if not eligible:
+            most = max(utterance.num_samples for utterance in utterances) / SAMPLING_RATE
             raise ValueError(
-                f"None of {len(utterances):,} held-out utterances can be masked: each needs {shortest:,} samples"
-                f" ({shortest / SAMPLING_RATE:.2f} s). Give longer ones, or lower mask_length."
+                f"None of {len(utterances):,} held-out recordings is at least {shortest / SAMPLING_RATE:.3g} s long,"
+                f" which mask_length={self._config.mask_length} needs; the longest has {most:.3g} s. Give longer ones,"
+                " or lower mask_length."
             )
         eligible.sort(key=lambda index: utterance_hash(seed, 0, utterances[index].id, "held out"))
         parts: list[Crop] = []
@@ -121,7 +123,8 @@ class HeldOut:
         """Return the phone of each frame, (T,), of each utterance that has labels."""
         config = self._config
         stride, field = config.inputs_to_logits_ratio, config.receptive_field
-        names = match_labels([self._utterances[part.index].id for part in parts], labels)
+        used = [self._utterances[part.index].id for part in parts]
+        names = match_labels(used, labels, others=[utterance.id for utterance in self._utterances])
         phones: dict[str, list[str]] = {}
         for part in parts:
             utterance_id, num_samples = self._utterances[part.index]

@@ -168,6 +168,19 @@ def _may_fail(what: str, kind: type[Exception]) -> Iterator[None]:
         logger.error(f"{what}: {str(error).rstrip('.')}. The run goes on.")
 
 
+@contextlib.contextmanager
+def _model_errors(folder: str, problem: CheckpointError | None) -> Iterator[None]:
+    """Raise errors of writing the model as a `CheckpointError`, after the `problem` that the checkpoint had."""
+    try:
+        yield
+    except Exception as error:
+        before = f"{problem} " if problem else ""
+        raise CheckpointError(
+            f"{before}The model could not be written to {folder} ({type(error).__name__}: {error})."
+            " Free space there, and give the same command: it resumes from the last checkpoint."
+        ) from error
+
+
 class Pretraining:
     """
     A pre-training run. What changes while it trains is in `state`; `run` is the loop.
@@ -333,7 +346,7 @@ class Pretraining:
         is_last = step == options.max_steps
         if step % options.log_steps == 0 or step == 1 or is_last:
             self._log(update, bar)
-        if self.held_out is not None and (step % options.eval_steps == 0 or is_last):
+        if self.held_out is not None and step % options.eval_steps == 0 and not is_last:
             self._evaluate(self.held_out)
         if options.save_steps and step % options.save_steps == 0 and not is_last:
             folder = Path(options.output_dir) / f"step-{step}"  # to keep, beside the checkpoints
@@ -410,23 +423,22 @@ class Pretraining:
             self.state.save(self.arguments, self.accelerator)
 
     def _finish(self) -> None:
-        """Write the last checkpoint, and the model, even if the checkpoint cannot be written."""
+        """Write the last checkpoint and the model, even if the checkpoint cannot be written; then evaluate it."""
         problem: CheckpointError | None = None
         try:
             if self.options.checkpoint_steps:
                 self._checkpoint()
         except CheckpointError as error:
             problem = error
-        if self.accelerator.is_main_process:
-            try:
-                save_folder(self.state.model, self.options.output_dir)
-                mark_finished(self.options.output_dir, self.state.progress.step)
-            except Exception as error:
-                before, folder = f"{problem} " if problem else "", self.options.output_dir
-                raise CheckpointError(
-                    f"{before}The model could not be written to {folder} ({type(error).__name__}: {error})."
-                    " Free space there, and give the same command: it resumes from the last checkpoint."
-                ) from error
+        folder, is_main = self.options.output_dir, self.accelerator.is_main_process
+        with _model_errors(folder, problem):
+            if is_main:
+                save_folder(self.state.model, folder)
+        if self.held_out is not None:
+            self._evaluate(self.held_out)
+        with _model_errors(folder, problem):
+            if is_main:
+                mark_finished(folder, self.state.progress.step)
         self.accelerator.wait_for_everyone()
         if problem is not None:
             raise problem

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from ..data import SAMPLING_RATE, PlanSummary
+from ..data import SAMPLING_RATE, PlanSummary, SpeechSource
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.masking_dinosr import sample_span_mask
 from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..training.schedules import make_schedule
 from ..utils.extras import import_extra
 from .anchor_arguments import anchor_weights_at
-from .pretraining_arguments import PretrainingArguments, RunArguments
+from .pretraining_arguments import DataArguments, PretrainingArguments, RunArguments
 from .scaling import Change, changes_table, format_value
 
 if TYPE_CHECKING:
@@ -42,6 +42,21 @@ class PlanPoint(NamedTuple):
     ema_decay: float  # 1 if the teacher is frozen
 
 
+def describe_left_out(data: DataArguments, source: SpeechSource, summary: PlanSummary) -> str:
+    """Say how many recordings the first epoch leaves out, why, and name one of each kind."""
+    min_samples = int(data.min_seconds * SAMPLING_RATE)
+    short = [name for name, num_samples in source.utterances if num_samples < min_samples]
+    names = {f"shorter than min_seconds={data.min_seconds:g}": short}
+    names |= source.skipped
+    found = [f"{len(ids):,} {reason} (such as {ids[0]})" for reason, ids in names.items() if ids]
+    if (num_fast := summary.num_too_short - len(short)) > 0:
+        found.append(f"{num_fast:,} shorter than that at their speed")
+    if summary.num_dropped:
+        found.append(f"{summary.num_dropped:,} that do not fill half a step, others in each epoch")
+    cropped = f"; {summary.cropped_share:.1%} of the audio is cropped away" if summary.cropped_share else ""
+    return (", ".join(found) or "no recording") + cropped
+
+
 class RunPlan:
     """
     The plan of a run, made without training and without memory for weights; `str()` describes it.
@@ -52,6 +67,7 @@ class RunPlan:
             known: steps are then taken as full, and utterances as half way between the shortest and the longest.
         world_size: Number of processes.
         changes: Changes that `scale_to_batch` made, to be part of the text.
+        left_out: What the first epoch leaves out, to be part of the text, as `describe_left_out` returns it.
 
     Raises:
         ValueError: If the model or the schedule is impossible.
@@ -64,10 +80,11 @@ class RunPlan:
         world_size: int = 1,
         *,
         changes: Sequence[Change] = (),
+        left_out: str | None = None,
     ) -> None:
         data, run, config = arguments.data, arguments.run, arguments.model_config()
         self.arguments, self.config, self.world_size, self.changes = arguments, config, world_size, changes
-        self.schedule = make_schedule(run)
+        self.left_out, self.schedule = left_out, make_schedule(run)
 
         # The audio of a step over all processes, the mean length of what is read of an utterance, the mean number of
         # forward passes of a process in a step, the share of padding, and the length of the data.
@@ -178,6 +195,7 @@ def _rows(plan: RunPlan) -> dict[str, str]:
         f" {plan.seconds_per_step / plan.utterance_seconds:,.1f} utterances of {plan.utterance_seconds:.1f} s{padded}",
         "forward passes": f"{plan.micro_batches:,.1f} per step in each of {plan.world_size} process(es), of at most"
         f" {number(data.micro_seconds)} s",
+        **({} if plan.left_out is None else {"left out": plan.left_out}),
         "masked": f"{plan.masked_frames:,.0f} frames per step ({plan.masked_share:.1%}):"
         f" {plan.frames_per_codeword:,.1f} for each of {config.codebook_size} codewords",
         "updates": f"{run.max_steps:,}: {plan.hours:,.1f} hours of audio, {epochs}",

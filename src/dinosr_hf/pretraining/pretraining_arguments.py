@@ -19,6 +19,7 @@ from ..model.configuration_dinosr import FEATURE_ENCODERS, DinoSRConfig
 from ..training.shared_arguments import argument, shared_argument, shared_rules
 from ..utils.command_line import ArgumentError, argument_errors, check_ranges, explicit_names, parse_groups
 from ..utils.model_folder import open_dinosr_config
+from ..utils.threads import MAX_THREADS
 from .anchor_arguments import check_mfcc_frames, settle_anchor
 
 # The fields of DinoSRConfig that pre-training exposes, in the order of --help. Types and defaults are DinoSRConfig's;
@@ -317,8 +318,11 @@ def _take_sizes(arguments: PretrainingArguments, base_model: str, explicit: set[
 # Test and description of the values that are allowed, and names of the arguments.
 _RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (lambda value: value >= 1, "at least 1", "max_steps max_skipped_steps log_steps keep_checkpoints eval_steps"),
-    (lambda value: value >= 1, "at least 1", "collapse_patience num_buckets synthetic_utterances"),
-    (lambda value: value >= 0, "at least 0", "seed weight_decay num_workers"),
+    (lambda value: value >= 1, "at least 1", "collapse_patience num_buckets"),
+    (lambda value: value >= 0, "at least 0", "seed weight_decay"),
+    (lambda value: 0 <= value <= 1024, "at least 0 and at most 1,024", "num_workers"),
+    (lambda value: 0 <= value <= MAX_THREADS, f"at least 0 and at most {MAX_THREADS:,}", "num_threads"),
+    (lambda value: 1 <= value <= 10_000_000, "at least 1 and at most 10,000,000", "synthetic_utterances"),
     (lambda value: value >= 0, "at least 0, where 0 means only on signals", "checkpoint_steps"),
     (lambda value: value >= 0, "at least 0, where 0 means only at the end", "save_steps"),
     (lambda value: value > 0, "more than 0", "reference_step_seconds min_seconds"),

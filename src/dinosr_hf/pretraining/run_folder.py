@@ -13,7 +13,9 @@ from typing import Any
 from ..data import SAMPLING_RATE, MixedSource, SpeechSource, SpeechStream
 from ..training import run_record
 from ..training.run_record import RunRecord
+from ..utils.command_line import argument_errors
 from ..utils.files import write_atomically
+from ..utils.text_files import read_json
 from .held_out import HeldOut
 from .pretraining_arguments import DataArguments, PretrainingArguments, value_for
 
@@ -29,7 +31,11 @@ def mark_finished(folder: str | os.PathLike, step: int) -> None:
 def finished_step(folder: str | os.PathLike) -> int:
     """Return the step that `mark_finished` wrote down, or 0 if there is no model of a finished run."""
     path = Path(folder, FINISHED_FILE)
-    return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.exists() else 0
+    if not path.exists():
+        return 0
+    with argument_errors(f"{path} is damaged. Remove it to train on: ", (ValueError, KeyError, TypeError)):
+        step = int(read_json(path)["step"])
+    return step
 
 
 def append_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> None:
@@ -48,8 +54,8 @@ def truncate_metrics(folder: str | os.PathLike, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        with contextlib.suppress(ValueError):  # half a line, from when the run was killed
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, from when the run was killed
             kept += [line] if json.loads(line)["step"] <= last_step else []
     write_atomically(path, "".join(kept))
 
@@ -74,7 +80,10 @@ def begin_record(
     output_dir = Path(arguments.run.output_dir)
     started, before = run_record.time_now(), output_dir / run_record.RECORD_NAME
     if is_resumed and before.exists():
-        started = json.loads(before.read_text(encoding="utf-8"))["started"]
+        with argument_errors(
+            f"{before} is damaged. Remove it to resume without it: ", (ValueError, KeyError, TypeError)
+        ):
+            started = read_json(before)["started"]
     record = RunRecord(
         task="pretraining",
         arguments=arguments.to_dict(),

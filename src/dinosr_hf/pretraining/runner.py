@@ -30,6 +30,7 @@ from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..training.resume import lock_output_folder, refuse_existing_model, report_changes
 from ..utils.command_line import ArgumentError, argument_errors
 from ..utils.files import write_atomically
+from ..utils.model_folder import open_weights
 from ..utils.threads import set_cpu_threads
 from .anchor_making import open_anchor
 from .base_model import initial_model
@@ -37,7 +38,7 @@ from .checkpoint import Checkpoint, checkpoint_to_resume, remove_leftovers
 from .feed import StepFeed
 from .held_out import HeldOut
 from .loop import Pretraining
-from .plan import RunPlan, plan_figure
+from .plan import RunPlan, describe_left_out, plan_figure
 from .pretraining_arguments import ARCHITECTURE, DataArguments, PretrainingArguments, value_for
 from .run_folder import begin_record, finish_record, finished_step, truncate_metrics
 from .scaling import Change, changes_table, scale_to_batch
@@ -75,9 +76,10 @@ def _open_one(data: DataArguments, number: int, seed: int) -> SpeechSource | Spe
     return open_source(name, **options)
 
 
-def _check_lengths(source: SpeechSource, data: DataArguments) -> None:
+def _check_lengths(source: SpeechSource, data: DataArguments, name: str) -> None:
     longest, min_seconds = max(utterance.num_samples for utterance in source.utterances), data.min_seconds
-    found = f"No recording is at least {min_seconds=} long (the longest has {longest / SAMPLING_RATE:.1f} s)"
+    of_name = "" if len(data.data) == 1 else f" of {name}"
+    found = f"No recording{of_name} is at least {min_seconds=} long (the longest has {longest / SAMPLING_RATE:.3g} s)"
     if longest < int(min_seconds * SAMPLING_RATE):
         raise ArgumentError(f"{found}. Lower --min_seconds.")
     if longest < int(min_seconds * SAMPLING_RATE) * (1 + data.speed_change):
@@ -95,9 +97,10 @@ def open_data(data: DataArguments, seed: int) -> SpeechSource | SpeechStream:
     or all of its recordings are too short.
     """
     sources = [_open_one(data, number, seed) for number in range(len(data.data))]
+    for name, source in zip(data.data, sources, strict=True):
+        if isinstance(source, SpeechSource):
+            _check_lengths(source, data, name)
     if len(sources) == 1:
-        if isinstance(sources[0], SpeechSource):
-            _check_lengths(sources[0], data)
         return sources[0]
     mixed = MixedSource(
         [source for source in sources if isinstance(source, SpeechSource)],
@@ -142,15 +145,19 @@ def open_held_out(arguments: PretrainingArguments) -> HeldOut | None:
         source: SpeechSource = DatasetSource(rows)
         labels = {row["id"]: row["phones"] for row in rows.select_columns(["id", "phones"])}
     else:
-        source = open_source(data.eval_data, split=data.eval_split, audio_column=data.audio_column)
-    return HeldOut(
-        source,
-        arguments.model_config(),
-        batch_seconds=data.micro_seconds,
-        limit_seconds=data.eval_seconds,
-        max_seconds=data.max_seconds,
-        labels=labels if data.eval_labels is None else read_alignments(data.eval_labels),
-    )
+        with argument_errors("eval_data="):
+            source = open_source(data.eval_data, split=data.eval_split, audio_column=data.audio_column)
+    if data.eval_labels is not None:
+        labels = read_alignments(data.eval_labels)
+    with argument_errors(f"eval_data={data.eval_data}: "):
+        return HeldOut(
+            source,
+            arguments.model_config(),
+            batch_seconds=data.micro_seconds,
+            limit_seconds=data.eval_seconds,
+            max_seconds=data.max_seconds,
+            labels=labels,
+        )
 
 
 def _check_mask_fits(arguments: PretrainingArguments) -> None:
@@ -224,7 +231,11 @@ def _dry_run(arguments: PretrainingArguments, changes: Sequence[Change], acceler
     with argument_errors("", (ValueError, OSError)), accelerator.main_process_first():
         source = open_data(arguments.data, seed)
     feed = StepFeed(source, arguments.data, arguments.model_config(), seed=seed, world_size=world_size)
-    plan = RunPlan(arguments, feed.summarize(), world_size, changes=changes)
+    summary = feed.summarize()
+    left_out = None
+    if summary is not None and isinstance(source, SpeechSource):  # what a stream leaves out is not known
+        left_out = describe_left_out(arguments.data, source, summary)
+    plan = RunPlan(arguments, summary, world_size, changes=changes, left_out=left_out)
     if accelerator.is_main_process:
         print(plan)
         picture = Path(arguments.run.output_dir) / "plan.png"
@@ -261,7 +272,8 @@ def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRF
     checkpoint = _resume(arguments, accelerator)
     if finished_step(output_dir) >= options.max_steps:
         logger.info("This run is finished. To train on, raise max_steps; to start another, give another output_dir.")
-        return DinoSRForPreTraining.from_pretrained(output_dir)
+        with argument_errors("output_dir="):
+            return open_weights(DinoSRForPreTraining, output_dir, advice="Give another output_dir to begin a new run.")
     set_seed(options.seed)
     with argument_errors("", (ValueError, OSError)):
         with accelerator.main_process_first():

@@ -34,6 +34,8 @@ from ..data.audio import SAMPLING_RATE
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import argument_errors, check_ranges, refuse_unknown
 from ..utils.files import write_atomically
+from ..utils.text_files import read_json
+from ..utils.visible_text import visible_text
 from .language_models import SPECIAL_WORDS, check_language_model_file, flashlight, load_language_model, read_lexicon
 from .text import units_of
 from .timing import stored_emission_delay
@@ -127,15 +129,14 @@ class DecodingOptions:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path} is not a file. Write it with examples/tune_decoding.py or DecodingOptions.save.")
-        with argument_errors(f"{path} is not valid JSON: "):
-            values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError(f"{path} must contain an object of options, but contains a {type(values).__name__}.")
         refuse_unknown(values, [field.name for field in dataclasses.fields(cls)], "option", where=path)
-        for name in ("language_model", "lexicon"):
-            if values.get(name) is not None:
-                values[name] = str(path.parent / values[name])
-        with argument_errors(f"{path}: ", (TypeError, ValueError)):
+        with argument_errors(f"{path}: ", (OverflowError, TypeError, ValueError)):
+            for name in ("language_model", "lexicon"):
+                if values.get(name) is not None:
+                    values[name] = str(path.parent / values[name])
             options = cls(**values)
         return options
 
@@ -403,9 +404,12 @@ class BeamSearchDecoder(CTCDecoder):
 
     def _spell(self, word: str) -> list[int] | None:
         """Spell a word, always with the longest label that fits, as the tokenizer does; None if that fails."""
-        text = word.upper() if self.lowercase else word
-        labels = self._label_pattern.findall(text)
-        return [self._index_of[label] for label in labels] if "".join(labels) == text else None
+        for form in (word, visible_text(word)):
+            text = form.upper() if self.lowercase else form
+            labels = self._label_pattern.findall(text)
+            if "".join(labels) == text:
+                return [self._index_of[label] for label in labels]
+        return None
 
     def _spelled(self, entries: Sequence[tuple[str, list[str] | None]]) -> dict[tuple[int, ...], dict[str, None]]:
         """Map each spelling, with a delimiter at its end, to the words that have it."""
@@ -418,12 +422,14 @@ class BeamSearchDecoder(CTCDecoder):
         if not entries:
             raise ValueError("The lexicon is empty. Give the words that may be output, or no lexicon.")
         self._index_of = {label: index for index, label in self._readable.items()}
+        alike = {visible_text(label): index for label, index in self._index_of.items()} | self._index_of
         longest_first = sorted((label for index, label in self._readable.items() if index != delimiter), key=len)[::-1]
         self._label_pattern = re.compile("|".join(map(re.escape, filter(None, longest_first))))
         spelled: dict[tuple[int, ...], dict[str, None]] = defaultdict(dict)
         failed: dict[str, None] = {}
         for word, labels in entries:
-            indices = self._spell(word) if labels is None else [self._index_of.get(label) for label in labels]
+            given = [alike.get(label, alike.get(visible_text(label))) for label in labels or ()]
+            indices = self._spell(word) if labels is None else given
             while indices and indices[-1] == delimiter:
                 indices.pop()
             if not indices or None in indices or indices[0] == delimiter or word in SPECIAL_WORDS:
@@ -517,6 +523,6 @@ class BeamSearchDecoder(CTCDecoder):
             if index >= 0:
                 labels = path[begin:frame]
                 spoken = begin + np.flatnonzero((labels != self.blank_id) & (labels != self.word_delimiter_id))
-                spans.append(_WordSpan(self._words[index], int(spoken[0]), int(spoken[-1])))
+                spans.append(_WordSpan(visible_text(self._words[index]), int(spoken[0]), int(spoken[-1])))
                 begin = frame
         return spans

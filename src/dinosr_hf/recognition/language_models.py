@@ -1,17 +1,20 @@
 """The files of beam search: n-gram language models, which KenLM reads, and lexicons."""
 
+import codecs
 import gzip
-import zlib
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..utils.command_line import argument_errors
 from ..utils.extras import import_extra
+from ..utils.text_files import text_lines
 
 SPECIAL_WORDS = ("<s>", "</s>", "<unk>")
 
@@ -21,37 +24,22 @@ def flashlight(module: str) -> Any:
     return import_extra(f"flashlight.lib.text.{module}", "lm", "Beam search")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with open(path, "rb") as raw:
-        compressed = raw.read(2) == b"\x1f\x8b"
-    file: IO[str] = gzip.open(path, "rt", encoding="utf-8") if compressed else open(path, encoding="utf-8")  # noqa: SIM115
-    with file:
-        try:
-            yield from file
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}. Convert it to UTF-8.") from error
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is damaged: {error} Copy it again.") from error
-
-
 def _is_binary(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(64).startswith(b"mmap lm http://kheafield.com/code format version")
 
 
 def _is_arpa(path: Path) -> bool:
-    try:
-        return next(filter(None, map(str.strip, _lines(path))), "") == "\\data\\"
-    except ValueError:
-        return False
+    return next(filter(None, map(str.strip, text_lines(path))), "") == "\\data\\"
 
 
 def _arpa_words(path: Path) -> list[str]:
     """Return the unigrams of an ARPA file, without `<s>`, `</s>` and `<unk>`."""
-    lines = dropwhile(lambda line: line != "\\1-grams:", map(str.strip, _lines(path)))
+    lines = dropwhile(lambda line: line != "\\1-grams:", map(str.strip, text_lines(path)))
     next(lines, None)
     unigrams = takewhile(lambda line: not line.startswith("\\"), lines)
-    words = [line.split()[1] for line in unigrams if line]
+    with argument_errors(f"{path}: a line below \\1-grams: has no word: ", (IndexError,)):
+        words = [line.split()[1] for line in unigrams if line]
     return [word for word in words if word.lower() not in SPECIAL_WORDS]
 
 
@@ -67,7 +55,7 @@ def read_lexicon(path: str | Path) -> list[tuple[str, list[str] | None]]:
         raise ValueError(f"The lexicon {path} is not a file. {advice}")
     if _is_binary(path):
         raise ValueError(f"The lexicon {path} is a KenLM binary, which lists no words. {advice}")
-    fields = [[word] for word in _arpa_words(path)] if _is_arpa(path) else map(str.split, _lines(path))
+    fields = [[word] for word in _arpa_words(path)] if _is_arpa(path) else map(str.split, text_lines(path))
     entries = [(word, labels or None) for word, *labels in filter(None, fields)]
     if not entries:
         raise ValueError(f"The lexicon {path} is empty. {advice}")
@@ -79,11 +67,33 @@ def check_language_model_file(path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"The language model {path} is not a file. Give an ARPA file or a KenLM binary.")
-    if not _is_binary(path) and not _is_arpa(path):
+    if _is_binary(path):
+        return
+    with argument_errors(f"{path} is not a language model: "):
+        if is_arpa := _is_arpa(path):
+            _arpa_words(path)  # KenLM would take words of another encoding for unknown ones
+    if not is_arpa:
         raise ValueError(
             f"{path} is not a language model: it begins neither with \\data\\, as an ARPA file does, nor as a KenLM"
             " binary does. Create one with KenLM's lmplz."
         )
+
+
+@contextmanager
+def _without_byte_order_mark(path: str | Path) -> Iterator[str | Path]:
+    """Yield the path of a language model that KenLM reads: a temporary copy if it is an ARPA file with such a mark."""
+    with open(path, "rb") as raw:
+        start = raw.read(3)
+    if start.startswith(b"\x1f\x8b"):
+        with gzip.open(path) as file:
+            start = file.read(3)
+    if start != codecs.BOM_UTF8:
+        yield path
+        return
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".arpa") as copy:
+        copy.writelines(f"{line}\n" for line in text_lines(path))
+        copy.flush()
+        yield copy.name
 
 
 def load_language_model(path: str, words: Sequence[str]) -> tuple[Any, NDArray[np.bool_]]:
@@ -95,8 +105,9 @@ def load_language_model(path: str, words: Sequence[str]) -> tuple[Any, NDArray[n
     cannot read the file.
     """
     dictionary = flashlight("dictionary").Dictionary([*words, "<unk>"])
-    with argument_errors(f"{path} cannot be read as a language model. KenLM says: ", (RuntimeError, ValueError)):
-        model = flashlight("decoder.kenlm").KenLM(str(path), dictionary)
+    advice = f"{path} cannot be read as a language model. KenLM says: "
+    with _without_byte_order_mark(path) as file, argument_errors(advice, (RuntimeError, ValueError)):
+        model = flashlight("decoder.kenlm").KenLM(str(file), dictionary)
     known = np.zeros(len(words), dtype=bool)
     for state in (model.start(True), model.start(False)):
         _, unknown_score = model.score(state, len(words))

@@ -38,8 +38,10 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
     `AutomaticSpeechRecognitionPipeline` for `DinoSRForCTC`; give it to `pipeline` as `pipeline_class`.
 
     `load_audio` reads files and bytes, and its resampler converts arrays of other rates than 16 kHz, given in a dict
-    with "sampling_rate". Times of words (`return_timestamps="word"`) are those of `CTCDecoder.word_times`; times of
-    characters ("char") are transformers'. URLs are left to transformers, which needs ffmpeg for them.
+    with "sampling_rate". Samples before channels, NaN and arrays without samples are refused; a recording too short
+    for a frame has an empty transcript. Times of words (`return_timestamps="word"`) are those of
+    `CTCDecoder.word_times`; times of characters ("char") are transformers'. URLs are left to transformers, which needs
+    ffmpeg for them.
     """
 
     # transformers' own classes disagree about these signatures.
@@ -49,6 +51,8 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
             inputs = load_audio(inputs)
         elif isinstance(inputs, dict) and "sampling_rate" in inputs and ("raw" in inputs or "array" in inputs):
             inputs = self._resampled(dict(inputs))
+        elif isinstance(inputs, (np.ndarray, torch.Tensor)):
+            inputs = self._resampled({"raw": inputs, "sampling_rate": SAMPLING_RATE})
         yield from super().preprocess(inputs, **parameters)
 
     def _resampled(self, inputs: dict[str, Any]) -> dict[str, Any]:

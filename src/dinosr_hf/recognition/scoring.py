@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..utils.extras import import_extra
 from ..utils.files import write_atomically
+from ..utils.visible_text import visible_text
 
 
 class UtteranceErrors(NamedTuple):
@@ -83,7 +84,9 @@ def score(references: Sequence[str], predictions: Sequence[str], ids: Sequence[s
     """
     Compare predictions with references, both normalised in the same way; `ids` default to indices.
 
-    Raises `ValueError` if the lengths differ or no reference has a word, `ImportError` if jiwer is not installed.
+    Unicode forms, invisible characters and the number of spaces are no errors: texts are compared as `visible_text`
+    spells them. Raises `ValueError` if the lengths differ or no reference has a word, and `ImportError` if jiwer is
+    not installed.
     """
     jiwer = import_extra("jiwer", "asr", "Scoring")
     names = list(map(str, range(len(references)))) if ids is None else list(ids)
@@ -92,7 +95,8 @@ def score(references: Sequence[str], predictions: Sequence[str], ids: Sequence[s
         raise ValueError(f"There are {counts}. Give one of each per utterance.")
     rows: list[UtteranceErrors] = []
     confusions: Counter[tuple[str, str]] = Counter()
-    for name, reference, prediction in zip(names, references, predictions, strict=True):
+    spelled = (map(visible_text, texts) for texts in (references, predictions))
+    for name, reference, prediction in zip(names, *spelled, strict=True):
         edits = _word_edits(jiwer, reference, prediction)
         confusions.update(edits)
         word_counts = (len(edits), len(reference.split()))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import regex
 from transformers import (
     AutoProcessor,
     PreTrainedTokenizer,
@@ -21,10 +22,12 @@ from transformers import (
 
 from ..utils.command_line import argument_errors
 from ..utils.files import write_atomically
-from ..utils.model_folder import feature_extractor, opening
+from ..utils.model_folder import feature_extractor, open_config, opening
+from ..utils.text_files import read_json
+from ..utils.visible_text import remove_invisible, visible_text
 
 NORMALIZATION_FILE = "text_normalization.json"
-CASES = ("lower", "upper", "keep")
+CASES = ("lower", "upper", "keep", "lower_turkic")
 UNITS = ("characters", "phonemes")
 
 # In the order of DinoSRConfig's default ids for padding (which is the CTC blank), begin and end.
@@ -33,6 +36,11 @@ WORD_DELIMITER = "|"
 
 _APOSTROPHES = {ord(mark): "'" for mark in "’ʼ`´"}
 
+# Removed before NFKC makes letters of some (ℹ, ™); digits are emoji too.
+_EMOJI = regex.compile(r"(?V1)\p{Emoji_Presentation}|[\p{Emoji}--[0-9#*]]\ufe0f")
+# The dot of "İ" that `str.lower` leaves: "i" has one already. Lithuanian has it below another accent.
+_SECOND_DOT = regex.compile(r"(?<=[ij])\u0307(?!\p{ccc=230})")
+
 
 @dataclass(frozen=True)
 class TextNormalization:
@@ -40,10 +48,12 @@ class TextNormalization:
     Normalisation of transcripts before training, and of references and predictions before scoring.
 
     Args:
-        units: "characters", or "phonemes" for transcripts of phone names separated by spaces, which are not changed;
-            then `case` and `keep` have no effect.
-        case: "lower", "upper", or "keep".
-        keep: Punctuation and symbols to keep. Dashes and slashes become spaces, all others are removed.
+        units: "characters", or "phonemes" for transcripts of phone names separated by spaces, of which only invisible
+            characters are removed; then `case` and `keep` have no effect.
+        case: "lower", "upper", "keep", or "lower_turkic" for Turkish, Azerbaijani and others with a dotless i: there
+            I is ı in lower case and İ is i, but "lower" makes i of both.
+        keep: Punctuation, symbols and invisible characters to keep. Dashes and slashes become spaces, all others are
+            removed.
     """
 
     units: str = "characters"
@@ -56,17 +66,25 @@ class TextNormalization:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Choose one of {', '.join(allowed)}.")
 
     def __call__(self, text: str) -> str:
-        """Return the text in Unicode form NFKC, in one case, without punctuation, with single spaces between words."""
+        """
+        Return the text in one case, without punctuation and invisible characters, with single spaces between words.
+
+        Its Unicode form is NFKC, that of phonemes NFC. For what is invisible, see `remove_invisible`.
+        """
         if self.units == "phonemes":
-            return " ".join(text.split())
+            return visible_text(text)
         # In this order: NFKC turns the last apostrophe into a space and an accent.
-        text = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES))
-        text = text.lower() if self.case == "lower" else text.upper() if self.case == "upper" else text
-        return " ".join("".join(map(self._kept, text)).split())
+        text = unicodedata.normalize("NFKC", _EMOJI.sub("", text).translate(_APOSTROPHES))
+        text = _SECOND_DOT.sub("", remove_invisible(text, self.keep))
+        if self.case == "lower_turkic":
+            text = text.replace("İ", "i").replace("I", "ı")
+        text = text.upper() if self.case == "upper" else text if self.case == "keep" else text.lower()
+        text = _SECOND_DOT.sub("", unicodedata.normalize("NFKC", "".join(map(self._kept, text))))
+        return " ".join(text.split())
 
     def _kept(self, character: str) -> str:
         category = unicodedata.category(character)
-        if character in self.keep or category[0] not in "PS":
+        if character in self.keep or not (category[0] in "PS" or category == "Me"):  # Me: the frame of a keycap
             return character
         return " " if category in ("Pd", "Pc") or character in "/\\⁄" else ""
 
@@ -81,7 +99,7 @@ class TextNormalization:
         if not file.is_file():
             return None
         with argument_errors(f"{file} is not a text normalisation. Remove or replace it: ", (TypeError, ValueError)):
-            normalization = cls(**json.loads(file.read_text(encoding="utf-8")))
+            normalization = cls(**read_json(file))
         return normalization
 
 
@@ -126,6 +144,10 @@ def load_processor(name: str | os.PathLike) -> tuple[Wav2Vec2Processor, TextNorm
     Raises `ValueError` if there is no tokenizer.
     """
     advice = "Give a fine-tuned recogniser."
+    if Path(name, "tokenizer_config.json").is_file() and not Path(name, "vocab.json").is_file():
+        raise ValueError(f"{name} lacks vocab.json, the labels of its tokenizer. Download it again. {advice}")
+    if Path(name, "config.json").is_file():
+        open_config(name, advice)  # AutoProcessor would say less of what is wrong with it
     with opening(name, advice):
         processor = AutoProcessor.from_pretrained(name)
     if getattr(processor, "tokenizer", None) is None:
@@ -144,7 +166,9 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizer) -> tuple[list[n
 
     Returns the labels, and the number of times that each label that is not in the vocabulary was dropped.
     """
-    vocabulary: dict[str, Any] = tokenizer.get_vocab()
+    known_labels: dict[str, Any] = tokenizer.get_vocab()
+    # Vocabularies of earlier releases may have phones in another Unicode form.
+    vocabulary = {visible_text(label): index for label, index in known_labels.items()} | known_labels
     spelled = [labels_of(text, units_of(tokenizer)) for text in texts]
     dropped = Counter(label for labels in spelled for label in labels if label not in vocabulary)
     known = ([vocabulary[label] for label in labels if label in vocabulary] for labels in spelled)

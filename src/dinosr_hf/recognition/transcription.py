@@ -15,6 +15,8 @@ import torch
 from ..data import SAMPLING_RATE, SpeechSource
 from ..inference.windowed import DTYPES, WindowedInference, pad_batch
 from ..model.modeling_dinosr import DinoSRForCTC
+from ..utils.command_line import MAX_NUMBER
+from ..utils.model_folder import open_weights
 from .decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions, GreedyDecoder, Hypothesis, TimedWord
 from .text import load_processor
 
@@ -126,7 +128,7 @@ class Transcriber:
         self._runner = WindowedInference(model.config, normalizes=normalizes, **windows)
         hop = model.config.inputs_to_logits_ratio
         for name, seconds in {"search_seconds": search_seconds, "pause_seconds": pause_seconds}.items():
-            if seconds * SAMPLING_RATE < 2 * hop:
+            if not 2 * hop <= seconds * SAMPLING_RATE <= MAX_NUMBER:
                 raise ValueError(f"{name}={seconds} must be at least {2 * hop / SAMPLING_RATE}, two frames.")
         self._search_frames = int(search_seconds * SAMPLING_RATE / hop)
         self._pause_frames = round(pause_seconds * SAMPLING_RATE / hop)
@@ -160,13 +162,14 @@ class Transcriber:
         if greedy and decoding is not None:
             raise ValueError(f"decoding={decoding} is for beam search, but greedy is set. Leave out one of them.")
         processor, _ = load_processor(folder)
-        model: Any = DinoSRForCTC.from_pretrained(folder, dtype=DTYPES[dtype])
+        options: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "advice": "Give a fine-tuned recogniser."}
+        model = open_weights(DinoSRForCTC, folder, **options)
         file = Path(folder, "decoding.json") if decoding is None else Path(decoding)
         decoder = None
         if not greedy and (decoding is not None or file.is_file()):
-            options = DecodingOptions.load(file)
-            decoder = BeamSearchDecoder.from_tokenizer(processor.tokenizer, model.config, options=options)
-        return cls(model.to(device), processor, decoder, **seconds)
+            found = DecodingOptions.load(file)
+            decoder = BeamSearchDecoder.from_tokenizer(processor.tokenizer, model.config, options=found)
+        return cls(model, processor, decoder, **seconds)
 
     def transcribe(
         self, source: SpeechSource, *, on_progress: Callable[[float], Any] | None = None

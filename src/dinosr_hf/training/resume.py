@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from ..utils.command_line import ArgumentError
+from ..utils.names import printable_name
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ def report_changes(saved: Mapping[str, Any], now: Mapping[str, Any], ignored: Co
 @contextlib.contextmanager
 def lock_output_folder(output_dir: str | os.PathLike) -> Iterator[None]:
     """Create an output folder and lock it. Raises `ArgumentError` if another run has, or it cannot be written to."""
+    if (shown := printable_name(str(output_dir))) != str(output_dir):
+        raise ArgumentError(f"output_dir={shown} is not UTF-8 text, which the libraries that save models need.")
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         lock = FileLock(Path(output_dir, ".lock")).acquire(timeout=0)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..utils.files import write_atomically
+from ..utils.text_files import read_json
 
 RECORD_NAME = "run.json"
 # The Hub's names where it has one.
@@ -86,9 +87,9 @@ def read_record(folder: str | os.PathLike) -> RunRecord:
             " under `run` in the provenance file."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Run the same command again to rewrite it.") from error
+        raise ValueError(f"{error} Run the same command again to rewrite it.") from error
     return record_of(content, str(path))
 
 

@@ -11,10 +11,18 @@ from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
 from ..inference.windowed import DTYPES, WindowedInference
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import check_layers
-from ..utils.model_folder import open_config
+from ..utils.model_folder import open_config, open_weights, opening
 from .extraction import UnitExtractor
 
 BASELINES = ("hubert", "wav2vec2", "data2vec-audio", "wavlm", DinoSRConfig.model_type)
+
+
+def _frames_config(config: Any) -> DinoSRConfig:
+    """Return a configuration with the layers, sizes and frames of another model."""
+    shape = ("conv_dim", "conv_kernel", "conv_stride", "hidden_size", "num_hidden_layers", "intermediate_size")
+    values: dict[str, Any] = {name: getattr(config, name) for name in shape}
+    values["feature_encoder"] = getattr(config, "feature_encoder", "conv")  # only a DinoSR has another
+    return DinoSRConfig(**values, num_attention_heads=1, num_codebooks=1)
 
 
 class BaselineExtractor(UnitExtractor):
@@ -35,10 +43,7 @@ class BaselineExtractor(UnitExtractor):
         self, model: PreTrainedModel, *, layers: Sequence[int], normalizes: bool = True, is_normalized: bool = False
     ) -> None:
         self._baseline = model.eval()
-        shape = ("conv_dim", "conv_kernel", "conv_stride", "hidden_size", "num_hidden_layers")
-        values: dict[str, Any] = {name: getattr(model.config, name) for name in shape}
-        values["feature_encoder"] = getattr(model.config, "feature_encoder", "conv")  # only a DinoSR has another
-        self.config = DinoSRConfig(**values, num_attention_heads=1, num_codebooks=1)
+        self.config = _frames_config(model.config)
         self.layers = check_layers(self.config, layers, with_codebooks=False)
         self.source, self.is_normalized = "student", is_normalized
         # The smallest possible batches, of one window each.
@@ -69,10 +74,15 @@ def load_baseline(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
-    config = open_config(name, "Give a folder with a model and its feature extractor.")
+    advice = "Give a folder with a model and its feature extractor."
+    config = open_config(name, advice)
     if config.model_type not in BASELINES:
         raise ValueError(f"{name} is a {config.model_type}; supported are {', '.join(BASELINES)}.")
-    extractor: Any = AutoFeatureExtractor.from_pretrained(name)
-    model = AutoModel.from_pretrained(name, dtype=DTYPES[dtype]).to(device)
+    _frames_config(config)  # before memory is taken for a model that cannot be
+    with opening(name, advice):
+        extractor: Any = AutoFeatureExtractor.from_pretrained(name)
+    # Released encoders lack what only masks need.
+    options: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "advice": advice}
+    model = open_weights(AutoModel, name, may_lack="masked_spec_embed$", **options)
     normalizes = bool(extractor.do_normalize)
     return BaselineExtractor(model, layers=layers, normalizes=normalizes, is_normalized=is_normalized)

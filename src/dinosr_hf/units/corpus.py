@@ -6,6 +6,7 @@ no line is duplicated, lost or truncated.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -15,11 +16,15 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from ..analysis.segmentation import find_runs
 from ..data import SAMPLING_RATE, SpeechSource
+from ..data.finding import literal_paths
+from ..utils.command_line import argument_errors
 from ..utils.extras import import_extra
 from ..utils.files import TEMPORARY_PREFIX, atomic_file, write_atomically
+from ..utils.text_files import read_json
 from .extraction import LayerKMeans, Progress, UnitExtractor, Units
 
 FORMATS = ("jsonl", "parquet")
+_SHARD = re.compile(rf"units-\d+-\d+\.({'|'.join(FORMATS)})")
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -42,15 +47,16 @@ def share_of(recordings: SpeechSource, process: int, num_processes: int) -> list
 
 
 def _ids_of(path: Path) -> list[str]:
-    if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as lines:
-            return [json.loads(line)["id"] for line in lines]
-    return import_extra("pyarrow.parquet", "train").read_table(path, columns=["id"])["id"].to_pylist()
+    with argument_errors(f"{path} is damaged. Remove it to extract its recordings again: ", (ValueError, KeyError)):
+        if path.suffix == ".jsonl":
+            with open(path, encoding="utf-8") as lines:
+                return [json.loads(line)["id"] for line in lines]
+        return import_extra("pyarrow.parquet", "train").read_table(path, columns=["id"])["id"].to_pylist()
 
 
 def shards_of(folder: str | Path) -> list[Path]:
     """Return the shards of a folder, of all processes, in order."""
-    return sorted(path for path in Path(folder).glob("units-*-*.*") if path.suffix[1:] in FORMATS)
+    return sorted(path for path in Path(folder).glob("units-*") if _SHARD.fullmatch(path.name))
 
 
 def load_units(folder: str | Path) -> Any:
@@ -59,7 +65,7 @@ def load_units(folder: str | Path) -> Any:
 
     Raises `ValueError` if it has no shards, `ImportError` if `datasets` is not installed.
     """
-    shards = [str(path) for path in shards_of(folder)]
+    shards = literal_paths(shards_of(folder))
     if not shards:
         raise ValueError(f"{folder} has no units. Give a folder that examples/extract_units.py wrote.")
     dataset = import_extra("datasets", "train").Dataset
@@ -119,7 +125,7 @@ class UnitCorpus:
             if other != Path(self._lock.lock_file):
                 self._acquire(FileLock(other)).release()  # a process that outlived the rest of its run
         file = self.folder / "settings.json"
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self._settings
+        before = read_json(file) if file.is_file() else self._settings
         for name in {**before, **self._settings}:
             if before.get(name) != self._settings.get(name):
                 self._lock.release()
@@ -218,10 +224,9 @@ class UnitCorpus:
 
         Call this in the main process after all others are done. `num_units` is the number of possible units.
         """
-        skipped = recordings.skipped.items()
-        left_out = {name: reason for reason, names in skipped if reason != "hidden" for name in names}
+        left_out = recordings.left_out
         for file in sorted(self.folder.glob("left_out-*.json")):
-            left_out |= json.loads(file.read_text(encoding="utf-8"))
+            left_out |= read_json(file)
         shards = shards_of(self.folder)
         done = [name for path in shards for name in _ids_of(path)]
         known = dict(recordings.utterances)

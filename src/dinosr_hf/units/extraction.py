@@ -23,16 +23,18 @@ from ..data import SAMPLING_RATE, SpeechSource
 from ..inference.windowed import DTYPES, RunningMoments, WindowedInference, pad_batch
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import (
+    SOURCES,
     UNIT_SOURCES,
     DinoSRForPreTraining,
     check_layers,
     check_source,
     check_unit_layers,
 )
-from ..utils.command_line import argument_errors
+from ..utils.damaged_files import explain_damage
 from ..utils.extras import import_extra
 from ..utils.files import atomic_file
-from ..utils.model_folder import open_config
+from ..utils.model_folder import open_config, open_weights
+from ..utils.text_files import check_regular_file
 
 Progress = Callable[[float], Any] | None
 
@@ -75,8 +77,8 @@ def load_model(
             f"{name} has {kinds}, but units come from a DinoSRForPreTraining, which has a teacher and codebooks. Give"
             " the folder that pre-training wrote."
         )
-    model: Any = DinoSRForPreTraining.from_pretrained(name, dtype=DTYPES[dtype])
-    return model.to(device).eval()
+    model: DinoSRForPreTraining = open_weights(DinoSRForPreTraining, name, device=device, dtype=DTYPES[dtype])
+    return model.eval()
 
 
 def _chunks(rows: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
@@ -112,12 +114,29 @@ class LayerKMeans(KMeans):
 
     @classmethod
     def load(cls, file: str | Path) -> Self:
-        """Read a file that `save` wrote. Raises `ValueError` for any other file."""
-        advice = f"{file} is not a k-means file. Give a file that examples/fit_kmeans.py wrote: "
-        with argument_errors(advice, (OSError, SafetensorError, KeyError)), safe_open(file, "numpy") as opened:
-            about = json.loads((opened.metadata() or {})["kmeans"])
-            kmeans = cls(opened.get_tensor("centroids"), **about)
+        """Read a file that `save` wrote. Raises `ValueError` for any other file, and for centroids that are none."""
+        try:
+            check_regular_file(file)
+            with safe_open(file, "numpy") as opened:
+                about = json.loads((opened.metadata() or {})["kmeans"])
+                kmeans = cls(np.asarray(opened.get_tensor("centroids"), dtype=np.float32), **about)
+                kmeans.check()
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            damage = explain_damage(file) if Path(file).is_file() else None
+            problem = damage or f"{file} is not a k-means file: {' '.join(str(error).split()).rstrip('.')}."
+            raise ValueError(f"{problem} Give a file that examples/fit_kmeans.py wrote.") from error
         return kmeans
+
+    def check(self) -> None:
+        """Raise `ValueError` unless the fields are those of clusters."""
+        if self.centroids.ndim != 2 or 0 in self.centroids.shape:
+            raise ValueError(f"its centroids have shape {self.centroids.shape}; expected (clusters, hidden size)")
+        if not np.isfinite(self.centroids).all():
+            raise ValueError("its centroids are not all finite: fit them again")
+        is_layer = isinstance(self.layer, int) and self.layer >= 1
+        if not is_layer or self.source not in SOURCES or not isinstance(self.is_normalized, bool):
+            found = f"layer={self.layer!r}, source={self.source!r} and is_normalized={self.is_normalized!r}"
+            raise ValueError(f"it has {found}; expected a number from 1, {' or '.join(SOURCES)}, and true or false")
 
 
 def _without_padding(rows: torch.Tensor, num_frames: Sequence[int]) -> list[np.ndarray]:

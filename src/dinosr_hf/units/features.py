@@ -1,13 +1,12 @@
 """Continuous features on disk, one array per recording and layer, in the files that ABX and ZeroSpeech tools read."""
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from ..data import SpeechSource
-from ..inference.windowed import output_path
+from ..data.output_names import output_path, output_paths
 from ..utils.files import atomic_file
 from .corpus import share_of, write_left_out
 from .extraction import Progress, UnitExtractor
@@ -18,12 +17,12 @@ FEATURE_FORMATS = ("npy", "safetensors")
 class FeatureFiles:
     """
     A folder with the features of each recording and layer, float32 (frames, hidden size), in a file of its own, such
-    as `layer-5/speaker/recording.npy`; in a safetensors file under the name "features".
+    as `layer-5/speaker/recording.npy` (see `output_path`); in a safetensors file under the name "features".
 
     Files are written atomically, several processes can write together, and existing files are not computed again.
 
     `form` is one of `FEATURE_FORMATS`; the other arguments are those of `UnitCorpus`. Raises `ValueError` if the
-    format is unknown, or two recordings would be written to the same file.
+    format is unknown, or as `output_paths`, such as for two recordings with the same file.
     """
 
     def __init__(
@@ -42,13 +41,11 @@ class FeatureFiles:
             raise ValueError("source=anchor has units, but no features. Give student or teacher.")
         self.folder = Path(folder)
         self._extractor, self._recordings, self._form, self._process = extractor, recordings, form, process
+        first, *others = (self.folder / f"layer-{layer}" for layer in extractor.layers)
+        checked = output_paths(first, (name for name, _ in recordings.utterances), form)
         self._files = {
-            name: [output_path(self.folder / f"layer-{layer}", name, form) for layer in extractor.layers]
-            for name, _ in recordings.utterances
+            name: [path, *(output_path(folder, name, form) for folder in others)] for name, path in checked.items()
         }
-        file, count = Counter(paths[0] for paths in self._files.values()).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"{count} recordings would all be written to {file}. Give them distinct names.")
         self._share = share_of(recordings, process, num_processes)
 
     def todo(self) -> list[int]:

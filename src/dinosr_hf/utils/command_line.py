@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
 import difflib
+import io
 import json
 import logging
 import os
@@ -14,10 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
+
+from .text_files import load_yaml
+
+MAX_NUMBER = 10**15  # of samples, or steps, which no run has
 
 
 class ArgumentError(ValueError):
@@ -33,14 +38,32 @@ def argument_errors(prefix: str = "", kinds: tuple[type[Exception], ...] = (Valu
         raise ArgumentError(f"{prefix}{error}") from error
 
 
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """Escape characters for `codecs`, in JSON's way, so that JSON stays valid."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error("dinosr_escape", _escape)
+
+
+def _print_anything() -> None:
+    """Print characters that the encoding of stdout or stderr lacks as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="dinosr_escape")
+
+
 @contextmanager
 def command(script: str | os.PathLike, *user_errors: type[Exception]) -> Iterator[None]:
     """
     Run the body of a script, with warnings as lines of text and user errors as one line instead of a traceback.
 
+    From here on, characters that the terminal's encoding lacks are printed as escapes, such as `\\u00e9`.
     `script` is its `__file__`. User errors, by default ValueError, OSError and ImportError, end it with the line
     `script: message` and exit status 1; others are passed on.
     """
+    _print_anything()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     shows_downloads = not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()  # of loading weights, but it disables the Hub's too
@@ -68,8 +91,8 @@ def read_yaml(path: Path, known: Sequence[str], kind: str = "argument") -> dict[
     """Read a YAML file of lines `key: value`. Raises `ArgumentError` if it is no such file, or has another key."""
     if not path.is_file():
         raise ArgumentError(f"{path} is not a file. Give the path of a YAML file.")
-    with argument_errors(f"{path} is not valid YAML: ", (yaml.YAMLError,)):
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    with argument_errors():
+        content = load_yaml(path) or {}
     if not isinstance(content, Mapping):
         raise ArgumentError(f"{path} must be lines of `key: value`, but holds a {type(content).__name__}.")
     refuse_unknown(content, known, kind, where=path)
@@ -123,6 +146,32 @@ def explicit_names(argv: Sequence[str], groups: Sequence[Any], default_config: s
     return {*from_file, *_flag_names(flags)}
 
 
+def _check_number(name: str, value: Any) -> None:
+    """Refuse numbers that no argument can have, whose products would not be numbers."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and not -MAX_NUMBER <= number <= MAX_NUMBER:
+            raise ArgumentError(f"{name}={number} is out of range: it must be a finite number up to {MAX_NUMBER:.0e}.")
+    if name == "seed" and isinstance(value, int):
+        check_ranges([(0 <= value < 2**32, name, value, "at least 0 and less than 2 ** 32")])
+
+
+def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str], **least: int) -> argparse.Namespace:
+    """
+    Parse a command line; exit with one line for a number that no option can have, such as nan.
+
+    `least` has the least value of the options that need one, by name.
+    """
+    options = parser.parse_args(argv)
+    try:
+        for name, value in vars(options).items():
+            _check_number(name, value)
+            if name in least and value is not None:
+                check_ranges([(value >= least[name], name, value, f"at least {least[name]}")])
+    except ArgumentError as error:
+        sys.exit(f"{parser.prog}: {error}")
+    return options
+
+
 def parse_groups(
     argv: Sequence[str],
     groups: Sequence[Any],
@@ -149,6 +198,9 @@ def parse_groups(
         *parsed, unknown = _Parser(groups, description).parse_args_into_dataclasses(
             args=[*words, *flags], look_for_args_file=False, return_remaining_strings=True
         )
+    for group in parsed:
+        for spec in dataclasses.fields(group):
+            _check_number(spec.name, getattr(group, spec.name))
     for text in unknown:
         if not text.startswith("-"):
             raise ArgumentError(f"{text} does not belong to any argument. Flags are --name value.")

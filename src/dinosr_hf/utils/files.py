@@ -75,9 +75,13 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> Path:
-    """Write text (as UTF-8) or bytes to a file that is complete or as it was before; return its path."""
+    """
+    Write text (as UTF-8) or bytes to a file that is complete or as it was before; return its path.
+
+    Surrogates, as of a file's name that is not UTF-8, become escapes such as `\\udcff`, which JSON reads back.
+    """
     with atomic_file(path) as temporary:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
     return Path(path)
 
 

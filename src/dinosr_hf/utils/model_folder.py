@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
@@ -16,7 +20,10 @@ from transformers.utils.hub import has_file
 
 from ..model.configuration_dinosr import DinoSRConfig
 from .command_line import ArgumentError
+from .damaged_files import count_weights, explain_damage
 from .files import atomic_folder
+
+logger = logging.getLogger(__name__)
 
 
 class FolderTokenizer(Wav2Vec2CTCTokenizer):
@@ -35,21 +42,59 @@ class FolderTokenizer(Wav2Vec2CTCTokenizer):
         return Wav2Vec2CTCTokenizer.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
+# What loading a model or its processor reads in a folder; the code of a model is not among them.
+_MODEL_FILES = (
+    *("config.json", "model*.index.json", "pytorch_model*.index.json", "model*.safetensors", "pytorch_model*.bin"),
+    *("processor_config.json", "preprocessor_config.json"),
+    *("vocab.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "text_normalization.json"),
+)
+_MAX_REASON = 300
+
+
+def _missing_shard(index: Path) -> str | None:
+    """Return which of the files that an index of weights names are not there."""
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if not missing:
+        return None
+    return f"{index.parent} lacks {missing[0]}, one of {len(names)} files that {index.name} names. Download it."
+
+
+def _explain_folder(name: str | os.PathLike) -> str | None:
+    """Return what is wrong with a file of a model's folder; None if all look whole, or it is a name on the Hub."""
+    for pattern in _MODEL_FILES:
+        for file in sorted(Path(name).glob(pattern)) if Path(name).is_dir() else []:
+            if (problem := explain_damage(file)) is not None:
+                return problem
+            if pattern.endswith(".index.json"):
+                try:
+                    problem = _missing_shard(file)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    problem = f"{file} is not an index of files of weights. Download it again."
+                if problem is not None:
+                    return problem
+    return None
+
+
 @contextmanager
 def opening(name: str | os.PathLike, advice: str) -> Iterator[None]:
     """
     Run a body that opens something of the model `name`, a folder or a repository on the Hub.
 
-    If it fails, raises `ValueError` with the name, the reason and the advice; an `ArgumentError` is passed on.
+    If it fails, raises `ValueError` with the name, or a damaged file in the folder, the reason and the advice; an
+    `ArgumentError` or `ImportError` is passed on.
     """
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # it warns at each attempt to connect
     try:
         yield
-    except ArgumentError:
+    except (ArgumentError, ImportError):
         raise
-    except (OSError, TypeError, ValueError) as error:
-        problem = f"cannot be opened: {' '.join(str(error).split()).rstrip('.')}"
+    except Exception as error:  # safetensors, pickle, json, torch and transformers each raise their own
+        if (damage := _explain_folder(name)) is not None:
+            raise ValueError(damage) from error
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        problem = f"cannot be opened: {reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON] + '...'}"
         if type(error.__cause__) in (HFValidationError, RepositoryNotFoundError):
             problem = "is neither a folder nor a model on the Hub"
         elif isinstance(error.__cause__, LocalEntryNotFoundError):
@@ -68,6 +113,67 @@ def open_config(name: str | os.PathLike, advice: str = "Give a folder with a mod
     with opening(name, advice):
         config = AutoConfig.from_pretrained(name)
     return config
+
+
+def _check_size(folder: str | os.PathLike, config: Any) -> None:
+    """Refuse a DinoSR with more weights by its configuration than in its files, before it takes memory for them."""
+    files = [file for file in sorted(Path(folder).glob("model*.safetensors")) if file.is_file()]
+    if not files or not isinstance(getattr(config, "num_encoder_weights", None), int):
+        return
+    if getattr(config, "quantization_config", None) is not None:  # several weights in one number
+        return
+    found = count_weights(files)
+    if config.num_encoder_weights > found:
+        raise ValueError(
+            f"config.json describes an encoder of {config.num_encoder_weights:,} weights, but the folder's files have"
+            f" {found:,}: they are of different models, or incomplete"
+        )
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+        raise ValueError(f"device={device} cannot be used: {reason}. Give cpu, or a device that torch has.") from error
+
+
+def open_weights(
+    model_class: Any,
+    name: str | os.PathLike,
+    *,
+    device: str | torch.device = "cpu",
+    advice: str = "Give a folder with a model, or a name on the Hub.",
+    may_lack: str | None = None,
+    **options: Any,
+) -> Any:
+    """
+    Load a model by `model_class.from_pretrained(name, **options)`, with all of its weights, and move it to a device.
+
+    `may_lack` is a regular expression of the names of weights that may start anew; None: none may. Raises `ValueError`
+    for a damaged folder, for one that lacks weights or has some of other shapes, which transformers would initialise
+    at random, and for a device that is not there.
+    """
+    _check_device(device)
+    with opening(name, advice):
+        config = options.get("config")
+        _check_size(name, AutoConfig.from_pretrained(name) if config is None else config)
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # it prints a table of the weights that are lacking
+        try:
+            model, info = model_class.from_pretrained(name, output_loading_info=True, **options)
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    allowed = {key for key in {*info["missing_keys"], *mismatched} if may_lack and re.match(may_lack, key)}
+    if replaced := sorted(allowed & mismatched):
+        logger.warning("%s has %s in another shape: they start anew, at random.", name, ", ".join(replaced))
+    if lacking := {*info["missing_keys"], *mismatched} - allowed:
+        raise ValueError(
+            f"{name} lacks {len(lacking):,} weights of a {type(model).__name__}, or has them in another shape, such as"
+            f" {min(lacking)}. It is another model, or incomplete. {advice}"
+        )
+    return model.to(device)
 
 
 def open_dinosr_config(name: str | os.PathLike) -> DinoSRConfig:

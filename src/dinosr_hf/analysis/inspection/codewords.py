@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ...data import SAMPLING_RATE
 from ...utils.command_line import check_ranges
-from ..alignment import FIELD, STRIDE, Labels, Segment, frame_labels, label_name, label_segments
+from ..alignment import FIELD, STRIDE, Labels, Segment, frame_labels, label_name, label_segments, match_labels
 from ..quality import check_codes, contingency
 from ..segmentation import find_runs
 
@@ -102,6 +102,8 @@ class CodewordInspector:
         labels: Phones by recording id, or file name with or without suffix, as `read_alignments` returns them;
             recordings without labels count for everything else. None: no phones.
         words: Words in the same form, which are drawn and not counted. None: no words.
+        recordings: Ids of all recordings, to match them with labels by `match_labels`. None: they are not known yet,
+            and a second recording that labels fit by the name of its file is an error.
         step_seconds: Length of a step of fixed-rate labels.
         stride: Samples from one frame to the next (`config.inputs_to_logits_ratio`).
         field: Samples that a frame sees (`config.receptive_field`).
@@ -114,6 +116,7 @@ class CodewordInspector:
         *,
         labels: Mapping[str, Labels] | None = None,
         words: Mapping[str, Labels] | None = None,
+        recordings: Sequence[str] | None = None,
         step_seconds: float = 0.01,
         stride: int = STRIDE,
         field: int = FIELD,
@@ -121,7 +124,13 @@ class CodewordInspector:
     ) -> None:
         rules = [(num_codes >= 1, "num_codes", num_codes, "at least 1")]
         check_ranges([*rules, (num_moments >= 0, "num_moments", num_moments, "at least 0")])
-        self._num_codes, self._labels, self._words = num_codes, labels or {}, words or {}
+        self._num_codes, self._is_matched = num_codes, recordings is not None
+        self._labels, self._words = (
+            {recording: given[name] for recording, name in match_labels(recordings, given).items()}
+            if given and recordings is not None
+            else given or {}
+            for given in (labels, words)
+        )
         self._has_labels = labels is not None
         self._step_seconds, self._stride, self._field = step_seconds, stride, field
         self._frames = np.zeros(num_codes, np.int64)
@@ -134,6 +143,7 @@ class CodewordInspector:
         self._num_moments = num_moments
         self._num_recordings = self._num_labelled = 0
         self._bad_labels: dict[str, str] = {}
+        self._owners: dict[str, str] = {}  # name of labels -> the recording that they belong to
         self._example: ExampleRecording | None = None
 
     def add(self, recording: str, codes: ArrayLike, scores: ArrayLike | None = None) -> None:
@@ -178,11 +188,21 @@ class CodewordInspector:
         for name, counts in zip(names, table, strict=True):
             self._phones.setdefault(name, np.zeros((3, self._num_codes), np.int64))[row] += counts
 
+    def _name_of(self, recording: str, labels: Mapping[str, Labels]) -> str | None:
+        if self._is_matched:
+            return recording if recording in labels else None
+        return label_name(recording, labels)
+
     def _add_labels(self, recording: str, codes: NDArray[np.int64], first: NDArray[np.int64]) -> list[Segment]:
         """Count the phones of a recording whose runs begin at `first`; returns their segments, if its labels fit."""
-        name = label_name(recording, self._labels)
+        name = self._name_of(recording, self._labels)
         if name is None:
             return []
+        if (other := self._owners.setdefault(name, recording)) != recording:
+            raise ValueError(
+                f"The labels of {name!r} fit two recordings, {other!r} and {recording!r}. Name the labels by the"
+                " recordings' ids."
+            )
         labels, step_seconds = self._labels[name], self._step_seconds
         stride, field = self._stride, self._field
         try:
@@ -198,7 +218,7 @@ class CodewordInspector:
         return label_segments(labels, step_seconds=step_seconds)
 
     def _words_of(self, recording: str) -> list[Segment]:
-        name = label_name(recording, self._words)
+        name = self._name_of(recording, self._words)
         if name is None:
             return []
         segments = label_segments(self._words[name], step_seconds=self._step_seconds, silence="")

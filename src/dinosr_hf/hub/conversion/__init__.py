@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ...model.modeling_dinosr import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from ...recognition.text import make_processor
 from ...utils.files import atomic_file, atomic_folder
-from ...utils.model_folder import feature_extractor
+from ...utils.model_folder import feature_extractor, open_weights
 from ..card import render_card
 from .checkpoint_file import ConversionError, open_checkpoint
 from .data2vec import read_data2vec_folder
@@ -143,7 +143,7 @@ def convert_to_fairseq(folder: str | os.PathLike, file: str | os.PathLike) -> Pa
             f"{folder} is a {', '.join(names or ['model of no name'])}. The authors' layout needs a"
             " DinoSRForPreTraining: student, teacher, codebooks and heads."
         )
-    checkpoint = to_fairseq(DinoSRForPreTraining.from_pretrained(folder))
+    checkpoint = to_fairseq(open_weights(DinoSRForPreTraining, folder))
     with atomic_file(file) as temporary, temporary.open("wb") as stream:  # torch.save refuses the name of the file
         torch.save(checkpoint, stream)
     return file

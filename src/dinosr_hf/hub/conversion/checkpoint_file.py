@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...utils.damaged_files import explain_damage
 from .pickle_check import STAND_INS, PickleCheck, Refused, require
 
 MAX_PICKLE_BYTES = 16 * 2**20
@@ -119,6 +120,8 @@ def open_checkpoint(file: str | os.PathLike) -> dict[Any, Any]:
     with file.open("rb") as stream:
         start = stream.read(4)
     is_zip = start == b"PK\x03\x04"  # as torch.load decides
+    if (damage := explain_damage(file)) is not None:
+        raise ConversionError(damage)
     if not is_zip and start[:1] != b"\x80":  # of a pickle
         raise ConversionError(f"{file} is not a checkpoint that torch.save wrote.")
     problem = f"{file} cannot be opened as a checkpoint without running code from it: "

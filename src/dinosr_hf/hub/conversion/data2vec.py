@@ -7,6 +7,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from ...model.configuration_dinosr import DinoSRConfig
+from ...utils.command_line import argument_errors
+from ...utils.damaged_files import explain_damage
 from .checkpoint_file import ConversionError, open_checkpoint
 from .layout import Layout, Weight, check_settings, make_config, read_settings
 
@@ -33,8 +35,11 @@ def read_data2vec_folder(folder: Path) -> Layout:
         )
     check_settings(settings, REQUIRED, {"add_adapter": False})
     values = {name: settings[name] for name in FIELDS if name in settings}
-    values["num_codebooks"] = min(DinoSRConfig().num_codebooks, settings["num_hidden_layers"])
+    with argument_errors("The checkpoint's configuration is not valid: ", (TypeError,)):
+        values["num_codebooks"] = min(DinoSRConfig().num_codebooks, settings["num_hidden_layers"])
     file = folder / "model.safetensors"
+    if file.is_file() and (damage := explain_damage(file)) is not None:
+        raise ConversionError(damage)
     state = load_file(file) if file.is_file() else open_checkpoint(folder / "pytorch_model.bin")
     has_head = any(key.startswith(PREFIX) for key in state)
     unused = {key: "a head" for key in state if has_head and not key.startswith(PREFIX)}

@@ -17,6 +17,7 @@ import torch
 from ...model.configuration_dinosr import DinoSRConfig
 from ...model.modeling_dinosr import DinoSRForPreTraining
 from ...recognition.text import SPECIAL_TOKENS
+from ...utils.text_files import text_lines
 from .checkpoint_file import ConversionError
 from .layout import STACKED, Layout, Weight, convert_settings, rename, unused_entries
 
@@ -250,7 +251,7 @@ def read_dictionary(file: str | os.PathLike) -> dict[str, int]:
     if not file.is_file():
         raise ConversionError(f"{file} is not a file. Give the dictionary of the recogniser (dict.ltr.txt).")
     vocabulary = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text_lines(file), start=1):
         label, separator, count = line.rpartition(" ")
         if not separator or not count.isdigit() or label in vocabulary:
             raise ConversionError(f"{file}, line {number}: {line[:80]!r} is not a new label and its count.")

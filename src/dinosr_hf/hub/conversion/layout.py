@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from ...model.configuration_dinosr import DinoSRConfig
+from ...utils.text_files import read_json
 from .checkpoint_file import ConversionError
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -59,9 +59,11 @@ class Layout:
 
 def read_settings(file: str | os.PathLike) -> dict[str, Any]:
     """Read a configuration in JSON. Raises `ConversionError` if it is not a JSON object."""
+    if not Path(file).is_file():
+        raise ConversionError(f"{file} is not a file. Give a model's folder, or its configuration in JSON.")
     try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        settings = read_json(file)
+    except (OSError, ValueError) as error:
         raise ConversionError(f"{file} is not a configuration in JSON ({error}).") from error
     if not isinstance(settings, dict):
         raise ConversionError(f"{file} holds a {type(settings).__name__}; expected a dictionary.")
@@ -114,10 +116,10 @@ def parse_conv_layers(text: str, name: str = "conv_feature_layers") -> list[tupl
 
 
 def make_config(**values: Any) -> DinoSRConfig:
-    """Make a configuration. Raises `ConversionError` for a value of another type, `ValueError` for an invalid one."""
+    """Make a configuration. Raises `ConversionError` if a value is of another type or out of range."""
     try:
         return DinoSRConfig(**values)
-    except (StrictDataclassError, TypeError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConversionError(f"The checkpoint's configuration is not valid: {error}") from error
 
 
