@@ -303,7 +303,7 @@ def test_labels_of_a_model_are_clusters_of_its_layer(files, recordings):
     assert (anchor.num_labels, anchor.stride, anchor.field, anchor.model_field) == (5, 320, 325, 325)
     assert set(anchor.tracks) == {utterance.id for utterance in source.utterances}
     model = DinoSRForPreTraining.from_pretrained(files / "model")
-    features = dict(UnitExtractor(model, layers=[1], is_normalized=True).features(source))
+    features = dict(UnitExtractor(model, layers=[1], is_smoothed=True).features(source))
     assert all(len(track) == len(features[name]) for name, track in anchor.tracks.items())
     # Frames of a cluster are nearer to its mean than to the others'.
     together = np.concatenate([features[name][:, 0] for name in anchor.tracks])

@@ -179,12 +179,28 @@ def test_kmeans_of_a_layer(model, recordings, source, tmp_path):
     assert not np.array_equal(again.centroids, other.centroids)
 
 
+def test_smoothed_features_are_normalised_averages_of_three_frames(model, recordings):
+    plain = dict(UnitExtractor(model, layers=[1, 2]).features(recordings))
+    for name, rows in UnitExtractor(model, layers=[1, 2], is_smoothed=True).features(recordings):
+        assert len(rows) == len(plain[name])
+        if len(rows):
+            normalised = (plain[name] - plain[name].mean(axis=0)) / np.sqrt(plain[name].var(axis=0) + 1e-5)
+            padded = np.concatenate([normalised[:1], normalised, normalised[-1:]])
+            np.testing.assert_allclose(rows, (padded[:-2] + padded[1:-1] + padded[2:]) / 3, atol=1e-4)
+
+
+def test_smoothing_is_for_the_student(model, recordings):
+    kinds = [UnitExtractor(model, source="teacher", layers=[2], is_smoothed=on) for on in (False, True)]
+    plain, smoothed = (dict(extractor.features(recordings)) for extractor in kinds)
+    assert all(np.array_equal(plain[name], smoothed[name]) for name in plain)
+
+
 def test_kmeans_of_another_layer_or_file_raises(model, recordings, tmp_path):
     kmeans = LayerKMeans(np.zeros((4, 36), np.float32), 1, "student")
     with pytest.raises(ValueError, match=r"k-means is of layer 1 of the student .* layers \[2\] of the teacher"):
         next(UnitExtractor(model, layers=[2], source="teacher").units(recordings, kmeans=kmeans))
-    with pytest.raises(ValueError, match=r"was fitted with is_normalized=False, but the extractor has .*=True. Use"):
-        next(UnitExtractor(model, layers=[1], is_normalized=True).units(recordings, kmeans=kmeans))
+    with pytest.raises(ValueError, match=r"was fitted with is_smoothed=False, but the extractor has .*=True. Use"):
+        next(UnitExtractor(model, layers=[1], is_smoothed=True).units(recordings, kmeans=kmeans))
     with pytest.raises(ValueError, match="k-means clusters a single layer"):
         fit_layer_kmeans(UnitExtractor(model, layers=[2, 3]), recordings)
     with pytest.raises(ValueError, match=r"num_clusters=5000, but must be .* at most the number of frames, \d+\."):
@@ -282,12 +298,12 @@ def test_invalid_arguments_raise(model, recordings):
         (np.zeros((2, 4)), {"layer": 0}, "it has layer=0, .*expected a number from 1"),
         (np.zeros((2, 4)), {"layer": "5"}, "it has layer='5'"),
         (np.zeros((2, 4)), {"source": "anchor"}, "source='anchor' .*student or teacher"),
-        (np.zeros((2, 4)), {"is_normalized": 1}, "is_normalized=1; expected .* true or false"),
+        (np.zeros((2, 4)), {"is_smoothed": 1}, "is_smoothed=1; expected .* true or false"),
         (np.zeros((2, 4)), {"colour": 1}, "unexpected keyword argument 'colour'"),
     ],
 )
 def test_centroids_that_are_none_are_refused(tmp_path, centroids, about, message):
-    metadata = {"kmeans": json.dumps({"layer": 2, "source": "student", "is_normalized": False, **about})}
+    metadata = {"kmeans": json.dumps({"layer": 2, "source": "student", "is_smoothed": False, **about})}
     file = tmp_path / "kmeans.safetensors"
     save_file({"centroids": centroids.astype(np.float32)}, file, metadata=metadata)
     with pytest.raises(

@@ -182,17 +182,17 @@ def _model_anchor(arguments: PretrainingArguments, source: SpeechSource, device:
     """
     Cluster a layer of a model, and label all recordings.
 
-    HuBERT's way, but with features normalised over each recording: their clusters tell more of phones and less of
-    voices (docs/experiments.md).
+    HuBERT's way, but with features normalised over each recording and averaged over three frames: their clusters tell
+    more of phones (docs/experiments.md).
     """
     options, num_labels, config = arguments.run, arguments.model.num_anchor_labels, arguments.model_config()
     assert options.anchor is not None and options.anchor_layer is not None
     if has_codebooks(open_config(options.anchor)):
         model = load_model(options.anchor, device=device)
-        extractor = UnitExtractor(model, layers=[options.anchor_layer], is_normalized=True)
+        extractor = UnitExtractor(model, layers=[options.anchor_layer], is_smoothed=True)
     else:
         layers = [options.anchor_layer]
-        extractor = load_baseline(options.anchor, layers=layers, device=device, is_normalized=True)
+        extractor = load_baseline(options.anchor, layers=layers, device=device, is_smoothed=True)
     logger.info(f"Labelling {len(source):,} recordings with layer {options.anchor_layer} of {options.anchor}.")
     kmeans = fit_layer_kmeans(extractor, source, num_labels, seed=options.seed)
     units = extractor.units(source, kmeans=kmeans)

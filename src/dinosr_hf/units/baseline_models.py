@@ -36,16 +36,16 @@ class BaselineExtractor(UnitExtractor):
         model: The model; it is put into evaluation mode.
         layers: Numbers of the transformer layers to take features from, from 1; `ValueError` if there is no such one.
         normalizes: Whether the model expects zero mean and unit variance (`do_normalize` of its feature extractor).
-        is_normalized: As for `UnitExtractor`.
+        is_smoothed: As for `UnitExtractor`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, layers: Sequence[int], normalizes: bool = True, is_normalized: bool = False
+        self, model: PreTrainedModel, *, layers: Sequence[int], normalizes: bool = True, is_smoothed: bool = False
     ) -> None:
         self._baseline = model.eval()
         self.config = _frames_config(model.config)
         self.layers = check_layers(self.config, layers, with_codebooks=False)
-        self.source, self.is_normalized = "student", is_normalized
+        self.source, self.is_smoothed = "student", is_smoothed
         # The smallest possible batches, of one window each.
         self._runner = WindowedInference(self.config, normalizes=normalizes, batch_seconds=2 * self.frame_seconds)
 
@@ -64,12 +64,12 @@ def load_baseline(
     layers: Sequence[int],
     device: str | torch.device = "cpu",
     dtype: str = "float32",
-    is_normalized: bool = False,
+    is_smoothed: bool = False,
 ) -> BaselineExtractor:
     """
     Load an encoder of one of the types in `BASELINES`, with its feature extractor, from a folder or the Hub.
 
-    `layers`, `dtype` and `is_normalized` are those of `UnitExtractor` and `load_model`. Raises `ValueError` for a
+    `layers`, `dtype` and `is_smoothed` are those of `UnitExtractor` and `load_model`. Raises `ValueError` for a
     model of another type, or without such a layer, `OSError` if there is no feature extractor.
     """
     if dtype not in DTYPES:
@@ -85,4 +85,4 @@ def load_baseline(
     options: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "advice": advice}
     model = open_weights(AutoModel, name, may_lack="masked_spec_embed$", **options)
     normalizes = bool(extractor.do_normalize)
-    return BaselineExtractor(model, layers=layers, normalizes=normalizes, is_normalized=is_normalized)
+    return BaselineExtractor(model, layers=layers, normalizes=normalizes, is_smoothed=is_smoothed)

@@ -99,14 +99,14 @@ class LayerKMeans(KMeans):
 
     layer: int
     source: str
-    is_normalized: bool = False  # whether the student's features were normalised over each recording
+    is_smoothed: bool = False  # as for `UnitExtractor`
 
     def save(self, file: str | Path) -> Path:
         """Write a safetensors file atomically, and return its path."""
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         metadata = {
-            "kmeans": json.dumps({"layer": self.layer, "source": self.source, "is_normalized": self.is_normalized})
+            "kmeans": json.dumps({"layer": self.layer, "source": self.source, "is_smoothed": self.is_smoothed})
         }
         with atomic_file(file) as temporary:
             save_file({"centroids": np.ascontiguousarray(self.centroids)}, temporary, metadata=metadata)
@@ -134,8 +134,8 @@ class LayerKMeans(KMeans):
         if not np.isfinite(self.centroids).all():
             raise ValueError("its centroids are not all finite: fit them again")
         is_layer = isinstance(self.layer, int) and self.layer >= 1
-        if not is_layer or self.source not in SOURCES or not isinstance(self.is_normalized, bool):
-            found = f"layer={self.layer!r}, source={self.source!r} and is_normalized={self.is_normalized!r}"
+        if not is_layer or self.source not in SOURCES or not isinstance(self.is_smoothed, bool):
+            found = f"layer={self.layer!r}, source={self.source!r} and is_smoothed={self.is_smoothed!r}"
             raise ValueError(f"it has {found}; expected a number from 1, {' or '.join(SOURCES)}, and true or false")
 
 
@@ -156,8 +156,8 @@ class UnitExtractor:
         model: In any precision, on any device; it is put into evaluation mode.
         layers: Numbers of transformer layers, from 1; units by codebook need layers that have one.
         source: "student", "teacher" or, for units alone, "anchor", see `DinoSRForPreTraining.encode_units`.
-        is_normalized: Whether features have zero mean and unit variance over the recording, which takes much of the
-            speaker out of them. None: those of the teacher, which always have, but not the student's.
+        is_smoothed: Whether the student's features are normalised over the recording, as the teacher's always are, and
+            averaged over three frames. Their clusters tell more of phones and less of speakers.
         windows: `window_seconds`, `context_seconds` and `batch_seconds` of `WindowedInference`. If the model has
             `reference_padding`, a batch is one window.
     """
@@ -168,12 +168,12 @@ class UnitExtractor:
         *,
         layers: Sequence[int] = (5,),
         source: str = "student",
-        is_normalized: bool | None = None,
+        is_smoothed: bool = False,
         **windows: float,
     ) -> None:
         check_source(source, UNIT_SOURCES)
         self.model, self.config, self.source = model.eval(), model.config, source
-        self.is_normalized = source == "teacher" or bool(is_normalized)
+        self.is_smoothed = is_smoothed and source != "teacher"
         if source == "anchor":
             self.layers = check_unit_layers(model.config, layers, source)
         else:
@@ -221,15 +221,15 @@ class UnitExtractor:
                     f" units were asked for of layers {self.layers} of the {self.source} with {dimensions[1]}. Use it"
                     " with the layer, source and model that it was fitted on."
                 )
-            if kmeans.is_normalized != (self.source == "student" and self.is_normalized):
+            if kmeans.is_smoothed != self.is_smoothed:
                 raise ValueError(
-                    f"k-means was fitted with is_normalized={kmeans.is_normalized}, but the extractor has"
-                    f" is_normalized={self.is_normalized}. Use the same."
+                    f"k-means was fitted with is_smoothed={kmeans.is_smoothed}, but the extractor has"
+                    f" is_smoothed={self.is_smoothed}. Use the same."
                 )
         else:
             check_unit_layers(self.config, self.layers, self.source)
         # Some units wait for the mean and variance of the complete recording.
-        if self.source == "teacher" or (kmeans is not None and self.is_normalized):
+        if self.source == "teacher" or (kmeans is not None and self.is_smoothed):
             for name, features in self.features(recordings, indices=indices, on_progress=on_progress):
                 yield Units(name, self._nearest(features, kmeans))
             return
@@ -244,16 +244,19 @@ class UnitExtractor:
         """
         Extract the continuous features of recordings, float32 (T, L, D) each; the arguments are those of `units`.
 
-        Features are the student's layer outputs, or what the teacher's codebooks cluster, normalised over the
-        recording if `is_normalized`. Hours of features are a memory-mapped temporary file. Raises `ValueError` for the
-        anchor, which has none.
+        Features are the student's layer outputs, as they are or `is_smoothed`, or what the teacher's codebooks
+        cluster, normalised over the recording. Hours of features are a memory-mapped temporary file. Raises
+        `ValueError` for the anchor, which has none.
         """
         check_source(self.source)
         for index, rows in self._runner.run(recordings, self._features, indices=indices, on_progress=on_progress):
             if rows is None:
                 rows = np.empty((0, len(self.layers), self.config.hidden_size), np.float32)
-            elif self.is_normalized:
+            elif self.source == "teacher" or self.is_smoothed:
                 _normalize_rows(rows)
+                if self.is_smoothed:
+                    filters = import_extra("scipy.ndimage", "analysis")
+                    filters.uniform_filter1d(rows, 3, axis=0, mode="nearest", output=rows)
             yield recordings.utterances[index].id, rows
 
     def _batch(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -356,5 +359,4 @@ def fit_layer_kmeans(
     for _, rows in extractor.features(recordings, on_progress=on_progress):
         drawn.append(np.array(rows[generator.random(len(rows)) < share, 0]))
     clusters = fit_kmeans(np.concatenate(drawn), num_clusters, seed, max_frames=max_frames)
-    is_normalized = extractor.source != "teacher" and extractor.is_normalized
-    return LayerKMeans(clusters.centroids, extractor.layers[0], extractor.source, is_normalized)
+    return LayerKMeans(clusters.centroids, extractor.layers[0], extractor.source, extractor.is_smoothed)
