@@ -1352,11 +1352,11 @@ def pad_to_frame(
     config: DinoSRConfig, input_values: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Pad waveforms (B, S) that are too short for a frame, as a longer one in their batch would."""
-    if config.num_frames(input_values.shape[1]) >= 1:
+    num_missing = config.receptive_field - input_values.shape[1]
+    if num_missing <= 0:
         return input_values, attention_mask
-    padding = (0, config.receptive_field - input_values.shape[1])
     mask = torch.ones_like(input_values, dtype=torch.long) if attention_mask is None else attention_mask
-    return nn.functional.pad(input_values, padding), nn.functional.pad(mask, padding)
+    return nn.functional.pad(input_values, (0, num_missing)), nn.functional.pad(mask, (0, num_missing))
 
 
 def mask_padding_logits(config: DinoSRConfig, logits: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
