@@ -20,7 +20,7 @@ from dinosr_hf.analysis import UnitQuality, frame_labels, unit_quality
 from dinosr_hf.analysis.baselines import mfcc
 from dinosr_hf.analysis.kmeans import fit_kmeans
 from dinosr_hf.analysis.model_units import LabelledSpeech, layer_tables, target_features
-from dinosr_hf.analysis.plots import phone_codeword_figure
+from dinosr_hf.analysis.plots import phone_codeword_figure, save_figure
 from dinosr_hf.data import normalize_waveform
 from dinosr_hf.pretraining import PretrainingArguments, parse_arguments, synthetic_corpus
 from dinosr_hf.utils.command_line import check_ranges, command
@@ -141,8 +141,7 @@ def main() -> None:
     figure = phone_codeword_figure(
         table, phones, title=f"P(phone | codeword), layer {layer}, held-out synthetic voices"
     )
-    figure.savefig(out / "phone_by_codeword.png", dpi=150)
-    print(f"\nThe picture is {out / 'phone_by_codeword.png'}. The model is in {out}.")
+    print(f"\nThe picture is {save_figure(figure, out / 'phone_by_codeword.png')}. The model is in {out}.")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ def main() -> None:
     for figure in record["evaluation"]:
         print(f"| {figure['split']} | {figure['num_utterances']} | {figure['wer']:.1%} | {figure['cer']:.1%} |")
 
-    recognise = pipeline("automatic-speech-recognition", model=str(out), pipeline_class=SpeechRecognitionPipeline)
+    recognise = pipeline(
+        "automatic-speech-recognition", str(out), pipeline_class=SpeechRecognitionPipeline, trust_remote_code=False
+    )
     corpus = SyntheticCorpus(20, seed=options.seed, split="test", noise=False, text="digits")
     row = corpus[0]
     found = recognise(row["audio"]["array"], return_timestamps="word")

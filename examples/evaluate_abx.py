@@ -33,6 +33,7 @@ from dinosr_hf.data import SpeechSource
 from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import FeatureFiles, UnitExtractor, has_codebooks, load_baseline, load_model
 from dinosr_hf.utils.command_line import command, parse_options
+from dinosr_hf.utils.files import claim_output_file, write_atomically
 from dinosr_hf.utils.model_folder import open_config
 
 
@@ -117,15 +118,13 @@ def run(options: argparse.Namespace) -> None:
         import_fastabx()
     columns = {"tier": options.tier, "step_seconds": options.step_seconds, "speaker_column": options.speakers}
     source, reference = open_reference(options.data, labels=options.labels, **columns)
-    out = Path(options.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    out = claim_output_file(Path(options.output_dir, "abx.md")).parent
     rows = []
     for number, name in enumerate(options.models):
         config = load_baseline(name, layers=[1]).config
         items = triphone_items(source, reference, config, silence=options.silence)
         if number == 0:
-            (out / "triphones.item").write_text(items_text(items), encoding="utf-8")
-            print(f"{len(items):,} triphones are in {out / 'triphones.item'}.")
+            print(f"{len(items):,} triphones are in {write_atomically(out / 'triphones.item', items_text(items))}.")
         if options.items_only:
             return
         sizes = {"max_size_group": options.max_size_group, "max_x_across": options.max_x_across}

@@ -13,6 +13,7 @@ the extras `train` and `analysis`.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import UnitExtractor, has_codebooks, load_baseline, load_model
 from dinosr_hf.utils.command_line import command, parse_options
+from dinosr_hf.utils.files import claim_output_file
 from dinosr_hf.utils.model_folder import open_config
 
 
@@ -83,6 +85,7 @@ def open_extractors(name: str, options: argparse.Namespace) -> Iterator[tuple[st
 
 
 def run(options: argparse.Namespace) -> None:
+    claim_output_file(Path(options.output_dir, "layers.md"))
     held_out = open_recordings(options.data, options)
     if options.fit_data:
         fit = open_recordings(options.fit_data, options)

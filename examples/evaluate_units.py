@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.model.modeling_dinosr import UNIT_SOURCES
 from dinosr_hf.units import UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
 from dinosr_hf.utils.command_line import command, parse_options
+from dinosr_hf.utils.files import claim_output_file
 from dinosr_hf.utils.model_folder import open_config
 
 
@@ -114,6 +116,7 @@ def cluster_mfccs(source: SpeechSource, fit: SpeechSource, options: argparse.Nam
 
 
 def run(options: argparse.Namespace) -> None:
+    claim_output_file(Path(options.output_dir, "units.md"))
     source, reference = open_reference(
         options.data,
         labels=options.labels,

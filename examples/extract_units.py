@@ -6,7 +6,7 @@ Turn recordings into acoustic units, or into the continuous features of layers.
     python examples/extract_units.py runs/base my_speech --output_dir features --features npy --layers 5 9
 
 Inputs are audio files (wav, flac, mp3, aiff, ...) and folders of them, or one manifest, archive or dataset. Run the
-same command again to resume after an interruption. Recordings that cannot be read are skipped and listed.
+same command again to resume after an interruption, or to add recordings. Unreadable ones are skipped and listed.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -103,28 +102,26 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
         batch_seconds=options.batch_seconds,
     )
     place = {"process": state.process_index, "num_processes": state.num_processes}
+    files: FeatureFiles | UnitCorpus
     if options.features:
         files = FeatureFiles(options.output_dir, extractor, source, form=options.features, **place)
+    else:
+        form = {"form": options.format, "deduplicate": options.deduplicate, "shard_seconds": options.shard_seconds}
+        files = UnitCorpus(options.output_dir, extractor, source, kmeans=kmeans, **form, **place)
+    if state.is_main_process:
+        files.open()
+    state.wait_for_everyone()
+    with files:
         bar = Bar(seconds_of(source, files.todo()), state)
         num_written = files.write(on_progress=bar.advance)
         bar.close()
-        print(f"{num_written:,} recordings, with {len(extractor.layers)} file(s) each, in {options.output_dir}")
-        return len(source.left_out) + len(extractor.unreadable)
-    names = ("model", "layers", "source", "kmeans", "window_seconds", "context_seconds", "dtype")
-    settings = {name: getattr(options, name) for name in names}
-    form = {"form": options.format, "deduplicate": options.deduplicate, "shard_seconds": options.shard_seconds}
-    corpus = UnitCorpus(Path(options.output_dir), settings, **form, **place)
-    if state.is_main_process:
-        corpus.open()
-    state.wait_for_everyone()
-    bar = Bar(seconds_of(source, corpus.todo(source)), state)
-    corpus.write(extractor, source, kmeans=kmeans, on_progress=bar.advance)
-    bar.close()
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return 0
-    num_units = len(kmeans.centroids) if kmeans else model.config.num_units(options.source)
-    summary = corpus.finish(extractor, source, num_units)
+        state.wait_for_everyone()
+        if isinstance(files, FeatureFiles):
+            print(f"{num_written:,} recordings, with {len(extractor.layers)} file(s) each, in {options.output_dir}")
+            return len(source.left_out) + len(extractor.unreadable)
+        if not state.is_main_process:
+            return 0
+        summary = files.finish()
     print(
         f"{summary['num_recordings']:,} recordings, {summary['hours']:,.2f} hours, in {len(summary['files'])} files"
         f" of {options.output_dir}; {bar.seconds:,.1f} s of audio at {bar.speed:,.0f} hours per hour"

@@ -20,6 +20,7 @@ from dinosr_hf.data import SAMPLING_RATE, open_recordings
 from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import UnitExtractor, fit_layer_kmeans, load_model
 from dinosr_hf.utils.command_line import command, parse_options
+from dinosr_hf.utils.files import claim_output_file
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -44,6 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     if not options.output.endswith(".safetensors"):
         raise ValueError("--output must end in .safetensors.")
+    claim_output_file(options.output)
     source = open_recordings(options.inputs)
     model = load_model(options.model, device=options.device, dtype=options.dtype)
     extractor = UnitExtractor(

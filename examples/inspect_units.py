@@ -22,7 +22,7 @@ from dinosr_hf.data import SAMPLING_RATE, open_recordings, open_source
 from dinosr_hf.inference.windowed import DTYPES
 from dinosr_hf.units import load_model, scored_units
 from dinosr_hf.utils.command_line import command, parse_options
-from dinosr_hf.utils.files import write_atomically
+from dinosr_hf.utils.files import claim_output_file, write_atomically
 
 # Meaning of a unit's score, by source.
 SCORES = {"student": "probability", "teacher": "distance", "anchor": "probability"}
@@ -63,6 +63,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
+    output = claim_output_file(options.output)
     recordings = open_source(options.data, split=options.split) if options.split else open_recordings([options.data])
     labels = read_alignments(options.labels) if options.labels else None
     words = read_alignments(options.words, tier="words") if options.words else None
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         model.config.num_units(options.source),
         labels=labels,
         words=words,
-        recordings=[utterance.id for utterance in recordings.utterances],
+        recordings=[*(utterance.id for utterance in recordings.utterances), *recordings.left_out],
         step_seconds=options.step_seconds,
         num_moments=options.num_moments,
         **frames,
@@ -108,8 +109,6 @@ def run(options: argparse.Namespace) -> None:
         max_megabytes=options.max_megabytes,
         **frames,
     )
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, page.html)
     print(f"The page is {output}: {output.stat().st_size / 1e6:.1f} MB with {page.num_clips:,} moments to listen to.")
     if page.num_left_out:

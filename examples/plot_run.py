@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinosr_hf.analysis.curves import read_run, run_figure
+from dinosr_hf.analysis.plots import read_run, run_figure, save_figure
 from dinosr_hf.utils.command_line import command, parse_options
 
 
@@ -31,9 +31,7 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     with command(__file__):
         figure = run_figure([read_run(folder) for folder in options.runs], x=options.x, title=options.title)
-        output = Path(options.output or Path(options.runs[0]) / "curves.png")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=150)
+        output = save_figure(figure, options.output or Path(options.runs[0]) / "curves.png")
     print(f"The picture is {output}.")
 
 

@@ -5,25 +5,25 @@ Transcribe recordings of any length.
     python examples/transcribe.py runs/recogniser talks more/talk.wav --format srt --output_dir subtitles
 
 Inputs are audio files (wav, flac, mp3, aiff, ...) and folders of them, or one manifest, archive or dataset.
-Transcripts go to stdout, or with --output_dir each to a file of its own. Uses beam search if the model's folder has a
-decoding.json (examples/tune_decoding.py writes it), else greedy search. Exits with 1 if a recording cannot be read.
+Transcripts go to stdout, or with --output_dir each to a file of its own; then run the same command again to resume
+after an interruption. Uses beam search if the model's folder has a decoding.json (examples/tune_decoding.py writes
+it), else greedy search. Exits with 1 if a recording cannot be read.
 """
 
 import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
 
 from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
 from dinosr_hf.inference.windowed import DTYPES
-from dinosr_hf.recognition import FORMATS, Transcriber, Transcript, output_paths
+from dinosr_hf.recognition import FORMATS, Transcriber, Transcript, TranscriptFiles, output_paths
 from dinosr_hf.utils.command_line import command, parse_options
-from dinosr_hf.utils.files import write_atomically
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -34,7 +34,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--format", default="txt", choices=list(FORMATS), help="format of the transcripts (%(default)s)")
     place = "folder to write one file per recording to, instead of stdout; those of /data/a.wav and ../a.wav in a"
     add("--output_dir", help=f"{place} manifest are data/a.txt and _up/a.txt below it")
-    add("--overwrite", action="store_true", help="replace existing transcripts")
+    add("--overwrite", action="store_true", help="make existing transcripts anew")
     add("--decoding", help="file with options of beam search (decoding.json of the model)")
     add("--greedy", action="store_true", help="use greedy search even if there is a decoding.json")
     add("--batch_seconds", type=float, default=120.0, help="seconds of audio per batch (%(default)s)")
@@ -49,22 +49,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parse_options(parser, argv)
 
 
-def plan_outputs(source: SpeechSource, options: argparse.Namespace) -> dict[str, Path]:
-    """Return the file for each recording; raise if one exists and --overwrite is not set, or cannot be written."""
-    if options.output_dir is None:
-        return {}
-    paths = output_paths(options.output_dir, (name for name, _ in source.utterances), options.format)
-    existing = [path for path in paths.values() if path.exists()]
-    if existing and not options.overwrite:
-        raise ValueError(
-            f"{len(existing):,} transcripts exist, such as {existing[0]}. Give --overwrite or another folder."
-        )
-    return paths
-
-
-def with_progress(transcriber: Transcriber, source: SpeechSource) -> Iterator[Transcript]:
-    """Transcribe with a progress bar that shows the speed in times real time."""
-    total = sum(utterance.num_samples for utterance in source.utterances) / SAMPLING_RATE
+@contextmanager
+def progress_bar(source: SpeechSource, indices: Sequence[int]) -> Iterator[Callable[[float], None]]:
+    """Show a progress bar with the speed in times real time; yields a function that adds seconds of audio."""
+    total = sum(source.utterances[index].num_samples for index in indices) / SAMPLING_RATE
     since, seconds = time.perf_counter(), 0.0
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
     with tqdm(total=total, bar_format=form, disable=None) as bar:
@@ -75,7 +63,7 @@ def with_progress(transcriber: Transcriber, source: SpeechSource) -> Iterator[Tr
             bar.set_postfix_str(f"{seconds / (time.perf_counter() - since):.1f} times real time", refresh=False)
             bar.update(amount)
 
-        yield from transcriber.transcribe(source, on_progress=advance)
+        yield advance
     elapsed = time.perf_counter() - since
     print(f"{seconds:,.1f} s of audio in {elapsed:,.1f} s, {seconds / elapsed:.1f} times real time", file=sys.stderr)
 
@@ -89,13 +77,24 @@ def print_in_order(transcripts: dict[str, Transcript], source: SpeechSource, for
             print(FORMATS[form](transcript), end="")
 
 
+def write_files(files: TranscriptFiles) -> None:
+    with files:
+        indices = files.todo()
+        if num_kept := len(files.recordings) - len(indices):
+            kept = f"{num_kept:,} of {len(files.recordings):,} transcripts are in {files.folder} already"
+            print(f"{kept}. --overwrite makes them anew.", file=sys.stderr)
+        with progress_bar(files.recordings, indices) as advance:
+            files.write(on_progress=advance)
+
+
 def run(options: argparse.Namespace) -> list[str]:
     """Transcribe; return why each recording that could not be read was skipped."""
     source = open_recordings(options.inputs)
     if options.output_dir is None and options.format in ("srt", "vtt") and len(source) > 1:
-        found = f"--format {options.format} writes one file per recording, and there are {len(source):,}"
-        raise ValueError(f"{found}: give --output_dir.")
-    paths = plan_outputs(source, options)
+        problem = f"--format {options.format} writes one file per recording, and there are {len(source):,}"
+        raise ValueError(f"{problem}: give --output_dir.")
+    names = (utterance.id for utterance in source.utterances)
+    paths = output_paths(options.output_dir, names, options.format) if options.output_dir else {}
     transcriber = Transcriber.from_folder(
         options.model,
         device=options.device,
@@ -107,15 +106,13 @@ def run(options: argparse.Namespace) -> list[str]:
         batch_seconds=options.batch_seconds,
         pause_seconds=options.pause_seconds,
     )
-    printed: dict[str, Transcript] = {}
-    for transcript in with_progress(transcriber, source):
-        if not paths:
-            printed[transcript.id] = transcript
-            continue
-        path = paths[transcript.id]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, FORMATS[options.format](transcript))
-    print_in_order(printed, source, options.format)
+    if options.output_dir:
+        how = {"form": options.format, "overwrite": options.overwrite}
+        write_files(TranscriptFiles(options.output_dir, transcriber, source, paths, **how))
+    else:
+        with progress_bar(source, range(len(source))) as advance:
+            transcripts = {found.id: found for found in transcriber.transcribe(source, on_progress=advance)}
+        print_in_order(transcripts, source, options.format)
     return [*source.left_out.values(), *("unreadable" for _ in transcriber.unreadable)]
 
 

@@ -24,6 +24,7 @@ from dinosr_hf.recognition import load_processor
 from dinosr_hf.recognition.decoding import BeamSearchDecoder, DecodingOptions, GreedyDecoder
 from dinosr_hf.recognition.tuning import WORD_SCORES, Trial, random_pairs, tune
 from dinosr_hf.utils.command_line import command, parse_options
+from dinosr_hf.utils.files import claim_output_file
 from dinosr_hf.utils.model_folder import open_weights
 
 
@@ -79,6 +80,9 @@ def row(trial: Trial) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
+    if not (options.output or Path(options.model).is_dir()):
+        raise ValueError(f"{options.model} is not a folder here, which could take the result. Give --output.")
+    output = claim_output_file(options.output or Path(options.model) / "decoding.json")
     processor, normalization = load_processor(options.model)
     normalize = normalization or str
     model = open_weights(DinoSRForCTC, options.model, dtype=torch.float32).eval()
@@ -104,8 +108,6 @@ def run(options: argparse.Namespace) -> None:
             on_trial=lambda trial: progress.update(),
         )
     best = trials[0]
-    output = Path(options.output or Path(options.model) / "decoding.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
     decoder.reweighted(best.lm_weight, best.word_score).options.save(output)
     print("lm_weight  word_score  word error rate", *map(row, itertools.islice(trials, 20)), sep="\n")
     print(f"greedy search: {without.word_error_rate:.2%}, beam search: {best.word_error_rate:.2%}")

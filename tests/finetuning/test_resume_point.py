@@ -1,19 +1,28 @@
 """An interrupted run resumes with the same command; a finished one is left alone; other arguments are refused."""
 
 import json
+import os
+import random
 import re
 import shutil
+import subprocess
+import sys
+import zipfile
 
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from dinosr_hf.finetuning import Recognition
+from dinosr_hf.finetuning.resume_point import read_checkpoint
+from dinosr_hf.training.resume import CheckpointError
 from dinosr_hf.training.run_record import read_record
 from dinosr_hf.utils.command_line import ArgumentError
-from finetuning_runs import recognise, write_corpus, write_model
+from finetuning_runs import recognise, run_settings, write_corpus, write_model
+from scripts import ROOT
 
 # Dropout and masks, so that random states matter. An epoch has four steps.
 RANDOM = {"hidden_dropout": 0.2, "mask_time_prob": 0.3, "mask_time_length": 3}
@@ -137,15 +146,22 @@ def truncate(path):
     path.write_bytes(content[: len(content) // 2])
 
 
+def flip_a_bit(path, place=None, bit=3):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if place is None else place] ^= 1 << bit
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
         ("trainer_state.json", "remove", "checkpoint-4 has no trainer_state.json: it is incomplete"),
-        ("trainer_state.json", truncate, "checkpoint-4 has a truncated file"),
-        ("model.safetensors", truncate, "checkpoint-4 has a truncated file"),
-        ("optimizer.pt", truncate, "checkpoint-4 has a truncated file"),
+        ("trainer_state.json", truncate, "trainer_state.json has .* bytes instead of .*: it is truncated"),
+        ("model.safetensors", flip_a_bit, "model.safetensors is not what was written"),
+        ("optimizer.pt", truncate, "optimizer.pt has .* bytes instead of .*: it is truncated"),
         ("optimizer.pt", "remove", r"checkpoint-4 has no optimizer\*"),
-        ("rng_state.pth", truncate, "checkpoint-4 has a truncated file"),
+        ("rng_state.pth", flip_a_bit, "rng_state.pth is not what was written"),
+        ("checkpoint.json", flip_a_bit, "checkpoint.json"),
     ],
 )
 def test_an_incomplete_checkpoint_is_passed_over(
@@ -156,6 +172,53 @@ def test_an_incomplete_checkpoint_is_passed_over(
     recognise(model, corpus, interrupted, on_trainer=count, **OPTIONS)
     assert re.search(f"Checkpoint refused: .*{message}", caplog.text)
     assert count.steps[0] == 4
+    assert_same_model(interrupted, uninterrupted)
+
+
+def test_no_flipped_bit_and_no_lost_byte_of_a_checkpoint_is_accepted(interrupted):
+    checkpoint = interrupted / "checkpoint-4"
+    before = read_checkpoint(checkpoint)  # the control
+    assert before.record is not None and before.record.arguments["max_steps"] == 7
+    chance = random.Random(0)
+    for file in sorted(checkpoint.iterdir()):
+        content = file.read_bytes()
+        for number in range(20):
+            if number % 4:
+                flip_a_bit(file, chance.randrange(len(content)), chance.randrange(8))
+            else:
+                file.write_bytes(content[: chance.randrange(len(content))])
+            try:
+                found = read_checkpoint(checkpoint)
+            except CheckpointError:
+                continue
+            finally:
+                file.write_bytes(content)
+            assert file.name == "checkpoint.json" and found == before  # white space, or the last line break
+    assert read_checkpoint(checkpoint) == before
+
+
+def test_files_that_were_not_written_with_a_checkpoint_are_not_loaded(interrupted):
+    checkpoint = interrupted / "checkpoint-4"
+    (checkpoint / "notes.txt").write_text("as good as the one before")
+    (checkpoint / ".DS_Store").write_bytes(b"")
+    read_checkpoint(checkpoint)
+    shutil.copyfile(checkpoint / "model.safetensors", checkpoint / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has adapter_model\.safetensors, which was not written with it"):
+        read_checkpoint(checkpoint)
+    (checkpoint / "adapter_model.safetensors").unlink()
+    (checkpoint / "model.safetensors").rename(interrupted / "elsewhere.safetensors")
+    (checkpoint / "model.safetensors").symlink_to(interrupted / "elsewhere.safetensors")
+    with pytest.raises(CheckpointError, match=r"lists model\.safetensors, which is a link or outside the folder"):
+        read_checkpoint(checkpoint)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_used_with_a_warning(model, corpus, uninterrupted, interrupted, caplog):
+    for number in (3, 4):
+        (interrupted / f"checkpoint-{number}" / "checkpoint.json").unlink()
+    truncate(interrupted / "checkpoint-4" / "model.safetensors")
+    recognise(model, corpus, interrupted, **OPTIONS)
+    assert "checkpoint-4 has a truncated file" in caplog.text
+    assert "checkpoint-3 has no checkpoint.json: that its files are what was written cannot be checked" in caplog.text
     assert_same_model(interrupted, uninterrupted)
 
 
@@ -219,18 +282,41 @@ def test_false_refuses_a_folder_with_a_run(model, corpus, interrupted):
         recognise(model, corpus, interrupted, resume_from_checkpoint="False", **OPTIONS)
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"task": 3}', b"\xff\xfe", None], ids=repr)
+def test_a_damaged_record_is_written_again(model, corpus, uninterrupted, interrupted, caplog, content):
+    record = interrupted / "run.json"
+    record.unlink() if content is None else record.write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
+    with pytest.raises(ArgumentError, match=r"has a run with other arguments: learning_rate is 0\.5 and was 0\.001"):
+        recognise(model, corpus, interrupted, **{**OPTIONS, "learning_rate": 0.5})
+    recognise(model, corpus, interrupted, **OPTIONS)
+    assert ("run.json is damaged and will be written again" in caplog.text) == (content is not None)
+    assert_same_model(interrupted, uninterrupted)
+    assert read_record(interrupted).steps == 7
+
+
 def test_checkpoints_of_unknown_runs_are_refused(model, corpus, interrupted):
     record = interrupted / "run.json"
     content = json.loads(record.read_text())
+    for number in (3, 4):  # as an earlier version wrote them: without a record of their own
+        (interrupted / f"checkpoint-{number}" / "checkpoint.json").unlink()
     record.write_text(json.dumps({**content, "task": "audio-classification"}))
     with pytest.raises(ArgumentError, match="has a run of the task audio-classification"):
-        recognise(model, corpus, interrupted, **OPTIONS)
-    record.write_text("{")
-    with pytest.raises(ArgumentError, match=r"run\.json cannot be read"):
         recognise(model, corpus, interrupted, **OPTIONS)
     record.unlink()
     with pytest.raises(ArgumentError, match=r"has checkpoints, but no run\.json"):
         recognise(model, corpus, interrupted, **OPTIONS)
+
+
+def test_a_finished_run_whose_model_is_damaged_writes_it_again(model, corpus, uninterrupted, tmp_path, caplog):
+    out = shutil.copytree(uninterrupted, tmp_path / "out")
+    truncate(out / "model.safetensors")
+    count = CountSteps()
+    recognise(model, corpus, out, on_trainer=count, **OPTIONS)
+    assert "its model is damaged and will be written again" in caplog.text
+    assert count.steps == []
+    assert_same_model(out, uninterrupted)
 
 
 def test_folders_that_cannot_be_resumed_are_refused(model, corpus, tmp_path):
@@ -264,3 +350,183 @@ def test_two_runs_in_one_folder_are_refused(model, corpus, tmp_path):
         pytest.raises(ArgumentError, match="Another run is using output_dir"),
     ):
         recognise(model, corpus, tmp_path / "out")
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 4, "freeze_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def best_is_first(model, corpus, tmp_path_factory):
+    """Folder of a run that was interrupted at its third checkpoint, and whose first one has the best model."""
+    out = tmp_path_factory.mktemp("best") / "out"
+    options = {**OPTIONS, **BEST, "data": {"eval_data": [str(corpus)]}}
+
+    def set_best_and_interrupt(trainer):
+        trainer.compute_metrics = lambda prediction: {"wer": trainer.state.global_step / 10}
+        InterruptAfter(3)(trainer)
+
+    with pytest.raises(Interrupted):
+        recognise(model, corpus, out, on_trainer=set_best_and_interrupt, **options)
+    return out, options
+
+
+def rate_by_step(trainer):
+    trainer.compute_metrics = lambda prediction: {"wer": trainer.state.global_step / 10}
+
+
+def test_the_best_checkpoint_is_found_in_a_moved_folder(model, corpus, best_is_first, tmp_path):
+    out, options = best_is_first
+    first = load_file(out / "checkpoint-1" / "model.safetensors")
+    moved = shutil.copytree(out, tmp_path / "moved")
+    recognise(model, corpus, moved, on_trainer=rate_by_step, **options)
+    assert all(torch.equal(value, first[name]) for name, value in load_file(moved / "model.safetensors").items())
+
+
+def test_a_damaged_best_checkpoint_is_not_loaded(model, corpus, best_is_first, tmp_path):
+    out, options = best_is_first
+    moved = shutil.copytree(out, tmp_path / "moved")
+    flip_a_bit(moved / "checkpoint-1" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"It had the best model. Remove .*checkpoint-1 to finish with the last"):
+        recognise(model, corpus, moved, on_trainer=rate_by_step, **options)
+    assert not (moved / "config.json").exists()
+    shutil.rmtree(moved / "checkpoint-1")
+    recognise(model, corpus, moved, on_trainer=rate_by_step, **options)
+    last = load_file(moved / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(value, last[name]) for name, value in load_file(moved / "model.safetensors").items())
+
+
+class SpoilWeights(TrainerCallback):
+    def __call__(self, trainer):
+        trainer.add_callback(self)
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == 3:
+            model.lm_head.weight.data[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100], ids=["logged", "only_saved"])
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(model, corpus, tmp_path, logging_steps):
+    out, options = tmp_path / "out", {**OPTIONS, "logging_steps": logging_steps}
+    with pytest.raises(ArgumentError, match=r"After step 3 some weights are not finite numbers.*Lower learning_rate"):
+        recognise(model, corpus, out, on_trainer=SpoilWeights(), **options)
+    assert sorted(path.name for path in out.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
+    assert not (out / "config.json").exists()
+
+
+def test_a_run_whose_recordings_vanish_writes_a_checkpoint_and_goes_on_later(model, corpus, tmp_path, uninterrupted):
+    mount, gone, out = tmp_path / "mount", tmp_path / "gone", tmp_path / "out"
+    shutil.copytree(corpus, mount)
+    options = {**OPTIONS, "save_steps": 100}
+    whole = tmp_path / "whole"
+    recognise(model, mount, whole, **options)
+
+    class Unmount(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                mount.rename(gone)
+
+    with pytest.raises(ArgumentError, match=r"None of the recordings of step 6 could be read; .* Look at the disk"):
+        recognise(model, mount, out, on_trainer=lambda trainer: trainer.add_callback(Unmount()), **options)
+    gone.rename(mount)
+    count = CountSteps()
+    recognise(model, mount, out, on_trainer=count, **options)
+    assert count.steps == [6, 7]
+    assert_same_model(out, whole)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_it(model, corpus, uninterrupted, tmp_path, monkeypatch):
+    out, saved = tmp_path / "out", torch.save
+
+    def fill(content, path, *args, **kwargs):
+        if "checkpoint-4" in str(path) and "optimizer" in str(path):
+            raise OSError(28, "No space left on device")
+        saved(content, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fill)
+        with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written \(OSError.*Free space in"):
+            recognise(model, corpus, out, **OPTIONS)
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["checkpoint-2", "checkpoint-3"]
+    recognise(model, corpus, out, **OPTIONS)
+    assert_same_model(out, uninterrupted)
+
+
+def test_no_file_of_a_run_has_the_token_of_the_hub(model, corpus, tmp_path, caplog):
+    out, token = tmp_path / "out", "hf_" + "S3cr3t" * 5
+    recognise(model, corpus, out, hub_token=token, save_strategy="steps", save_steps=1, max_steps=2)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files)
+    for path in files:
+        content = path.read_bytes() if path.suffix != ".bin" else zipfile_text(path)
+        assert token.encode() not in content, path
+    assert token not in caplog.text
+    assert "hub_token" not in read_record(out).arguments
+
+
+def zipfile_text(path):
+    with zipfile.ZipFile(path) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist())
+
+
+# Imports take seconds and a step milliseconds: one process imports, its forks run the command and are killed.
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import finetune_ctc
+config, out, num_kills = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+chance = random.Random(0)
+kills = while_saving = starts = 0
+is_finished = lambda: (out / "run.json").exists() and '"finished": null' not in (out / "run.json").read_text()
+while not is_finished():
+    starts += 1
+    child = os.fork()
+    if child == 0:
+        log = os.open(out.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        sys.argv = ["finetune_ctc.py", config]
+        finetune_ctc.main()
+        os._exit(0)
+    newest = lambda: max([int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")], default=0)
+    # The first kills are before there is any checkpoint, and most of all while one is being written.
+    wanted, at_a_save = (newest() + 1 if kills > 1 else 0), kills % 3 != 2
+    delay = chance.random() * (0.005 if at_a_save else 0.05)
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            assert status == 0, (out.parent / "log.txt").read_text()[-3000:]
+            break
+        saving = any(out.glob(".unfinished-*"))
+        if kills < num_kills and out.exists() and newest() >= wanted and (saving or not at_a_save):
+            time.sleep(delay)
+            while_saving += any(out.glob(".unfinished-*"))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+            break
+        time.sleep(0.0005)
+    assert starts < 60
+print(kills, while_saving, starts)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # each start takes seconds
+def test_kills_at_any_moment_end_with_the_model_of_an_undisturbed_run(model, corpus, tmp_path):
+    options = {**run_settings(max_steps=10, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=4)}
+    options |= {"model": str(model), "train_data": [str(corpus)], "eval_data": [str(corpus)], "min_seconds": 0.01}
+    outs = [tmp_path / name / "out" for name in ("whole", "killed")]
+    for out in outs:
+        out.parent.mkdir()
+        text = yaml.safe_dump({**options, **RANDOM, "output_dir": str(out), "load_best_model_at_end": False})
+        (out.parent / "run.yaml").write_text(text)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    for out, num_kills in zip(outs, (0, 6), strict=True):
+        command = [sys.executable, "-c", KILLS, ROOT / "examples", out.parent / "run.yaml", out, str(num_kills)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        kills, while_saving, _ = map(int, done.stdout.split()[-3:])
+        assert kills == num_kills and (while_saving >= 2 or not num_kills)
+    assert_same_model(outs[1], outs[0])
+    assert read_record(outs[1]).evaluation[0]["wer"] == read_record(outs[0]).evaluation[0]["wer"]
+    assert not list(outs[1].glob(".unfinished-*"))

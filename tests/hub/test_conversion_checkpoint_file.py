@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import struct
+import tarfile
 import time
 import zipfile
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 
 from conftest import FIXTURES
+from dinosr_hf import DinoSRModel
 from dinosr_hf.hub.conversion import ConversionError, convert
 from dinosr_hf.hub.conversion.checkpoint_file import open_checkpoint
 from dinosr_hf.hub.conversion.fairseq import config_from_fairseq
+from dinosr_hf.utils.model_folder import open_weights
+from tiny import tiny_config
 
 CASE = FIXTURES / "dev_tiny"
 CHECKPOINT = CASE / "checkpoint.pt"
@@ -256,6 +260,79 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path, change):
     repack(tmp_path / "other.pt", change)
     with pytest.raises(ConversionError, match=r"not one that torch\.save writes"):
         open_checkpoint(tmp_path / "other.pt")
+
+
+def write_many_entries(file):
+    write_zip(file, holding(tensor_of(2, 2, 4)))
+    with zipfile.ZipFile(file, "a") as archive:
+        for number in range(1, 50_000):
+            archive.writestr(f"x/data/{number}", b"")
+
+
+def write_overlap(file):
+    """Write a directory in which a second storage has the bytes of the first one."""
+    write_zip(file, holding(tensor_of(2, 2, 4)))
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("x/data/1", bytes(16))
+        archive.getinfo("x/data/1").header_offset = archive.getinfo("x/data/0").header_offset
+
+
+def write_long_storage(file):
+    write_zip(file, holding(tensor_of(2, 2, 4)))
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("x/end", b"")
+        entry = archive.getinfo("x/data/0")
+        entry.file_size = entry.compress_size = 2**31
+
+
+def write_comment(file):
+    # torch and Python may find two directories
+    write_zip(file, holding(tensor_of(2, 2, 4)))
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = b"x" * 100
+
+
+def write_also_tar(file):
+    """Write pickles of the older format that begin with the header of an archive: torch would open that first."""
+    before = b"".join(pickle.dumps(item, protocol=2) for item in (0x1950A86A20F9469CFC6C, 1001)) + EMPTY + b"X"
+    block = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
+    before += struct.pack("<I", len(block) - len(before) - 4)
+    block[: len(before)] = before
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    content = holding(tensor_of(2, 2, 4)).replace(b"tQ", b"NtQ")
+    rest = b"q\x00K\x01s." + content + pickle.dumps(["0"], protocol=2) + struct.pack("<q", 4) + bytes(16)
+    file.write_bytes(block + rest)
+
+
+HOSTILE_FILES = {
+    "many-entries": (write_many_entries, "the directory of its archive has more than 2,097,152 bytes"),
+    "overlap": (write_overlap, "parts of its archive overlap"),
+    "long-storage": (write_long_storage, "parts of its archive overlap"),
+    "comment": (write_comment, r"not one that torch\.save writes"),
+    "also-tar": (write_also_tar, "can be read as a tar archive too"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_FILES)
+def test_a_hostile_archive_around_a_pickle_is_refused_in_less_than_a_second(tmp_path, name):
+    write, message = HOSTILE_FILES[name]
+    write(tmp_path / "hostile.pt")
+    start = time.process_time()
+    with pytest.raises(ConversionError, match=rf"hostile\.pt cannot be opened .*({message})"):
+        convert(tmp_path / "hostile.pt", tmp_path / "out")
+    assert time.process_time() - start < 1
+
+
+def test_a_hostile_pickle_of_weights_is_refused_by_all_that_opens_models(tmp_path):
+    folder = tmp_path / "model"
+    model = DinoSRModel(tiny_config())
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    assert open_weights(DinoSRModel, folder).dtype == torch.float32  # negative control
+    write_zip(folder / "pytorch_model.bin", holding(MANY_DIMENSIONS + b"R"))
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be opened .*a tensor of 100,000 dimensions"):
+        open_weights(DinoSRModel, folder)
 
 
 def test_truncated_archives_are_refused(tmp_path):

@@ -348,6 +348,15 @@ def data2vec_folder(tmp_path):
     return other.eval()
 
 
+def test_data2vec_with_overlapping_weights_is_refused(tmp_path):
+    data2vec_folder(tmp_path)
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"a": entry, "b": entry}).encode()
+    (tmp_path / "data2vec" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ConversionError, match=r"model\.safetensors is damaged: .*Download it again"):
+        convert(tmp_path / "data2vec", tmp_path / "out")
+
+
 def test_data2vec_of_transformers_gives_the_same_features(tmp_path, caplog):
     other = data2vec_folder(tmp_path)
     model = convert(tmp_path / "data2vec", tmp_path / "out")

@@ -331,6 +331,13 @@ def test_invalid_waveforms_are_refused(folders):
         exported.run([np.zeros(400)], batch_size=0)
 
 
+def test_folders_whose_names_are_not_utf8_are_refused(folders, tmp_path):
+    shutil.copytree(folders / "onnx", tmp_path / "caf\udce9")
+    for open_or_write in (OnnxModel, lambda folder: export_onnx(folders / "torch", folder / "new")):
+        with pytest.raises(ValueError, match=r"caf\\xe9(/new)? is not UTF-8 text, which onnxruntime needs\. Give the"):
+            open_or_write(tmp_path / "caf\udce9")
+
+
 def test_invalid_comparisons_are_refused(folders, tmp_path, speech):
     exported = OnnxModel(folders / "onnx")
     with pytest.raises(ValueError, match="There are no waveforms to compare on"):

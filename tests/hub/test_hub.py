@@ -7,19 +7,21 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from test_run_record import RECORD
 from transformers import pipeline
 
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
 from dinosr_hf.hub import Dataset, build_card, prepare, push, read_provenance
-from dinosr_hf.hub.card import METRIC_NAMES, redact_paths
-from dinosr_hf.training.run_record import METRICS, write_record
+from dinosr_hf.hub.card import METRIC_NAMES, code, redact_paths, render_card
+from dinosr_hf.training.run_record import METRICS, record_of, write_record
 from dinosr_hf.utils.model_folder import save_folder
 from hub_server import TOKEN, hub_server
 from recognisers import save_models, tiny_processor
@@ -451,3 +453,86 @@ def test_figures_of_unknown_origin_are_noticed():
     marked = text.replace("| the paper's |", "| ours |", 1)
     assert len(figures_of_unknown_origin(marked)) == 1
     assert figures_of_unknown_origin(text) == []
+
+
+HOSTILE = (
+    "# Heading",
+    "a\n\n# Heading\n\n<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "```\n# Heading\n```",
+    "`````",
+    "~~~\nx",
+    "</details>",
+    "a | b\n|---|---|",
+    "---\nlicense: mit\n---",
+    "- x\n===",
+    "[click](javascript:alert(1)) ![i](http://x.org/i.png)",
+    "{{ config }} {% for %}",
+    "**bold** _thin_ __init__ `code` ~~gone~~ \\",
+    "&lt;b&gt; &#35;",
+    "x: y # z",
+    "    indented",
+    "1. one",
+    "\u2028# Heading\x85# Heading",
+)
+TOKENS = ("heading_open", "html_block", "html_inline", "fence", "code_block", "code_inline", "image", "link_open")
+
+
+def structure(card):
+    """Number of headings, HTML, code blocks and so on, cells of each row of the tables, and the metadata's fields."""
+    markdown = pytest.importorskip("markdown_it")
+    tokens = markdown.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(card.text)
+    tokens += [child for token in tokens for child in token.children or ()]
+    kinds = Counter(token.type for token in tokens)
+    names = (*TOKENS, "tr_open", "td_open", "th_open", "strong_open", "em_open", "s_open", "bullet_list_open")
+    return [kinds[name] for name in names], sorted(card.data.to_dict())
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_of_a_record_is_only_text_on_the_card(saved, tmp_path, text):
+    def card_with(text):
+        record = dataclasses.asdict(RECORD)
+        record["arguments"] |= {"note": text, text: [text, {"x": text}]}
+        record["hardware"] = record["versions"]["torch"] = record["versions"][text] = text
+        record["versions"]["dinosr_hf"] = text
+        record["data"][0]["split"] = record["evaluation"][0]["split"] = text
+        own = {"datasets": [{**entry, "license": text, "title": text} for entry in PROVENANCE["datasets"]]}
+        own |= {"license": "other", "license_name": text, "license_link": "https://example.org/l"}
+        provenance, _ = read(saved, tmp_path, provenance_with(**own))
+        return build_card(record_of(record, "here"), provenance, saved[1]["recogniser"])
+
+    card, plain_card = card_with(text), card_with("plain")
+    assert structure(card) == structure(plain_card)
+    assert structure(ModelCard(plain_card.content + f"\n{HOSTILE[1]}\n")) != structure(plain_card)  # the control
+    data = ModelCard(str(card)).data
+    assert data.license == "other"
+    fence = re.search("^(`{3,})yaml\n(.*?)^\\1$", card.text, re.MULTILINE | re.DOTALL)
+    note = yaml.safe_load(fence[2])["note"]
+    for found in (note, data.license_name, *(result.dataset_split for result in data.eval_results)):
+        assert found.split() == text.split()  # YAML turns one line break into another
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_names_in_a_foreign_checkpoint_are_only_text_on_its_card(saved, text):
+    def card_with(text):
+        layout = SimpleNamespace(name=text, license=text, notes=[text], unused={text: text})
+        return render_card(ModelCardData(license="mit"), saved[1]["recogniser"], title=text, layout=layout)
+
+    harmless = "plain" if code(text).startswith("`") else "plain!"
+    assert structure(card_with(text)) == structure(card_with(harmless))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"versions": {"torch": ["2"]}}, "versions must map libraries to versions"),
+        ({"hardware": {"<b>": 1}}, "hardware must not be empty"),
+        ({"data": [{**RECORD.data[0], "split": 3}]}, "data must be a list, each with name, split"),
+        ({"evaluation": [{**RECORD.evaluation[0], "wer": "<b>"}]}, "evaluation must be a list, .* metrics as numbers"),
+        ({"evaluation": [{**RECORD.evaluation[0], "num_utterances": "many"}]}, "evaluation must be a list"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_record_with_values_of_other_types_has_no_card(changes, message):
+    with pytest.raises(ValueError, match=message):
+        record_of(dataclasses.asdict(RECORD) | changes, "here")

@@ -370,19 +370,24 @@ def test_an_anchor_stays_the_same_during_a_run(tmp_path, recordings, change, mes
         run(tiny_arguments(tmp_path, recordings, **{**RESUMED, **change}, max_steps=6))
 
 
-def test_a_resumed_run_refuses_another_or_no_anchor_file(tmp_path, recordings):
+def test_a_resumed_run_makes_its_anchor_again_or_refuses_another(tmp_path, recordings, monkeypatch, caplog):
     run(tiny_arguments(tmp_path, recordings, **RESUMED))
     file = tmp_path / "out" / "anchor.safetensors"
     good, other = file.read_bytes(), made(tmp_path, recordings, anchor="mfcc", num_anchor_labels=5, seed=1)
     save_anchor(other, tmp_path / "out")
     again = tiny_arguments(tmp_path, recordings, **RESUMED, max_steps=5)
-    with pytest.raises(CheckpointError, match=r"is not the one that checkpoint-4 was trained with\. Copy the right"):
-        run(again)
-    file.unlink()
-    with pytest.raises(CheckpointError, match=re.escape(f"{file} is missing")):
-        run(again)
-    file.write_bytes(good)
+    with monkeypatch.context() as patch:  # as if the recordings had changed
+        patch.setattr("dinosr_hf.pretraining.anchor_making.make_anchor", lambda *_: other)
+        with pytest.raises(
+            CheckpointError, match=r"is not the one that checkpoint-4 was trained with\. Copy the right"
+        ):
+            run(again)
+        file.unlink()
+        with pytest.raises(CheckpointError, match=re.escape(f"{file} is missing")):
+            run(again)
     assert run(again) is not None
+    assert f"{file} is missing" in caplog.text and "It was made again instead" in caplog.text
+    assert file.read_bytes() == good
 
 
 def test_a_run_from_another_folder_s_checkpoint_takes_its_anchor_along(tmp_path, recordings):
@@ -407,6 +412,8 @@ def test_a_checkpoint_from_before_anchors_and_speeds_can_be_resumed(tmp_path, re
     for name in ("feature_encoder", "num_anchor_labels"):
         del manifest["architecture"][name]
     assert manifest["feed"]["plan"].pop("speed_change") == 0
+    manifest["format"] = 1
+    del manifest["sha256"], manifest["feed"]["contents"]
     file.write_text(json.dumps(manifest))
     run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, max_steps=3))
     assert metrics_of(tmp_path / "out")[-1]["step"] == 3

@@ -276,6 +276,12 @@ def test_labels_of_recordings_that_are_not_used_are_not_anothers():
     source = MemorySource({"ann/1.wav": 900, "bob/1.wav": 50})  # bob's is too short
     with pytest.raises(ValueError, match=r"labels of '1' fit two recordings, 'ann/1\.wav' and 'bob/1\.wav'"):
         held_out(pretraining_model(), source, labels={"1": ["A"] * 45})
+    source = MemorySource({"ann/1.wav": 900})
+    source.skipped = {"hidden": [".old/1.wav"]}  # a copy
+    assert held_out(pretraining_model(), source, labels={"1": ["A"] * 45}).num_utterances == 1
+    source.skipped["empty"] = ["bob/1.wav"]
+    with pytest.raises(ValueError, match=r"labels of '1' fit two recordings, 'ann/1\.wav' and 'bob/1\.wav'"):
+        held_out(pretraining_model(), source, labels={"1": ["A"] * 45})
 
 
 @pytest.mark.parametrize(

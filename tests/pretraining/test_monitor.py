@@ -145,9 +145,44 @@ def test_a_bound_of_zero_is_off(bound):
     assert len(last) == expected and bound not in " ".join(last)
 
 
+@pytest.mark.parametrize("loss", [4.0, 4512.0, math.inf, math.nan], ids=str)
+def test_a_loss_far_above_that_of_guessing_is_reported(loss):
+    monitor = monitor_of()
+    diverged = {"codebook_losses": [2.0, loss]}  # 2 ln 7 = 3.9
+    *before, [warning] = news_of(monitor, {"codebook_losses": [2.0, 3.8]}, *[diverged] * 3)
+    assert before == [[]] * 3
+    shown = f"{loss:,.1f}" if math.isfinite(loss) else "a value that is not finite"
+    assert warning.startswith(
+        "Step 4: the run diverges. The loss is above 3.9 (2 times that of guessing among 7 labels): codebook 2 (layer"
+        f" 3) at {shown} since step 2. What usually helps: a lower learning_rate"
+    )
+    resumed = monitor_of()
+    resumed.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert resumed.standing() == monitor.standing() == [warning.removeprefix("Step 4: ")]
+    *_, [recovered] = news_of(monitor, *[{"codebook_losses": [2.0, 1.5]}] * 3, first_step=5)
+    assert recovered == (
+        "Step 7: loss, codebook 2 (layer 3), is back at 1.5, below its bound of 3.9; it was above since step 2."
+    )
+
+
+def test_a_loss_of_the_anchor_far_above_that_of_guessing_is_reported():
+    monitor = CollapseMonitor(tiny_config(num_anchor_labels=20), bounds_of(), grace_steps=0)
+    *_, [warning] = news_of(monitor, *[{"anchor_losses": [5.9, 6.0]}] * 3)  # 2 ln 20 = 5.99
+    assert "loss of the anchor is above 6.0 (2 times that of guessing among 20 labels): unmasked frames at" in warning
+
+
+def test_a_state_from_before_losses_were_watched_is_taken():
+    before, after = monitor_of(), monitor_of()
+    news_of(before, *[COLLAPSES] * 3)
+    state = {key: watches for key, watches in before.state_dict().items() if "losses" not in key}
+    after.load_state_dict(state)
+    assert after.standing() == before.standing() != []
+    assert news_of(after, *[{**COLLAPSES, "codebook_losses": [9.0, 9.0]}] * 3, first_step=4)[-1]
+
+
 def test_nan_counts_as_below_the_bound():
     *_, last = news_of(monitor_of(), *[{"feature_variation": math.nan}] * 3)
-    assert "at nan since step 1" in last[0]
+    assert "at a value that is not finite since step 1" in last[0]
 
 
 def test_bounds_are_lower_for_fewer_frames_than_codewords():

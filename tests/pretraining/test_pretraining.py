@@ -30,6 +30,7 @@ from dinosr_hf.pretraining import (
     find_checkpoints,
     loop,
     parse_arguments,
+    read_checkpoint,
     run,
     runner,
 )
@@ -306,11 +307,16 @@ def test_a_step_without_finite_gradients_is_skipped_and_counted(tmp_path, record
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path, recordings, monkeypatch):
-    make_gradients_nan(monkeypatch, lambda call: call >= 3)
-    with pytest.raises(TrainingStopped, match=r"4 steps in a row had no finite gradient, after step 3\..*Lower learn"):
-        trained(tmp_path, recordings, "run", max_steps=20, max_skipped_steps=4, checkpoint_steps=1)
+    message = r"4 steps in a row had no finite gradient, after step 3\..*Lower learn.*resumes from checkpoint-3\."
+    with monkeypatch.context() as patch:
+        make_gradients_nan(patch, lambda call: call >= 3)
+        with pytest.raises(TrainingStopped, match=message):
+            trained(tmp_path, recordings, "run", max_steps=20, max_skipped_steps=4, checkpoint_steps=100)
     saved = DinoSRForPreTraining.from_pretrained(find_checkpoints(tmp_path / "run")[0])
     assert all(torch.isfinite(tensor).all() for tensor in saved.state_dict().values())
+    make_gradients_nan(monkeypatch, lambda call: call < 3)  # the first of them do not end the run that resumes
+    _, metrics = trained(tmp_path, recordings, "run", max_steps=5, max_skipped_steps=4, checkpoint_steps=100)
+    assert [(line["step"], line["skipped_steps"]) for line in metrics[2:]] == [(3, 0), (4, 7), (5, 7)]
 
 
 def test_targets_that_are_not_finite_make_the_gradient_nan(tmp_path, recordings, monkeypatch):
@@ -338,6 +344,27 @@ def test_unreadable_recordings_are_skipped_counted_and_logged(tmp_path, recordin
     assert f"Skipped {wav.name}: " in caplog.text and f"Skipped {flac.name}: " in caplog.text
     with pytest.raises(TrainingStopped, match=r"of \d+ recordings could not be read.*max_skipped_share=0\.001"):
         trained(tmp_path, recordings, "strict", max_steps=9, max_skipped_share=0.001)
+
+
+def test_a_run_whose_disk_went_away_resumes_as_if_it_had_not(tmp_path, recordings, monkeypatch):
+    options = {"hidden_dropout": 0.1, "max_steps": 6, "checkpoint_steps": 100, "max_skipped_share": 0.001}
+    whole, expected = trained(tmp_path, recordings, "whole", **options)
+    plain, calls = FolderSource.load, iter(range(10**6))
+
+    def load(self, *arguments):
+        if next(calls) >= 15 + 14:  # after a look at all of the fifteen, by which a resumed run knows them
+            raise AudioFileError("The disk went away.")
+        return plain(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "load", load)
+        with pytest.raises(TrainingStopped, match=r"could not be read.*The run resumes from checkpoint-\d\."):
+            trained(tmp_path, recordings, "run", **options)
+    (checkpoint,) = find_checkpoints(tmp_path / "run")
+    assert read_checkpoint(checkpoint).manifest["progress"]["skipped_files"] == 0
+    parts, metrics = trained(tmp_path, recordings, "run", **options)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert [line["loss"] for line in metrics] == [line["loss"] for line in expected]
 
 
 def test_a_step_without_readable_recordings_is_no_update(tmp_path, recordings, monkeypatch):
@@ -413,11 +440,18 @@ def test_scaled_arguments_are_written_and_resumed_without_scaling_again(tmp_path
         (["/a/german", "/b/mandarin"], ["german", "mandarin"]),
         (["/a/german/train", "/a/mandarin/train"], ["german/train", "mandarin/train"]),
         (["a/x.jsonl", "y"], ["x.jsonl", "y"]),
-        (["same", "same"], ["same", "same"]),
     ],
 )
 def test_several_data_are_named_by_what_differs(data, names):
     assert runner._names(DataArguments(data=data)) == names
+
+
+@pytest.mark.parametrize("again", ["x/one", "x/one/", "./x/one"])
+def test_the_same_data_twice_are_refused(again):
+    with pytest.raises(ArgumentError, match=r"data has (x/)?one twice\. Name it once; --data_weights says how often"):
+        runner._names(DataArguments(data=["x/one", again]))
+    splits = DataArguments(data=["x/one", "x/one"], data_split=["train", "test"])
+    assert runner._names(splits) == ["x/one:train", "x/one:test"]
 
 
 def test_several_data_are_mixed(tmp_path, recordings, caplog):
@@ -432,7 +466,8 @@ def test_several_data_are_mixed(tmp_path, recordings, caplog):
     assert metrics_of(tmp_path / "o")[-1]["step"] == 4
 
 
-def test_the_number_of_threads_is_that_asked_for_or_all_cores(tmp_path, recordings):
+def test_the_number_of_threads_is_that_asked_for_or_all_cores(tmp_path, recordings, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     trained(tmp_path, recordings, "one", max_steps=1)
     assert torch.get_num_threads() == 1
     trained(tmp_path, recordings, "all", max_steps=1, num_threads=0)

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -24,8 +26,8 @@ from dinosr_hf.pretraining import (
     parse_arguments,
     read_checkpoint,
     run,
-    train_state,
 )
+from dinosr_hf.pretraining.checkpoint import CheckpointWriter
 from pretraining_runs import (
     ANCHORED,
     CONFIGS,
@@ -152,7 +154,7 @@ def flip_a_bit(path):
         (lambda folder: (folder / "process_states.pt").unlink(), r"checkpoint-10 lacks process_states\.pt"),
         (lambda folder: (folder / "checkpoint.json").unlink(), r"checkpoint-10 has no checkpoint\.json"),
         (lambda folder: truncate(folder / "checkpoint.json"), r"checkpoint\.json cannot be read"),
-        (lambda folder: (folder / "checkpoint.json").write_text("{}"), r"has format None"),
+        (lambda folder: (folder / "checkpoint.json").write_text("{}"), r"checkpoint\.json is not what was written"),
     ],
     ids=["truncated", "changed", "incomplete", "unfinished", "half-manifest", "other-program"],
 )
@@ -296,13 +298,13 @@ def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path, recordings,
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_loses_nothing(tmp_path, recordings, monkeypatch):
-    plain = train_state.save_checkpoint
+    plain = CheckpointWriter.begin
 
-    def save(*arguments, **options):
+    def begin(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(train_state, "save_checkpoint", save)
+    monkeypatch.setattr(CheckpointWriter, "begin", begin)
     run(tiny_arguments(tmp_path, recordings, checkpoint_steps=100))
     assert read_checkpoint(find_checkpoints(tmp_path / "out")[0]).step == 4
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -327,6 +329,44 @@ def test_changed_data_start_a_new_epoch_with_a_warning(tmp_path, recordings, cap
     next(iter(sorted(fewer.glob("*.wav")))).unlink()
     run(tiny_arguments(tmp_path, fewer, max_steps=7, checkpoint_steps=5, step_seconds=7.0))
     assert "because the recordings, step_seconds changed since the checkpoint: epoch 2 starts now" in caplog.text
+
+
+def write_table(folder):
+    """Write a table of the recordings in a folder, with their lengths, which spares reading all files."""
+    rows = [{"path": name, "num_samples": num_samples} for name, num_samples in FolderSource(folder).utterances]
+    (folder / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "table.jsonl"
+
+
+OTHER_CONTENT = "1 of 15 recordings that were compared have other content than at the checkpoint, such as 05.wav"
+
+
+@pytest.mark.parametrize(
+    ("is_table", "change", "message"),
+    [
+        (
+            False,
+            lambda audio: np.tile(audio, 2),
+            "because the recordings changed since the checkpoint: epoch 2 starts",
+        ),
+        (False, lambda audio: audio / 2, OTHER_CONTENT),
+        (True, lambda audio: audio / 2, OTHER_CONTENT),
+        (False, None, None),
+    ],
+    ids=["longer", "other content", "other content in a table", "moved"],
+)
+def test_a_replaced_recording_is_noticed(tmp_path, recordings, caplog, is_table, change, message):
+    folder = shutil.copytree(recordings, tmp_path / "before")
+    table, options = write_table(folder), {"max_steps": 5, "checkpoint_steps": 5}
+    run(tiny_arguments(tmp_path, table if is_table else folder, **options))
+    if change is not None:
+        audio, rate = soundfile.read(folder / "05.wav")
+        soundfile.write(folder / "05.wav", change(audio), rate)
+    else:  # to another place, with other times of the last change
+        folder = shutil.copytree(folder, tmp_path / "after", copy_function=shutil.copyfile)
+    run(tiny_arguments(tmp_path, table if is_table else folder, **options | {"max_steps": 6}))
+    noticed = [text for text in caplog.messages if "since the checkpoint" in text or "other content" in text]
+    assert noticed == [] if message is None else any(message in text for text in noticed)
 
 
 def test_sigusr1_asks_for_a_checkpoint_and_the_run_goes_on(tmp_path, recordings, undisturbed, monkeypatch):

@@ -6,11 +6,20 @@ import re
 
 import pytest
 
+from dinosr_hf.finetuning import (
+    ClassificationArguments,
+    FinetuningArguments,
+    InitialModelArguments,
+    LabelledDataArguments,
+    RecognitionArguments,
+)
 from dinosr_hf.pretraining import CheckpointError, run
+from dinosr_hf.pretraining.pretraining_arguments import GROUPS
 from dinosr_hf.training.run_record import (
     RunRecord,
     describe_hardware,
     library_versions,
+    public_values,
     read_record,
     time_now,
     write_record,
@@ -93,6 +102,48 @@ def test_a_missing_or_unreadable_record_is_refused(tmp_path):
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(ValueError, match="must be an object with the fields of a run, not a list"):
         read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("api_key", "WANDB_API_KEY", "apiKey", "hubToken", "hub_token", "hf-token", "token", "tokens", "key"),
+        *("aws_access_key_id", "aws_secret_access_key", "private_key_file", "password", "db_passwd", "PASSPHRASE"),
+        *("client_secret", "credentials", "authorization", "token_value", "password_hash"),
+    ],
+)
+def test_secrets_are_not_written(tmp_path, name):
+    arguments = {"seed": 3, name: "hunter2", "nested": [{name: ["hunter2"], "kept": 1}]}
+    write_record(tmp_path, dataclasses.replace(RECORD, arguments=arguments))
+    assert "hunter2" not in (tmp_path / "run.json").read_text()
+    assert read_record(tmp_path).arguments == {"seed": 3, "nested": [{"kept": 1}]}
+
+
+def test_passwords_and_tokens_in_addresses_are_not_written(tmp_path):
+    address = "https://jo:hunter2@example.org/a.tar?version=2&access_token=hunter2&sig=hunter2#top"
+    public = "https://example.org/a.tar?version=2&access_token=&sig=#top"
+    others = ["hf://datasets/organisation/name@main/a.tar", "git@example.org:a/b"]
+    record = dataclasses.replace(
+        RECORD,
+        arguments={"data": [address, *others]},
+        base_model=address,
+        data=[{**RECORD.data[0], "name": address}],
+        evaluation=[{**RECORD.evaluation[0], "dataset": address}],
+    )
+    write_record(tmp_path, record)
+    assert "hunter2" not in (tmp_path / "run.json").read_text()
+    found = read_record(tmp_path)
+    assert found.arguments["data"] == [public, *others]
+    assert (found.base_model, found.data[0]["name"], found.evaluation[0]["dataset"]) == (public, public, public)
+
+
+def test_no_argument_of_this_package_is_taken_for_a_secret():
+    groups = [*GROUPS, InitialModelArguments, LabelledDataArguments, RecognitionArguments, ClassificationArguments]
+    names = {spec.name for group in [*groups, FinetuningArguments] for spec in dataclasses.fields(group)}
+    assert len(names) > 150
+    assert names - public_values(dict.fromkeys(names, "text")).keys() == {"hub_token"}
+    numbers = {"num_tokens": 5, "max_tokens": 9, "key_dim": 64, "pad_token_id": 0, "tokenizer": "a", "keyword": "b"}
+    assert public_values(numbers) == numbers
 
 
 def test_an_invalid_record_is_not_written(tmp_path):

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 
 from audio_files import noise, sf
 from dinosr_hf import DinoSRForPreTraining
@@ -193,8 +192,8 @@ def test_units_so_far_are_written_when_interrupted(model_folder, folder, tmp_pat
         if len(seconds) == 5:
             raise KeyboardInterrupt
 
-    with UnitCorpus(tmp_path, {}) as units, pytest.raises(KeyboardInterrupt):
-        units.write(extractor, recordings, on_progress=interrupt)
+    with UnitCorpus(tmp_path, extractor, recordings) as units, pytest.raises(KeyboardInterrupt):
+        units.write(on_progress=interrupt)
     assert len(shards_of(tmp_path)) == 1 and 0 < len(rows_of(tmp_path)) < NUM_RECORDINGS
 
 
@@ -216,7 +215,8 @@ def test_two_processes_write_the_same_as_one(script, command, model_folder, fold
     assert done.stdout.count("23 recordings") == 1
 
 
-def test_process_uses_its_share_of_the_cores(script, command):
+def test_process_uses_its_share_of_the_cores(script, command, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     script.main(command)
     assert torch.get_num_threads() == 1
     script.main([*command, "--num_threads", "0"])
@@ -234,11 +234,12 @@ def test_split_of_a_folder(script, command, folder, tmp_path):
 def test_resume_with_another_number_of_processes(model_folder, folder, tmp_path):
     recordings = open_recordings([folder])
     extractor = UnitExtractor(DinoSRForPreTraining.from_pretrained(model_folder), layers=[2])
-    with UnitCorpus(tmp_path, {}, process=1, num_processes=3) as units:
-        assert units.write(extractor, recordings) == len(rows_of(tmp_path)) == 8
+    main = UnitCorpus(tmp_path, extractor, recordings, num_processes=3)
+    with main, UnitCorpus(tmp_path, extractor, recordings, process=1, num_processes=3) as units:
+        assert units.write() == len(rows_of(tmp_path)) == 8
     for process in range(2):
-        with UnitCorpus(tmp_path, {}, process=process, num_processes=2) as units:
-            units.write(extractor, recordings)
+        with UnitCorpus(tmp_path, extractor, recordings, process=process, num_processes=2) as units:
+            units.write()
     assert len(rows_of(tmp_path)) == NUM_RECORDINGS
 
 
@@ -305,31 +306,15 @@ def test_scripts_fit_and_use_kmeans(script, command, model_folder, folder, tmp_p
         fit.main([*words, "--num_clusters", "9999", "--layer", "1"])
 
 
-def test_other_settings_need_another_folder(script, command):
-    script.main(command)
-    with pytest.raises(SystemExit, match=r"has units with layers=\[2\], but this run has layers=\[3\]"):
-        script.main([*command, "--layers", "3"])
-    with pytest.raises(SystemExit, match="has units with format='jsonl', but this run has format='parquet'"):
-        script.main([*command, "--format", "parquet"])
-
-
-def test_second_run_at_once_raises(tmp_path):
-    with UnitCorpus(tmp_path, {}), pytest.raises(ValueError, match="Another run is writing to"):
-        UnitCorpus(tmp_path, {}).open()
-    orphan = FileLock(tmp_path / ".lock-001").acquire()  # a process that outlived its launcher
-    with pytest.raises(ValueError, match=r"\(.lock-001 is locked\). Wait for it, or stop all"):
-        UnitCorpus(tmp_path, {}).open()
-    orphan.lock.release()
-    UnitCorpus(tmp_path, {}).open()
-
-
-def test_invalid_arguments_raise(script, command, tmp_path):
+def test_invalid_arguments_raise(script, command, model_folder, folder, tmp_path):
+    extractor = UnitExtractor(DinoSRForPreTraining.from_pretrained(model_folder), layers=[2])
+    recordings = open_recordings([folder])
     with pytest.raises(ValueError, match=r"form='csv' is unknown. Choose one of jsonl, parquet"):
-        UnitCorpus(tmp_path, {}, form="csv")
+        UnitCorpus(tmp_path, extractor, recordings, form="csv")
     with pytest.raises(ValueError, match="shard_seconds=0 must be more than 0"):
-        UnitCorpus(tmp_path, {}, shard_seconds=0)
+        UnitCorpus(tmp_path, extractor, recordings, shard_seconds=0)
     with pytest.raises(ValueError, match="process=2 must be at least 0 and below num_processes=2"):
-        UnitCorpus(tmp_path, {}, process=2, num_processes=2)
+        UnitCorpus(tmp_path, extractor, recordings, process=2, num_processes=2)
     with pytest.raises(ValueError, match="has no units"):
         load_units(tmp_path)
     with pytest.raises(SystemExit, match="--split needs a single input, but there are 2"):
@@ -382,6 +367,9 @@ def test_names_that_are_not_utf8_are_escaped(script, command, folder, tmp_path, 
     assert {path: path.stat().st_mtime_ns for path in shards_of(tmp_path / "units")} == before
     summary = json.loads((tmp_path / "units" / "summary.json").read_text("utf-8"))
     assert summary["num_recordings"] == 3 and list(summary["left_out"]) == [r"bad\xff.wav"]
+    for _ in range(2):  # to a folder whose name is not UTF-8
+        script.main([*words, "--output_dir", str(tmp_path / "\udce9")])
+    assert set(load_units(tmp_path / "\udce9")["id"]) == ids
     script.main([*command[:1], str(speech), *command[2:], "--features", "npy", "--output_dir", str(tmp_path / "f")])
     names = {path.name for path in (tmp_path / "f" / "layer-2").iterdir()}
     assert names == {r"caf\xe9.npy", r"a\nb.npy", "plain.npy"}

@@ -230,7 +230,7 @@ def test_feature_files_have_the_features(model, folder, recordings, tmp_path, fo
     extractor = UnitExtractor(model, layers=[3, 1])
     files = FeatureFiles(tmp_path, extractor, recordings, form=form)
     assert files.write() == 4 and files.todo() == [] and files.write() == 0
-    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(f"*.{form}")}
     assert names == {f"layer-{layer}/{name}.{form}" for layer in (1, 3) for name in LENGTHS}
     for name, expected in extractor.features(recordings):
         path = tmp_path / "layer-1" / f"{name.removesuffix('.wav')}.{form}"

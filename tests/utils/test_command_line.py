@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +59,20 @@ def test_flags_take_precedence_over_the_file(tmp_path):
         ("names: one", "names", ["one"]),
         ("is_loud: true", "is_loud", True),
         ("is_loud: no", "is_loud", False),
+        ("marks: no", "marks", "no"),
+        ("names: [no, 010]", "names", ["no", "010"]),
         ("", "rate", 16),
     ],
 )
 def test_values_of_a_file_keep_their_type(tmp_path, content, name, value):
     assert getattr(parse(tmp_path, content)[0], name) == value
+
+
+def test_a_key_without_value(tmp_path):
+    assert parse(tmp_path, "names:\nlimit:\n")[0] == Sound(names=[], limit=None)
+    for content in ("rate:", "rate: null", "rate: []", "marks: ~"):
+        with pytest.raises(ArgumentError, match=rf"^{content[:4]}s? has no value. Give it one, or leave out its line"):
+            parse(tmp_path, f"{content}\n")
 
 
 @pytest.mark.parametrize("flags", [["--limit", "7"], ["--limit=7"]], ids=["two words", "one word"])
@@ -176,6 +186,27 @@ def test_a_terminal_that_shows_everything_is_left_as_it_is(monkeypatch):
         print("é 日 😀")
     stream.flush()
     assert stream.buffer.getvalue().decode("utf-8") == "é 日 😀\n"
+
+
+@pytest.mark.parametrize("errors", [(), (ArgumentError,)], ids=["usual errors", "arguments alone"])
+def test_a_reader_that_has_gone_ends_a_script_without_a_word(monkeypatch, capfd, errors):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as end, command("say.py", *errors):
+            print("transcripts")
+    assert end.value.code == 1 and capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+@pytest.mark.parametrize("errors", [(), (ArgumentError,)], ids=["usual errors", "arguments alone"])
+def test_output_that_does_not_fit_on_the_disk_is_an_error(monkeypatch, errors):
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        message = r"^say\.py: stdout: .*No space left on device$"
+        with pytest.raises(SystemExit, match=message), command("say.py", *errors):
+            print("transcripts")
 
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -89,3 +90,30 @@ def test_a_text_file_that_is_a_pointer_is_not_read_as_text(tmp_path, name):
     (tmp_path / name).write_text(POINTER)
     with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer of 66 bytes.* `git lfs pull`"):
         read_lines(tmp_path / name)
+
+
+def tensor(shape, end=4):
+    return {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+
+
+HOSTILE_HEADERS = {
+    "many-tensors": ({f"t{i}": tensor([0], 0) for i in range(50_000)}, r"has a header of [\d,]+ bytes; at most"),
+    "many-dimensions": ({"a": tensor([1] * 100_000)}, "is not a safetensors file, or damaged"),
+    "long-numbers": ({"a": tensor([10**4000] * 400)}, "is not a safetensors file, or damaged"),
+    "negative": ({"a": tensor([-1])}, "is not a safetensors file, or damaged"),
+    "text": ({"a": tensor("111")}, "is not a safetensors file, or damaged"),
+    "beyond-the-end": ({"a": tensor([1], 2**70)}, "has [\\d,]+ bytes instead of 1,180,591,620,717,411,303,"),
+    "metadata": ({"__metadata__": {"a": "x" * 5_000_000}}, r"has a header of 5,[\d,]+ bytes; at most 2,097,152 are"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_HEADERS)
+def test_a_hostile_header_is_refused_in_less_than_a_second(tmp_path, name):
+    entries, message = HOSTILE_HEADERS[name]
+    header = json.dumps(entries).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    start = time.process_time()
+    with pytest.raises(ValueError, match=rf"x\.safetensors {message}"):
+        count_weights([path])
+    assert time.process_time() - start < 1

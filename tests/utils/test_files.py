@@ -7,14 +7,18 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
+from dinosr_hf.analysis.plots import save_figure
 from dinosr_hf.utils.files import (
     TEMPORARY_PREFIX,
     atomic_file,
     atomic_folder,
+    claim_output_file,
     claim_output_folder,
     flush_to_disk,
+    lock_folder,
     remove,
     temporary_path,
     write_atomically,
@@ -83,6 +87,57 @@ def test_what_a_killed_process_leaves_is_replaced_by_the_next(tmp_path):
     assert names(tmp_path) == ["a.txt", "folder"] and names(folder) == ["c.txt"]
 
 
+@pytest.mark.parametrize("target", ["victim", "nothing"])
+def test_a_link_is_replaced_and_never_written_through(tmp_path, target):
+    (tmp_path / "victim").write_text("mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("a.txt", "b.txt", "c.png"):
+        (out / name).symlink_to(tmp_path / target)
+    write_atomically(out / "a.txt", "new")
+    with atomic_folder(out) as temporary:
+        (temporary / "b.txt").write_text("new")
+    save_figure(Figure(), out / "c.png")
+    assert not any(path.is_symlink() for path in out.iterdir())
+    assert (out / "a.txt").read_text() == (out / "b.txt").read_text() == "new"
+    assert names(tmp_path) == ["out", "victim"] and (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_link_to_a_folder_is_followed_if_there_is_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "a.txt").touch()
+    assert names(tmp_path / "disk") == ["a.txt"] and (tmp_path / "out").is_symlink()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    with (
+        pytest.raises(FileNotFoundError, match=r"link to a folder that does not exist.*dangling"),
+        atomic_folder(tmp_path / "dangling"),
+    ):
+        pytest.fail("nothing may be written")
+    assert names(tmp_path) == ["dangling", "disk", "out"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link", "loop"])
+@pytest.mark.parametrize("writes", ["file", "folder"])
+def test_whatever_is_at_the_temporary_name_is_replaced(tmp_path, kind, writes):
+    path = tmp_path / "a"
+    leftover = temporary_path(path)
+    if kind == "folder":
+        (leftover / "deep").mkdir(parents=True)
+    elif kind == "pipe":
+        os.mkfifo(leftover)
+    else:
+        leftover.symlink_to(leftover if kind == "loop" else tmp_path / "nothing")
+    if writes == "file":
+        assert write_atomically(path, "new").read_text() == "new"
+    else:
+        with atomic_folder(path) as temporary:
+            (temporary / "b").touch()
+        assert names(path) == ["b"]
+    assert names(tmp_path) == ["a"]
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_link_at_the_temporary_name_is_not_followed(tmp_path, kind):
     victim = tmp_path / "victim"
@@ -123,7 +178,7 @@ def write_folder(path):
         save_file({}, temporary / "weights.safetensors")
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002, 0o000])
 def test_permissions_are_those_of_the_umask(tmp_path, umask):
     before = os.umask(umask)
     try:
@@ -131,11 +186,29 @@ def test_permissions_are_those_of_the_umask(tmp_path, umask):
         write_folder(tmp_path / "new")
         (tmp_path / "existing").mkdir()
         write_folder(tmp_path / "existing")
+        with lock_folder(tmp_path / "locked"):
+            assert stat.S_IMODE((tmp_path / "locked" / ".lock").stat().st_mode) == 0o666 & ~umask
     finally:
         os.umask(before)
     for file in (tmp_path, tmp_path / "new", tmp_path / "existing"):
         assert stat.S_IMODE((file / "weights.safetensors").stat().st_mode) == 0o666 & ~umask
-    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o777 & ~umask
+    for folder in ("new", "locked"):
+        assert stat.S_IMODE((tmp_path / folder).stat().st_mode) == 0o777 & ~umask
+
+
+def test_a_folder_for_a_group_passes_its_group_on(tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    group = next((group for group in os.getgroups() if group != shared.stat().st_gid), shared.stat().st_gid)
+    os.chown(shared, -1, group)
+    shared.chmod(0o2775)
+    write_file(shared / "weights.safetensors")
+    write_folder(shared / "new")
+    with lock_folder(shared / "locked"):
+        pass
+    for path in shared.rglob("*"):
+        assert path.stat().st_gid == group
+        assert path.is_file() or path.stat().st_mode & stat.S_ISGID
 
 
 def test_the_longest_names_can_be_written(tmp_path):
@@ -198,3 +271,18 @@ def test_only_an_own_output_folder_is_emptied(tmp_path):
     with pytest.raises(ValueError, match="runs has files of something else, which stay"):
         claim_output_folder(folder, ".others")
     assert names(folder) == [".mine"]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    assert claim_output_file(tmp_path / "deep" / "page.html") == tmp_path / "deep" / "page.html"
+    assert names(tmp_path) == ["deep"] and names(tmp_path / "deep") == []
+    (tmp_path / "file").touch()
+    problems = {
+        tmp_path / "deep": "Is a directory",
+        tmp_path / "file" / "page.html": "File exists|Not a directory",
+        tmp_path / ("x" * 300): "File name too long",
+        "/proc/page.html": "No such file or directory",
+    }
+    for path, problem in problems.items():
+        with pytest.raises(ValueError, match=rf"^{path} cannot be written to: ({problem})\. Give another name\.$"):
+            claim_output_file(path)

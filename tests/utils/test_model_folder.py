@@ -1,5 +1,6 @@
 """Model folders: what is in them, and that they are written completely or not at all."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
 from dinosr_hf.data import SAMPLING_RATE
+from dinosr_hf.hub.conversion.layout import read_settings
 from dinosr_hf.utils.model_folder import feature_extractor, open_config, open_weights, save_folder
 from hub_server import hub_server
 from tiny import tiny_config
@@ -162,3 +164,16 @@ def test_a_configuration_that_is_none_is_one_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         open_config(tmp_path)
     assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+def test_a_configuration_that_takes_minutes_to_read_is_refused(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    assert open_config(tmp_path).model_type == "dinosr"  # negative control
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {f"key_{number}": 0 for number in range(100_000)}))
+    for opened in (open_config, lambda folder: open_weights(DinoSRForPreTraining, folder), read_settings):
+        path = tmp_path / "config.json" if opened is read_settings else tmp_path
+        with pytest.raises(
+            ValueError, match=r"config\.json .*has [\d,]+ bytes; a configuration has at most 1,048,576"
+        ):
+            opened(path)

@@ -118,11 +118,23 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
         '\ufeffpath,text\r\na.wav,"one, ""two"""\r\nb.wav,\r\n',
         'path;text\na.wav;"one, ""two"""\nb.wav;\n',
         'path\ttext\na.wav\t"one, ""two"""\nb.wav\t\n',
+        'sep=;\npath;text\na.wav;"one, ""two"""\nb.wav;\n',
+        'path, text\na.wav, "one, ""two"""\nb.wav, \n',
+        'path,text,,\na.wav,"one, ""two"""\nb.wav,,,\n',
+        'path\u200b,\u00a0text\na.wav,"one, ""two""",\nb.wav,\n',
     ],
-    ids=["commas", "excel", "semicolons", "tabs"],
+    ids=["commas", "excel", "semicolons", "tabs", "declared", "spaces", "more columns", "invisible"],
 )
 def test_csv_of_several_kinds(file, content):
     assert rows(file(content)) == [["a.wav", 'one, "two"'], ["b.wav", ""]]
+
+
+def test_quotes_of_a_file_without_quoting_are_text(file):
+    text = 'path\ttext\na.wav\t"Yes," she said.\nb.wav\t"no\n'
+    found = csv_rows(file(text), has_quotes=False)
+    assert [list(row.values()) for _, row in found] == [["a.wav", '"Yes," she said.'], ["b.wav", '"no']]
+    with pytest.raises(ValueError, match=r"line 2: the row has 3 instead of 2 .*'\\t', which no text may have in it"):
+        list(csv_rows(file("path\ttext\na.wav\tx\ty\n"), has_quotes=False))
 
 
 def test_csv_numbers_its_rows_by_line(file):
@@ -158,6 +170,7 @@ def test_rows_that_do_not_fit_the_header_are_refused(file, lines, message):
     [
         ("path,text,path", "line 1: the column name 'path' occurs twice"),
         ("path,,text", "line 1: a column has no name"),
+        ("\n\npath,text, text", "line 3: the column name 'text' occurs twice"),
     ],
 )
 def test_repeated_and_empty_column_names_are_refused(file, header, message):
@@ -196,15 +209,60 @@ def test_json_lines_are_objects(file):
     assert str(next(json_lines(path, decimals=True))[1]["a"]) == str(Decimal("0.10"))
     with pytest.raises(ValueError, match=r"line 1: '\[1\]' is not a JSON object"):
         list(json_lines(file("[1]")))
+    with pytest.raises(ValueError, match=r"line 1: '\[' is not valid JSON: .*\. Each line must be a JSON object\."):
+        list(json_lines(file('[\n{"a": 1}\n]\n')))
 
 
 def test_yaml(file):
     assert load_yaml(file("\ufeffa: [1, é]\n")) == {"a": [1, "é"]}
-    for content in ("a: [", "[" * 5_000, "a: 2001-99-99", f"a: {'9' * 5000}", "a: !!python/name:os.system"):
+    for content in (
+        "a: [",
+        "[" * 5_000,
+        "a: !!timestamp 2001-99-99",
+        f"a: {'9' * 5000}",
+        "a: !!python/name:os.system",
+    ):
         with pytest.raises(ValueError, match=r"some\.file is not valid YAML: "):
             load_yaml(file(content))
     with pytest.raises(ValueError, match=r"line 1: it is not UTF-8"):
         load_yaml(file("a: é".encode("latin-1")))
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "off", "010", "1:30", "2001-01-02", "1.2.3", "5e", "0x1F"])
+def test_words_of_yaml_stay_as_they_are_written(file, word):
+    assert load_yaml(file(f"a: {word}\nb: [{word}]\n")) == {"a": word, "b": [word]}
+
+
+def test_numbers_and_constants_of_yaml(file):
+    text = "[true, False, null, ~, 0, -5, +3, 1_000, 0.5, -.5, 5., 1.0e-3, 1.5E3, .inf]"
+    values = [True, False, None, None, 0, -5, 3, 1000, 0.5, -0.5, 5.0, 1e-3, 1500.0, float("inf")]
+    found = load_yaml(file(text))
+    assert [*map(repr, found)] == [*map(repr, values)]
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]\n" for number in range(1, 7)
+)
+
+
+def test_aliases_of_yaml(file):
+    assert load_yaml(file("a: &a [x, no]\nb: *a\n")) == {"a": ["x", "no"], "b": ["x", "no"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "a is set in line 1 and in line 3. Leave one."),
+        ('a: 1\n"a": 1\n', "a is set in line 1 and in line 2"),
+        ("a: {b: 1, b: 2}\n", "b is set in line 1 and in line 1"),
+        (BOMB, r"its aliases \(\*name\) make 6,\d{3},\d{3} values of it"),
+        ("a: &a [*a]\n", r"maximum recursion depth"),
+    ],
+    ids=["twice", "quoted", "nested", "bomb", "loop"],
+)
+def test_keys_that_repeat_and_aliases_that_multiply_are_refused(file, text, message):
+    with pytest.raises(ValueError, match=rf"some\.file is not valid YAML: {message}"):
+        load_yaml(file(text))
 
 
 # -- scripts

@@ -10,6 +10,12 @@ from dinosr_hf.utils.threads import set_cpu_threads
 from finetuning_runs import recognise, write_corpus, write_model
 
 
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def eight_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
@@ -20,6 +26,24 @@ def eight_cores(monkeypatch):
 )
 def test_a_process_gets_its_share_of_the_cores_or_what_is_asked_for(eight_cores, num_threads, num_processes, expected):
     assert set_cpu_threads(num_threads, num_processes) == torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("3", 3), ("1", 1), (" 2 ", 2), ("5,2", 5), ("", 8), ("0", 8), ("-1", 8), ("many", 8)]
+)
+def test_omp_num_threads_takes_precedence_over_the_cores(eight_cores, monkeypatch, value, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert set_cpu_threads(0) == expected
+    assert set_cpu_threads(4) == 4  # and the option over it
+
+
+@pytest.mark.parametrize("launcher", ["LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"])
+def test_the_single_thread_that_launchers_set_does_not_count(eight_cores, monkeypatch, launcher):
+    monkeypatch.setenv(launcher, "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert set_cpu_threads(0, 2) == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert set_cpu_threads(0, 2) == 2
 
 
 def test_a_negative_number_is_refused():

@@ -1,5 +1,6 @@
 """Invisible characters, Unicode forms, and where a text without spaces may be cut."""
 
+import os
 import unicodedata
 
 import pytest
@@ -62,7 +63,7 @@ def test_joiners_without_effect_are_removed(text, wanted):
     assert visible_text(text) == wanted
 
 
-@pytest.mark.parametrize("text", ["สวัสดี|ครับ", "ສະບາຍ|ດີ", "សួស្តី|បង", "မင်္ဂလာ|ပါ", "ใช้|Windows|ได้"])
+@pytest.mark.parametrize("text", ["สวัสดี|ครับ", "ສະບາຍ|ດີ", "សួស្តី|បង", "မင်္ဂလာ|ပါ", "ใช้|Windows|ได้", "ꦲꦤ|ꦕꦫ"])
 def test_zero_width_spaces_between_words_are_spaces(text):
     assert visible_text(text.replace("|", ZWSP)) == unicodedata.normalize("NFC", text.replace("|", " "))
 
@@ -83,6 +84,14 @@ def test_paths_are_found_in_either_form(tmp_path, form):
     assert path_on_disk(tmp_path / "é" / "o.wav") == str(tmp_path / "é" / "o.wav")
 
 
+def test_paths_on_the_disk_are_utf8_where_the_locale_is_ascii(tmp_path, monkeypatch):
+    (tmp_path / "é.wav").touch()
+    monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))
+    for given in ("é.wav", "\udcc3\udca9.wav"):  # from a table, and as Python lists the folder there
+        found = path_on_disk(tmp_path / given)
+        assert found == str(tmp_path / "\udcc3\udca9.wav") and os.path.exists(found)
+
+
 @pytest.mark.parametrize(
     ("text", "units"),
     [
@@ -93,6 +102,7 @@ def test_paths_are_found_in_either_form(tmp_path, form):
         (unicodedata.normalize("NFKC", "น้ำ"), [unicodedata.normalize("NFKC", "น้ำ")]),
         ("កម្ពុជា", ["ក", "ម្ពុ", "ជា"]),
         ("हिन्दी", ["हिन्दी"]),
+        ("は（「明日」）", ["は", "（「明", "日」）"]),
         ("word's", ["word's"]),
         ("", []),
     ],

@@ -143,7 +143,8 @@ class Recognition(Task):
 
     def report(self, source: LabelledSource, predictions: Any, folder: Path, name: str) -> Mapping[str, float]:
         """Write an `ErrorReport` against the complete references, also of characters outside the vocabulary."""
-        errors = score(self._references(source), texts_of(predictions, self._tokenizer), source.ids)
+        texts = map(self.normalization, texts_of(predictions, self._tokenizer))  # of labels of an older vocabulary
+        errors = score(self._references(source), list(texts), source.ids)
         errors.save(folder, name)
         return {"wer": errors.wer, "cer": errors.cer}
 

@@ -204,6 +204,10 @@ class FinetuningArguments(TrainingArguments):
             self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"
         super().__post_init__()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the values for `training_args.bin`, which `Trainer` writes and uploads: without the token."""
+        return {**vars(self), "hub_token": None}
+
     def to_record(self) -> dict[str, Any]:
         """Return the values for `run.json`: the fields of this class, and changed ones of `TrainingArguments`."""
         own, values = type(self).__annotations__, self.to_dict()

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from ..training.resume import CheckpointError, choose_checkpoint, find_checkpoints, refuse_existing_model
-from ..training.run_record import RECORD_NAME, RunRecord
+from ..training.run_record import RECORD_NAME, RunRecord, public_record, public_values, record_of
+from ..training.sealed_files import check_files, describe_files, read_sealed, seal
 from ..utils.command_line import ArgumentError
+from ..utils.files import flush_to_disk, write_atomically
+from ..utils.model_folder import explain_folder
 from ..utils.text_files import read_json
 
 logger = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint.json"  # in a checkpoint of `Trainer`
 
 # Beginnings of the names of arguments that change no weight: where a run writes, what it reports, and what it runs on.
 _UNCHECKED = (
@@ -25,39 +29,91 @@ _UNCHECKED = (
 )
 
 
-def read_checkpoint(path: Path) -> str:
-    """
-    Return the path of a checkpoint of `Trainer`; raise `CheckpointError` if a file is missing or truncated.
+# Files that loading a checkpoint may read; `Trainer` writes the first last.
+_REQUIRED = ("trainer_state.json", "*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
+_LOADED = (".safetensors", ".bin", ".pt", ".pth", ".json")
 
-    `Trainer` writes trainer_state.json last. Files that were truncated later, by a disk that lost them, do not open.
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was found complete, and the record of its run, if it has one."""
+
+    path: Path
+    record: RunRecord | None
+
+
+def write_manifest(folder: Path, record: RunRecord | None) -> None:
+    """Write the list of a new checkpoint's files, with their digests, and the record of its run; flush all of it."""
+    described = describe_files(folder)
+    for name in described:
+        flush_to_disk(folder / name)
+    about = None if record is None else public_record(record)
+    write_atomically(folder / MANIFEST, seal({"files": described, "record": about}))
+
+
+def read_manifest(path: Path) -> RunRecord | None:
     """
-    for pattern in ("trainer_state.json", "*.safetensors", "optimizer*", "scheduler.pt"):
-        if not any(path.glob(pattern)):
-            raise CheckpointError(f"{path} has no {pattern}: it is incomplete, or not of a fine-tuning run.")
+    Check the files of a checkpoint against its manifest, and return the record in it.
+
+    Raises `CheckpointError` if a file is not what was written. Checkpoints from before there were manifests have none:
+    a warning says so, and only whether their files open is checked.
+    """
+    files = [file for file in path.rglob("[!.]*") if file.suffix in _LOADED and file.is_file()]
+    if (path / MANIFEST).is_file():
+        manifest = read_sealed(path / MANIFEST)
+        described: Any = manifest.get("files")
+        record: Any = manifest.get("record")
+        check_files(path, described)
+        for file in files:
+            if (name := file.relative_to(path).as_posix()) not in {*described, MANIFEST}:
+                raise CheckpointError(f"{path} has {name}, which was not written with it. Remove that file.")
+        try:
+            return None if record is None else record_of(record, str(path / MANIFEST), is_finished=False)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+    logger.warning("%s has no %s: that its files are what was written cannot be checked.", path, MANIFEST)
     try:
-        read_json(path / "trainer_state.json")
-        for file in path.glob("[!.]*.safetensors"):
-            with safe_open(file, framework="pt"):
-                pass
-        for file in path.glob("[!.]*.pt*"):  # also .pth
-            zipfile.ZipFile(file).close()
+        for file in files:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+            elif file.suffix == ".json":
+                read_json(file)
+            else:
+                zipfile.ZipFile(file).close()
     except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} has a truncated file: {error}.") from error
-    return str(path)
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint; raise `CheckpointError` if a file is missing, or not what was written."""
+    for pattern in _REQUIRED:
+        if not any(path.glob(pattern)):
+            raise CheckpointError(f"{path} has no {pattern}: it is incomplete, or not of a fine-tuning run.")
+    return Checkpoint(path, read_manifest(path))
+
+
+def _has_model(folder: Path) -> bool:
+    """Return whether a folder has a model whose files open; warn if they do not."""
+    problem = explain_folder(folder) if (folder / "config.json").is_file() else f"{folder} has no config.json."
+    if problem is not None:
+        logger.warning("The run had finished, but its model is damaged and will be written again: %s", problem)
+    return problem is None
 
 
 def _read_record(folder: Path) -> RunRecord | None:
-    """Return the record in a folder, finished or not."""
+    """Return the record in a folder, finished or not; None, with a warning, if it is damaged."""
     file = folder / RECORD_NAME
     try:
-        return RunRecord(**read_json(file)) if file.is_file() else None
-    except (ValueError, TypeError) as error:
-        raise ArgumentError(f"{file} cannot be read ({error}). Remove it, or give another output_dir.") from error
+        return record_of(read_json(file), str(file), is_finished=False) if file.is_file() else None
+    except (ValueError, OSError) as error:
+        logger.warning("%s is damaged and will be written again: %s", file, error)
+        return None
 
 
 def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the given arguments that may not change when a run resumes, in the form in which `run.json` has them."""
-    plain = json.loads(json.dumps(arguments, default=str))
+    plain = public_values(arguments)
     return {name: value for name, value in plain.items() if value is not None and not name.startswith(_UNCHECKED)}
 
 
@@ -75,37 +131,38 @@ def find_resume_point(
     folder, mode = Path(output_dir), str(resume_from_checkpoint).lower()
     if mode not in ("none", "true", "false"):
         try:
-            return read_checkpoint(Path(str(resume_from_checkpoint))), None
+            return str(read_checkpoint(Path(str(resume_from_checkpoint))).path), None
         except CheckpointError as error:
             raise CheckpointError(f"resume_from_checkpoint={error}") from error
-    checkpoints, record = find_checkpoints(folder), _read_record(folder)
-    is_finished = record is not None and record.finished is not None
+    has_checkpoints, record = bool(find_checkpoints(folder)), _read_record(folder)
+    is_finished = record is not None and record.finished is not None and _has_model(folder)
+    where, advice = f"output_dir={folder} has", "Give another output_dir, or go on anyway"
+    if mode == "true" and not has_checkpoints:
+        raise ArgumentError(f"{where} no checkpoint. Remove resume_from_checkpoint.")
+    if not has_checkpoints and not is_finished:
+        refuse_existing_model(folder)
+        return None, None
+    if mode == "false":
+        raise ArgumentError(f"{where} a run, and resume_from_checkpoint is false. {advice} without it.")
+    checkpoint = None
+    if mode == "true" or not is_finished:
+        checkpoint = choose_checkpoint("auto", folder, read_checkpoint)
+        assert checkpoint is not None
+        record = checkpoint.record or record  # run.json may be damaged
     now, before = _checked(arguments), {} if record is None else _checked(record.arguments)
-    changes = [
+    changes = ", ".join(
         f"{name} is {now.get(name, 'not given')} and was {before.get(name, 'not given')}"
         for name in sorted(now.keys() | before.keys())
         if now.get(name) != before.get(name)
-    ]
-    advice = "Give another output_dir, or go on anyway with --resume_from_checkpoint true."
-    problem = None
+    )
+    advice += " with --resume_from_checkpoint true."
     if mode == "true":
-        if not checkpoints:
-            problem = "no checkpoint. Remove resume_from_checkpoint."
-        elif record is not None and changes:
-            logger.warning("Resuming a run that had other arguments: %s.", ", ".join(changes))
-    elif not checkpoints and not is_finished:
-        refuse_existing_model(folder)
-        return None, None
-    elif mode == "false":
-        problem = f"a run, and resume_from_checkpoint is false. {advice}"
+        if record is not None and changes:
+            logger.warning("Resuming a run that had other arguments: %s.", changes)
     elif record is None:
-        problem = f"checkpoints, but no {RECORD_NAME} to compare. {advice}"
+        raise ArgumentError(f"{where} checkpoints, but no {RECORD_NAME} to compare. {advice}")
     elif record.task != task:
-        problem = f"a run of the task {record.task}. Give another output_dir."
+        raise ArgumentError(f"{where} a run of the task {record.task}. Give another output_dir.")
     elif changes:
-        problem = f"a run with other arguments: {', '.join(changes)}. {advice}"
-    elif is_finished:
-        return None, record
-    if problem is not None:
-        raise ArgumentError(f"output_dir={folder} has {problem}")
-    return choose_checkpoint("auto", folder, read_checkpoint), record
+        raise ArgumentError(f"{where} a run with other arguments: {changes}. {advice}")
+    return None if checkpoint is None else str(checkpoint.path), record

@@ -15,7 +15,7 @@ from transformers import set_seed
 from ..data import SAMPLING_RATE, LabelledSource
 from ..model.configuration_dinosr import DinoSRConfig
 from ..training.resume import lock_output_folder
-from ..training.run_record import RunRecord, describe_hardware, library_versions, time_now, write_record
+from ..training.run_record import RunRecord, describe_hardware, library_versions, public_values, time_now, write_record
 from ..utils.command_line import ArgumentError
 from ..utils.model_folder import save_folder
 from ..utils.threads import set_cpu_threads
@@ -119,9 +119,12 @@ def _train_and_save(
     trainer.accelerator.wait_for_everyone()  # until all processes have read the previous record
     if trainer.is_world_process_zero():
         write_record(folder, record)
+    trainer.record = record
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
+        trainer.resumed_from = Path(checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.check_weights()
     # Before the evaluation and its reports, whose failure must not cost the model.
     trainer.model = model = merge_adapters(trainer.accelerator.unwrap_model(trainer.model))
     if trainer.is_world_process_zero():
@@ -161,7 +164,7 @@ def finetune(
     """
     if start.freeze_encoder and arguments.freeze_steps:
         raise ArgumentError("freeze_steps would have no effect with freeze_encoder. Remove one of them.")
-    given = {**vars(start), **vars(data), **vars(task.arguments), **arguments.to_record()}
+    given = public_values({**vars(start), **vars(data), **vars(task.arguments), **arguments.to_record()})
     with lock_output_folder(arguments.output_dir) if arguments.process_index == 0 else nullcontext():
         asked = arguments.resume_from_checkpoint
         try:

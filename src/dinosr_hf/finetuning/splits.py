@@ -53,6 +53,8 @@ def open_splits(arguments: LabelledDataArguments, seed: int) -> Splits:
     Raises `ValueError` as `open_labelled`, and `ArgumentError` if an evaluation split is in the training split.
     """
     data, is_synthetic = arguments.train_data, arguments.train_data == SYNTHETIC
+    if not data:
+        raise ArgumentError("train_data is empty. Give at least one folder, table, manifest or dataset.")
     train, validation, test = arguments.train_split, arguments.eval_split, arguments.test_split
     has_splits = all(_have_metadata([name], "train") and not _have_metadata([name], "") for name in data)
     if is_synthetic or (train is None and has_splits):

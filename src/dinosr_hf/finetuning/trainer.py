@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,18 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.training_args import ParallelMode
 
 from ..data import SAMPLING_RATE
+from ..training.resume import CheckpointError
+from ..training.run_record import RunRecord
 from ..training.schedules import make_schedule
 from ..utils.command_line import ArgumentError
+from ..utils.files import flush_to_disk, remove, temporary_path
 from .batches import LabelledDataset, LengthBatchSampler, StepBatchSampler, make_loader
 from .finetuning_arguments import FinetuningArguments
+from .resume_point import read_manifest, write_manifest
 
 
 class FreezeCallback(TrainerCallback):
@@ -67,11 +72,24 @@ class FreezeCallback(TrainerCallback):
         self._hooks = []
 
 
-class _EpochCallback(TrainerCallback):
-    """Set the epoch of sampler and data set, also when a resumed run wraps the sampler to skip its first steps."""
+class _RunCallback(TrainerCallback):
+    """
+    Set the epoch of sampler and data set, also when a resumed run wraps the sampler to skip its first steps.
+
+    Find the best checkpoint of a run that was moved, and check the weights whenever figures are logged.
+    """
 
     def __init__(self, trainer: SpeechTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if (resumed := self._trainer.resumed_from) is not None:
+            best = resumed.with_name(f"checkpoint-{state.best_global_step}")
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._trainer.check_weights()
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         sampler, dataset = self._trainer.sampler, self._trainer.train_dataset
@@ -98,6 +116,8 @@ class SpeechTrainer(Trainer):
     sampler: StepBatchSampler
     train_dataset: LabelledDataset
     eval_dataset: LabelledDataset | None
+    record: RunRecord | None = None  # of the run, which each checkpoint gets a copy of
+    resumed_from: Path | None = None  # checkpoint
 
     def __init__(self, model: nn.Module, args: FinetuningArguments, **kwargs: Any) -> None:
         if args.n_gpu > 1:
@@ -111,6 +131,7 @@ class SpeechTrainer(Trainer):
                 f"{num_started} processes were started, but they are not connected. Set ddp_backend, for CPUs to gloo."
             )
         self._unreadable: set[int] = set()
+        self._unfinished: Path | None = None  # where a checkpoint is being written
         # The number of forward passes in a step; set before Trainer reads it.
         args.gradient_accumulation_steps = math.ceil(args.step_seconds / (args.world_size * args.micro_seconds))
         if args.ddp_find_unused_parameters is None:
@@ -121,7 +142,7 @@ class SpeechTrainer(Trainer):
         # Both tell Trainer that a micro-batch's loss is its share of the step's, to be added up and not divided again;
         # transformers before 5.23 reads only the second.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(_RunCallback(self))
 
     @property
     def config(self) -> Any:
@@ -191,10 +212,25 @@ class SpeechTrainer(Trainer):
             self.control.should_training_stop = True
             num_batches = 0
         batches = list(islice(epoch_iterator, num_batches))
-        for batch in batches:
-            self._unreadable.update(batch.pop("unreadable").tolist())
-        count = torch.tensor(sum(int((batch["index"] >= 0).sum()) for batch in batches), device=device)
-        return batches, self.accelerator.reduce(count, reduction="sum")
+        unreadable = [index for batch in batches for index in batch.pop("unreadable").tolist()]
+        self._unreadable.update(unreadable)
+        num_read = sum(int((batch["index"] >= 0).sum()) for batch in batches)
+        counts = self.accelerator.reduce(torch.tensor([num_read, len(unreadable)], device=device), reduction="sum")
+        # One alone may be damaged, and is left out; several are a disk that is gone.
+        if not num_read and not int(counts[0]) and int(counts[1]) > 1:  # the same in all processes
+            self._stop_unread()
+        return batches, counts[0]
+
+    def _stop_unread(self) -> None:
+        """Write a checkpoint and raise `ArgumentError`: no recording of the next step could be read."""
+        assert self.model is not None
+        step = self.state.global_step
+        if step and self.args.save_strategy != "no" and not Path(self.args.output_dir, f"checkpoint-{step}").is_dir():
+            self._save_checkpoint(self.model, None)
+        raise ArgumentError(
+            f"None of the recordings of step {step + 1} could be read; the log names them. Look at the disk, or remove"
+            " damaged recordings from train_data, and give the same command again."
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -214,6 +250,75 @@ class SpeechTrainer(Trainer):
             # Gradients are averaged over processes, and each process has its part of the sum.
             loss = total / num_items_in_batch * self.args.world_size
         return (loss, outputs) if return_outputs else loss
+
+    def check_weights(self) -> None:
+        """Raise `ArgumentError` unless all weights are finite numbers."""
+        assert self.model is not None
+        finite = [weight.isfinite().all() for weight in self.model.parameters() if weight.requires_grad]
+        if finite and not torch.stack(finite).all():
+            raise ArgumentError(
+                f"After step {self.state.global_step} some weights are not finite numbers: training has diverged. The"
+                " checkpoints are from before that. Lower learning_rate or set max_grad_norm, and go on from the last"
+                " one with --resume_from_checkpoint true, or start again with another output_dir."
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the folder that checkpoints are in, or while one is being written, that for unfinished ones."""
+        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint, as `Trainer` does, once it is finished."""
+        if self._unfinished is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """
+        Write a checkpoint as `Trainer` does, but atomically, with digests of its files and the record of the run.
+
+        Raises `CheckpointError` if it cannot be written, and `ArgumentError` if weights are not finite.
+        """
+        self.check_weights()
+        path = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        self._unfinished = temporary_path(path.with_name("checkpoint"))
+        try:
+            if self.args.should_save:
+                remove(self._unfinished)  # from a process that was killed
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # until each process has written its random state
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(path)
+            if self.args.should_save:
+                self.state.save_to_json(str(self._unfinished / path.name / "trainer_state.json"))
+                write_manifest(self._unfinished / path.name, self.record)
+                remove(path)  # of an earlier attempt that was refused
+                (self._unfinished / path.name).rename(path)
+                flush_to_disk(path.parent)
+        except Exception as error:  # safetensors and torch raise their own
+            raise CheckpointError(
+                f"{path} could not be written ({type(error).__name__}: {error}). Earlier checkpoints are unchanged."
+                f" Free space in {path.parent.resolve()}, and give the same command again."
+            ) from error
+        finally:
+            if self.args.should_save:
+                remove(self._unfinished)
+            self._unfinished = None
+        if self.args.should_save:
+            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+            rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(path))
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint. Raises `CheckpointError` if a file of it is not what was written."""
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        try:
+            read_manifest(Path(best))
+        except CheckpointError as error:
+            advice = f"It had the best model. Remove {best} to finish with the last one."
+            raise CheckpointError(f"{error} {advice}") from error
+        super()._load_best_model()
 
     def num_unreadable(self) -> int:
         """Return how many training recordings no process could read so far; call in all processes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from ..training.run_record import RunRecord
+from ..training.run_record import RunRecord, public_values
+from ..utils.names import printable_name
 from .provenance import UNPUBLISHED, Provenance
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -45,16 +47,29 @@ def redact_paths(value: Any, name: str = "") -> Any:
     """
     Return arguments (plain values, lists and mappings) as they can be published.
 
-    Of each path the last part stays, and tokens and keys are removed. `name` may tell that a value is a path.
+    Of each path the last part stays, and secrets are removed as by `public_values`. `name` may tell that a value is a
+    path.
     """
     if isinstance(value, Mapping):
-        secret = re.compile(r"(hub|auth|access|api).*(token|key)")
-        return {key: redact_paths(item, str(key)) for key, item in value.items() if not secret.search(str(key))}
+        return {key: redact_paths(item, key) for key, item in public_values(value).items()}
     if isinstance(value, list | tuple):
         return [redact_paths(item, name) for item in value]
     if isinstance(value, str) and _is_path(name, value):
         return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     return value
+
+
+def plain(text: Any) -> str:
+    """Return text as one line of Markdown that shows it as it is, whatever characters it has."""
+    shown = html.escape(printable_name(str(text)), quote=False).strip()
+    shown = re.sub(r"[\\`*\[\]|~$!#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", shown)
+    # Where a list, or the line under a heading, would begin.
+    return re.sub(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=]))", r"\1\\", shown)
+
+
+def code(text: Any) -> str:
+    """Return text as Markdown's code, or as `plain` if it has characters that would end it."""
+    return f"`{text}`" if re.fullmatch(r"[\w./-]([\w ./-]*[\w./-])?", str(text)) else plain(text)
 
 
 def render_card(metadata: ModelCardData, model: PreTrainedModel, **values: Any) -> ModelCard:
@@ -67,7 +82,7 @@ def render_card(metadata: ModelCardData, model: PreTrainedModel, **values: Any) 
         **values: Further values of the template: `layout` of a converted checkpoint, or `run` and its facts.
     """
     num_parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
-    values |= {"config": model.config, "num_parameters": num_parameters}
+    values |= {"config": model.config, "num_parameters": num_parameters, "plain": plain, "code": code}
     return ModelCard.from_template(metadata, template_path=str(TEMPLATE), **values)
 
 
@@ -129,9 +144,12 @@ def build_card(record: RunRecord, provenance: Provenance, model: PreTrainedModel
         provenance: Result of `read_provenance`, with an entry for every dataset of the record.
         model: Model whose sizes the card tells.
 
-    Returns the card; `str` of it is the README.md. It has no path of this machine, unless the provenance has one.
+    Returns the card; `str` of it is the README.md. It has no path of this machine, unless the provenance has one, and
+    whatever the record says is shown as text: only `intended_use`, `limitations` and `license_reason` are Markdown.
     Raises `ValueError` if the Hub cannot tell two datasets of the evaluation apart.
     """
+    arguments = yaml.safe_dump(redact_paths(record.arguments), sort_keys=False, allow_unicode=True)
+    longest = max(map(len, re.findall("`+", arguments)), default=0)
     return render_card(
         _metadata(record, provenance),
         model,
@@ -139,7 +157,8 @@ def build_card(record: RunRecord, provenance: Provenance, model: PreTrainedModel
         run=record,
         provenance=provenance,
         unpublished=record.base_model and redact_paths(record.base_model, "base_model_path"),
-        arguments=yaml.safe_dump(redact_paths(record.arguments), sort_keys=False, allow_unicode=True),
+        arguments=arguments,
+        fence="`" * max(3, longest + 1),  # which no argument can end
         frame_ms=f"{model.config.inputs_to_logits_ratio / 16:g}",
         figures=list(_figures(record)),
     )

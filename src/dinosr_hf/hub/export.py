@@ -32,6 +32,7 @@ from ..model.modeling_dinosr import DinoSRForCTC, DinoSRForXVector
 from ..utils.extras import import_extra
 from ..utils.files import atomic_folder
 from ..utils.model_folder import open_weights
+from ..utils.names import printable_name
 from .folder import Processor, StrPath, open_folder, open_processor
 
 NETWORK = "model.onnx"
@@ -134,7 +135,13 @@ class TorchModel(FolderModel):
         return output[self.output].numpy()
 
 
+def _check_name(folder: Path) -> None:
+    if (shown := printable_name(str(folder))) != str(folder):
+        raise ValueError(f"{shown} is not UTF-8 text, which onnxruntime needs. Give the folder another name.")
+
+
 def _network(folder: Path) -> Path:
+    _check_name(folder)
     if not (folder / NETWORK).is_file():
         raise ValueError(f"{folder} has no {NETWORK}. Give a folder that export_onnx wrote.")
     return folder / NETWORK
@@ -233,6 +240,7 @@ def _check_network(model: PreTrainedModel, output: str, folder: Path) -> None:
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
+    _check_name(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file. Give the path of a folder.")
     if folder.exists() and any(folder.iterdir()):

@@ -66,7 +66,7 @@ def open_processor(folder: Path, is_recogniser: bool) -> Processor:
             " processor.save_pretrained(folder)."
         )
     with opening(folder, advice):
-        return Wav2Vec2Processor.from_pretrained(folder)
+        return Wav2Vec2Processor.from_pretrained(folder, trust_remote_code=False)
 
 
 def _open_model(folder: Path, record: RunRecord) -> PreTrainedModel:
@@ -87,7 +87,7 @@ def _check_loads(folder: Path, model: PreTrainedModel) -> None:
     auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
     expected = {auto: f"modeling_dinosr.{name}" for auto, name in modeling_dinosr.AUTO_CLASSES.items()}
     assert auto_map == {"AutoConfig": "configuration_dinosr.DinoSRConfig", **expected}
-    AutoModel.from_pretrained(folder)
+    AutoModel.from_pretrained(folder, trust_remote_code=False)
     remote_class: Any = get_class_from_dynamic_module(f"modeling_dinosr.{type(model).__name__}", str(folder))
     for loaded in (type(model).from_pretrained(folder), remote_class.from_pretrained(folder)):
         state = loaded.state_dict()

@@ -139,6 +139,7 @@ class WindowedInference:
         batch_seconds: Audio of a batch, padding included; a longer window is a batch of its own.
 
     Attributes:
+        settings: The arguments that the rows depend on.
         unreadable: Messages by id of recordings that could not be read, filled by `run`.
     """
 
@@ -153,6 +154,11 @@ class WindowedInference:
     ) -> None:
         given = {"window_seconds": window_seconds, "context_seconds": context_seconds, "batch_seconds": batch_seconds}
         check_ranges((abs(value) <= MAX_NUMBER, name, value, "a finite number") for name, value in given.items())
+        self.settings = {
+            "normalizes": normalizes,
+            "window_seconds": window_seconds,
+            "context_seconds": context_seconds,
+        }
         self._config, self._normalizes, hop = config, normalizes, config.inputs_to_logits_ratio
         self._window_frames = config.num_frames(int(window_seconds * SAMPLING_RATE))
         self._context_frames = round(context_seconds * SAMPLING_RATE / hop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -47,31 +47,31 @@ def open_anchor(
 
     Raises:
         ArgumentError: If an anchor cannot be made of the arguments and recordings.
-        CheckpointError: If the anchor that a checkpoint was trained with is another one, or is missing.
+        CheckpointError: If the anchor that a checkpoint was trained with is another one, or is missing and cannot be
+            made again.
     """
     output_dir = Path(arguments.run.output_dir)
     if arguments.run.anchor is None:
         return None
     if checkpoint is not None:
-        anchor = _anchor_of(checkpoint, arguments)
-        if accelerator.is_main_process and checkpoint.path.parent.resolve() != output_dir.resolve():
-            save_anchor(anchor, output_dir)
-        return anchor
+        _check_same_anchor(checkpoint, arguments)
     # Loading a model draws random numbers, which are the run's in the main process only.
     with accelerator.main_process_first(), torch.random.fork_rng(devices=[]):
         if accelerator.is_main_process:
             started = time.perf_counter()
-            made = make_anchor(arguments, source, accelerator.device)
+            if checkpoint is None:
+                made = make_anchor(arguments, source, accelerator.device)
+                logger.info(
+                    f"Anchor {arguments.run.anchor}: {made.num_labels} labels, made in"
+                    f" {time.perf_counter() - started:.1f} s."
+                )
+            else:
+                made = _anchor_of(checkpoint, arguments, source, accelerator.device)
             save_anchor(made, output_dir)
-            logger.info(
-                f"Anchor {arguments.run.anchor}: {made.num_labels} labels, made in"
-                f" {time.perf_counter() - started:.1f} s."
-            )
         return load_anchor(output_dir)
 
 
-def _anchor_of(checkpoint: Checkpoint, arguments: PretrainingArguments) -> Anchor:
-    """Read the anchor beside a checkpoint. Raises `CheckpointError` if it is not the one that it was trained with."""
+def _check_same_anchor(checkpoint: Checkpoint, arguments: PretrainingArguments) -> None:
     before, now = checkpoint.manifest["arguments"], arguments.to_dict()
     for name in ("anchor", "anchor_layer", "anchor_features"):
         if before.get(name) != now[name]:
@@ -80,13 +80,32 @@ def _anchor_of(checkpoint: Checkpoint, arguments: PretrainingArguments) -> Ancho
                 " stays the same during a run. Give the same, or start another run in another output_dir with"
                 f" base_model={checkpoint.path}."
             )
-    anchor = load_anchor(checkpoint.path.parent)
-    if anchor_digest(anchor) != checkpoint.manifest.get("anchor"):
+
+
+def _anchor_of(
+    checkpoint: Checkpoint, arguments: PretrainingArguments, source: SpeechSource | SpeechStream, device: torch.device
+) -> Anchor:
+    """
+    Read the anchor beside a checkpoint; if it is missing or damaged, make it again.
+
+    Raises `CheckpointError` if neither gives the one that the checkpoint was trained with.
+    """
+    wanted = checkpoint.manifest["anchor"]
+    try:
+        anchor = load_anchor(checkpoint.path.parent)
+        if anchor_digest(anchor) == wanted:
+            return anchor
         raise CheckpointError(
             f"The anchor in {checkpoint.path.parent} is not the one that {checkpoint.path.name} was trained with. Copy"
             f" the right file back, or start another run in another output_dir with base_model={checkpoint.path}."
         )
-    return anchor
+    except CheckpointError as error:
+        with contextlib.suppress(ValueError, OSError):
+            made = make_anchor(arguments, source, device)
+            if anchor_digest(made) == wanted:
+                logger.warning(f"{error} It was made again instead, from the same recordings, with the same labels.")
+                return made
+        raise
 
 
 def make_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechStream, device: torch.device) -> Anchor:
@@ -150,8 +169,7 @@ def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> Trac
     labels = read_anchor_labels(path)
     numbers = {name: number for number, name in enumerate(anchor_label_names(labels))}
     field = config.receptive_field
-    others = itertools.chain.from_iterable(source.skipped.values())
-    names = match_labels([utterance.id for utterance in source.utterances], labels, others=others)
+    names = match_labels([utterance.id for utterance in source.utterances], labels, others=source.left_out)
     tracks: dict[str, NDArray[np.unsignedinteger]] = {}
     for utterance_id, num_samples in source.utterances:
         if utterance_id not in names or num_samples < field:

@@ -3,37 +3,39 @@ Checkpoints that survive a kill at any moment: written atomically, checked by th
 
 A checkpoint is a folder `checkpoint-STEP`: the model as `from_pretrained` opens it, `training_state.pt` (optimizer,
 scaler), `process_states.pt` (random states and running sums of each process), and `checkpoint.json` (the rest, and the
-digest of each file).
+digests of the other files and of itself).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import copy
 import logging
 import os
 import random
+import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, cast
 
 import accelerate
 import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, recursively_apply
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..training.resume import CheckpointError, choose_checkpoint, find_checkpoints, step_of, usable_checkpoints
+from ..training.sealed_files import check_files, describe_files, seal
 from ..utils.files import TEMPORARY_PREFIX, atomic_folder, remove
 from ..utils.model_folder import save_folder
+from .manifest import FORMAT, MANIFEST, PROCESS_FILE, TRAINING_FILE, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "checkpoint.json"
 REMOVED_PREFIX = ".removed-"
 
 
@@ -41,12 +43,12 @@ class Checkpoint(NamedTuple):
     """A checkpoint that was found complete: its folder, and the content of its `checkpoint.json`."""
 
     path: Path
-    manifest: dict[str, Any]  # `step`, `progress`, `feed`, `arguments`, `versions`, ...
+    manifest: Manifest
 
     @property
     def step(self) -> int:
         """Number of completed updates."""
-        return int(self.manifest["step"])
+        return self.manifest["step"]
 
 
 def random_state() -> dict[str, Any]:
@@ -66,11 +68,6 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _remove(path: Path) -> None:
     """Remove a checkpoint so that a kill leaves all of it or no checkpoint."""
     removed = path.with_name(f"{REMOVED_PREFIX}{path.name}")
@@ -86,119 +83,164 @@ def remove_leftovers(output_dir: str | os.PathLike) -> None:
             remove(path)
 
 
-def _write(
-    path: Path, model: DinoSRForPreTraining, training: dict[str, Any], processes: list[Any], manifest: dict[str, Any]
-) -> None:
-    if path.exists():  # of an earlier attempt that was refused
-        _remove(path)
-    with atomic_folder(path) as temporary:
-        save_folder(model, temporary)
-        torch.save(training, temporary / "training_state.pt")
-        torch.save(processes, temporary / "process_states.pt")
-        files = sorted(file for file in temporary.iterdir() if file.is_file())
-        described = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in files}
-        (temporary / MANIFEST).write_text(json.dumps({**manifest, "files": described}, indent=1), encoding="utf-8")
+class CheckpointContent(NamedTuple):
+    """All that a checkpoint is written from, in copies on the CPU that training does not change."""
+
+    weights: dict[str, torch.Tensor]
+    training: dict[str, Any]  # state of optimizer and scaler
+    processes: list[Any]  # of each process: random states and its part of the sums
+    manifest: dict[str, Any]  # without the list of files
 
 
-def save_checkpoint(
-    output_dir: str | os.PathLike,
+def _copy(state: Any) -> Any:
+    """Copy the tensors in nested containers to the CPU."""
+    return recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), state)
+
+
+def _collect(
     step: int,
     model: DinoSRForPreTraining,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
-    *,
     process_state: Mapping[str, Any],
     manifest: Mapping[str, Any],
-    keep: int,
-) -> None:
-    """
-    Write `checkpoint-STEP`, then remove all but the `keep` newest. All processes call it; the main one writes.
+) -> CheckpointContent | None:
+    """Gather the state of all processes, which all of them call; the main one gets it."""
+    processes = gather_object([_copy({"random": random_state(), **process_state})])
+    if not accelerator.is_main_process:
+        return None
+    training = {"optimizer": optimizer.state_dict()}
+    if accelerator.scaler is not None:
+        training["scaler"] = accelerator.scaler.state_dict()
+    about = {
+        "format": FORMAT,
+        "step": step,
+        "num_processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "versions": {library.__name__: library.__version__ for library in (torch, transformers, accelerate, np)},
+    }
+    manifest = {**about, **copy.deepcopy(dict(manifest))}
+    return CheckpointContent(_copy(model.state_dict()), _copy(training), processes, manifest)
 
-    `process_state` is the state of this process besides its random states, in tensors and plain values, and `manifest`
-    that of all, in values that JSON can hold. Raises `CheckpointError` if it cannot be written; earlier checkpoints
-    are unchanged.
+
+def _write(path: Path, model: DinoSRForPreTraining, content: CheckpointContent, keep: int) -> None:
+    if path.exists():  # of an earlier attempt that was refused
+        _remove(path)
+    with atomic_folder(path) as temporary:
+        save_folder(model, temporary, weights=content.weights)
+        torch.save(content.training, temporary / TRAINING_FILE)
+        torch.save(content.processes, temporary / PROCESS_FILE)
+        sealed = seal({**content.manifest, "files": describe_files(temporary)})
+        (temporary / MANIFEST).write_text(sealed, encoding="utf-8")
+    # One that claims to be of a later step was refused, and is left alone.
+    earlier = [other for other in find_checkpoints(path.parent) if step_of(other) < step_of(path)]
+    for old in earlier[keep - 1 :]:
+        _remove(old)
+
+
+class CheckpointWriter:
     """
-    path = Path(output_dir) / f"checkpoint-{step}"
-    processes = gather_object([{"random": random_state(), **process_state}])
-    problem = None
-    if accelerator.is_main_process:
-        training = {"optimizer": optimizer.state_dict()}
-        if accelerator.scaler is not None:
-            training["scaler"] = accelerator.scaler.state_dict()
-        about = {
-            "format": FORMAT,
-            "step": step,
-            "num_processes": accelerator.num_processes,
-            "precision": accelerator.mixed_precision,
-            "versions": {library.__name__: library.__version__ for library in (torch, transformers, accelerate, np)},
-        }
+    Writes `checkpoint-STEP` to a folder while training goes on, then removes all but the `keep` newest.
+
+    Training waits only while the state is copied, and for the checkpoint before, if that is still being written. A
+    context manager: at its end, a checkpoint that is being written is completed.
+
+    Attributes:
+        step: Of the newest checkpoint, written or being written; 0: there is none.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, accelerator: Accelerator, keep: int) -> None:
+        self.step = 0
+        self._folder, self._accelerator, self._keep = Path(output_dir), accelerator, keep
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None  # of the newest checkpoint
+
+    def begin(
+        self,
+        step: int,
+        model: DinoSRForPreTraining,
+        optimizer: torch.optim.Optimizer,
+        *,
+        process_state: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+    ) -> None:
+        """
+        Copy the state and begin to write a checkpoint of it; all processes together, of which the main one writes.
+
+        `process_state` is the state of this process besides its random states, in tensors and plain values, and
+        `manifest` that of all, in values that JSON can hold. If it cannot be written, that is logged, and earlier
+        checkpoints are unchanged.
+        """
+        content = _collect(step, model, optimizer, self._accelerator, process_state, manifest)
+        self._join()
+        self.step, self._problem = step, None
+        if content is not None:
+            work = partial(self._try_to_write, self._folder / f"checkpoint-{step}", model, content)
+            self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)  # a second Ctrl-C ends it
+            self._thread.start()
+
+    def _try_to_write(self, path: Path, model: DinoSRForPreTraining, content: CheckpointContent) -> None:
         try:
-            _write(path, model, training, processes, {**about, **manifest})
-            # One that claims to be of a later step was refused, and is left alone.
-            earlier = [other for other in find_checkpoints(output_dir) if step_of(other) < step]
-            for old in earlier[keep - 1 :]:
-                _remove(old)
+            _write(path, model, content, self._keep)
         except Exception as error:  # whatever it is, the run is worth more than this checkpoint
-            problem = f"{type(error).__name__}: {error}"
-    problem = broadcast_object_list([problem])[0]
-    if problem is not None:
-        last = next(iter(find_checkpoints(output_dir)), None)
-        rest = f"The last checkpoint, {last}, is unchanged." if last else "There is no earlier checkpoint."
-        raise CheckpointError(
-            f"{path} could not be written ({problem}). {rest} Free space in {Path(output_dir).resolve()}."
-        )
+            last = next(iter(find_checkpoints(self._folder)), None)
+            rest = f"The last checkpoint, {last}, is unchanged." if last else "There is no earlier checkpoint."
+            self._problem = (
+                f"{path} could not be written ({type(error).__name__}: {error}). {rest} Free space in"
+                f" {self._folder.resolve()}."
+            )
+            logger.error("A checkpoint is missing: %s The run goes on.", self._problem)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def wait(self) -> None:
+        """Wait until the newest checkpoint is written; all processes together. Raises `CheckpointError` if not."""
+        self._join()
+        problem = broadcast_object_list([self._problem])[0]
+        if problem is not None:
+            self.step = 0
+            raise CheckpointError(problem)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:
+            self._join()
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
-    Open a checkpoint and check that each of its files is what was written.
+    Open a checkpoint and check that each of its files is what was written, and its `checkpoint.json`.
 
     Raises `CheckpointError` if it is unfinished, truncated, changed, or not from this program.
     """
     path = Path(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} has no {MANIFEST}: it is unfinished, or from another program.") from error
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{path / MANIFEST} has format {found}, but this version reads format {FORMAT}.")
-    for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{path} lacks {name}.")
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{file} has {size:,} bytes instead of {expected['bytes']:,}: it is truncated.")
-        if _digest(file) != expected["sha256"]:
-            raise CheckpointError(f"{file} is not what was written: its SHA-256 differs.")
+        manifest = read_manifest(path)
+        check_files(path, manifest["files"])
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     return Checkpoint(path, manifest)
 
 
 def checkpoint_to_resume(
-    resume: str, output_dir: str | os.PathLike, architecture: Mapping[str, Any], accelerator: Accelerator
+    resume: str, output_dir: str | os.PathLike, check: Callable[[Checkpoint], None], accelerator: Accelerator
 ) -> Checkpoint | None:
     """
     Choose what a run resumes from by the rule of `training.resume`, the same in all processes.
 
-    A run that was started with the path of a checkpoint goes on from what it has reached since. `architecture` has the
-    fields of the configuration that must be the same. Raises `CheckpointError` as `choose_checkpoint`, and if
-    `output_dir` has checkpoints of another run than the path.
+    A run that was started with the path of a checkpoint goes on from what it has reached since. `check` raises a
+    `CheckpointError` for one that does not fit the run or cannot be restored. Raises `CheckpointError` as
+    `choose_checkpoint`, and if `output_dir` has checkpoints of another run than the path.
     """
 
     def read(path: Path) -> Checkpoint:
         checkpoint = read_checkpoint(path)
-        # Checkpoints from before these options lack them.
-        saved = {"feature_encoder": "conv", "num_anchor_labels": 0} | checkpoint.manifest["architecture"]
-        differing = [
-            f"{name} {saved.get(name)} instead of {value}"
-            for name, value in architecture.items()
-            if saved.get(name) != value
-        ]
-        if differing:
-            raise CheckpointError(f"{path} is of another model: {', '.join(differing)}.")
+        check(checkpoint)
         return checkpoint
 
     choice: Checkpoint | None = None
@@ -243,15 +285,35 @@ def _choose_by_path(path: Path, output_dir: Path, read: Callable[[Path], Checkpo
     return checkpoint
 
 
+def _weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Read the weights from the files that the manifest lists; there are several if the model is large."""
+    weights: dict[str, torch.Tensor] = {}
+    for name in checkpoint.manifest["files"]:
+        if name.endswith(".safetensors"):
+            weights |= load_file(checkpoint.path / name)
+    for file in sorted(checkpoint.path.glob("[!.]*.safetensors")):
+        if file.name not in checkpoint.manifest["files"]:
+            logger.warning("%s is not part of the checkpoint and is ignored.", file)
+    return weights
+
+
 def load_model_weights(checkpoint: Checkpoint, model: DinoSRForPreTraining) -> None:
     """Load a checkpoint's weights, teacher and codebooks into a model. Raises `CheckpointError` if they do not fit."""
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted(checkpoint.path.glob("[!.]*.safetensors")):  # several, if the model is large
-        weights |= load_file(file)
     try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint.path} does not fit the model: {error}") from error
+        # A model on the meta device takes no values, but the file's tensors in place of its own.
+        model.load_state_dict(_weights(checkpoint), strict=True, assign=model.device.type == "meta")
+    except (RuntimeError, OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise CheckpointError(f"{checkpoint.path} does not fit the model: {reason}.") from error
+
+
+def _check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `ValueError` unless Adam's averages have the shapes of their parameters, which torch does not check."""
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != parameter.shape:
+                shapes = f"{tuple(state[name].shape)} instead of {tuple(parameter.shape)}"
+                raise ValueError(f"{name} of the optimizer has the shape {shapes}")
 
 
 def load_training_state(
@@ -260,27 +322,25 @@ def load_training_state(
     """
     Restore optimizer and scaler, and the random states of this process; return its `process_state`.
 
-    With another number of processes, random states start anew, with a warning, and the main process gets the sums over
-    all (`sums`, and `held` of the codebooks), the others nothing.
+    With another number of processes, random states start anew, and the main process gets the sums over all (`sums`,
+    and `held` of the codebooks), the others nothing. Whatever the files hold instead raises some `Exception`.
     """
 
     def load(name: str) -> Any:
         return torch.load(checkpoint.path / name, map_location="cpu", weights_only=True)
 
-    training, processes = load("training_state.pt"), load("process_states.pt")
+    training, processes = load(TRAINING_FILE), load(PROCESS_FILE)
+    before, now = checkpoint.manifest["num_processes"], accelerator.num_processes
+    if len(processes) != before:
+        raise ValueError(f"{PROCESS_FILE} has {len(processes)} processes instead of {before}")
     optimizer.load_state_dict(training["optimizer"])
+    _check_optimizer_state(optimizer)
     if accelerator.scaler is not None and "scaler" in training:
         accelerator.scaler.load_state_dict(training["scaler"])
-    before, now = checkpoint.manifest["num_processes"], accelerator.num_processes
     if before == now:
-        state = processes[accelerator.process_index]
+        state = cast(dict[str, Any], processes[accelerator.process_index])
         set_random_state(state["random"])
         return state
-    logger.warning(
-        f"The checkpoint is of {before} process(es), but there are {now} now. Steps and masks stay the same; dropout"
-        " and layerdrop draw other random numbers, and sums are rounded differently. The run is not bit for bit what"
-        " it would have been."
-    )
     sums = torch.stack([state["sums"] for state in processes]).sum(dim=0)
     if not accelerator.is_main_process:
         return {"sums": torch.zeros_like(sums), "held": None}

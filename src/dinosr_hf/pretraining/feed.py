@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..data import (
     SAMPLING_RATE,
+    AudioFileError,
     Crop,
     MicroBatch,
     MixedSource,
@@ -25,9 +26,13 @@ from ..data import (
 from ..data.collator import FrameLabeler, utterance_speed
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import ArgumentError
+from .manifest import FeedState
 from .pretraining_arguments import DataArguments
 
 logger = logging.getLogger(__name__)
+
+# Recordings of which a second is decoded to recognise their content: under a second in all, from a local disk.
+_NUM_COMPARED = 32
 
 
 class Step(NamedTuple):
@@ -45,6 +50,26 @@ def fingerprint(source: SpeechSource | SpeechStream) -> str:
     for utterance in source.utterances:
         digest.update(f"{utterance.id}\x1f{utterance.num_samples}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def content_digests(source: SpeechSource | SpeechStream) -> dict[str, str]:
+    """
+    Return a digest of the middle second of a few utterances, the same ones for the same list, by id; none of a stream.
+
+    Utterances that cannot be read are left out: training counts and reports them.
+    """
+    if isinstance(source, SpeechStream):
+        return {}
+    digests = {}
+    for index in range(0, len(source), -(-len(source) // _NUM_COMPARED)):
+        utterance_id, length = source.utterances[index]
+        num_samples = min(length, SAMPLING_RATE)
+        try:
+            waveform = source.load(index, (length - num_samples) // 2, num_samples)
+        except (AudioFileError, OSError):
+            continue
+        digests[utterance_id] = hashlib.sha256(waveform.tobytes()).hexdigest()
+    return digests
 
 
 class StepFeed:
@@ -81,16 +106,16 @@ class StepFeed:
             for seconds in (data.min_seconds, data.max_seconds, data.step_seconds, data.micro_seconds)
         )
         self._collator = PretrainingCollator(config, seed=seed, anchor=anchor)
-        self.fingerprint = fingerprint(source)
+        self.fingerprint, self._contents = fingerprint(source), content_digests(source)
         # Position of the next step, and in a stream the state that its window is read again from.
         self._epoch, self._window, self._step = 0, 0, 0
-        self._stream_state: dict | None = None
+        self._stream_state: dict[str, Any] | None = None
 
     def advance(self) -> None:
         """Count the step that the iterator returned last as taken; until then a checkpoint comes before it."""
         self._step += 1
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> FeedState:
         """Return the position of the next step, in values that JSON can hold."""
         return {
             "epoch": self._epoch,
@@ -98,16 +123,24 @@ class StepFeed:
             "step": self._step,
             "stream_state": self._stream_state,
             "fingerprint": self.fingerprint,
+            "contents": self._contents,
             "plan": self._plan_options(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: FeedState) -> None:
         """
         Go on from the position of a `state_dict`.
 
         If the data or the options that steps depend on have changed, the position is lost, and the next epoch starts
-        with a warning.
+        with a warning. If recordings have the same lengths but other content, there is only a warning.
         """
+        before = state["contents"]
+        if other := sorted(name for name, own in self._contents.items() if before.get(name, own) != own):
+            logger.warning(
+                f"{len(other):,} of {len(before):,} recordings that were compared have other content than at the"
+                f" checkpoint, such as {other[0]}: they were replaced, or other libraries decode them. The run goes on"
+                " with what is there now."
+            )
         self._epoch, self._window, self._step = state["epoch"], state["window"], state["step"]
         self._stream_state = state["stream_state"]
         changed = [] if state["fingerprint"] == self.fingerprint else ["the recordings"]

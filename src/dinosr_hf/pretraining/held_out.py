@@ -80,6 +80,7 @@ class HeldOut:
         seed: int = 0,
     ) -> None:
         self._config, self._utterances = config, source.utterances
+        self._others = [*(utterance.id for utterance in source.utterances), *source.left_out]
         self.seconds_taken = 0.0  # by the last evaluation
         parts = self._choose(seed, int(limit_seconds * SAMPLING_RATE), int(max_seconds * SAMPLING_RATE))
         parts.sort(key=lambda part: (-part.num_samples, part.index))
@@ -124,7 +125,7 @@ class HeldOut:
         config = self._config
         stride, field = config.inputs_to_logits_ratio, config.receptive_field
         used = [self._utterances[part.index].id for part in parts]
-        names = match_labels(used, labels, others=[utterance.id for utterance in self._utterances])
+        names = match_labels(used, labels, others=self._others)
         phones: dict[str, list[str]] = {}
         for part in parts:
             utterance_id, num_samples = self._utterances[part.index]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..data import MicroBatch, SpeechSource, SpeechStream
 from ..model.modeling_dinosr import DinoSRForPreTraining, DinoSRForPreTrainingOutput, anchored_loss
 from ..training.resume import CheckpointError
+from ..training.run_record import RunRecord
 from ..training.schedules import make_schedule
 from ..utils.command_line import ArgumentError
 from ..utils.model_folder import save_folder
@@ -31,7 +32,7 @@ from .feed import Step
 from .held_out import HeldOut
 from .metrics import MetricSums
 from .pretraining_arguments import PretrainingArguments
-from .run_folder import append_metrics, mark_finished
+from .run_folder import append_metrics, finish_record, mark_finished
 from .signals import RunInterrupted, SignalWatch
 from .train_state import make_train_state
 
@@ -39,7 +40,11 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
-    """A run that ended itself because going on would be of no use; the message says why, and what to change."""
+    """
+    A run that ended itself because going on would be of no use; the message says why, and what to change.
+
+    A checkpoint was written, unless the model has collapsed.
+    """
 
 
 class FrameCounts(NamedTuple):
@@ -187,7 +192,8 @@ class Pretraining:
 
     The model is a fresh or pre-trained one of `arguments.model_config()`, and the accelerator's own gradient
     accumulation must be off: steps are cut into micro-batches by `micro_seconds`. `held_out` is evaluated on every
-    `eval_steps`; `anchor` is the one that the arguments name, see `open_anchor`. Raises `ArgumentError` if the
+    `eval_steps`; `anchor` is the one that the arguments name, see `open_anchor`; `record` is completed at the end, by
+    the main process. Raises `ArgumentError` if the
     processes do not see the same recordings, and `CheckpointError` if the checkpoint to resume from does not fit the
     model.
     """
@@ -201,8 +207,10 @@ class Pretraining:
         checkpoint: Checkpoint | None = None,
         held_out: HeldOut | None = None,
         anchor: Anchor | None = None,
+        record: RunRecord | None = None,
     ) -> None:
         self.arguments, self.options, self.accelerator, self.held_out = arguments, arguments.run, accelerator, held_out
+        self.record = record
         self.schedule = make_schedule(arguments.run)
         self.signals = SignalWatch()
         self.state = make_train_state(model, source, arguments, accelerator, checkpoint, anchor)
@@ -229,13 +237,13 @@ class Pretraining:
         state.timed_until = time.perf_counter()
         is_quiet = not self.accelerator.is_main_process
         bar = tqdm(total=options.max_steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=is_quiet)
-        with self.signals, logging_redirect_tqdm(), bar:
+        with self.signals, logging_redirect_tqdm(), bar, state.writer:
             for step in state.feed if progress.step < options.max_steps else ():
                 totals = self._gather_totals(step)
                 if totals.save_requests or totals.stop_requests:
                     self._answer_signals(is_stop=totals.stop_requests > 0)
-                state.feed.advance()  # from here on a checkpoint comes after this step
                 self._count_recordings(step, totals)
+                state.feed.advance()  # from here on a checkpoint comes after this step
                 update = self._train_step(step, totals.frames) if totals.masked_frames else None
                 if update is None:  # no recording could be read, or the gradient was not finite
                     continue
@@ -268,10 +276,10 @@ class Pretraining:
     def _answer_signals(self, is_stop: bool) -> None:
         """Save, or save and stop: a signal to any process is answered by all of them."""
         if not is_stop:
-            with _may_fail("The checkpoint that a signal asked for is missing", CheckpointError):
-                self._checkpoint()
+            self._checkpoint()
             return
         self._checkpoint()
+        self.state.writer.wait()
         step = self.state.progress.step
         path = Path(self.options.output_dir) / f"checkpoint-{step}"
         saved = f"with {path}" if path.exists() else "with nothing new to save"
@@ -285,19 +293,33 @@ class Pretraining:
             skipped = [tuple(entry) for batch in step.micro_batches for entry in batch.skipped]
             for name, message in gather_object(skipped):
                 logger.warning("Skipped %s: %s", name, message)
+        recent_skipped = progress.recent_skipped + totals.skipped_files
+        recent_utterances = progress.recent_utterances + totals.utterances
+        if recent_skipped > share * max(recent_utterances, 1000):
+            # The checkpoint comes before this step: the run that resumes reads it again, and counts it then.
+            self._stop(
+                f"{progress.skipped_files + totals.skipped_files:,} of {progress.utterances + totals.utterances:,}"
+                f" recordings could not be read, and among the recent ones more than max_skipped_share={share:g}"
+                " allows (of at least 1,000). The log names them. Look at the disk, make the manifest again, or raise"
+                " max_skipped_share."
+            )
         progress.skipped_files += totals.skipped_files
         progress.utterances += totals.utterances
-        progress.recent_skipped += totals.skipped_files
-        progress.recent_utterances += totals.utterances
-        if progress.recent_skipped > share * max(progress.recent_utterances, 1000):
-            raise TrainingStopped(
-                f"{progress.skipped_files:,} of {progress.utterances:,} recordings could not be read, and among the"
-                f" recent ones more than max_skipped_share={share:g} allows (of at least 1,000). The log names them."
-                " Look at the disk, make the manifest again, or raise max_skipped_share."
-            )
+        progress.recent_skipped, progress.recent_utterances = recent_skipped, recent_utterances
         if progress.recent_utterances > 10_000:
             progress.recent_utterances /= 2
             progress.recent_skipped /= 2
+
+    def _stop(self, reason: str) -> NoReturn:
+        """Write a checkpoint and raise `TrainingStopped` with the reason; all processes together."""
+        self._checkpoint()
+        try:
+            self.state.writer.wait()
+        except CheckpointError as error:
+            raise TrainingStopped(f"{reason} {error}") from error
+        saved_step = self.state.writer.step
+        resume = f" The run resumes from checkpoint-{saved_step}." if saved_step else ""
+        raise TrainingStopped(f"{reason}{resume}")
 
     def _train_step(self, step: Step, frames: FrameCounts) -> Update | None:
         """Forward, backward, clip, optimizer, codebooks and teacher; None if the step was skipped."""
@@ -335,10 +357,10 @@ class Pretraining:
         progress.skipped_steps += 1
         progress.skipped_in_row += 1
         if progress.skipped_in_row >= self.options.max_skipped_steps:
-            raise TrainingStopped(
-                f"{progress.skipped_in_row} steps in a row had no finite gradient, after step {progress.step}. Lower"
-                " learning_rate, use bf16 instead of fp16, or set max_grad_norm, and start again: the run resumes from"
-                " its last checkpoint."
+            num_steps, progress.skipped_in_row = progress.skipped_in_row, 0  # the run that resumes has as many again
+            self._stop(
+                f"{num_steps} steps in a row had no finite gradient, after step {progress.step}. Lower learning_rate,"
+                " use bf16 instead of fp16, or set max_grad_norm, and start again."
             )
 
     def _after_update(self, update: Update, bar: tqdm) -> None:
@@ -354,8 +376,7 @@ class Pretraining:
                 if self.accelerator.is_main_process:
                     save_folder(self.state.model, folder)
         if options.checkpoint_steps and step % options.checkpoint_steps == 0 and not is_last:
-            with _may_fail("A checkpoint is missing", CheckpointError):
-                self._checkpoint()
+            self._checkpoint()
 
     def _log(self, update: Update, bar: tqdm) -> None:
         state, options, progress = self.state, self.options, self.state.progress
@@ -393,7 +414,8 @@ class Pretraining:
         for warning in warnings:
             logger.warning("%s", warning)
         if options.stop_on_collapse and (standing := state.monitor.standing()):
-            raise TrainingStopped(f"The model has collapsed, and stop_on_collapse is set. {' '.join(standing)}")
+            problem = "The model has collapsed or diverged, and stop_on_collapse is set."
+            raise TrainingStopped(f"{problem} {' '.join(standing)}")
 
     def _write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write a line of `metrics.jsonl`, and send its numbers to the trackers, lists as one number an entry."""
@@ -406,8 +428,10 @@ class Pretraining:
                 numbers |= {f"{name}/{number}": value for number, value in enumerate(values)}
         self.accelerator.log(numbers, step=metrics["step"])
 
-    def _evaluate(self, held_out: HeldOut) -> None:
+    def _evaluate(self, held_out: HeldOut) -> dict[str, Any]:
+        """Evaluate the model and write the figures down; return them, or none if that failed."""
         step = self.state.progress.step
+        figures: dict[str, Any] = {}
         # ValueErrors are raised from sums over all processes: in all of them alike.
         with _may_fail(f"Step {step} could not be evaluated", ValueError):
             figures = held_out.evaluate(self.state.model, self.accelerator)
@@ -415,12 +439,13 @@ class Pretraining:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float))
             logger.info(f"Step {step}, held out: {shown}.")
             self.state.progress.interval_seconds -= held_out.seconds_taken  # not training time
+        return figures
 
     def _checkpoint(self) -> None:
-        """Write a checkpoint unless there is one of this step. Raises `CheckpointError` if it cannot be written."""
+        """Begin to write a checkpoint, unless there is one of this step."""
         self.signals.save = False
-        if self.state.progress.step != self.state.saved_step:
-            self.state.save(self.arguments, self.accelerator)
+        if self.state.progress.step != self.state.writer.step:
+            self.state.save(self.arguments)
 
     def _finish(self) -> None:
         """Write the last checkpoint and the model, even if the checkpoint cannot be written; then evaluate it."""
@@ -428,17 +453,19 @@ class Pretraining:
         try:
             if self.options.checkpoint_steps:
                 self._checkpoint()
+                self.state.writer.wait()
         except CheckpointError as error:
             problem = error
         folder, is_main = self.options.output_dir, self.accelerator.is_main_process
         with _model_errors(folder, problem):
             if is_main:
                 save_folder(self.state.model, folder)
-        if self.held_out is not None:
-            self._evaluate(self.held_out)
+        evaluated = {} if self.held_out is None else self._evaluate(self.held_out)
         with _model_errors(folder, problem):
             if is_main:
-                mark_finished(folder, self.state.progress.step)
+                if self.record is not None:
+                    finish_record(self.arguments, self.record, self.held_out, evaluated)
+                mark_finished(folder, self.state.progress.step)  # the last file: until then the run is not finished
         self.accelerator.wait_for_everyone()
         if problem is not None:
             raise problem

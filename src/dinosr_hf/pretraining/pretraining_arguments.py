@@ -16,6 +16,7 @@ import yaml
 
 from ..analysis.baselines import MFCC_KINDS
 from ..model.configuration_dinosr import FEATURE_ENCODERS, DinoSRConfig
+from ..training.run_record import public_values
 from ..training.shared_arguments import argument, shared_argument, shared_rules
 from ..utils.command_line import ArgumentError, argument_errors, check_ranges, explicit_names, parse_groups
 from ..utils.model_folder import open_dinosr_config
@@ -272,8 +273,9 @@ class PretrainingArguments:
         return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
 
     def to_yaml(self) -> str:
-        """Return the arguments as the text of a YAML file that starts the same run."""
-        return "\n".join(yaml.safe_dump(group, sort_keys=False) for group in dataclasses.asdict(self).values())
+        """Return the arguments as the text of a YAML file that starts the same run, without passwords in addresses."""
+        groups = dataclasses.asdict(self).values()
+        return "\n".join(yaml.safe_dump(public_values(group), sort_keys=False) for group in groups)
 
 
 GROUPS: Any = (ModelArguments, DataArguments, RunArguments)
@@ -354,6 +356,8 @@ def _check(arguments: PretrainingArguments) -> None:
     for test, allowed, names in _RANGES:
         check_ranges((test(values[name]), name, values[name], allowed) for name in names.split())
     check_ranges((values[name] >= values[low], name, values[name], f"at least {low}") for name, low in _AT_LEAST)
+    if not data.data:
+        raise ArgumentError("data is empty. Give at least one folder, manifest or dataset.")
     for name in ("data_split", "data_config", "data_weights"):
         allowed_lengths = {0, len(data.data)} | ({1} if name != "data_weights" else set())
         if len(values[name]) not in allowed_lengths:

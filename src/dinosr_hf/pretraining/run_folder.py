@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..data import SAMPLING_RATE, MixedSource, SpeechSource, SpeechStream
 from ..training import run_record
 from ..training.run_record import RunRecord
-from ..utils.command_line import argument_errors
-from ..utils.files import write_atomically
+from ..training.sealed_files import read_sealed, seal
+from ..utils.files import flush_to_disk, write_atomically
 from ..utils.text_files import read_json
 from .held_out import HeldOut
 from .pretraining_arguments import DataArguments, PretrainingArguments, value_for
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 METRICS_FILE = "metrics.jsonl"
 FINISHED_FILE = "finished.json"
@@ -25,39 +30,74 @@ FINISHED_FILE = "finished.json"
 
 def mark_finished(folder: str | os.PathLike, step: int) -> None:
     """Write down which step the model of a finished run is from."""
-    write_atomically(Path(folder, FINISHED_FILE), json.dumps({"step": step}))
+    write_atomically(Path(folder, FINISHED_FILE), seal({"step": step}))
+
+
+def _read_or_none(path: Path, read: Callable[[Path], T]) -> T | None:
+    """Return what `read` makes of a file; None if there is none or, with a warning, if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        logger.warning("%s is damaged and counts as missing: %s.", path, reason)
+        return None
 
 
 def finished_step(folder: str | os.PathLike) -> int:
     """Return the step that `mark_finished` wrote down, or 0 if there is no model of a finished run."""
-    path = Path(folder, FINISHED_FILE)
-    if not path.exists():
-        return 0
-    with argument_errors(f"{path} is damaged. Remove it to train on: ", (ValueError, KeyError, TypeError)):
-        step = int(read_json(path)["step"])
-    return step
+    content = _read_or_none(Path(folder, FINISHED_FILE), read_sealed) or {}
+    return int(content.get("step", 0))
+
+
+def recorded_run(folder: str | os.PathLike) -> RunRecord | None:
+    """Return the record of a pre-training, finished or not; None if there is none or `run.json` is damaged."""
+
+    def read(path: Path) -> RunRecord:
+        return run_record.record_of(read_json(path), str(path), is_finished=False)
+
+    record = _read_or_none(Path(folder, run_record.RECORD_NAME), read)
+    return record if record is not None and record.task == "pretraining" else None
 
 
 def append_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> None:
-    """Append a line to `metrics.jsonl`."""
+    """Append a line to `metrics.jsonl`, and flush it to the disk."""
     with open(Path(folder, METRICS_FILE), "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # half a line, from when the disk was full
                 file.write(b"\n")
         file.write(json.dumps(metrics).encode() + b"\n")
+    flush_to_disk(file.name)
 
 
-def truncate_metrics(folder: str | os.PathLike, last_step: int) -> None:
-    """Drop the lines of `metrics.jsonl` after a step; a run that resumes from there writes them again."""
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl` without damaged ones, such as half a line from when the run was killed."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            metrics = json.loads(line)
+            if isinstance(metrics, dict) and type(metrics.get("step")) is int:
+                lines.append(metrics)
+    return lines
+
+
+def truncate_metrics(folder: str | os.PathLike, last_step: int, *, is_last: bool) -> None:
+    """
+    Drop the lines of `metrics.jsonl` after a step, which a run that resumes from there writes again.
+
+    `is_last`: so does the evaluation after the last step, which comes after its checkpoint.
+    """
     path = Path(folder, METRICS_FILE)
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, from when the run was killed
-            kept += [line] if json.loads(line)["step"] <= last_step else []
-    write_atomically(path, "".join(kept))
+    if path.exists():
+        kept = [
+            line
+            for line in _read_metrics(path)
+            if line["step"] < last_step
+            or (line["step"] == last_step and not (is_last and any(name.startswith("eval_") for name in line)))
+        ]
+        write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
 
 def _describe_data(data: DataArguments, source: SpeechSource | SpeechStream) -> list[dict[str, Any]]:
@@ -78,12 +118,8 @@ def begin_record(
 ) -> RunRecord:
     """Write `run.json` of a run that is about to train; a resumed run keeps its start time."""
     output_dir = Path(arguments.run.output_dir)
-    started, before = run_record.time_now(), output_dir / run_record.RECORD_NAME
-    if is_resumed and before.exists():
-        with argument_errors(
-            f"{before} is damaged. Remove it to resume without it: ", (ValueError, KeyError, TypeError)
-        ):
-            started = read_json(before)["started"]
+    before = recorded_run(output_dir) if is_resumed else None
+    started = run_record.time_now() if before is None else before.started
     record = RunRecord(
         task="pretraining",
         arguments=arguments.to_dict(),
@@ -100,14 +136,14 @@ def begin_record(
     return record
 
 
-def finish_record(arguments: PretrainingArguments, record: RunRecord, held_out: HeldOut | None) -> None:
-    """Complete the record from `begin_record` in `run.json`, for a run that has done all its steps."""
+def finish_record(
+    arguments: PretrainingArguments, record: RunRecord, held_out: HeldOut | None, evaluated: Mapping[str, Any]
+) -> None:
+    """Complete the record from `begin_record` in `run.json`, with the figures of the last evaluation."""
     output_dir, data, num_steps = Path(arguments.run.output_dir), arguments.data, arguments.run.max_steps
     evaluation: list[dict[str, Any]] = []
     if held_out is not None:
-        lines = map(json.loads, (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines())
-        last = {name: value for line in lines if line["step"] == num_steps for name, value in line.items()}
-        figures = {name: last[f"eval_{name}"] for name in run_record.METRICS if f"eval_{name}" in last}
+        figures = {name: evaluated[name] for name in run_record.METRICS if name in evaluated}
         split = "validation" if data.eval_data == "synthetic" else data.eval_split
         about = {"dataset": data.eval_data, "split": split, "num_utterances": held_out.num_utterances}
         evaluation = [about | figures] if figures else []  # none if the evaluation failed

@@ -8,13 +8,15 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 
 from ..analysis import read_alignments
+from ..analysis.plots import save_figure
 from ..data import (
     SAMPLING_RATE,
     DatasetSource,
@@ -28,9 +30,10 @@ from ..data import (
 from ..data.synthetic import SyntheticCorpus
 from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..training.resume import lock_output_folder, refuse_existing_model, report_changes
+from ..training.run_record import public_values
 from ..utils.command_line import ArgumentError, argument_errors
 from ..utils.files import write_atomically
-from ..utils.model_folder import open_weights
+from ..utils.model_folder import open_dinosr_config, open_weights
 from ..utils.threads import set_cpu_threads
 from .anchor_making import open_anchor
 from .base_model import initial_model
@@ -39,9 +42,10 @@ from .feed import StepFeed
 from .held_out import HeldOut
 from .loop import Pretraining
 from .plan import RunPlan, describe_left_out, plan_figure
-from .pretraining_arguments import ARCHITECTURE, DataArguments, PretrainingArguments, value_for
-from .run_folder import begin_record, finish_record, finished_step, truncate_metrics
+from .pretraining_arguments import DataArguments, PretrainingArguments, value_for
+from .run_folder import begin_record, finished_step, recorded_run, truncate_metrics
 from .scaling import Change, changes_table, scale_to_batch
+from .train_state import check_fits
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +124,12 @@ def _names(data: DataArguments) -> list[str]:
     """
     parts_of = [Path(name).parts or (name,) for name in data.data]
     short = (["/".join(parts[-length:]) for parts in parts_of] for length in range(1, max(map(len, parts_of)) + 1))
-    names = next((names for names in short if len(set(names)) == len(names)), data.data)
+    names = next((names for names in short if len(set(names)) == len(names)), [str(Path(name)) for name in data.data])
     for values in (data.data_config, data.data_split):
         if len(values) > 1:
             names = [f"{name}:{value}" for name, value in zip(names, values, strict=True)]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ArgumentError(f"data has {repeated} twice. Name it once; --data_weights says how often it is used.")
     return names
 
 
@@ -226,10 +232,14 @@ def run(arguments: PretrainingArguments) -> DinoSRForPreTraining | None:
 
 
 def _dry_run(arguments: PretrainingArguments, changes: Sequence[Change], accelerator: Accelerator) -> None:
-    """Print and draw the plan of the run."""
+    """Print and draw the plan of the run, and open all that it would open."""
     world_size, seed = accelerator.num_processes, arguments.run.seed
     with argument_errors("", (ValueError, OSError)), accelerator.main_process_first():
         source = open_data(arguments.data, seed)
+        open_held_out(arguments)
+    if arguments.run.base_model is not None:
+        with argument_errors("base_model="):
+            open_dinosr_config(arguments.run.base_model)
     feed = StepFeed(source, arguments.data, arguments.model_config(), seed=seed, world_size=world_size)
     summary = feed.summarize()
     left_out = None
@@ -238,23 +248,18 @@ def _dry_run(arguments: PretrainingArguments, changes: Sequence[Change], acceler
     plan = RunPlan(arguments, summary, world_size, changes=changes, left_out=left_out)
     if accelerator.is_main_process:
         print(plan)
-        picture = Path(arguments.run.output_dir) / "plan.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        plan_figure(plan).savefig(picture, dpi=150)
+        picture = save_figure(plan_figure(plan), Path(arguments.run.output_dir) / "plan.png")
         print(f"\nThe plan is drawn in {picture}. Nothing was trained.")
 
 
 def _resume(arguments: PretrainingArguments, accelerator: Accelerator) -> Checkpoint | None:
-    """Find the checkpoint to resume from, and report what has changed since; refuse a folder with another model."""
+    """Find the checkpoint to resume from, and report what has changed since."""
     options, output_dir = arguments.run, Path(arguments.run.output_dir)
-    config = arguments.model_config().to_dict()
     if accelerator.is_main_process:
         remove_leftovers(output_dir)
-    architecture = {name: config[name] for name in ARCHITECTURE}
-    checkpoint = checkpoint_to_resume(options.resume, output_dir, architecture, accelerator)
+    check = partial(check_fits, arguments=arguments, accelerator=accelerator)
+    checkpoint = checkpoint_to_resume(options.resume, output_dir, check, accelerator)
     if checkpoint is None:
-        if finished_step(output_dir) < options.max_steps:
-            refuse_existing_model(output_dir)
         return None
     manifest = checkpoint.manifest
     epoch, hours = manifest["feed"]["epoch"], manifest["progress"]["audio_seconds"] / 3600
@@ -262,18 +267,46 @@ def _resume(arguments: PretrainingArguments, accelerator: Accelerator) -> Checkp
     logger.info(f"Resuming from {checkpoint.path}: {position}.")
     # If mixed_precision is unset, it is what Accelerate is configured to.
     saved = manifest["arguments"] | {"mixed_precision": manifest["precision"]}
-    now = arguments.to_dict() | {"mixed_precision": accelerator.mixed_precision}
+    now = public_values(arguments.to_dict()) | {"mixed_precision": accelerator.mixed_precision}
     report_changes(saved, now, ignored={"output_dir", "resume", "trackers", "num_workers", "num_threads"})
     return checkpoint
+
+
+def _finished_model(output_dir: Path, checkpoint: Checkpoint | None, max_steps: int) -> DinoSRForPreTraining | None:
+    """
+    Return the model of a run that is finished; None if the run is to go on, or to write its model again.
+
+    Raises `ArgumentError` if without a checkpoint a model would be lost.
+    """
+    record = recorded_run(output_dir) if checkpoint is None else None
+    last_step = finished_step(output_dir)
+    if record is not None and record.finished is not None:
+        last_step = max(last_step, record.steps)  # finished.json may be damaged
+    if last_step < max_steps:
+        if checkpoint is None and (record is None or record.finished is not None):
+            refuse_existing_model(output_dir)  # else it is of this run, which did not finish
+        return None
+    try:
+        with argument_errors("output_dir="):
+            model = open_weights(
+                DinoSRForPreTraining, output_dir, advice="Give another output_dir to begin a new run."
+            )
+    except ArgumentError as error:
+        if checkpoint is None or checkpoint.step < max_steps:
+            raise
+        logger.warning(f"{error} It is written again from {checkpoint.path.name}.")
+        return None
+    logger.info("This run is finished. To train on, raise max_steps; to start another, give another output_dir.")
+    return cast(DinoSRForPreTraining, model)
 
 
 def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRForPreTraining:
     options, output_dir = arguments.run, Path(arguments.run.output_dir)
     checkpoint = _resume(arguments, accelerator)
-    if finished_step(output_dir) >= options.max_steps:
-        logger.info("This run is finished. To train on, raise max_steps; to start another, give another output_dir.")
-        with argument_errors("output_dir="):
-            return open_weights(DinoSRForPreTraining, output_dir, advice="Give another output_dir to begin a new run.")
+    finished = _finished_model(output_dir, checkpoint, options.max_steps)
+    accelerator.wait_for_everyone()  # before files change that the others have just looked at
+    if finished is not None:
+        return finished
     set_seed(options.seed)
     with argument_errors("", (ValueError, OSError)):
         with accelerator.main_process_first():
@@ -289,18 +322,16 @@ def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRF
     record = None
     if accelerator.is_main_process:
         write_atomically(output_dir / "arguments.yaml", arguments.to_yaml())
-        truncate_metrics(output_dir, checkpoint.step if checkpoint else 0)
+        last_step = checkpoint.step if checkpoint else 0
+        truncate_metrics(output_dir, last_step, is_last=last_step >= options.max_steps)
         num_processes, is_resumed = accelerator.num_processes, checkpoint is not None
         record = begin_record(arguments, source, num_processes=num_processes, is_resumed=is_resumed)
     if options.trackers:
-        items = arguments.to_dict().items()  # trackers take plain values only
+        items = public_values(arguments.to_dict()).items()  # trackers take plain values only
         plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in items}
         accelerator.init_trackers("dinosr", config=plain)
     try:
-        trained = Pretraining(model, source, arguments, accelerator, checkpoint, held_out, anchor).run()
-        if record is not None:
-            finish_record(arguments, record, held_out)
-        return trained
+        return Pretraining(model, source, arguments, accelerator, checkpoint, held_out, anchor, record).run()
     finally:
         for tracker in accelerator.trackers:  # writes what they hold back; `end_training` would wait for the others
             tracker.finish()

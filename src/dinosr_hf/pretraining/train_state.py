@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,30 +14,18 @@ from accelerate import Accelerator
 
 from ..data import SpeechSource, SpeechStream
 from ..model.modeling_dinosr import DinoSRForPreTraining
+from ..training.resume import CheckpointError
+from ..training.run_record import public_values
 from ..utils.compat import enable_gradient_checkpointing
 from .anchor import Anchor, anchor_digest
-from .checkpoint import Checkpoint, load_model_weights, load_training_state, save_checkpoint
+from .checkpoint import Checkpoint, CheckpointWriter, load_model_weights, load_training_state
 from .feed import StepFeed
+from .manifest import RunProgress
 from .metrics import MetricSums
 from .monitor import CollapseMonitor
 from .pretraining_arguments import ARCHITECTURE, PretrainingArguments, RunArguments
 
-
-@dataclass
-class RunProgress:
-    """Counters of a run, over all processes and sessions."""
-
-    step: int = 0  # number of completed updates
-    skipped_steps: int = 0  # because gradients or targets were not finite
-    skipped_in_row: int = 0  # of those, since the last update
-    skipped_files: int = 0  # recordings that could not be read
-    utterances: int = 0  # recordings asked for
-    recent_skipped: float = 0.0  # these two are halved every 10,000 recordings, so that only recent ones count
-    recent_utterances: float = 0.0
-    logged_step: int = 0  # of the last line of metrics
-    interval_seconds: float = 0.0  # spent training since that line
-    audio_seconds: float = 0.0  # trained on, without padding
-    elapsed_seconds: float = 0.0  # spent training
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,10 +39,10 @@ class TrainState:
     sums: MetricSums  # since the last line of metrics
     monitor: CollapseMonitor
     progress: RunProgress
+    writer: CheckpointWriter
     is_frozen: bool  # whether the teacher is
     anchor_digest: str | None = None  # None: no anchor
     origin: str | None = None  # path of the checkpoint that `resume` named when the run began, if any
-    saved_step: int = 0  # of the newest checkpoint; 0: none
     timed_until: float = field(default_factory=time.perf_counter)  # clock up to which `progress` has counted the time
 
     def count_time(self) -> None:
@@ -62,41 +52,102 @@ class TrainState:
         self.progress.interval_seconds += now - self.timed_until
         self.timed_until = now
 
-    def save(self, arguments: PretrainingArguments, accelerator: Accelerator) -> None:
-        """Write a checkpoint; all processes together. Raises `CheckpointError` if it cannot be written."""
+    def save(self, arguments: PretrainingArguments) -> None:
+        """Begin to write a checkpoint; all processes together."""
         self.count_time()
-        config = self.model.config.to_dict()
-        save_checkpoint(
-            arguments.run.output_dir,
+        self.writer.begin(
             self.progress.step,
             self.model,
             self.optimizer,
-            accelerator,
             process_state={"sums": self.sums.state_dict(), "held": self.model.codebooks.held},
             manifest={
                 "progress": dataclasses.asdict(self.progress),
                 "feed": self.feed.state_dict(),
                 "monitor": self.monitor.state_dict(),
-                "architecture": {name: config[name] for name in ARCHITECTURE},
-                "arguments": arguments.to_dict(),
+                "architecture": _architecture(self.model.config.to_dict()),
+                "arguments": public_values(arguments.to_dict()),
                 "origin": self.origin,
                 "anchor": self.anchor_digest,
             },
-            keep=arguments.run.keep_checkpoints,
         )
-        self.saved_step = self.progress.step
 
     def restore(self, checkpoint: Checkpoint, options: RunArguments, accelerator: Accelerator) -> None:
         """Restore what is not in the model: optimizer, random states, position in the data, sums, monitor."""
-        manifest = checkpoint.manifest
-        self.feed.load_state_dict(manifest["feed"])
-        self.monitor.load_state_dict(manifest["monitor"])
-        self.origin, self.saved_step = manifest["origin"], self.progress.step
-        process_state = load_training_state(checkpoint, self.optimizer, accelerator)
-        self.sums.load_state_dict(process_state["sums"])
-        self.model.codebooks.held = process_state["held"]
+        before, now = checkpoint.manifest["num_processes"], accelerator.num_processes
+        if before != now:
+            logger.warning(
+                f"The checkpoint is of {before} process(es), but there are {now} now. Steps and masks stay the same;"
+                " dropout and layerdrop draw other random numbers, and sums are rounded differently. The run is not"
+                " bit for bit what it would have been."
+            )
+        self.feed.load_state_dict(checkpoint.manifest["feed"])
+        self.origin, self.writer.step = checkpoint.manifest["origin"], self.progress.step
+        _restore(checkpoint, self.model, self.optimizer, self.sums, self.monitor, accelerator)
         for group in self.optimizer.param_groups:  # the saved ones have the options of the run before
             group |= _adam_options(options)
+
+
+def _restore(
+    checkpoint: Checkpoint,
+    model: DinoSRForPreTraining,
+    optimizer: Any,
+    sums: MetricSums,
+    monitor: CollapseMonitor,
+    accelerator: Accelerator,
+) -> None:
+    """Restore all that can fail, besides the weights. Raises `CheckpointError` if it does."""
+    try:
+        monitor.load_state_dict(checkpoint.manifest["monitor"])
+        process_state = load_training_state(checkpoint, optimizer, accelerator)
+        sums.load_state_dict(process_state["sums"])
+        model.codebooks.held = _checked_held(process_state["held"], model)
+    except Exception as error:  # torch, pickle and zip files each raise their own
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise CheckpointError(f"{checkpoint.path} cannot be restored: {type(error).__name__}: {reason}.") from error
+
+
+def _checked_held(held: torch.Tensor | None, model: DinoSRForPreTraining) -> torch.Tensor | None:
+    """Return what the codebooks have gathered, (N, V, D + 1); raise `ValueError` if it is of other codebooks."""
+    num_codebooks, codebook_size, hidden_size = model.codebooks.sums.shape
+    if held is not None and held.shape != (num_codebooks, codebook_size, hidden_size + 1):
+        raise ValueError(f"what the codebooks gathered has the shape {tuple(held.shape)}")
+    return held
+
+
+def check_fits(checkpoint: Checkpoint, arguments: PretrainingArguments, accelerator: Accelerator) -> None:
+    """
+    Raise `CheckpointError` unless a run can go on from a checkpoint, by restoring it into a model without memory.
+
+    What is not in the model, such as random states and loss scale, is really changed.
+    """
+    config, options = arguments.model_config(), arguments.run
+    # Checkpoints from before these options lack them.
+    saved = {"feature_encoder": "conv", "num_anchor_labels": 0} | checkpoint.manifest["architecture"]
+    now = _architecture(config.to_dict())
+    differing = [
+        f"{name} {saved.get(name)} instead of {value}" for name, value in now.items() if saved.get(name) != value
+    ]
+    if differing:
+        raise CheckpointError(f"{checkpoint.path} is of another model: {', '.join(differing)}.")
+    with torch.device("meta"):
+        model = DinoSRForPreTraining(config)
+    load_model_weights(checkpoint, model)
+    sizes, has_anchor = (config.num_codebooks, config.codebook_size), options.anchor is not None
+    sums = MetricSums(*sizes, torch.device("cpu"), has_anchor=has_anchor)
+    monitor = CollapseMonitor(config, options)
+    _restore(checkpoint, model, _make_optimizer(model, options), sums, monitor, accelerator)
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a configuration that a run cannot change."""
+    return {name: config[name] for name in ARCHITECTURE}
+
+
+def _make_optimizer(model: DinoSRForPreTraining, options: RunArguments) -> torch.optim.AdamW:
+    """Make the optimizer of all parameters, also of those that a resumed run has frozen."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = {parameter.device.type for parameter in trained} <= {"cpu", "cuda"}
+    return torch.optim.AdamW(trained, lr=options.learning_rate, fused=fused, **_adam_options(options))
 
 
 def _adam_options(options: RunArguments) -> dict[str, Any]:
@@ -128,10 +179,7 @@ def make_train_state(
         enable_gradient_checkpointing(model)
     if options.torch_compile:
         model.compile(backend=options.torch_compile_backend)
-    # Of all parameters, also those that a resumed run has frozen.
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = {parameter.device.type for parameter in trained} <= {"cpu", "cuda"}
-    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, fused=fused, **_adam_options(options))
+    optimizer = _make_optimizer(model, options)
     if checkpoint is not None:
         load_model_weights(checkpoint, model)
         progress = RunProgress(**checkpoint.manifest["progress"])
@@ -140,7 +188,8 @@ def make_train_state(
     sizes, has_anchor = (model.config.num_codebooks, model.config.codebook_size), anchor is not None
     sums = MetricSums(*sizes, accelerator.device, has_anchor=has_anchor)
     monitor = CollapseMonitor(model.config, options)
-    state = TrainState(model, wrapped_model, wrapped_optimizer, feed, sums, monitor, progress, is_frozen)
+    writer = CheckpointWriter(options.output_dir, accelerator, options.keep_checkpoints)
+    state = TrainState(model, wrapped_model, wrapped_optimizer, feed, sums, monitor, progress, writer, is_frozen)
     state.anchor_digest = None if anchor is None else anchor_digest(anchor)
     if checkpoint is not None:
         state.restore(checkpoint, options, accelerator)

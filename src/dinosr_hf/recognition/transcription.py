@@ -16,6 +16,7 @@ from ..data import SAMPLING_RATE, SpeechSource
 from ..inference.windowed import DTYPES, WindowedInference, pad_batch
 from ..model.modeling_dinosr import DinoSRForCTC
 from ..utils.command_line import MAX_NUMBER
+from ..utils.digests import model_digest
 from ..utils.model_folder import open_weights
 from .decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions, GreedyDecoder, Hypothesis, TimedWord
 from .text import load_processor
@@ -126,12 +127,19 @@ class Transcriber:
         self.decoder = decoder or GreedyDecoder.from_tokenizer(processor.tokenizer, model.config)
         normalizes = bool(processor.feature_extractor.do_normalize)
         self._runner = WindowedInference(model.config, normalizes=normalizes, **windows)
+        self._seconds = {"search_seconds": search_seconds, "pause_seconds": pause_seconds}
         hop = model.config.inputs_to_logits_ratio
-        for name, seconds in {"search_seconds": search_seconds, "pause_seconds": pause_seconds}.items():
+        for name, seconds in self._seconds.items():
             if not 2 * hop <= seconds * SAMPLING_RATE <= MAX_NUMBER:
                 raise ValueError(f"{name}={seconds} must be at least {2 * hop / SAMPLING_RATE}, two frames.")
         self._search_frames = int(search_seconds * SAMPLING_RATE / hop)
         self._pause_frames = round(pause_seconds * SAMPLING_RATE / hop)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What transcripts depend on, as JSON can express it; the model by its digest, so it can be moved."""
+        about = {"dtype": str(self.model.dtype).removeprefix("torch."), "model_sha256": model_digest(self.model)}
+        return {**about, **self._runner.settings, **self._seconds, **self.decoder.settings}
 
     @property
     def unreadable(self) -> dict[str, str]:
@@ -172,15 +180,19 @@ class Transcriber:
         return cls(model, processor, decoder, **seconds)
 
     def transcribe(
-        self, source: SpeechSource, *, on_progress: Callable[[float], Any] | None = None
+        self,
+        source: SpeechSource,
+        *,
+        indices: Sequence[int] | None = None,
+        on_progress: Callable[[float], Any] | None = None,
     ) -> Iterator[Transcript]:
         """
-        Transcribe all recordings of a source, the longest first; each transcript comes as soon as it is complete.
+        Transcribe recordings of a source, the longest first; each transcript comes as soon as it is complete.
 
-        Recordings that cannot be read are skipped with a warning and listed in `unreadable`. `on_progress` is called
-        after each batch with its seconds of audio, without context.
+        `indices` are those of the recordings; None: all. Those that cannot be read are skipped with a warning and
+        listed in `unreadable`. `on_progress` is called after each batch with its seconds of audio, without context.
         """
-        for index, emissions in self._runner.run(source, self._emissions, on_progress=on_progress):
+        for index, emissions in self._runner.run(source, self._emissions, indices=indices, on_progress=on_progress):
             name, num_samples = source.utterances[index]
             found = Hypothesis("", 0.0, []) if emissions is None else self._decode(emissions)  # None: no whole frame
             yield Transcript(name, found.text, found.words, num_samples / SAMPLING_RATE, found.score)

@@ -14,9 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
-
 from ..utils.command_line import ArgumentError
+from ..utils.files import lock_folder
 from ..utils.names import printable_name
 
 logger = logging.getLogger(__name__)
@@ -42,11 +41,15 @@ def find_checkpoints(folder: str | os.PathLike) -> list[Path]:
 def usable_checkpoints(
     output_dir: str | os.PathLike, read: Callable[[Path], CheckpointT]
 ) -> Iterator[CheckpointT | CheckpointError]:
-    """Yield for each checkpoint of a folder, newest first, what `read` returns, or the `CheckpointError` it raises."""
+    """
+    Yield for each checkpoint of a folder, newest first, what `read` returns, or the `CheckpointError` it raises, which
+    is also logged.
+    """
     for path in find_checkpoints(output_dir):
         try:
             yield read(path)
         except CheckpointError as error:
+            logger.warning("Checkpoint refused: %s", error)
             yield error
 
 
@@ -81,7 +84,6 @@ def choose_checkpoint(
     for candidate in usable_checkpoints(output_dir, read):
         if not isinstance(candidate, CheckpointError):
             return candidate
-        logger.warning("Checkpoint refused: %s", candidate)
         refused.append(str(candidate))
     if refused:
         raise CheckpointError(
@@ -109,15 +111,5 @@ def lock_output_folder(output_dir: str | os.PathLike) -> Iterator[None]:
     """Create an output folder and lock it. Raises `ArgumentError` if another run has, or it cannot be written to."""
     if (shown := printable_name(str(output_dir))) != str(output_dir):
         raise ArgumentError(f"output_dir={shown} is not UTF-8 text, which the libraries that save models need.")
-    try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(output_dir, ".lock")).acquire(timeout=0)
-    except Timeout as error:
-        raise ArgumentError(
-            f"Another run is using output_dir={output_dir}. Give another folder, or end that run (an interrupted"
-            " `accelerate launch` can leave its training process behind)."
-        ) from error
-    except OSError as error:
-        raise ArgumentError(f"output_dir={output_dir} cannot be written to: {error}") from error
-    with lock:
+    with lock_folder(output_dir):
         yield

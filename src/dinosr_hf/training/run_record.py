@@ -7,12 +7,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..utils.files import write_atomically
@@ -71,11 +73,52 @@ def describe_hardware(num_processes: int = 1) -> str:
     return f"CPU ({platform.machine()}), {os.cpu_count()} cores, {num_processes} process(es)"
 
 
+# Names of secrets, and names whose values are secrets if they are text.
+_SECRET = re.compile("passw|passphrase|secret|credential|(^|_)(pwd|signature|sig)$|(key|token)$")
+_SECRET_TEXT = re.compile("(^|_)(key|token|auth|authorization)_|(keys|tokens|auth|authorization)$")
+# In an address: user and password, and an entry of its query.
+_USER = re.compile(r"(?<=://)[^/?#\s]*@")
+_QUERY = re.compile(r"([?&;]([^=&#;\s]+)=)[^&#;\s]*")
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", name).strip("_").lower()
+    is_text = not isinstance(value, bool | int | float | None)
+    return value is not None and bool(_SECRET.search(words) or (is_text and _SECRET_TEXT.search(words)))
+
+
+def _public_text(text: str) -> str:
+    if "://" not in text:
+        return text
+    return _QUERY.sub(lambda entry: entry[1] if _is_secret(entry[2], "") else entry[0], _USER.sub("", text))
+
+
+def public_values(values: Any) -> Any:
+    """
+    Return values in the plain types of JSON, without secrets.
+
+    These are the entries named like a key, a token or a password, and, in addresses, user and password, and the values
+    of such entries of the query.
+    """
+    if isinstance(values, Mapping):
+        return {str(key): public_values(value) for key, value in values.items() if not _is_secret(str(key), value)}
+    if isinstance(values, list | tuple | set | frozenset):
+        return [public_values(value) for value in values]
+    if isinstance(values, np.generic):
+        values = values.item()
+    return values if isinstance(values, bool | int | float | None) else _public_text(str(values))
+
+
+def public_record(record: RunRecord) -> dict[str, Any]:
+    """Return the content of `run.json` for a record: its fields in plain types, without secrets."""
+    return public_values(dataclasses.asdict(record))
+
+
 def write_record(folder: str | os.PathLike, record: RunRecord) -> Path:
     """Write `run.json` into a folder, atomically, and return its path. Raises `ValueError` for an invalid field."""
-    content = dataclasses.asdict(record)
+    content = public_record(record)
     _check(content, "This record", is_finished=record.finished is not None)
-    return write_atomically(Path(folder, RECORD_NAME), json.dumps(content, indent=2, default=str) + "\n")
+    return write_atomically(Path(folder, RECORD_NAME), json.dumps(content, indent=2) + "\n")
 
 
 def read_record(folder: str | os.PathLike) -> RunRecord:
@@ -93,13 +136,13 @@ def read_record(folder: str | os.PathLike) -> RunRecord:
     return record_of(content, str(path))
 
 
-def record_of(content: Any, where: str) -> RunRecord:
+def record_of(content: Any, where: str, *, is_finished: bool = True) -> RunRecord:
     """
-    Build the record of a finished run from the parsed content of a file, whose name is for errors.
+    Build the record of a run, finished or not, from the parsed content of a file, whose name is for errors.
 
     Raises `ValueError` if a field is missing or invalid; the message lists all problems.
     """
-    _check(content, where, is_finished=True)
+    _check(content, where, is_finished=is_finished)
     return RunRecord(**{field.name: content[field.name] for field in dataclasses.fields(RunRecord)})
 
 
@@ -111,8 +154,16 @@ def _check(content: Any, where: str, *, is_finished: bool) -> None:
         raise ValueError(f"{where} is not a complete record of a run:\n" + "\n".join(f"- {line}" for line in problems))
 
 
-def _is_list_with(value: Any, *names: str) -> bool:
-    return isinstance(value, list) and all(isinstance(item, Mapping) and set(names) <= set(item) for item in value)
+def _is_list_of(value: Any, required: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> bool:
+    """Return whether a value is a list of mappings with the required entries, and entries of these types."""
+    return isinstance(value, list) and all(
+        isinstance(item, Mapping)
+        and required.keys() <= item.keys()
+        and all(
+            isinstance(item[name], kind) for name, kind in {**required, **(optional or {})}.items() if name in item
+        )
+        for item in value
+    )
 
 
 def _problems(content: Mapping[str, Any], is_finished: bool) -> Iterator[str]:
@@ -126,19 +177,23 @@ def _problems(content: Mapping[str, Any], is_finished: bool) -> Iterator[str]:
         "task must be one of " + ", ".join(TASKS): values["task"] in TASKS,
         "arguments must map names to values": isinstance(values["arguments"], Mapping),
         "base_model must be a name or null": isinstance(values["base_model"], str | None),
-        "data must be a list, each with name, split, hours and utterances": _is_list_with(
-            values["data"], "name", "split", "hours", "utterances"
+        "data must be a list, each with name, split, hours and utterances": _is_list_of(
+            values["data"],
+            {"name": str, "split": str | None, "hours": float | int | None, "utterances": int | None},
         ),
         "steps must be a number of updates": isinstance(steps, int) and steps >= 0,
-        "evaluation must be a list, each with dataset, split and num_utterances": _is_list_with(
-            evaluation, "dataset", "split", "num_utterances"
+        "evaluation must be a list, each with dataset, split and num_utterances, and metrics as numbers": _is_list_of(
+            evaluation,
+            {"dataset": str, "split": str | None, "num_utterances": int},
+            dict.fromkeys(METRICS, float | int | None),
         ),
-        "versions must map libraries to versions": isinstance(values["versions"], Mapping),
+        "versions must map libraries to versions": isinstance(values["versions"], Mapping)
+        and all(isinstance(version, str) for version in values["versions"].values()),
         "started must be a time, such as 2026-11-25T09:00:00+00:00": _is_time(values["started"]),
         "finished is not a time: the run did not finish. Run the same command again to finish it": (
-            not is_finished or _is_time(values["finished"])
+            _is_time(values["finished"]) or (values["finished"] is None and not is_finished)
         ),
-        "hardware must not be empty": bool(values["hardware"]),
+        "hardware must not be empty": isinstance(values["hardware"], str) and bool(values["hardware"]),
     }
     yield from (text for text, holds in rules.items() if not holds and text.split()[0] not in missing)
     for entry in evaluation or ():

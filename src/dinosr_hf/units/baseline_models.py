@@ -42,7 +42,7 @@ class BaselineExtractor(UnitExtractor):
     def __init__(
         self, model: PreTrainedModel, *, layers: Sequence[int], normalizes: bool = True, is_smoothed: bool = False
     ) -> None:
-        self._baseline = model.eval()
+        self._network = model.eval()
         self.config = _frames_config(model.config)
         self.layers = check_layers(self.config, layers, with_codebooks=False)
         self.source, self.is_smoothed = "student", is_smoothed
@@ -52,8 +52,8 @@ class BaselineExtractor(UnitExtractor):
     @torch.inference_mode()
     def _layer_features(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
         (wave,) = waves
-        values = torch.from_numpy(wave)[None].to(self._baseline.device, self._baseline.dtype)
-        hidden_states = self._baseline(values, output_hidden_states=True).hidden_states
+        values = torch.from_numpy(wave)[None].to(self._network.device, self._network.dtype)
+        hidden_states = self._network(values, output_hidden_states=True).hidden_states
         found = torch.stack([hidden_states[layer] for layer in self.layers])
         return found.permute(1, 2, 0, 3).float(), [found.shape[2]]
 
@@ -80,7 +80,7 @@ def load_baseline(
         raise ValueError(f"{name} is a {config.model_type}; supported are {', '.join(BASELINES)}.")
     _frames_config(config)  # before memory is taken for a model that cannot be
     with opening(name, advice):
-        extractor: Any = AutoFeatureExtractor.from_pretrained(name)
+        extractor: Any = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     # Released encoders lack what only masks need.
     options: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "advice": advice}
     model = open_weights(AutoModel, name, may_lack="masked_spec_embed$", **options)

@@ -7,19 +7,18 @@ no line is duplicated, lost or truncated.
 
 import json
 import re
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Self
-
-from filelock import BaseFileLock, FileLock, Timeout
+from typing import Any
 
 from ..analysis.segmentation import find_runs
 from ..data import SAMPLING_RATE, SpeechSource
 from ..data.finding import literal_paths
-from ..utils.command_line import argument_errors
+from ..data.output_folder import OutputFolder
 from ..utils.extras import import_extra
-from ..utils.files import TEMPORARY_PREFIX, atomic_file, write_atomically
+from ..utils.files import atomic_file, write_atomically
 from ..utils.text_files import read_json
 from .extraction import LayerKMeans, Progress, UnitExtractor, Units
 
@@ -31,14 +30,6 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     write_atomically(file, json.dumps(content, indent=2) + "\n")
 
 
-def write_left_out(folder: Path, process: int, unreadable: dict[str, str]) -> None:
-    """Write id -> error message of a process's unreadable recordings to `left_out-000.json`; no file if none is."""
-    file = folder / f"left_out-{process:03}.json"
-    file.unlink(missing_ok=True)  # of an earlier run
-    if unreadable:
-        _write_json(file, unreadable)
-
-
 def share_of(recordings: SpeechSource, process: int, num_processes: int) -> list[int]:
     """Return the indices of a process's recordings, dealt by length so that all processes get about as much audio."""
     order = sorted(range(len(recordings)), key=lambda index: -recordings.utterances[index].num_samples)
@@ -47,11 +38,19 @@ def share_of(recordings: SpeechSource, process: int, num_processes: int) -> list
 
 
 def _ids_of(path: Path) -> list[str]:
-    with argument_errors(f"{path} is damaged. Remove it to extract its recordings again: ", (ValueError, KeyError)):
+    try:
         if path.suffix == ".jsonl":
             with open(path, encoding="utf-8") as lines:
-                return [json.loads(line)["id"] for line in lines]
-        return import_extra("pyarrow.parquet", "train").read_table(path, columns=["id"])["id"].to_pylist()
+                ids = [json.loads(line)["id"] for line in lines]
+        else:
+            with open(path, "rb") as file:  # pyarrow opens no path that is not UTF-8
+                ids = import_extra("pyarrow.parquet", "train").read_table(file, columns=["id"])["id"].to_pylist()
+        if not all(isinstance(name, str) for name in ids):
+            raise ValueError("it has an id that is not text")
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{path} is damaged. Remove it to extract its recordings again: {reason}.") from error
+    return ids
 
 
 def shards_of(folder: str | Path) -> list[Path]:
@@ -72,7 +71,52 @@ def load_units(folder: str | Path) -> Any:
     return dataset.from_json(shards) if shards[0].endswith(".jsonl") else dataset.from_parquet(shards)
 
 
-class UnitCorpus:
+class ExtractionFolder(OutputFolder):
+    """
+    What folders of units and of features share: a process's recordings, and a list of those that are unreadable.
+
+    Raises `ValueError` if `process` is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        extractor: UnitExtractor,
+        recordings: SpeechSource,
+        settings: Mapping[str, Any],
+        *,
+        results: str,
+        process: int,
+        num_processes: int,
+    ) -> None:
+        if not 0 <= process < num_processes:
+            raise ValueError(f"process={process} must be at least 0 and below num_processes={num_processes}.")
+        settings = {"results": results, **extractor.settings, **settings}
+        super().__init__(folder, recordings, settings, results=results, process=process)
+        self.extractor = extractor
+        self._share = share_of(recordings, process, num_processes)
+
+    def _begin(self) -> None:
+        super()._begin()
+        for file in [*self.folder.glob("left_out-*.json"), self.folder / "summary.json"]:  # of an earlier run
+            file.unlink(missing_ok=True)
+
+    @abstractmethod
+    def _complete(self) -> Iterable[str]:
+        """Return the ids of the recordings that lack nothing."""
+
+    def todo(self) -> list[int]:
+        """Return the indices of this process's recordings that are not done yet."""
+        done = set(self._complete())
+        return [index for index in self._share if self.recordings.utterances[index].id not in done]
+
+    def write_left_out(self) -> None:
+        """Write id -> error message of this process's unreadable recordings to `left_out-000.json`, if any are."""
+        if self.extractor.unreadable:
+            _write_json(self.folder / f"left_out-{self._process:03}.json", self.extractor.unreadable)
+
+
+class UnitCorpus(ExtractionFolder):
     """
     A folder of units that several processes write together, and that a later run can continue.
 
@@ -81,7 +125,9 @@ class UnitCorpus:
 
     Args:
         folder: Path of the folder; created if it does not exist.
-        settings: Settings that the units depend on; a folder only has units of the same settings.
+        extractor: Extracts the units. A folder only has those of one model, with the same settings.
+        recordings: As `open_source` or `open_recordings` opens them: those in the folder, if any, and more.
+        kmeans: Clusters of the extractor's layer and source to use as units, see `UnitExtractor.units`.
         form: "jsonl" or "parquet".
         deduplicate: Whether to merge runs of a unit into one, with its duration in frames.
         shard_seconds: Seconds of audio per shard, which is the most that a kill can cost.
@@ -92,8 +138,10 @@ class UnitCorpus:
     def __init__(
         self,
         folder: str | Path,
-        settings: dict[str, Any],
+        extractor: UnitExtractor,
+        recordings: SpeechSource,
         *,
+        kmeans: LayerKMeans | None = None,
         form: str = "jsonl",
         deduplicate: bool = False,
         shard_seconds: float = 3600.0,
@@ -104,97 +152,46 @@ class UnitCorpus:
             raise ValueError(f"form={form!r} is unknown. Choose one of {', '.join(FORMATS)}.")
         if shard_seconds <= 0:
             raise ValueError(f"shard_seconds={shard_seconds} must be more than 0.")
-        if not 0 <= process < num_processes:
-            raise ValueError(f"process={process} must be at least 0 and below num_processes={num_processes}.")
-        self.folder = Path(folder)
-        self._settings = {**settings, "format": form, "deduplicate": deduplicate}
-        self._form, self._deduplicate = form, deduplicate
+        clusters = None if kmeans is None else kmeans.digest
+        settings = {"layers": extractor.layers, "kmeans_sha256": clusters, "format": form, "deduplicate": deduplicate}
+        place = {"process": process, "num_processes": num_processes}
+        super().__init__(folder, extractor, recordings, settings, results="units", **place)
+        self._kmeans, self._form, self._deduplicate = kmeans, form, deduplicate
         self._shard_samples = shard_seconds * SAMPLING_RATE
-        self._process, self._num_processes = process, num_processes
-        self._lock = FileLock(self.folder / f".lock-{process:03}")
 
-    def open(self) -> Self:
-        """
-        Create the folder, or check that it can be continued. Call this in the main process before the others write.
+    def _done(self) -> list[str]:
+        return [name for path in shards_of(self.folder) for name in _ids_of(path)]
 
-        Raises `ValueError` if another run is writing to the folder, or its units have other settings.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._acquire(self._lock)
-        for other in self.folder.glob(".lock-*"):
-            if other != Path(self._lock.lock_file):
-                self._acquire(FileLock(other)).release()  # a process that outlived the rest of its run
-        file = self.folder / "settings.json"
-        before = read_json(file) if file.is_file() else self._settings
-        for name in {**before, **self._settings}:
-            if before.get(name) != self._settings.get(name):
-                self._lock.release()
-                raise ValueError(
-                    f"{self.folder} has units with {name}={before.get(name)!r}, but this run has"
-                    f" {name}={self._settings.get(name)!r}. Use the same settings, or another folder."
-                )
-        for leftover in [*self.folder.glob(f"{TEMPORARY_PREFIX}*"), *self.folder.glob("left_out-*.json")]:
-            leftover.unlink()
-        _write_json(file, self._settings)
-        return self
+    _complete = _done
 
-    def _acquire(self, lock: BaseFileLock) -> BaseFileLock:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            self._lock.release()
-            raise ValueError(
-                f"Another run is writing to {self.folder} ({Path(lock.lock_file).name} is locked). Wait for it, or"
-                " stop all of its processes."
-            ) from error
-        return lock
-
-    def __enter__(self) -> Self:
-        return self.open()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-    def todo(self, recordings: SpeechSource) -> list[int]:
-        """Return the indices of this process's recordings that are in no shard yet."""
-        done = {name for path in shards_of(self.folder) for name in _ids_of(path)}
-        share = share_of(recordings, self._process, self._num_processes)
-        return [index for index in share if recordings.utterances[index].id not in done]
-
-    def write(
-        self,
-        extractor: UnitExtractor,
-        recordings: SpeechSource,
-        *,
-        kmeans: LayerKMeans | None = None,
-        on_progress: Progress = None,
-    ) -> int:
+    def write(self, *, on_progress: Progress = None) -> int:
         """
         Extract this process's recordings that are still to do, shard by shard, and return their number.
 
-        When an error or Ctrl-C interrupts it, the units so far are written before the exception is raised again. The
-        arguments are those of `UnitExtractor.units`. Raises `ValueError` if another run writes with the same index.
+        When an error or Ctrl-C interrupts it, the units so far are written before the exception is raised again.
+        Raises `ValueError` as `open` does.
         """
-        if not self._lock.is_locked:
-            self._acquire(self._lock)
-        indices = self.todo(recordings)
-        lengths = dict(recordings.utterances[index] for index in indices)
+        self.open()
+        indices = self.todo()
+        lengths = dict(self.recordings.utterances[index] for index in indices)
         rows: list[dict[str, Any]] = []
         num_samples = 0
+        found = self.extractor.units(self.recordings, kmeans=self._kmeans, indices=indices, on_progress=on_progress)
         try:
-            for found in extractor.units(recordings, kmeans=kmeans, indices=indices, on_progress=on_progress):
-                rows.append(self._row(found, extractor.layers))
-                num_samples += lengths[found.id]
+            for units in found:
+                rows.append(self._row(units))
+                num_samples += lengths[units.id]
                 if num_samples >= self._shard_samples:
                     shard, rows, num_samples = rows, [], 0
                     self._write_shard(shard)
         finally:
             self._write_shard(rows)
-        write_left_out(self.folder, self._process, extractor.unreadable)
-        return len(indices) - len(extractor.unreadable)
+        self.write_left_out()
+        return len(indices) - len(self.extractor.unreadable)
 
-    def _row(self, found: Units, layers: Sequence[int]) -> dict[str, Any]:
+    def _row(self, found: Units) -> dict[str, Any]:
         row: dict[str, Any] = {"id": found.id}
+        layers = self.extractor.layers
         for layer, codes in zip(layers, found.codes, strict=True):
             suffix = f"_{layer}" if len(layers) > 1 else ""
             if self._deduplicate:
@@ -215,28 +212,28 @@ class UnitCorpus:
             return
         pyarrow, parquet = (import_extra(name, "train") for name in ("pyarrow", "pyarrow.parquet"))
         types = {name: pyarrow.string() if name == "id" else pyarrow.list_(pyarrow.int32()) for name in rows[0]}
-        with atomic_file(path) as temporary:
-            parquet.write_table(pyarrow.Table.from_pylist(rows, pyarrow.schema(types.items())), temporary)
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            parquet.write_table(pyarrow.Table.from_pylist(rows, pyarrow.schema(types.items())), file)
 
-    def finish(self, extractor: UnitExtractor, recordings: SpeechSource, num_units: int) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """
         Write `summary.json`, with what was left out and why, and return its content.
 
-        Call this in the main process after all others are done. `num_units` is the number of possible units.
+        Call this in the main process after all others are done.
         """
-        left_out = recordings.left_out
+        left_out = self.recordings.left_out
         for file in sorted(self.folder.glob("left_out-*.json")):
             left_out |= read_json(file)
-        shards = shards_of(self.folder)
-        done = [name for path in shards for name in _ids_of(path)]
-        known = dict(recordings.utterances)
+        done, known = self._done(), dict(self.recordings.utterances)
+        config, kmeans = self.extractor.config, self._kmeans
         summary = {
-            **self._settings,
+            "model_name": self.extractor.name,
+            **self.settings,
             "num_recordings": len(done),
             "hours": round(sum(known.get(name, 0) for name in done) / SAMPLING_RATE / 3600, 6),
-            "frame_seconds": extractor.frame_seconds,
-            "num_units": num_units,
-            "files": [path.name for path in shards],
+            "frame_seconds": self.extractor.frame_seconds,
+            "num_units": config.num_units(self.extractor.source) if kmeans is None else len(kmeans.centroids),
+            "files": [path.name for path in shards_of(self.folder)],
             "left_out": left_out,
         }
         _write_json(self.folder / "summary.json", summary)

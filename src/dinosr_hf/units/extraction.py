@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-from transformers import PreTrainedConfig
+from safetensors.numpy import save
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..analysis.kmeans import MAX_FRAMES, KMeans, fit_kmeans
 from ..data import SAMPLING_RATE, SpeechSource
@@ -30,9 +30,10 @@ from ..model.modeling_dinosr import (
     check_source,
     check_unit_layers,
 )
-from ..utils.damaged_files import explain_damage
+from ..utils.damaged_files import explain_damage, safetensors_shapes
+from ..utils.digests import model_digest, value_digest
 from ..utils.extras import import_extra
-from ..utils.files import atomic_file
+from ..utils.files import write_atomically
 from ..utils.model_folder import open_config, open_weights
 from ..utils.text_files import check_regular_file
 
@@ -101,22 +102,25 @@ class LayerKMeans(KMeans):
     source: str
     is_smoothed: bool = False  # as for `UnitExtractor`
 
+    @property
+    def digest(self) -> str:
+        """Digest of the clusters and of what they are clusters of, whatever file they come from."""
+        return value_digest([self.layer, self.source, self.is_smoothed, self.centroids.tolist()])
+
     def save(self, file: str | Path) -> Path:
         """Write a safetensors file atomically, and return its path."""
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {
-            "kmeans": json.dumps({"layer": self.layer, "source": self.source, "is_smoothed": self.is_smoothed})
-        }
-        with atomic_file(file) as temporary:
-            save_file({"centroids": np.ascontiguousarray(self.centroids)}, temporary, metadata=metadata)
-        return file
+        about = {"layer": self.layer, "source": self.source, "is_smoothed": self.is_smoothed}
+        metadata = {"kmeans": json.dumps(about)}
+        return write_atomically(file, save({"centroids": np.ascontiguousarray(self.centroids)}, metadata=metadata))
 
     @classmethod
     def load(cls, file: str | Path) -> Self:
         """Read a file that `save` wrote. Raises `ValueError` for any other file, and for centroids that are none."""
         try:
             check_regular_file(file)
+            safetensors_shapes(file)  # refuses what would take long
             with safe_open(file, "numpy") as opened:
                 about = json.loads((opened.metadata() or {})["kmeans"])
                 kmeans = cls(np.asarray(opened.get_tensor("centroids"), dtype=np.float32), **about)
@@ -172,7 +176,8 @@ class UnitExtractor:
         **windows: float,
     ) -> None:
         check_source(source, UNIT_SOURCES)
-        self.model, self.config, self.source = model.eval(), model.config, source
+        self._network: PreTrainedModel = model.eval()
+        self.model, self.config, self.source = model, model.config, source
         self.is_smoothed = is_smoothed and source != "teacher"
         if source == "anchor":
             self.layers = check_unit_layers(model.config, layers, source)
@@ -186,6 +191,17 @@ class UnitExtractor:
     def unreadable(self) -> dict[str, str]:
         """Id -> error message of the recordings that the last `units` or `features` could not read."""
         return self._runner.unreadable
+
+    @property
+    def name(self) -> str:
+        """Folder of the model, or its name on the Hub."""
+        return str(self._network.name_or_path)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What units and features depend on, apart from the layers; the model by its digest, so it can be moved."""
+        about = {"dtype": str(self._network.dtype).removeprefix("torch."), "model_sha256": model_digest(self._network)}
+        return {**about, "source": self.source, "is_smoothed": self.is_smoothed, **self._runner.settings}
 
     @property
     def frame_seconds(self) -> float:

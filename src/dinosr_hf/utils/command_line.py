@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from transformers import HfArgumentParser
@@ -54,6 +55,16 @@ def _print_anything() -> None:
             stream.reconfigure(errors="dinosr_escape")
 
 
+def _drops_output() -> bool:
+    """Return whether stdout takes no more text; what it has not written is dropped, or Python would try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 @contextmanager
 def command(script: str | os.PathLike, *user_errors: type[Exception]) -> Iterator[None]:
     """
@@ -61,7 +72,8 @@ def command(script: str | os.PathLike, *user_errors: type[Exception]) -> Iterato
 
     From here on, characters that the terminal's encoding lacks are printed as escapes, such as `\\u00e9`.
     `script` is its `__file__`. User errors, by default ValueError, OSError and ImportError, end it with the line
-    `script: message` and exit status 1; others are passed on.
+    `script: message` and exit status 1; others are passed on. An error of stdout, such as a full disk, ends it in the
+    same way; if the reader of stdout has gone, as `head` goes, it ends with status 1 and without a message.
     """
     _print_anything()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -70,10 +82,18 @@ def command(script: str | os.PathLike, *user_errors: type[Exception]) -> Iterato
     if shows_downloads:
         enable_progress_bars()
     caught = user_errors or (ValueError, OSError, ImportError)
+    handled: tuple[type[Exception], ...] = (OSError, *caught)
     try:
         yield
-    except caught as error:
-        sys.exit(f"{Path(script).name}: {error}")
+        if sys.stdout is not None:  # as `>&-` leaves it
+            sys.stdout.flush()
+    except handled as error:
+        is_of_stdout = isinstance(error, OSError) and sys.stdout is not None and _drops_output()
+        if is_of_stdout and isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        if not is_of_stdout and not isinstance(error, caught):
+            raise
+        sys.exit(f"{Path(script).name}: {'stdout: ' if is_of_stdout else ''}{error}")
 
 
 def refuse_unknown(
@@ -146,8 +166,10 @@ def explicit_names(argv: Sequence[str], groups: Sequence[Any], default_config: s
     return {*from_file, *_flag_names(flags)}
 
 
-def _check_number(name: str, value: Any) -> None:
-    """Refuse numbers that no argument can have, whose products would not be numbers."""
+def _check_value(name: str, value: Any) -> None:
+    """Refuse numbers that no argument can have, whose products would not be numbers, and an output without a name."""
+    if value == "" and name in ("output", "output_dir"):
+        raise ArgumentError(f"{name} is empty, as a shell variable is that was not set. Give a path.")
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int | float) and not -MAX_NUMBER <= number <= MAX_NUMBER:
             raise ArgumentError(f"{name}={number} is out of range: it must be a finite number up to {MAX_NUMBER:.0e}.")
@@ -164,12 +186,23 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str], **least:
     options = parser.parse_args(argv)
     try:
         for name, value in vars(options).items():
-            _check_number(name, value)
+            _check_value(name, value)
             if name in least and value is not None:
                 check_ranges([(value >= least[name], name, value, f"at least {least[name]}")])
     except ArgumentError as error:
         sys.exit(f"{parser.prog}: {error}")
     return options
+
+
+def _set_empty(group: Any, key: str, value: list[Any] | None) -> None:
+    hint = get_type_hints(type(group))[key]
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        setattr(group, key, None)
+    elif any(get_origin(kind) is list for kind in kinds):
+        setattr(group, key, [])
+    else:
+        raise ArgumentError(f"{key} has no value. Give it one, or leave out its line.")
 
 
 def parse_groups(
@@ -200,14 +233,14 @@ def parse_groups(
         )
     for group in parsed:
         for spec in dataclasses.fields(group):
-            _check_number(spec.name, getattr(group, spec.name))
+            _check_value(spec.name, getattr(group, spec.name))
     for text in unknown:
         if not text.startswith("-"):
             raise ArgumentError(f"{text} does not belong to any argument. Flags are --name value.")
         refuse_unknown([text.lstrip("-").partition("=")[0]], known)
     for key in from_file.keys() - _flag_names(flags):
         if from_file[key] in (None, []):  # which words cannot express
-            setattr(next(group for group in parsed if hasattr(group, key)), key, from_file[key])
+            _set_empty(next(group for group in parsed if hasattr(group, key)), key, from_file[key])
     return parsed
 
 

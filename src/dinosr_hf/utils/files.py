@@ -7,8 +7,13 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from .command_line import ArgumentError
 
 # Files being written have names that begin with this, in the folder of the finished file.
 TEMPORARY_PREFIX = ".unfinished-"
@@ -56,7 +61,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 
     Yields the path of an empty temporary file in the same folder, which must exist, to write to. It is created
     exclusively, never through a link, with the permissions that the umask leaves. When the block ends it is flushed
-    and renamed to `path`; if the block raises, it is removed.
+    and renamed to `path`, which replaces a link there, and not what it points to. If the block raises, it is removed.
     """
     path = Path(path)
     temporary = temporary_path(path)
@@ -91,10 +96,13 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     Write files into a folder atomically: a new folder, whose parents are created, appears complete or not at all.
 
     Yields the path of an empty temporary folder on the same disk, to write files to. If `folder` exists, each file is
-    replaced atomically when the block ends, and files of other names stay. If the block raises, nothing changes.
+    replaced atomically when the block ends, and files of other names stay. If the block raises, nothing changes. A
+    link to a folder is followed, but a file that is a link is replaced.
     """
     folder = Path(folder)
     is_new = not folder.exists()
+    if is_new and folder.is_symlink():
+        raise FileNotFoundError(errno.ENOENT, "It is a link to a folder that does not exist", str(folder))
     # Inside an existing folder: it may be a mount or a link, on another disk than its parent.
     temporary = temporary_path(folder) if is_new else folder / temporary_path(folder).name
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +125,50 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
         flush_to_disk(folder.parent if is_new else folder)
     finally:
         remove(temporary)
+
+
+def lock_folder(folder: str | os.PathLike, process: int = 0) -> AcquireReturnProxy:
+    """
+    Create a folder of results and lock it for a process of a run, until the end of `with`, or of the lock's `release`.
+
+    Raises `ArgumentError` if another run has locked it, and in the main process, 0, also if another process of one
+    has; or if it cannot be written to. A link in the place of the lock's file is not followed.
+    """
+    folder = Path(folder)
+    with contextlib.ExitStack() as undo:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / (f".lock-{process:03}" if process else ".lock")).acquire(timeout=0)
+            undo.callback(lock.lock.release)
+            for other in [] if process else folder.glob(".lock-*"):
+                FileLock(other).acquire(timeout=0).lock.release()
+        except Timeout as error:
+            raise ArgumentError(
+                f"Another run is using output_dir={folder} ({Path(error.lock_file).name} is locked). Give another"
+                " folder, or end that run (an interrupted `accelerate launch` can leave its processes behind)."
+            ) from error
+        except OSError as error:
+            raise ArgumentError(f"output_dir={folder} cannot be written to: {error}") from error
+        undo.pop_all()
+    return lock
+
+
+def claim_output_file(path: str | os.PathLike) -> Path:
+    """
+    Return the path of a file that a script will write after long work; create its folder.
+
+    Raises `ValueError` if it cannot be written: a folder has its name, or its folder takes no files.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written to: {error.strerror}. Give another name.") from error
+    return path
 
 
 def claim_output_folder(folder: str | os.PathLike, marker: str) -> Path:

@@ -22,6 +22,7 @@ from ..model.configuration_dinosr import DinoSRConfig
 from .command_line import ArgumentError
 from .damaged_files import count_weights, explain_damage
 from .files import atomic_folder
+from .pickle_check import check_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ _MODEL_FILES = (
     *("vocab.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "text_normalization.json"),
 )
 _MAX_REASON = 300
+_MAX_CONFIG_BYTES = 2**20  # 10,000 names of classes take less than half
 
 
 def _missing_shard(index: Path) -> str | None:
@@ -60,7 +62,7 @@ def _missing_shard(index: Path) -> str | None:
     return f"{index.parent} lacks {missing[0]}, one of {len(names)} files that {index.name} names. Download it."
 
 
-def _explain_folder(name: str | os.PathLike) -> str | None:
+def explain_folder(name: str | os.PathLike) -> str | None:
     """Return what is wrong with a file of a model's folder; None if all look whole, or it is a name on the Hub."""
     for pattern in _MODEL_FILES:
         for file in sorted(Path(name).glob(pattern)) if Path(name).is_dir() else []:
@@ -76,6 +78,12 @@ def _explain_folder(name: str | os.PathLike) -> str | None:
     return None
 
 
+def check_config_size(file: Path) -> None:
+    """Raise `ValueError` for a configuration that is so large that reading it takes minutes."""
+    if file.is_file() and (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{file} has {size:,} bytes; a configuration has at most {_MAX_CONFIG_BYTES:,}.")
+
+
 @contextmanager
 def opening(name: str | os.PathLike, advice: str) -> Iterator[None]:
     """
@@ -84,6 +92,7 @@ def opening(name: str | os.PathLike, advice: str) -> Iterator[None]:
     If it fails, raises `ValueError` with the name, or a damaged file in the folder, the reason and the advice; an
     `ArgumentError` or `ImportError` is passed on.
     """
+    check_config_size(Path(name) / "config.json")
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # it warns at each attempt to connect
     try:
@@ -91,11 +100,13 @@ def opening(name: str | os.PathLike, advice: str) -> Iterator[None]:
     except (ArgumentError, ImportError):
         raise
     except Exception as error:  # safetensors, pickle, json, torch and transformers each raise their own
-        if (damage := _explain_folder(name)) is not None:
+        if (damage := explain_folder(name)) is not None:
             raise ValueError(damage) from error
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         problem = f"cannot be opened: {reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON] + '...'}"
-        if type(error.__cause__) in (HFValidationError, RepositoryNotFoundError):
+        if "trust_remote_code" in reason:
+            problem = "names Python code that would have to run to open it, which no command here does"
+        elif type(error.__cause__) in (HFValidationError, RepositoryNotFoundError):
             problem = "is neither a folder nor a model on the Hub"
         elif isinstance(error.__cause__, LocalEntryNotFoundError):
             problem = "is not a folder, and the Hub cannot be reached to look for a model of this name"
@@ -111,18 +122,26 @@ def open_config(name: str | os.PathLike, advice: str = "Give a folder with a mod
     Raises `ValueError` if there is none; the message has the name, the reason and the advice.
     """
     with opening(name, advice):
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     return config
+
+
+def _pickled_weights(folder: str | os.PathLike) -> list[Path]:
+    """Return the files of weights that are no safetensors, of a folder that has no others."""
+    if any(Path(folder).glob("model*.safetensors")):
+        return []
+    return sorted(Path(folder).glob("pytorch_model*.bin"))
 
 
 def _check_size(folder: str | os.PathLike, config: Any) -> None:
     """Refuse a DinoSR with more weights by its configuration than in its files, before it takes memory for them."""
     files = [file for file in sorted(Path(folder).glob("model*.safetensors")) if file.is_file()]
-    if not files or not isinstance(getattr(config, "num_encoder_weights", None), int):
+    pickled = _pickled_weights(folder)
+    found = count_weights(files) or sum(file.stat().st_size for file in pickled) // 2  # at least two bytes for each
+    if not files + pickled or not isinstance(getattr(config, "num_encoder_weights", None), int):
         return
     if getattr(config, "quantization_config", None) is not None:  # several weights in one number
         return
-    found = count_weights(files)
     if config.num_encoder_weights > found:
         raise ValueError(
             f"config.json describes an encoder of {config.num_encoder_weights:,} weights, but the folder's files have"
@@ -151,17 +170,22 @@ def open_weights(
     Load a model by `model_class.from_pretrained(name, **options)`, with all of its weights, and move it to a device.
 
     `may_lack` is a regular expression of the names of weights that may start anew; None: none may. Raises `ValueError`
-    for a damaged folder, for one that lacks weights or has some of other shapes, which transformers would initialise
-    at random, and for a device that is not there.
+    for a folder that is damaged or made to do harm, for one that lacks weights or has some of other shapes, which
+    transformers would initialise at random, and for a device that is not there.
     """
     _check_device(device)
+    for file in _pickled_weights(name):
+        check_torch_file(file)
+    config = options.get("config")
+    config = open_config(name, advice) if config is None else config
     with opening(name, advice):
-        config = options.get("config")
-        _check_size(name, AutoConfig.from_pretrained(name) if config is None else config)
+        _check_size(name, config)
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # it prints a table of the weights that are lacking
         try:
-            model, info = model_class.from_pretrained(name, output_loading_info=True, **options)
+            model, info = model_class.from_pretrained(
+                name, output_loading_info=True, trust_remote_code=False, **options
+            )
         finally:
             transformers_logging.set_verbosity(verbosity)
     mismatched = {key for key, *_ in info["mismatched_keys"]}
@@ -191,17 +215,19 @@ def feature_extractor() -> Wav2Vec2FeatureExtractor:
     )
 
 
-def save_folder(model: PreTrainedModel, folder: str | os.PathLike) -> Path:
+def save_folder(
+    model: PreTrainedModel, folder: str | os.PathLike, weights: dict[str, torch.Tensor] | None = None
+) -> Path:
     """
     Write weights, configuration, the model's code and the feature extractor, as `atomic_folder` does; return the path.
 
-    No progress bar is shown, since a run has its own.
+    `weights` are written in place of the model's own. No progress bar is shown, since a run has its own.
     """
     had_progress_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         with atomic_folder(folder) as temporary:
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=weights)
             feature_extractor().save_pretrained(temporary)
     finally:
         if had_progress_bar:

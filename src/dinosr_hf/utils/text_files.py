@@ -12,6 +12,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,11 +23,13 @@ from typing import Any, BinaryIO
 import yaml
 
 from .damaged_files import explain_stand_in
+from .visible_text import visible_text
 
 MAX_LINE_BYTES = 2**26  # labels at 50 Hz of a recording of 24 hours have about 30 million
 # Text compresses to a tenth, labels at a fixed rate to a fiftieth; repetitions without content to a thousandth.
 MAX_COMPRESSION, _UNSUSPECTED_BYTES = 100, 2**25
 _MAX_TEXT_BYTES = 2**28
+_MAX_YAML_VALUES = 10**6
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
@@ -143,12 +146,13 @@ def _json_decoder(parse_float: Callable[[str], Any] = float) -> json.JSONDecoder
     )
 
 
-def _parse_json(text: str, decoder: json.JSONDecoder, where: str) -> Any:
+def _parse_json(text: str, decoder: json.JSONDecoder, where: str, rule: str = "") -> Any:
     try:
         return decoder.decode(text)
     except json.JSONDecodeError as error:
         shown = text if len(text) <= 80 else f"{text[:80]}..."
-        raise ValueError(f"{where}: {shown!r} is not valid JSON: {error.msg} at character {error.pos + 1}.") from None
+        problem = f"{shown!r} is not valid JSON: {error.msg} at character {error.pos + 1}.{rule}"
+        raise ValueError(f"{where}: {problem}") from None
     except RecursionError:
         raise ValueError(f"{where}: its brackets are nested too deeply. Flatten it.") from None
     except ValueError as error:
@@ -160,14 +164,57 @@ def read_json(path: str | os.PathLike) -> Any:
     return _parse_json(read_text(path), _json_decoder(), os.fspath(path))
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """Refuse a key that occurs twice, of which YAML takes the last."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # filled below
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        content = super().construct_mapping(node, deep)
+        if len(content) < len(node.value):
+            places: dict[str, Any] = {}
+            for key, _ in node.value:
+                if (first := places.setdefault(key.value, key.start_mark)) is not key.start_mark:
+                    lines = f"line {first.line + 1} and in line {key.start_mark.line + 1}"
+                    raise ValueError(f"{key.value} is set in {lines}. Leave one.")
+        return content
+
+
+# What is no text, by its first characters. For YAML 1.1 `no` (Norwegian) is false, 010 is 8 and 1:30 is 90.
+for _tag, _pattern, _first in (
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", "[-+]?(?:0|[1-9][0-9_]*)", [*"-+0123456789"]),
+    ("float", r"[-+]?(?:(?:0|[1-9][0-9_]*)\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", [*"-+."]),
+):
+    _YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
+
+
+def _num_values(content: Any, known: dict[int, int]) -> int:
+    """Count the values in lists and mappings, without a visit to each that an alias (`*name`) repeats."""
+    children = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    if id(content) not in known:
+        known[id(content)] = 1 + sum(_num_values(child, known) for child in children)
+    return known[id(content)]
+
+
 def load_yaml(path: str | os.PathLike) -> Any:
-    """Read a YAML file with plain values. Raises `ValueError` if it is none, and `OSError`."""
+    """
+    Read a YAML file of text, numbers, true, false and null. Raises `ValueError` if it is none, or repeats a key.
+
+    Words such as `no`, dates, times and numbers that begin with a zero are text, unlike in YAML 1.1. A missing file
+    is an `OSError`.
+    """
+    text = read_text(path)
     try:
-        return yaml.safe_load(read_text(path))
-    # Values that look like numbers or dates are not always any.
+        content = yaml.load(text, _YamlLoader)
+        if (num_values := _num_values(content, {})) > _MAX_YAML_VALUES:
+            raise ValueError(f"its aliases (*name) make {num_values:,} values of it. Write out what they stand for.")
     except (yaml.YAMLError, ArithmeticError, LookupError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{os.fspath(path)} is not valid YAML: {reason}") from None
+    return content
 
 
 def json_lines(
@@ -183,7 +230,7 @@ def json_lines(
     for number, line in enumerate(text_lines(path, errors=errors), start=1):
         if line.strip():
             where = f"{os.fspath(path)}, line {number}"
-            content = _parse_json(line.strip(), decoder, where)
+            content = _parse_json(line.strip(), decoder, where, " Each line must be a JSON object.")
             if not isinstance(content, dict):
                 raise ValueError(f"{where}: {line.strip()[:80]!r} is not a JSON object; each line must be one.")
             yield number, content
@@ -195,12 +242,12 @@ def _delimiter(header: str) -> str:
     return found[0] if len(found) == 1 and "," not in header else ","
 
 
-def _check_names(names: list[str], path: str | os.PathLike) -> None:
+def _check_names(names: list[str], path: str | os.PathLike, number: int) -> None:
     # pandas writes its index as a first column without a name.
     wrong = next((name for place, name in enumerate(names) if names.count(name) > 1 or (not name and place)), None)
     if wrong is not None:
         problem = f"the column name {wrong!r} occurs twice" if wrong else "a column has no name"
-        raise ValueError(f"{os.fspath(path)}, line 1: {problem}. Its names are {', '.join(map(repr, names))}.")
+        raise ValueError(f"{os.fspath(path)}, line {number}: {problem}. Its names are {', '.join(map(repr, names))}.")
 
 
 def _problem(error: csv.Error) -> str:
@@ -219,19 +266,33 @@ def _swallows(row: list[str], names: list[str], delimiter: str) -> str | None:
     return None
 
 
-def csv_rows(path: str | os.PathLike, *, errors: str = "strict") -> Iterator[tuple[int, dict[str, str]]]:
+def csv_rows(
+    path: str | os.PathLike, *, errors: str = "strict", has_quotes: bool = True
+) -> Iterator[tuple[int, dict[str, str]]]:
     """
     Yield line number and fields, by column name, of each row of a CSV file whose first line names the columns.
 
-    Commas separate the columns; or semicolons or tabs if the first line has one of these and no comma. Rows without
-    any text are skipped. Raises `ValueError` for names that are repeated or empty, rows with more or fewer fields than
-    columns, a quote that is not closed or has text behind it, fields over 131,072 characters, and a field of several
-    lines that may be parts of several rows, which an open quote joined. `errors` is that of `text_lines`.
+    Commas separate the columns; or semicolons or tabs if the first line has one of these and no comma, or is Excel's
+    `sep=;`. Without `has_quotes`, quotes are part of the text. Rows without any text are skipped, and so are columns
+    and fields at the end of a line that have no name and no text.
+
+    Raises `ValueError` for names that are repeated or empty, rows with more or fewer fields than columns, a quote that
+    is not closed or has text behind it, fields over 131,072 characters, and a field of several lines that may be parts
+    of several rows, which an open quote joined. `errors` is that of `text_lines`.
     """
     lines = text_lines(path, errors=errors)
     first = next(lines, "")
     delimiter = _delimiter(first)
-    reader = csv.reader((f"{line}\n" for line in chain([first], lines)), delimiter=delimiter, strict=True)
+    if (declared := re.fullmatch('"?sep=([,;\t])"?', first)) is not None:
+        first, delimiter = "", declared[1]
+    content = (f"{line}\n" for line in chain([first], lines))
+    reader = csv.reader(
+        content,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE,
+        skipinitialspace=True,
+        strict=True,
+    )
     names: list[str] = []
     while True:
         number = reader.line_num + 1
@@ -246,12 +307,19 @@ def csv_rows(path: str | os.PathLike, *, errors: str = "strict") -> Iterator[tup
         if not any(row):
             continue
         if not names:
-            names = row
-            _check_names(names, path)
+            names = [visible_text(name) for name in row]
+            while not names[-1]:
+                names.pop()
+            _check_names(names, path, number)
             continue
+        while len(row) > len(names) and not row[-1]:
+            row.pop()
         if len(row) != len(names):
             counts = f"the row has {len(row)} instead of {len(names)} fields ({', '.join(names)})"
-            raise ValueError(f"{where}: {counts}. Put quotes around a text that has {delimiter!r} in it.")
+            advice = f"Put quotes around a text that has {delimiter!r} in it"
+            if len(row) < len(names) or not has_quotes:
+                advice = f"Separate the fields by {delimiter!r}, which no text may have in it"
+            raise ValueError(f"{where}: {counts}. {advice}.")
         if (name := _swallows(row, names, delimiter)) is not None:
             problem = f"{name} reaches to line {reader.line_num}. Close its quote, or write it in one line"
             raise ValueError(f"{where}: {problem}.")

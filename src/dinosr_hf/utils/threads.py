@@ -9,12 +9,21 @@ import torch
 MAX_THREADS = 4096  # beyond what a machine has; torch would try to make them
 
 
+def _threads_of_environment() -> int:
+    """Return the number in OMP_NUM_THREADS, of which a list gives the first; 0: none that somebody chose."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    number = min(int(first), MAX_THREADS) if first.isdecimal() and len(first) < 10 else 0
+    is_launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    return 0 if number == 1 and is_launched else number
+
+
 def set_cpu_threads(num_threads: int, num_processes: int = 1) -> int:
     """
     Set the number of threads that torch computes with in this process, and return it.
 
-    0 is this process's share of the cores that it may run on, which `num_processes` on this machine share. `accelerate
-    launch` and `torchrun` leave a process a single thread otherwise. Raises `ValueError` for numbers out of range.
+    0 is what OMP_NUM_THREADS says; without it, the share of the cores that this process may run on, which
+    `num_processes` on this machine share. A 1 that `accelerate launch` or `torchrun` may have set does not count: they
+    do so by themselves. Raises `ValueError` for numbers out of range.
     """
     if not 0 <= num_threads <= MAX_THREADS:
         raise ValueError(
@@ -25,5 +34,5 @@ def set_cpu_threads(num_threads: int, num_processes: int = 1) -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows
         cores = os.cpu_count() or 1
-    torch.set_num_threads(num_threads or max(1, cores // num_processes))
+    torch.set_num_threads(num_threads or _threads_of_environment() or max(1, cores // num_processes))
     return torch.get_num_threads()

@@ -26,6 +26,7 @@ _INVISIBLE = regex.compile(
 )
 
 _RUN, _TRANSPARENT, _VIRAMA = f"[{_JOINERS}]*+", r"\p{Joining_Type=T}*", r"[\p{ccc=9}--\p{lb=SA}]"
+_UNSPACED = r"[\p{lb=SA}\p{Javanese}\p{Balinese}]"
 
 
 def _run_with(mark: str) -> str:
@@ -34,8 +35,8 @@ def _run_with(mark: str) -> str:
 
 _MEANINGFUL = regex.compile(
     "(?V1)"
-    # Words of Thai, Lao, Khmer, Burmese and their like, which have no other space between them.
-    rf"(?P<space>(?<=\p{{lb=SA}}){_run_with(chr(0x200B))}|{_run_with(chr(0x200B))}(?=\p{{lb=SA}}))"
+    # Words of Thai, Lao, Khmer, Burmese, Javanese and their like, which have no other space between them.
+    rf"(?P<space>(?<={_UNSPACED}){_run_with(chr(0x200B))}|{_run_with(chr(0x200B))}(?={_UNSPACED}))"
     # Between letters that would join (Persian, Urdu, Kurdish), and in Indic scripts where it prevents a conjunct.
     rf"|(?P<non_joiner>(?<=[\p{{jt=D}}\p{{jt=L}}]{_TRANSPARENT}){_run_with(chr(0x200C))}"
     rf"(?={_TRANSPARENT}[\p{{jt=D}}\p{{jt=R}}])|(?<={_VIRAMA}){_run_with(chr(0x200C))}(?=\p{{L}}))"
@@ -47,9 +48,9 @@ _MEANINGFUL = regex.compile(
 _MEANING = {"space": " ", "non_joiner": "\u200c", "joiner": "\u200d", "separator": "\u180e"}
 
 # A line is not to end behind, or begin with, one of these: signs written before the vowel that they follow in speech,
-# stacked consonants, dependent vowels, small kana, long-vowel and closing marks.
+# stacked consonants, dependent vowels, small kana, long-vowel, opening and closing marks.
 _UNIT = regex.compile(
-    r"(?V1)\p{Logical_Order_Exception}*\X"
+    r"(?V1)[\p{Logical_Order_Exception}\p{lb=OP}]*\X"
     r"(?:(?<=\p{InSC=Invisible_Stacker})\X|[[\p{lb=SA}&&\p{InSC=Vowel_Dependent}]--\p{Logical_Order_Exception}]\p{M}*"
     r"|[\p{lb=CJ}\p{lb=NS}\p{lb=CL}\p{lb=CP}\p{lb=EX}]\p{M}*)*"
 )
@@ -58,18 +59,16 @@ _UNIT = regex.compile(
 _SPACELESS = regex.compile(r"[\p{lb=H2}\p{lb=H3}\p{lb=ID}\p{lb=CJ}\p{lb=NS}\p{lb=SA}\p{lb=AK}\p{lb=AS}\p{Tibetan}]")
 
 
-def remove_invisible(text: str, keep: str = "") -> str:
+def remove_invisible(text: str) -> str:
     """
-    Remove the characters that show nothing and tell no words apart, but not those of `keep`.
+    Remove the characters that show nothing and tell no words apart.
 
     ZERO WIDTH NON-JOINER stays between letters that would join (Persian) and JOINER beside a virama (Indic scripts);
-    ZERO WIDTH SPACE becomes a space beside letters of scripts without other spaces (Thai, Lao, Khmer, Burmese).
+    ZERO WIDTH SPACE becomes a space beside letters of scripts without other spaces (Thai, Lao, Khmer, Burmese,
+    Javanese).
     """
     if text.isascii() and text.isprintable():
         return text
-    if keep:
-        parts = regex.split(f"([{regex.escape(keep)}])", text)  # its odd parts are of `keep`
-        return "".join(part if place % 2 else remove_invisible(part) for place, part in enumerate(parts))
     text = _INVISIBLE.sub("", text.replace("\u2800", " "))  # a Braille pattern without dots
     return _MEANINGFUL.sub(lambda found: _MEANING.get(found.lastgroup, ""), text)
 
@@ -88,8 +87,8 @@ def name_key(name: str) -> str:
 
 
 def path_on_disk(path: str | os.PathLike) -> str:
-    """Return a path as the file system has it, if only its Unicode form differs; any other path as it is."""
-    name = os.fspath(path)
+    """Return a path as the file system has it, if only its Unicode form or encoding differs; any other as it is."""
+    name = os.fsdecode(os.fspath(path).encode("utf-8", "surrogateescape"))  # UTF-8, whatever the locale
     if name.isascii() or os.path.exists(name):
         return name
     folder, file = os.path.split(name)

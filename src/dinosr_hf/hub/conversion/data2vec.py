@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ...model.configuration_dinosr import DinoSRConfig
@@ -40,7 +41,10 @@ def read_data2vec_folder(folder: Path) -> Layout:
     file = folder / "model.safetensors"
     if file.is_file() and (damage := explain_damage(file)) is not None:
         raise ConversionError(damage)
-    state = load_file(file) if file.is_file() else open_checkpoint(folder / "pytorch_model.bin")
+    try:
+        state = load_file(file) if file.is_file() else open_checkpoint(folder / "pytorch_model.bin")
+    except SafetensorError as error:
+        raise ConversionError(f"{file} is damaged: {error}. Download it again.") from error
     has_head = any(key.startswith(PREFIX) for key in state)
     unused = {key: "a head" for key in state if has_head and not key.startswith(PREFIX)}
     weights = [Weight(key.removeprefix(PREFIX), key, tensor) for key, tensor in state.items() if key not in unused]

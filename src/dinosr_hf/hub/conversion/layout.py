@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from ...model.configuration_dinosr import DinoSRConfig
+from ...utils.model_folder import check_config_size
 from ...utils.text_files import read_json
 from .checkpoint_file import ConversionError
 
@@ -62,6 +63,7 @@ def read_settings(file: str | os.PathLike) -> dict[str, Any]:
     if not Path(file).is_file():
         raise ConversionError(f"{file} is not a file. Give a model's folder, or its configuration in JSON.")
     try:
+        check_config_size(Path(file))
         settings = read_json(file)
     except (OSError, ValueError) as error:
         raise ConversionError(f"{file} is not a configuration in JSON ({error}).") from error

@@ -1,19 +1,29 @@
 """
-Check the cost of a checkpoint's pickles before torch reads them.
+Check the cost of what `torch.save` wrote, by anyone, before torch reads it.
 
 `torch.load(weights_only=True)` runs no code of a file, but these it cannot refuse once it has begun: tensors of
 100,000 dimensions or larger than their storage, memory for bytes that the file does not have, dictionary keys that
 collide or take forever to hash, cheap steps that repeat an expensive one. `PickleCheck` therefore follows the steps of
 a pickle first. It knows tuples and lists by their items and other values by kind and length, and builds none of them.
+The archive around the pickles must be one that Python and torch read in the same way, without parts that overlap.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import pickletools
+import struct
+import tarfile
+import zipfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
+
+from .damaged_files import explain_damage
 
 # Far above 24 layers with the optimizer's state (80,000 steps, 8,000 calls), and checked in less than a second.
 LIMITS = {
@@ -23,6 +33,8 @@ LIMITS = {
     "values": 100_000,
     "large or fractional numbers as keys": 2_000,
 }
+MAX_PICKLE_BYTES = 16 * 2**20
+MAX_DIRECTORY_BYTES = 2 * 2**20  # of an archive: 30,000 entries
 MAX_LENGTH = 16  # of shapes, and of all else that torch goes through at each call
 
 # Classes that become inert objects -> the entry of their state that has the values; None: all of it.
@@ -54,6 +66,10 @@ TAKEN = {
     **dict.fromkeys(("TUPLE2", "SETITEM", "REDUCE", "NEWOBJ"), 2),
     "TUPLE3": 3,
 }
+
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+NOT_TORCH = "it is a zip archive, but not one that torch.save writes"
 
 
 class Refused(Exception):
@@ -206,3 +222,88 @@ def _check_tensor(length: int, offset: int, shape: tuple[int, ...], stride: tupl
     # The second condition refuses one number that is repeated over gigabytes.
     if (size := math.prod(shape)) and (last >= length or size > length):
         raise Refused(f"it claims a tensor of shape {shape} in {length:,} numbers")
+
+
+def _check_end(stream: BinaryIO, num_bytes: int) -> tuple[int, int]:
+    """
+    Return the number of entries of a zip archive and where their directory begins, before it is read.
+
+    The directory reaches to the records at the archive's end, and these to the file's. Otherwise Python and torch may
+    read two directories, so that what is checked is not what is loaded.
+    """
+    stream.seek(max(0, num_bytes - 98))
+    tail = stream.read()
+    *_, count, size, start, comment = struct.unpack("<4s4H2LH", tail[-22:])
+    num_end_bytes = 22
+    if tail[-42:-38] == b"PK\x06\x07":  # of the records for large archives
+        num_end_bytes = 98
+        require(struct.unpack("<4sLQL", tail[-42:-22])[2] == num_bytes - num_end_bytes, NOT_TORCH)
+        *_, count, size, start = struct.unpack("<4sQ2H2L4Q", tail[-98:-42])
+    require(comment == 0 and start + size + num_end_bytes == num_bytes, NOT_TORCH)
+    require(size <= MAX_DIRECTORY_BYTES, f"the directory of its archive has more than {MAX_DIRECTORY_BYTES:,} bytes")
+    return count, start
+
+
+def _check_zip(stream: BinaryIO, num_bytes: int) -> None:
+    count, end = _check_end(stream, num_bytes)
+    with zipfile.ZipFile(stream) as archive:
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        is_stored = all(entry.compress_type == 0 and entry.compress_size == entry.file_size for entry in entries)
+        # torch's reader of archives ignores the case of names, and does not look for one that begins later.
+        is_unique = len({entry.filename.lower() for entry in entries}) == len(entries) == count
+        require(len(pickles) == 1 and is_stored and is_unique and entries[0].header_offset == 0, NOT_TORCH)
+        ends = [*(entry.header_offset for entry in entries[1:]), end]
+        is_apart = all(e.header_offset + e.file_size < after for e, after in zip(entries, ends, strict=True))
+        require(is_apart, "parts of its archive overlap")
+        require(pickles[0].file_size <= MAX_PICKLE_BYTES, f"its pickle has more than {MAX_PICKLE_BYTES:,} bytes")
+        folder = pickles[0].filename.removesuffix("data.pkl") + "data/"
+        sizes = {entry.filename.removeprefix(folder): entry.file_size for entry in entries}
+        PickleCheck(num_bytes, sizes).follow(io.BytesIO(archive.read(pickles[0])))
+
+
+def _check_legacy(stream: BinaryIO, num_bytes: int) -> None:
+    """Check a file from before torch 1.6: five pickles one after another, then the storages."""
+    start = io.BytesIO(stream.read(MAX_PICKLE_BYTES))
+    try:
+        tarfile.TarInfo.frombuf(start.getvalue()[: tarfile.BLOCKSIZE], tarfile.ENCODING, "surrogateescape")
+    except tarfile.TarError:
+        check = PickleCheck(num_bytes)
+    else:
+        raise Refused("it can be read as a tar archive too, which torch tries first")
+    require(check.follow(start) == LEGACY_MAGIC, "it is not what torch.save writes")
+    *_, keys = [check.follow(start) for _ in ("version", "system", "content", "keys of the storages")]
+    is_list = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    require(is_list and check.claims.keys() <= set(keys), "it lacks storages that it describes")
+
+
+@contextmanager
+def refusing(file: str | os.PathLike) -> Iterator[None]:
+    """Raise `ValueError`, with the file's name, for whatever goes wrong in a body that reads what torch.save wrote."""
+    problem = f"{file} cannot be opened as a checkpoint without running code from it: "
+    try:
+        yield
+    except Refused as error:
+        raise ValueError(f"{problem}{error}.") from error
+    except Exception as error:  # pickletools, zipfile and torch each raise their own for a damaged file
+        raise ValueError(f"{problem}it is damaged ({error.__class__.__name__}).") from error
+
+
+def check_torch_file(file: str | os.PathLike) -> bool:
+    """
+    Raise `ValueError` for a file that `torch.load(weights_only=True)` should not read; return whether it is a zip.
+
+    Args:
+        file: Path of what `torch.save` wrote, in any version of its format.
+    """
+    if (damage := explain_damage(file)) is not None:
+        raise ValueError(damage)
+    with open(file, "rb") as stream:
+        start = stream.read(4)
+        is_zip = start == b"PK\x03\x04"  # as torch.load decides
+        if not is_zip and start[:1] != b"\x80":  # of a pickle
+            raise ValueError(f"{file} is not a checkpoint that torch.save wrote.")
+        stream.seek(0)
+        with refusing(file):
+            (_check_zip if is_zip else _check_legacy)(stream, os.fstat(stream.fileno()).st_size)
+    return is_zip
