@@ -70,7 +70,6 @@ EXTRAS = [
     "onnxscript",
     "pandas",
     "peft",
-    "praatio",
     "pyarrow",
     "scipy",
     "sklearn",

@@ -218,6 +218,31 @@ def test_data_that_is_a_pointer_is_named(work, tmp_path, monkeypatch, name, scri
     assert f"{file} is a Git LFS pointer of 66 bytes, not the file itself. Run `git lfs pull`" in found
 
 
+@pytest.mark.parametrize("script", ["pretrain", "finetune_ctc"])
+def test_data_of_no_value_is_named(work, tmp_path, monkeypatch, script):
+    option = "data" if script == "pretrain" else "train_data"
+    model = "" if script == "pretrain" else f"model: {work}/pretrained\n"
+    (tmp_path / "empty.yaml").write_text(f"{option}:\n{model}")
+    found = last_words(monkeypatch, script, tmp_path / "empty.yaml", "--output_dir", tmp_path / "out")
+    assert found.startswith(f"{option} is empty. Give at least one folder, ")
+
+
+@pytest.mark.parametrize("kind", ["eval_data", "base_model", "eval_labels"])
+def test_a_dry_run_opens_what_the_run_would(work, tmp_path, monkeypatch, kind):
+    write(tmp_path / "data" / "a.wav", 16_000)
+    (tmp_path / "empty.csv").touch()
+    flags = ["--data", tmp_path / "data", "--dry_run", "true", f"--{kind}", tmp_path / "empty.csv"]
+    if kind == "eval_labels":
+        flags += ["--eval_data", tmp_path / "data"]
+    assert f"{tmp_path}/empty.csv " in pretrain(monkeypatch, tmp_path, *flags)
+
+
+def test_a_stream_of_an_empty_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "speech.parquet").mkdir()
+    found = pretrain(monkeypatch, tmp_path, "--data", tmp_path / "speech.parquet", "--streaming", "true")
+    assert f"{tmp_path}/speech.parquet is not one" in found
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e308"])
 @pytest.mark.parametrize(
     ("script", "option"),
@@ -283,6 +308,48 @@ def test_counts_out_of_range_are_refused(monkeypatch, script, argv, message):
     monkeypatch.setattr(sys, "argv", [f"{script}.py"])
     with pytest.raises(SystemExit, match=message):
         load_script(f"examples/{script}.py").main(["model", "data", *argv])
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        ("fit_kmeans", ["none", "data", "--output", "taken.safetensors"]),
+        ("inspect_units", ["none", "data", "--output", "taken.safetensors"]),
+        ("tune_decoding", ["none", "data", "lm.arpa", "--output", "taken.safetensors"]),
+        ("evaluate_units", ["none", "--data", "data", "--output_dir", "file"]),
+        ("evaluate_layers", ["none", "--data", "data", "--output_dir", "file"]),
+        ("make_manifest", ["none", "file/new.csv"]),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(monkeypatch, tmp_path, script, argv):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken.safetensors").mkdir()
+    (tmp_path / "file").touch()
+    found = last_words(monkeypatch, script, *argv)
+    assert re.match(r"(taken|file)\S+ cannot be written to: (Is a|File ex|Not a) ?\w+\. Give another name\.", found)
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        ("transcribe", ["model", "data", "--output_dir", ""]),
+        ("extract_units", ["model", "data", "--output_dir="]),
+        ("fit_kmeans", ["model", "data", "--output", ""]),
+        ("pretrain", ["--data", "data", "--output_dir="]),
+        ("finetune_ctc", ["--train_data", "data", "--output_dir="]),
+    ],
+)
+def test_an_output_without_a_name_is_not_this_folder(monkeypatch, tmp_path, script, argv):
+    monkeypatch.chdir(tmp_path)
+    assert re.match(r"output(_dir)? is empty, as a shell variable is that", last_words(monkeypatch, script, *argv))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tuning_a_model_on_the_hub_needs_a_file_to_write(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = last_words(monkeypatch, "tune_decoding", "someone/model", "data", "lm.arpa")
+    assert found == "someone/model is not a folder here, which could take the result. Give --output."
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("script", ["extract_units", "transcribe", "fit_kmeans", "inspect_units"])

@@ -81,12 +81,20 @@ def test_stride_and_field_move_the_labels():
         ([("a", float("nan"), 0.1)], "ends before it starts"),
         ([("a", 0.0, 0.5), ("b", 0.3, 0.6)], "overlap.*one tier"),
         ([{"label": "a", "start": 0.0}], "lacks 'end'"),
+        (
+            [("a", 0, 0.04), ("b", 40, 90)],
+            r"\('b', 40.0, 90.0\) begins after the end .* at 0\.07 s\. Times are",
+        ),
     ],
-    ids=["backwards", "nan", "overlap", "key"],
+    ids=["backwards", "nan", "overlap", "key", "milliseconds"],
 )
 def test_frame_labels_refuses_segments(segments, message):
     with pytest.raises(ValueError, match=message):
         frame_labels(segments, 2)
+
+
+def test_labels_may_reach_behind_the_end():
+    assert frame_labels([("a", 0.0, 0.02), ("b", 0.02, 0.1), ("SIL", 0.1, 9.0)], 2) == ["a", "b"]
 
 
 def test_negative_number_of_frames_is_refused():

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 
 import pytest
 
@@ -91,6 +92,55 @@ def test_textgrid(tmp_path, text):
     file = write(tmp_path / "a.TextGrid", text)
     assert read_textgrid(file) == SEGMENTS
     assert read_alignments(file) == {"a": SEGMENTS}
+
+
+def with_first(label):
+    return [SEGMENTS[0]._replace(label=label), *SEGMENTS[1:]]
+
+
+@pytest.mark.parametrize("form", [LONG, SHORT], ids=["long", "short"])
+@pytest.mark.parametrize(
+    ("written", "changed", "expected"),
+    [
+        ("0.25", "2.5e-1", SEGMENTS),
+        ("0.25", "2.5E-1", SEGMENTS),
+        ('"SIL"', '"item [1]:"', with_first("item [1]:")),
+        (
+            '"SIL"',
+            '"xmin = 7 ""IntervalTier"""',
+            with_first('xmin = 7 "IntervalTier"'),
+        ),
+        ('"SIL"', '"SIL" ! a comment with 1 "text"', SEGMENTS),
+        ('"phones"', '"phones "', SEGMENTS),
+        (" = ", "=", SEGMENTS),
+    ],
+    ids=["exponent", "EXPONENT", "keyword", "quotes", "comment", "space", "no spaces"],
+)
+def test_what_praat_writes_and_reads(tmp_path, form, written, changed, expected):
+    assert read_textgrid(write(tmp_path / "a.TextGrid", form.replace(written, changed))) == expected
+
+
+@pytest.mark.parametrize("form", [LONG, SHORT], ids=["long", "short"])
+def test_times_before_zero(tmp_path, form):
+    text = re.sub(r"^( *xmin = |)0 *$", r"\g<1>-1", form, flags=re.MULTILINE)
+    assert read_textgrid(write(tmp_path / "a.TextGrid", text))[0].start == -1
+
+
+@pytest.mark.parametrize(
+    ("written", "changed", "message"),
+    [
+        ('"SIL"', "SIL", r"line \d+ has 0\.25 where a text is expected"),
+        ('"SIL"', '"SIL', "(line|it is cut short)"),
+        ("0.25", "nan", 'line [0-9]+ has "SIL" where a number is expected'),
+        ("0.25", "0,25", "could not convert string to float: '0,25'"),
+        ("ooTextFile", "ooBinaryFile", "it does not begin as one"),
+    ],
+    ids=["no quotes", "open quote", "nan", "comma", "binary"],
+)
+def test_textgrids_that_cannot_be_read(tmp_path, written, changed, message):
+    for form in (LONG, SHORT):
+        with pytest.raises(ValueError, match=rf"a\.TextGrid cannot be read as a TextGrid: {message}"):
+            read_textgrid(write(tmp_path / "a.TextGrid", form.replace(written, changed)))
 
 
 def test_a_folder_of_textgrids(tmp_path):

@@ -1,6 +1,7 @@
 """The script that writes a page from a checkpoint and a folder."""
 
 import re
+import shutil
 
 import pytest
 
@@ -43,6 +44,21 @@ def test_the_script_writes_a_page(folder, capsys, source):
     assert "data:audio/ogg" in html and "data:audio/flac" not in html
     assert "AA" in html and "SIL" in html
     assert re.search(r"Spectrogram of a\.wav from .*, with its words, phones, units as boxes below", html)
+
+
+def test_labels_may_be_those_of_an_unreadable_recording(folder, tmp_path):
+    speech = tmp_path / "speech"
+    shutil.copytree(folder / "speech", speech / "ann")
+    hidden, unreadable = (speech / name / "a.wav" for name in (".old", "bob"))
+    for copy in (hidden, unreadable):
+        copy.parent.mkdir()
+        copy.write_bytes(b"")
+    flags = ["--labels", str(folder / "phones.jsonl"), "--layer", "2", "--device", "cpu"]
+    with pytest.raises(SystemExit, match=r"labels of 'a' fit two recordings, 'ann/a\.wav' and 'bob/a\.wav'"):
+        SCRIPT.main([str(folder / "model"), str(speech), "--output", str(tmp_path / "page.html"), *flags])
+    unreadable.unlink()
+    SCRIPT.main([str(folder / "model"), str(speech), "--output", str(tmp_path / "page.html"), *flags])
+    assert "AA" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_the_script_reports_left_out_moments(folder, capsys):

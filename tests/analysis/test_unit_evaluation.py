@@ -224,6 +224,10 @@ def test_a_folder_with_a_table_has_its_speakers(corpus, caplog):
         open_reference(corpus / "speech", labels=corpus / "phones.jsonl", speaker_column="reader")
     with pytest.raises(ValueError, match=r"--labels is missing, and only .* has its own: give a file of phones"):
         open_reference(corpus / "speech")
+    with open(corpus / "none.jsonl", "w") as file:
+        file.write('{"name": "a", "phones": []}\n')
+    with pytest.raises(ValueError, match=r"none\.jsonl has no phones"):
+        open_reference(corpus / "speech", labels=corpus / "none.jsonl")
     with pytest.raises(ValueError, match="the synthetic corpus has labels of its own"):
         open_reference("synthetic", labels="phones.jsonl")
 

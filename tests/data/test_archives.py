@@ -8,12 +8,14 @@ import logging
 import os
 import pickle
 import tarfile
+import time
 
 import numpy as np
 import pytest
 
 from audio_files import flac, noise, sf, write
 from dinosr_hf.data import AudioFileError, FolderSource, TarSource
+from dinosr_hf.data.opening import open_source, open_stream
 from dinosr_hf.utils.names import printable_name
 
 
@@ -87,7 +89,7 @@ def test_archive_reads_only_the_part(tmp_path, monkeypatch):
             read.append(len(data))
             return data
 
-    monkeypatch.setattr(tarfile, "bltn_open", CountedFile)
+    monkeypatch.setattr("builtins.open", CountedFile)
     assert len(source.load(0, 800_000, 1_600)) == 1_600
     assert 0 < sum(read) < 200_000 < len(data.getvalue())
 
@@ -179,3 +181,111 @@ def test_archive_without_audio(tmp_path):
     (tmp_path / "y.tar").write_text("no archive, but as long as the header of one would be" * 20)
     with pytest.raises(ValueError, match=r"y\.tar cannot be read as a tar archive"):
         TarSource(tmp_path / "y.tar")
+
+
+def header(name: bytes, size: int | bytes, kind: bytes = b"0") -> bytes:
+    """Return the header of a member: its size may be anything, also the twelve bytes that state it."""
+    block = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
+    block[:100], block[156:157] = name.ljust(100, b"\0"), kind
+    block[124:136] = size if isinstance(size, bytes) else (size % 256**12 | (size >= 0) << 95).to_bytes(12, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def member(name: bytes, data: bytes, kind: bytes = b"0") -> bytes:
+    return header(name, len(data), kind) + data + bytes(-len(data) % 512)
+
+
+def record(key: bytes, value: bytes) -> bytes:
+    """Return a record of an extended header, with its length in front."""
+    length = len(key) + len(value) + 3
+    while len(text := b"%d %s=%s\n" % (length, key, value)) != length:
+        length += 1
+    return text
+
+
+def named(*records: bytes) -> bytes:
+    return member(b"x", b"".join(records), b"x")
+
+
+GOOD, END = member(b"a.flac", flac(2_000)), bytes(1024)
+LONG_NAME = member(b"", b"b.flac\0", b"L")
+TOO_MANY = "a member has more than 8 extended headers, or one of more than 1,048,576 bytes"
+HOSTILE = {
+    "negative": (GOOD + header(b"b.flac", -512), "a member claims -512 bytes of the archive's"),
+    "back-to-the-first": (GOOD + header(b"b.flac", -512 - len(GOOD)), r"a member claims -\d,\d+ bytes"),
+    "negative-octal": (GOOD + header(b"b.flac", b"-0000002000\0"), "a member claims -1,024 bytes"),
+    "negative-first": (header(b"b.flac", -512) + GOOD, "at byte 0, a member claims -512 bytes"),
+    "negative-folder": (GOOD + header(b"d/", -512, b"5"), "a member claims -512 bytes"),
+    "negative-unknown": (GOOD + header(b"d", -512, b"Z"), "a member claims -512 bytes"),
+    "negative-name": (GOOD + header(b"", -512, b"L") + GOOD, "a member claims -512 bytes"),
+    "negative-extended": (GOOD + header(b"", -512, b"x") + GOOD, "a member claims -512 bytes"),
+    "negative-record": (named(record(b"size", b"-512")) + GOOD, "a member claims -1 bytes"),
+    "long-record-of-a-size": (named(record(b"size", b"9" * 4000)) + GOOD, "a member claims -1 bytes"),
+    "huge": (GOOD + header(b"b.flac", 2**80), "a member claims 1,208,925,819,614,629,174,706,176 bytes"),
+    "digits": (named(b"1" * 400_000) + GOOD, "an extended header is damaged"),
+    "long-extended-header": (named(b"1" * 2_000_000) + GOOD, TOO_MANY),
+    "empty-record": (named(b"0 path=b\n") + GOOD, "an extended header is damaged"),
+    "record-too-long": (named(b"900 path=b\n") + GOOD, "an extended header is damaged"),
+    "chained-names": (LONG_NAME * 20_000 + GOOD, TOO_MANY),
+    "chained-links": (member(b"", b"b\0", b"K") * 20_000 + GOOD, TOO_MANY),
+    "chained-records": (named(record(b"path", b"b.flac")) * 20_000 + GOOD, TOO_MANY),
+    "chained-shared-records": (member(b"", record(b"comment", b"b"), b"g") * 20_000 + GOOD, TOO_MANY),
+    "chained-in-turn": ((LONG_NAME + named(record(b"path", b"b.flac"))) * 10_000 + GOOD, TOO_MANY),
+    "gigabyte-name": (header(b"", 2**30, b"L") + GOOD, TOO_MANY),
+    "name-of-nothing": (GOOD + LONG_NAME, "it ends after the extended headers of a member"),
+    "sparse": (GOOD + member(b"s.flac", flac(2_000), b"S"), "s.flac is sparse"),
+    "sparse-record": (
+        named(record(b"GNU.sparse.major", b"1"), record(b"GNU.sparse.realsize", b"9" * 13)) + GOOD,
+        "a.flac is sparse",
+    ),
+    "sparse-map": (named(record(b"GNU.sparse.map", b"0,1," * 100_000)) + GOOD, "a.flac is sparse"),
+    "damaged-in-the-middle": (GOOD + b"x" * 512 + GOOD, "cannot be read as a tar archive: .*checksum|invalid header"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_archive_is_refused_in_less_than_a_second(tmp_path, name):
+    data, message = HOSTILE[name]
+    path = tmp_path / "hostile.tar"
+    path.write_bytes(data + END)
+    for opened in (open_source, open_stream):
+        start = time.process_time()  # the processor's, whatever else runs beside
+        with pytest.raises(ValueError, match=rf"hostile\.tar cannot be read as a tar archive: .*({message})"):
+            opened(path)
+        assert time.process_time() - start < 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_parts_of_the_hostile_archives_make_an_archive(tmp_path):
+    # negative control: within the limits the same headers are fine
+    shared = member(b"", record(b"comment", b"of all"), b"g")
+    records = record(b"path", b"long.flac"), record(b"size", b"%d" % len(flac(2_000)))
+    sized = named(*records) + header(b"c", 0) + GOOD[512:]
+    path = tmp_path / "fine.tar"
+    path.write_bytes(shared + LONG_NAME + GOOD + sized + header(b"l.flac", 99_999, b"1") + GOOD + END)
+    assert [name for name, _ in TarSource(path).utterances] == [f"fine.tar/{name}.flac" for name in ("b", "long", "a")]
+
+
+def test_archives_joined_to_one_are_read_whole_but_not_streamed(tmp_path):
+    path = tmp_path / "joined.tar"
+    path.write_bytes(GOOD + bytes(10_240) + member(b"b.flac", flac(3_000)) + END)
+    assert TarSource(path).utterances == [("joined.tar/a.flac", 2_000), ("joined.tar/b.flac", 3_000)]
+    pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match=r"joined\.tar .*another archive follows its end.*Download it again, or pack"):
+        open_stream(path)
+
+
+def test_a_stream_of_a_hostile_archive_names_the_fault(tmp_path, monkeypatch):
+    # of the Hub, where the archive cannot be checked before
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("dinosr_hf.data.opening.check_archive", lambda path: None)
+    (tmp_path / "first.tar").write_bytes(LONG_NAME * 20_000 + GOOD + END)
+    with pytest.raises(ValueError, match=r"first\.tar: an archive of this dataset cannot be read \(.*\). Download it"):
+        open_stream(tmp_path / "first.tar")
+    late = b"".join(member(b"%d.flac" % number, flac(2_000)) for number in range(9))
+    (tmp_path / "late.tar").write_bytes(late + LONG_NAME * 20_000 + GOOD + END)
+    stream = open_stream(tmp_path / "late.tar", audio_column="flac", window_seconds=0.5)
+    with pytest.raises(ValueError, match=r"An archive of the stream cannot be read \(.*\). Download it again"):
+        list(stream.windows(0))

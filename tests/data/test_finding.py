@@ -143,7 +143,6 @@ def test_labels_follow_links_as_audio_does_and_skip_hidden_copies(linked_corpus)
 
 
 def test_textgrids_follow_links_and_skip_hidden_copies(tmp_path):
-    pytest.importorskip("praatio")
     touch(tmp_path / "far" / "a.textgrid", textgrid("AA"))
     hide_copies(tmp_path / "far")
     root = tmp_path / "labels"
@@ -204,6 +203,37 @@ def test_hidden_audio_beside_archives_does_not_hide_them(tmp_path):
     touch(tmp_path / "._a.wav")
     touch(tmp_path / "notes.m4a", M4A)
     assert isinstance(open_source(tmp_path), TarSource)
+
+
+def test_a_stream_says_what_it_leaves_out(tmp_path, caplog):
+    make_archive(tmp_path / "0.tar", *(f"{number}.flac" for number in range(5)), ".trash/x.flac", "y.flac")
+    (tmp_path / "1.tar.gz").write_bytes(b"")
+    write(tmp_path / "a.wav", 1_600)
+    (window,) = open_stream(tmp_path, audio_column="flac").windows(0)
+    assert [name for name, _ in window.source.utterances] == ["0", "1", "2", "3", "4", "y"]
+    assert window.source.skipped == {"hidden": [".trash/x"]}
+    assert f"{tmp_path} has audio files too, which are ignored because it has .tar archives." in caplog.messages
+    assert f"{tmp_path}: left out: 1 (compressed), such as 1.tar.gz." in caplog.messages
+    (tmp_path / "b").mkdir()
+    dataset_of("bytes", tmp_path / "b").to_parquet(tmp_path / "b" / "train.parquet")
+    assert len(read_stream(tmp_path / "b")) == 3
+    assert f"{tmp_path / 'b'} has audio files too, which are ignored because it has .parquet files." in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (["a.flac", "b.wav"], r"a\.tar cannot be streamed: The TAR archives .* Leave streaming out, to read archives"),
+        (["a.flac", "a.flac"], r"a\.tar cannot be streamed: Duplicate field .* Leave streaming out, to read"),
+        (["a.flac", "caf\udce9.flac"], r"a\.tar cannot .*: the name caf\\xe9\.flac in it is not UTF-8, which"),
+    ],
+    ids=["kinds", "repeated", "Latin-1"],
+)
+def test_archives_that_cannot_be_streamed_are_named(tmp_path, members, message):
+    archive = make_archive(tmp_path / "a.tar", *members)
+    assert len(open_source(archive)) == 2
+    with pytest.raises(ValueError, match=message):
+        open_stream(archive, audio_column="flac")
 
 
 def test_folder_of_hidden_or_compressed_files_only(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -68,6 +69,40 @@ def mp3_in_wav() -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WAVE" + body
 
 
+def chunked(kind: str, name: bytes, layout: str, num_bytes: int) -> bytes:
+    """Return a file of chunks, of which the one with the samples states so many bytes."""
+    data = encoded(kind, "PCM_16")
+    return patched(data, data.index(name) + 4, struct.pack(layout, num_bytes))
+
+
+def rf64(num_bytes: int) -> bytes:
+    data = encoded("RF64", "PCM_16")
+    return patched(data, data.index(b"ds64") + 16, struct.pack("<Q", num_bytes))
+
+
+def ogg_pages(data: bytes) -> list[bytes]:
+    return [b"OggS" + page for page in data.split(b"OggS")[1:]]
+
+
+def vorbis_of_time(time: int) -> bytes:
+    """Return an Ogg whose last page states another time."""
+    *pages, last = ogg_pages(encoded("OGG", "VORBIS"))
+    return b"".join([*pages, patched(last, 6, struct.pack("<q", time))])
+
+
+def two_at_once() -> bytes:
+    """Return an Ogg with two recordings, page by page."""
+    both = zip(*(ogg_pages(encoded("OGG", "VORBIS", seed=seed)) for seed in (0, 1)), strict=False)
+    return b"".join(page for pair in both for page in pair)
+
+
+def variable_mp3(num_frames: int | None = None) -> bytes:
+    buffer = io.BytesIO()
+    sf.write(buffer, noise(LENGTH), 16_000, format="MP3", bitrate_mode="VARIABLE", compression_level=0.5)
+    data = buffer.getvalue()
+    return data if num_frames is None else patched(data, data.index(b"Xing") + 8, struct.pack(">I", num_frames))
+
+
 def cut_out(data: bytes, num_bytes: int) -> bytes:
     return data[: len(data) // 2] + data[len(data) // 2 + num_bytes :]
 
@@ -94,7 +129,16 @@ READ = {
     "WAV of no bytes": (lambda: wav(0), [LENGTH], "promises 0 bytes of samples, but 96,000 are there"),
     "WAV of half": (lambda: wav(LENGTH), [LENGTH], "promises 48,000 bytes of samples, but 96,000 are there"),
     "WAV of unknown length": (lambda: wav(2**32 - 1), [LENGTH], ""),
-    "WAV of twice as much": (lambda: wav(4 * LENGTH), [LENGTH], ""),
+    "WAV of twice as much": (lambda: wav(4 * LENGTH), [LENGTH], "promises 192,000 bytes, but 96,000 are there and"),
+    "WAV of three bytes more": (lambda: wav(2 * LENGTH + 3), [LENGTH], ""),
+    "WAV after a tag": (lambda: ID3 + encoded("WAV"), [LENGTH], ""),
+    "WAV of zeros in front of the samples": (
+        lambda: put_in(encoded("WAV"), b"").replace(
+            b"data", b"JUNK" + struct.pack("<I", 5_000) + bytes(5_000) + b"data"
+        ),
+        [LENGTH],
+        "",
+    ),
     "WAV with a chunk behind": (lambda: encoded("WAV") + b"LIST\4\0\0\0INFO" + b"bext\2\0\0\0ab", [LENGTH], ""),
     "WAV with padding": (lambda: encoded("WAV") + bytes(5_000), [LENGTH], ""),
     "WAV with a tag": (lambda: encoded("WAV") + ID3, [LENGTH], ""),
@@ -102,7 +146,52 @@ READ = {
     "AU of no bytes": (lambda: au(0), [LENGTH], "promises 0 bytes"),
     "AU of half": (lambda: au(LENGTH), [LENGTH], "promises 48,000 bytes"),
     "two AUs": (lambda: encoded("AU", "PCM_16") * 2, [2 * LENGTH], "2 files joined to one"),
-    "MP3 of 2^31 frames": (lambda: mp3(2**31), range(LENGTH, LENGTH + 600), "are there and read"),
+    "AU of 2^31 - 1 bytes": (lambda: au(2**31 - 1), [LENGTH], ""),
+    "AU of twice as much": (lambda: au(4 * LENGTH), [LENGTH], "promises 192,000 bytes, but 96,000 are there and read"),
+    "AIFF of no bytes": (
+        lambda: chunked("AIFF", b"SSND", ">I", 8),
+        [LENGTH],
+        "promises 8 bytes of samples, but 96,008",
+    ),
+    "AIFF of half": (lambda: chunked("AIFF", b"SSND", ">I", LENGTH), [LENGTH], "promises 48,000 bytes of samples"),
+    "AIFF cut off": (lambda: encoded("AIFF")[:-LENGTH], [LENGTH // 2], "promises 96,008 bytes, but 48,008 are there"),
+    "two AIFFs": (lambda: encoded("AIFF") * 2, [2 * LENGTH], "2 files joined to one"),
+    "CAF of unknown length": (lambda: chunked("CAF", b"data", ">q", -1), [LENGTH], ""),
+    "CAF of no bytes": (lambda: chunked("CAF", b"data", ">q", 4), [LENGTH], "promises 4 bytes of samples, but 96,004"),
+    "CAF cut off": (lambda: encoded("CAF", "PCM_16")[:-LENGTH], [LENGTH // 2], "96,004 bytes, but 48,004 are there"),
+    "RF64 of no bytes": (lambda: rf64(0), [LENGTH], "promises 0 bytes of samples, but 96,000 are there and read"),
+    "RF64 of half": (
+        lambda: rf64(LENGTH),
+        [LENGTH],
+        "promises 48,000 bytes of samples, but 96,000 are there and read",
+    ),
+    "RF64 of 2^64 - 1 bytes": (lambda: rf64(2**64 - 1), [LENGTH], ""),
+    "W64 cut off": (lambda: encoded("W64", "PCM_16")[:-LENGTH], [LENGTH // 2], "promises 96,104 bytes, but 48,104"),
+    "SPHERE cut off": (
+        lambda: encoded("NIST", "PCM_16")[:-LENGTH],
+        [LENGTH // 2],
+        "promises 97,024 bytes, but 49,024",
+    ),
+    "Vorbis cut off": (
+        lambda: encoded("OGG", "VORBIS")[:-100],
+        range(30_000, LENGTH),
+        "has no last page; what is there",
+    ),
+    "Vorbis after a tag": (lambda: ID3 + encoded("OGG", "VORBIS"), [LENGTH], ""),
+    "chained Opus, the first cut off": (
+        lambda: encoded("OGG", "OPUS")[:-100] + encoded("OGG", "OPUS"),
+        range(LENGTH, 2 * LENGTH - 100),
+        "its stream, or one of them, has no last page",
+    ),
+    "two Vorbis streams at once": (two_at_once, range(30_000, LENGTH + 1), "2 recordings at the same time"),
+    "MP3 of 2^31 frames": (lambda: mp3(2**31), close_to(LENGTH), ""),
+    "MP3 of variable bit rate": (variable_mp3, [LENGTH], ""),
+    "MP3 of variable bit rate, of some frames too few": (lambda: variable_mp3(80), close_to(LENGTH), ""),
+    "MP3 without Info, cut off": (
+        lambda: mp3(info=False)[:-50],
+        close_to(LENGTH - 576),
+        "its last frame is not complete",
+    ),
     "MP3 of one frame": (lambda: mp3(1), close_to(LENGTH), ""),
     "MP3 with a tag, without Info": (lambda: ID3 + mp3(info=False), close_to(LENGTH), ""),
     "MP3 with junk": (lambda: put_in(mp3(), JUNK), [LENGTH], "3,000 bytes between its frames"),
@@ -187,10 +276,12 @@ REFUSED = {
     ),
     "two MP3s of two rates": (lambda: mp3() + mp3(rate=24_000), "its parts have different sampling rates"),
     "two MP3s of one and two channels": (lambda: mp3() + mp3(channels=2), "numbers of channels or layers. Convert"),
-    "RF64 of no bytes": (
-        lambda: (data := encoded("RF64", "PCM_16")) and patched(data, data.index(b"ds64") + 16, bytes(8)),
-        "its header promises no samples, but it has 96,104 bytes. Convert it, for example with ffmpeg",
+    "AU that begins far behind its end": (
+        lambda: patched(au(2 * LENGTH), 4, struct.pack(">I", 10**9)),
+        "its header promises no samples, but it has 96,024 bytes. Convert it, for example with ffmpeg",
     ),
+    "Vorbis that ends at its beginning": (lambda: vorbis_of_time(0), "its pages are not in the order of time"),
+    "Vorbis that ends at its middle": (lambda: vorbis_of_time(20_000), "its pages are not in the order of time"),
 }
 
 
@@ -225,6 +316,14 @@ def test_flac_that_goes_on_is_warned_about(tmp_path, caplog, data):
         load_audio(tmp_path / "x.flac")
     assert caplog.text.count("x.flac: ") == 1
     assert "frames that its header promises, and are not read. Convert it" in caplog.text
+
+
+def test_time_to_find_frames_is_linear():
+    one = mp3(info=False)
+    data = one[: one.index(one[:2], 4)] * 40_000
+    start = time.perf_counter()
+    assert audio_info(data).num_samples > 40_000 * 500
+    assert time.perf_counter() - start < 10  # 45 s, if each frame copies the rest of the file
 
 
 def test_lack_of_memory_is_an_unreadable_file(tmp_path, monkeypatch):
@@ -282,6 +381,24 @@ def test_folder_and_manifest_have_the_lengths(folder):
     scan = scan_folder(folder)
     assert [file.num_frames for file in scan.usable] == LENGTHS
     assert [(file.name, file.reason) for file in scan.left_out] == [("d.wav", "unreadable")]
+
+
+@pytest.mark.parametrize("kind", ["tar", "rows"])
+def test_warnings_have_the_id(tmp_path, caplog, kind):
+    files = {"a": wav(0), "b": wav(0)}
+    if kind == "tar":
+        with tarfile.open(tmp_path / "x.tar", "w") as archive:
+            for name, data in files.items():
+                info = tarfile.TarInfo(f"{name}.wav")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+        source, ids = open_source(str(tmp_path / "x.tar")), ["x.tar/a.wav", "x.tar/b.wav"]
+    else:
+        table = pa.table({"audio": pa.array(list(files.values())), "id": list(files)})
+        source, ids = DatasetSource(datasets.Dataset(table)), ["Utterance a", "Utterance b"]
+    for index in range(2):
+        assert len(source.load(index)) == LENGTH
+        assert caplog.text.count(f"{ids[index]}: its header promises 0 bytes") == 1
 
 
 @pytest.mark.parametrize("kind", ["tar", "rows"])

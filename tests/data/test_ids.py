@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import tarfile
 
@@ -74,7 +75,20 @@ def test_ids_that_repeat_get_free_numbers(make, tmp_path):
 
 @pytest.mark.parametrize("make", [from_dataset, from_parquet, from_stream])
 def test_a_missing_id_is_the_number_of_the_row(make, tmp_path):
-    assert [name for name, _ in make(tmp_path, ["a", None, "1", None]).utterances] == ["a", "1", "1#2", "3"]
+    assert [name for name, _ in make(tmp_path, ["a", None, "1", ""]).utterances] == ["a", "1", "1#2", "3"]
+
+
+@pytest.mark.parametrize("make", [from_jsonl, from_dataset, from_parquet, from_stream])
+def test_numbers_with_a_gap_are_whole(make, tmp_path):
+    ids = [name for name, _ in make(tmp_path, [17.0, 17.0, math.nan, 2.5]).utterances]
+    assert ids == ["17", "17#2", "4200.wav" if make is from_jsonl else "2", "2.5"]
+
+
+@pytest.mark.parametrize("make", [from_jsonl, from_dataset, from_parquet, from_stream])
+@pytest.mark.parametrize("value", [["a"], {"name": "a"}, True], ids=str)
+def test_an_id_that_is_neither_text_nor_a_number_is_refused(make, value, tmp_path):
+    with pytest.raises(ValueError, match=r"(line 1, id|row 0, column 'id'): a label must be text or a number, but"):
+        make(tmp_path, [value] * 4)
 
 
 def test_numbers_do_not_depend_on_what_is_skipped(tmp_path):

@@ -162,6 +162,8 @@ def test_numbers_of_a_table(tmp_path):
     assert open_labelled(folder).labels == ["7", "1", "2.5"]
     folder = folder_with_table(tmp_path / "csv", ["7", "1.0", "nan"])
     assert open_labelled(folder).labels == ["7", "1.0", "nan"]  # in CSV all is text
+    folder = folder_with_table(tmp_path / "pandas", ["7.0", "", "-1.0"])
+    assert open_labelled(folder).labels == ["7", "-1"]  # but this is a column of integers with a gap
 
 
 @pytest.mark.parametrize("value", [*NO_LABELS, float("inf"), 1e299, "\ud800"], ids=repr)

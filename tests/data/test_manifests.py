@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from audio_files import PART_ATOL, manifest, sf, write
-from dinosr_hf.data import AudioFileError, ManifestSource, TableSource, manifests
+from dinosr_hf.data import AudioFileError, ManifestSource, TableSource, manifests, open_source
 
 
 def test_manifest_opens_few_files(tmp_path, monkeypatch):
@@ -48,6 +48,33 @@ def test_manifest_with_a_byte_order_mark_and_other_line_ends(tmp_path):
     path.write_bytes(f"{tmp_path}\né.wav\t4000\n".encode("utf-16"))
     with pytest.raises(ValueError, match=r"train\.tsv is not UTF-8, but UTF-16"):
         ManifestSource(path)
+
+
+COMMON_VOICE = """client_id\tpath\tsentence\tup_votes\tage
+{}\tcv_1.mp3\t"Yes," she said.\t2\t
+{}\tcv_2.mp3\t"No.\t2\t
+"""
+
+
+@pytest.mark.parametrize("folder", ["clips", "."])
+def test_table_of_common_voice(tmp_path, folder):
+    for name in ("cv_1.mp3", "cv_2.mp3"):
+        write(tmp_path / folder / name, 4_000)
+    path = tmp_path / "train.tsv"
+    path.write_text(COMMON_VOICE.format("x", "y"))
+    source = open_source(path)
+    assert source.labels() == ['"Yes," she said.', '"No.']
+    assert source.labels("client_id") == ["x", "y"]
+    assert [utterance.id for utterance in source.utterances] == ["cv_1.mp3", "cv_2.mp3"]
+    assert len(source.load(1)) == source.utterances[1].num_samples
+    assert source.unlisted() == []
+
+
+def test_table_without_column_of_paths_is_no_manifest(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text("name\tsentence\na.wav\tx\n")
+    with pytest.raises(ValueError, match=r"must be the folder .* or, of a table, name its columns, .* path or"):
+        open_source(path)
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.jsonl"])

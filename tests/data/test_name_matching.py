@@ -39,6 +39,9 @@ def test_names_of_recordings(recordings, names, found):
         (["1.wav", "bob/1.wav"], ["1"], {"1.wav": "1"}),
         (["ann/1.wav", "bob/2.wav"], ["bob/1", "bob/2"], {"bob/2.wav": "bob/2"}),  # bob's 1.wav is lost
         (["ann/1.wav"], ["ann/2", "bob/1"], {}),  # ann has lines, but none for it
+        (["audio/ann/1.wav"], ["text/ann/2", "text/bob/1"], {}),
+        (["audio/ann/1.wav", "audio/cy/3.wav"], ["text/bob/1", "text/cy/3"], {"audio/cy/3.wav": "text/cy/3"}),
+        (["a/train/1/1.wav", "a/train/1/2.wav"], ["b/train/1/1", "b/dev/1/2"], {"a/train/1/1.wav": "b/train/1/1"}),
         ([f"{NFC}.wav", f"{NFD}.wav"], [NFC], {f"{NFC}.wav": NFC}),
         (["a.wav", "a\u200e.wav"], ["a"], {"a.wav": "a"}),
         (["a.wav"], ["b"], {}),

@@ -213,6 +213,16 @@ def test_stream_parquet_saved_datasets_and_archives(tmp_path, archives, monkeypa
         open_stream(archives)
 
 
+@pytest.mark.parametrize("opened", [open_source, open_stream, lambda name: open_recordings([name])])
+def test_an_empty_name_is_not_this_folder(opened, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=r"The name of the data is empty, as of a shell variable that is not set\."):
+        opened("")
+    with pytest.raises(ValueError, match=r"^An empty name is neither an audio file .* nor a folder\."):
+        open_recordings(["b.wav", ""])
+    assert len(open_source(".")) == len(open_source(folder))
+
+
 def test_stream_hub_name(tmp_path, monkeypatch):
     asked = []
 

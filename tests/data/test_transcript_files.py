@@ -58,10 +58,23 @@ def test_no_recording_has_a_line_of_its_own(tmp_path):
         assert labels(open_labelled(tmp_path)) == {"ann/1.wav": "one", "bob/1.wav": "two"}
 
 
-def test_paths_and_folders_of_the_same_name(tmp_path):
-    transcripts = {"all.trans.txt": "audio/ann/1 one\n", "text/bob/x.trans.txt": "1 two\n"}
+@pytest.mark.parametrize(
+    "transcripts",
+    [
+        {"all.trans.txt": "audio/ann/1 one\naudio/bob/1 two\n"},
+        {"text/ann/x.trans.txt": "1 one\n", "text/bob/x.trans.txt": "1 two\n"},
+    ],
+)
+def test_paths_and_folders_of_the_same_name(tmp_path, transcripts):
     source = open_labelled(corpus(tmp_path, ["audio/ann/1.wav", "audio/bob/1.wav"], transcripts))
     assert labels(source) == {"audio/ann/1.wav": "one", "audio/bob/1.wav": "two"}
+
+
+def test_speakers_of_a_mirrored_tree_keep_their_lines(tmp_path):
+    transcripts = {"text/ann/x.trans.txt": "2 two\n", "text/bob/x.trans.txt": "1 bob one\n"}
+    source = open_labelled(corpus(tmp_path, ["audio/ann/1.wav", "audio/ann/2.wav"], transcripts))
+    assert labels(source) == {"audio/ann/2.wav": "two"}
+    assert source.skipped == {"no label": ["audio/ann/1.wav"]}
 
 
 @pytest.mark.parametrize(
@@ -73,8 +86,35 @@ def test_separators(tmp_path, line):
 
 
 def test_names_with_spaces_and_texts_with_tabs(tmp_path):
-    corpus(tmp_path, ["my file.wav", "2.wav"], {"x.trans.txt": "my file\tone\n2 two\tthree\n"})
-    assert labels(open_labelled(tmp_path)) == {"2.wav": "two\tthree", "my file.wav": "one"}
+    corpus(tmp_path, ["my file.wav", "2.wav", "3.wav"], {"x.trans.txt": "my file\tone\n2 two\tthree\n3 four\n"})
+    assert labels(open_labelled(tmp_path)) == {"2.wav": "two\tthree", "3.wav": "four", "my file.wav": "one"}
+
+
+def test_a_tab_in_each_line_ends_the_name(tmp_path):
+    corpus(tmp_path, ["my.wav", "b.wav"], {"x.trans.txt": "my lost file\tone\nb\ttwo\n"})
+    assert labels(open_labelled(tmp_path)) == {"b.wav": "two"}
+
+
+def test_names_with_spaces_before_a_space(tmp_path):
+    corpus(tmp_path, ["my dir/my file.wav", "b.wav"], {"x.trans.txt": "my dir/my file one two\nb three\n"})
+    assert labels(open_labelled(tmp_path)) == {"b.wav": "three", "my dir/my file.wav": "one two"}
+    write(tmp_path / "my dir" / "my.wav", 900)
+    (tmp_path / "my dir" / "x.trans.txt").write_text("my file one two\n")
+    with pytest.raises(ValueError, match=r"x\.trans\.txt, line 1: it fits two recordings, 'my dir/my' and 'my dir/my"):
+        open_labelled(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["1|one", "s\\1 one", "s/1.flac one", "01 one"])
+def test_lines_that_name_no_recording(tmp_path, line):
+    corpus(tmp_path, ["s/1.wav"], {"x.trans.txt": f"{line}\n"})
+    with pytest.raises(ValueError, match=r"they are named like 's/1\.wav', but .*x\.trans\.txt, line 1 is about"):
+        open_labelled(tmp_path)
+
+
+def test_two_texts_with_and_without_suffix(tmp_path):
+    corpus(tmp_path, ["1.wav"], {"x.trans.txt": "1 one\n1.wav two\n"})
+    with pytest.raises(ValueError, match=r"line 2 and .*line 1 give '1\.wav' two texts\. Remove one of them\."):
+        open_labelled(tmp_path)
 
 
 @pytest.mark.parametrize(

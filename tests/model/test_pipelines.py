@@ -127,6 +127,18 @@ def test_files_and_their_bytes(ours, tmp_path):
         ours(str(tmp_path / "none.wav"))
 
 
+def test_tensors_of_other_types(ours):
+    wave = torch.from_numpy(noise(2_000)).bfloat16()
+    text = ours(wave.float().numpy())["text"]
+    assert ours(wave)["text"] == ours(wave.float().requires_grad_())["text"] == text != ""
+
+
+@pytest.mark.parametrize("rate", [None, float("nan"), "fast"])
+def test_rates_that_are_no_numbers(ours, rate):
+    with pytest.raises(ValueError, match=f"sampling_rate is {rate!r}, but must be a whole number of Hz"):
+        ours({"raw": noise(2_000), "sampling_rate": rate})
+
+
 @pytest.mark.parametrize("rate", [8_000, 22_050])
 def test_other_rates(ours, tmp_path, rate):
     wave = noise(rate // 8)
@@ -186,9 +198,10 @@ def test_too_short_for_a_frame(either, ours, tmp_path):
         (np.where(np.arange(2_000) == 700, np.nan, noise(2_000)), "NaN or infinite"),
         (np.where(np.arange(2_000) == 700, np.inf, noise(2_000)), "NaN or infinite"),
         (noise(0), "has no samples"),
+        (np.empty((0, 2), np.float32), r"shape \(0, 2\)"),
         (noise(4_000).reshape(2_000, 2), r"shape \(2000, 2\).*transpose it"),
     ],
-    ids=["nan", "infinite", "empty", "samples before channels"],
+    ids=["nan", "infinite", "empty", "empty, of two channels", "samples before channels"],
 )
 def test_unusable_arrays_are_refused_alike(ours, samples, message):
     ways = {

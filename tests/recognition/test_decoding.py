@@ -400,8 +400,9 @@ def test_missing_flashlight_names_the_extra(monkeypatch):
         ("ab\n\nba\n", [("ab", None), ("ba", None)]),
         ("ab\ta b |\nab\tb |\n", [("ab", ["a", "b", "|"]), ("ab", ["b", "|"])]),
         ("ab a b\n", [("ab", ["a", "b"])]),
+        ("a\u00a0b\n\u3000a\ta b\n", [("a\u00a0b", None), ("\u3000a", ["a", "b"])]),
     ],
-    ids=["words", "flashlight", "spaces"],
+    ids=["words", "flashlight", "spaces", "other spaces"],
 )
 def test_lexicon_files(tmp_path, text, entries):
     (tmp_path / "lexicon.txt").write_text(text)
@@ -448,8 +449,12 @@ def test_words_of_a_lexicon_that_look_alike(tmp_path):
         ("AB\nBA\n", r"None of the 2 words .*: AB, BA\. The labels are a b \|\. .* upper case against lower case"),
         ("".join(f"w{number}\ta b\n" for number in range(7)), "7 words of the lexicon have the same labels"),
         (b"\xff\xfe", "is not UTF-8"),
+        (
+            "\\data\\\nngram 1=2\n\n\\1-grams:\n-1\tab\n-1.",
+            r"'-1\.' below .1-grams: has no word\. Is the file cut",
+        ),
     ],
-    ids=["missing", "empty", "upper-case", "crowded", "latin"],
+    ids=["missing", "empty", "upper-case", "crowded", "latin", "cut"],
 )
 def test_invalid_lexicons_raise(tmp_path, text, message):
     if text is not None:
@@ -595,12 +600,18 @@ def test_options_survive_saving_and_moving(tmp_path, word_model):
         ("[1]", "must contain an object of options, but contains a list"),
         ('{"lm_wieght": 1}', "lm_wieght is not a known option. The nearest is lm_weight"),
         ('{"beam_size": 0}', "beam_size=0 is out of range: it must be at least 1"),
-        ('{"beam_size": "wide"}', r"decoding\.json: "),
-        ('{"lexicon": 5}', r"decoding\.json: "),
+        ('{"beam_size": "wide"}', r"decoding\.json: beam_size is 'wide', but must be of the type int\."),
+        ('{"beam_size": 2.5}', r"decoding\.json: beam_size is 2\.5, but must be of the type int\."),
+        ('{"lm_weight": true}', r"decoding\.json: lm_weight is True, but must be of the type float\."),
+        ('{"log_add": "no"}', r"decoding\.json: log_add is 'no', but must be of the type bool\."),
+        ('{"lexicon": 5}', r"decoding\.json: lexicon is 5, but must be of the type str \| null\."),
         ('{"beam_size": 2, "beam_size": 3}', r"decoding\.json: an object has the key 'beam_size' twice"),
         ("[" * 200_000, r"decoding\.json: its brackets are nested too deeply"),
     ],
-    ids=["missing", "not-json", "list", "unknown", "out-of-range", "type", "path", "twice", "deep"],
+    ids=[
+        *("missing", "not-json", "list", "unknown", "out-of-range"),
+        *("text", "fraction", "true", "no", "path", "twice", "deep"),
+    ],
 )
 def test_invalid_files_of_options_raise(tmp_path, content, message):
     if content is not None:

@@ -1,5 +1,6 @@
 """Transcripts to labels and back: normalisation, vocabulary, processors."""
 
+import itertools
 import json
 import logging
 
@@ -53,6 +54,15 @@ def frames_of(labels, blank=0, repeats=2):
         ("Hello,  World!", {}, "hello world"),
         ("don’t `stop´", {}, "don't 'stop'"),
         ("don't", {"keep": ""}, "dont"),
+        ("don‘t donʻt donʼt don＇t ŉ", {}, "don't don't don't don't 'n"),
+        ("don’t", {"keep": "’"}, "don't"),
+        ("well-known well‐known well\u2011known −5 –", {"keep": "-"}, "well-known well-known well-known -5"),
+        ("well-known well‐known well\u2011known", {}, "well known well known well known"),
+        ("你好，世界？ 5，5", {"keep": ",?"}, "你好,世界? 5,5"),
+        ("ok… 25℃ ❤️ 👋🏽! ™", {"keep": "…℃❤️👋"}, "ok… 25℃ ❤ 👋"),
+        ("™ ™️ ㊙ ㊙️ ℹ ℹ️ Ⓜ Ⓜ️ ¨ ˜ ‗ か゛", {}, "か"),
+        ("ሰላም፡ለዓለም བོད་སྐད། राम।श्याम a|b", {}, "ሰላም ለዓለም བོད སྐད राम श्याम a b"),
+        ("I\u200e\u0307zmir", {"case": "lower_turkic"}, "izmir"),
         ("Well-known/old_name – really", {}, "well known old name really"),
         ("ﬁne ① Ｆ", {}, "fine 1 f"),
         ("5€ & more%", {"keep": "&"}, "5 & more"),
@@ -248,6 +258,20 @@ def test_a_vocabulary_of_decomposed_phones_stays_usable(tmp_path):
     targets = task.targets(source)
     assert [len(target) for target in targets] == [2, 2]
     assert task.report(source, [frames_of(target) for target in targets], tmp_path, "test") == {"wer": 0.0, "cer": 0.0}
+
+
+def test_predictions_are_normalised_like_references(tmp_path):
+    make_processor(build_vocabulary(["haʻi"])).save_pretrained(tmp_path)  # of an older release
+    task = recognition("x", processor=str(tmp_path))
+    (frames,), _ = encode(["haʻi"], task.processor.tokenizer)
+    assert task.report(labelled("haʻi"), [frames_of(frames)], tmp_path, "test") == {"wer": 0.0, "cer": 0.0}
+
+
+@pytest.mark.parametrize("case", ["lower", "upper", "keep", "lower_turkic"])
+def test_normalised_texts_stay_as_they_are(case):
+    normalize = TextNormalization(case=case, keep="'-…")
+    for text in map("".join, itertools.product([*"aİIßΣ’´ŉ‐…（ﬁ¨\u200d\u200eก\u200b\u0307", "क्"], repeat=3)):
+        assert normalize(normalize(text)) == normalize(text)
 
 
 def test_utterances_excluded_from_training():

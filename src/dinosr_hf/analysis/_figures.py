@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.command_line import check_ranges
 from ..utils.extras import import_extra
+from ..utils.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +26,15 @@ def new_figure(width: float, height: float) -> Any:
     """Create a figure of so many inches whose parts do not overlap. Raises `ValueError` for a width of 0 or less."""
     check_ranges([(width > 0, "width", width, "more than 0 inches")])
     return import_extra("matplotlib.figure", "analysis").Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> Path:
+    """Write a figure atomically, in the format of the path's suffix, and return the path; create its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=dpi)
+    return path
 
 
 def add_panels(figure: Any, num_panels: int, num_columns: int) -> list[Axes]:

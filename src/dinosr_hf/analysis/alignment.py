@@ -38,6 +38,10 @@ SILENCE = "SIL"
 _MAX_ROUNDING_SECONDS = 0.01 + 1e-9
 
 
+# Aligners that pad recordings, or round their times, may label some silence behind the end.
+_MAX_LATE_SECONDS = 0.1
+
+
 class Segment(NamedTuple):
     """A label and the time at which it is spoken, in seconds."""
 
@@ -89,6 +93,12 @@ def _labels_of_segments(segments: Iterable[Any], num_frames: int, stride: int, f
                 f"The segments {tuple(left)} and {tuple(right)} overlap: each moment can have one label only. "
                 "Give one tier of an alignment (phones, not phones and words)."
             )
+    seconds = (stride * num_frames + field) / SAMPLING_RATE  # of the longest recording with so many frames
+    if spoken and spoken[-1].start > seconds + _MAX_LATE_SECONDS:
+        raise ValueError(
+            f"The segment {tuple(spoken[-1])} begins after the end of the recording, at {seconds:.2f} s. Times are"
+            " seconds; check that labels and audio are of the same recording."
+        )
     centers = frame_centers(num_frames, stride=stride, field=field)
     # The last segment that has begun; -1 before the first.
     positions = np.searchsorted([segment.start for segment in spoken], centers, side="right") - 1
@@ -142,8 +152,8 @@ def frame_labels(
         step_seconds: Length of a step in seconds; ignored for segments.
         silence: Label of frames outside all segments.
 
-    Raises `ValueError` if a segment ends before it starts, segments overlap by more, fixed-rate labels and frames do
-    not cover the same time, or `num_frames` or `step_seconds` is out of range.
+    Raises `ValueError` if a segment ends before it starts or begins after the recording, segments overlap by more,
+    fixed-rate labels and frames do not cover the same time, or `num_frames` or `step_seconds` is out of range.
     """
     items: list[Any] = list(labels)
     if items and all(isinstance(item, str) for item in items):

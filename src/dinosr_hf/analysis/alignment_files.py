@@ -5,13 +5,13 @@ from __future__ import annotations
 import codecs
 import math
 import re
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from ..data.finding import find_files
 from ..utils.command_line import argument_errors
-from ..utils.extras import import_extra
 from ..utils.names import printable_name
 from ..utils.text_files import check_regular_file, json_lines, read_text, text_lines
 from ..utils.visible_text import visible_text
@@ -19,11 +19,10 @@ from .alignment import Labels, Segment, to_segment
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ctm", ".TextGrid")
 
-
-# Number of tiers, and of the intervals or points of each, in the long and the short form of a TextGrid.
-_NUM_TIERS = re.compile(r"<exists>\s*(?:size\s*=)?\s*(\d+)")
-_NUM_ENTRIES = re.compile(
-    r'(?:^\s*(?:intervals|points)\s*:\s*size\s*=|^"(?:Interval|Text)Tier"\s*\n.*\n.*\n.*\n)\s*(\d+)', re.MULTILINE
+# Praat reads texts in quotes, numbers and flags that stand alone. The rest, such as the `xmin =` of the long form, is
+# for people; a comment reaches from an exclamation mark to the end of its line.
+_TOKEN = re.compile(
+    r'(?<![^\s=])(?:!.*|"(?P<text>[^"]*(?:""[^"]*)*)"|(?P<number>[-+]?\.?\d\S*)|(?P<flag><exists>|<absent>))(?!\S)'
 )
 
 
@@ -106,35 +105,52 @@ def _textgrid_text(path: str | Path) -> str:
     return text
 
 
+def _parse_textgrid(text: str) -> Iterator[tuple[str, list[Segment] | None]]:
+    """Yield the name and the segments of each tier of a TextGrid; None for a tier of points."""
+    tokens = (token for token in _TOKEN.finditer(text) if token.lastgroup is not None)
+
+    def take(kind: str) -> str:
+        token = next(tokens, None)
+        if token is None:
+            raise ValueError("it is cut short.")
+        if token.lastgroup != kind:
+            line = text.count("\n", 0, token.start()) + 1
+            raise ValueError(f"line {line} has {token[0][:80]} where a {kind} is expected.")
+        return token[kind].replace('""', '"')
+
+    if [take("text").partition(" ")[0], take("text")] != ["ooTextFile", "TextGrid"]:
+        raise ValueError("it does not begin as one.")
+    _, _, flag = take("number"), take("number"), take("flag")  # from and to this many seconds
+    for _ in range(int(take("number")) if flag == "<exists>" else 0):
+        kind, name, _, _, size = (take(each) for each in ("text", "text", "number", "number", "number"))
+        has_intervals, segments = kind == "IntervalTier", []
+        for _ in range(int(size)):
+            start, end = take("number"), take("number") if has_intervals else math.inf
+            label = take("text")
+            if has_intervals and visible_text(label):
+                segments.append(to_segment((label, float(start), float(end))))
+        yield name, segments if has_intervals else None
+    if next(tokens, None) is not None:
+        raise ValueError("it has more tiers, or entries, than it states.")
+
+
 def read_textgrid(path: str | Path, tier: str = "phones") -> list[Segment]:
     """
     Read an interval tier of a TextGrid, in Praat's long or short form, without intervals of empty text.
 
     The Montreal Forced Aligner writes the tiers "phones" and "words". Raises `ValueError` if the file is not a
-    TextGrid, is cut short or has no such interval tier, and `ImportError` without praatio.
+    TextGrid, is cut short or has no such interval tier.
     """
-    textgrid_io = import_extra("praatio.utilities.textgrid_io", "analysis")
-    errors = import_extra("praatio.utilities.errors", "analysis")
     text = _textgrid_text(path)
-    try:
-        tiers = textgrid_io.parseTextgridStr(text, includeEmptyIntervals=True)["tiers"]
-        segments = {
-            one["name"]: [to_segment(entry[2:] + entry[:2]) for entry in one["entries"] if visible_text(entry[2])]
-            for one in reversed(tiers)
-            if one["class"] == "IntervalTier"
-        }
-    except (errors.PraatioException, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a TextGrid: {error}") from error
-    sizes, num_tiers = [int(size) for size in _NUM_ENTRIES.findall(text)], _NUM_TIERS.search(text)
-    counts = [len(one["entries"]) for one in tiers]
-    if (sizes and sizes != counts) or (num_tiers and int(num_tiers[1]) != len(tiers)):
-        raise ValueError(f"{path} is cut short or damaged: its tiers state {sizes} entries, but have {counts}.")
-    if tier not in segments:
-        names = ", ".join(reversed(segments)) or "none"
+    with argument_errors(f"{path} cannot be read as a TextGrid: "):
+        tiers = [(name, segments) for name, segments in _parse_textgrid(text) if segments is not None]
+    found = [segments for name, segments in tiers if visible_text(name) == visible_text(tier)]
+    if not found:
+        names = ", ".join(name for name, _ in tiers) or "none"
         raise ValueError(f"{path} has no interval tier {tier!r}; its interval tiers: {names}. Name one of them.")
-    if [one["name"] for one in tiers].count(tier) > 1:
+    if len(found) > 1:
         raise ValueError(f"{path} has several tiers {tier!r}. Rename or remove all but one.")
-    return segments[tier]
+    return found[0]
 
 
 def read_alignments(path: str | Path, *, tier: str = "phones") -> dict[str, Labels]:
@@ -147,7 +163,7 @@ def read_alignments(path: str | Path, *, tier: str = "phones") -> dict[str, Labe
         tier: Tier of a TextGrid, or key of the labels in JSONL; ignored for CTM.
 
     Raises `ValueError` if the path does not exist, its format is not supported, it cannot be read, or a name occurs
-    twice, and `ImportError` for TextGrids without praatio.
+    twice.
     """
     path = Path(path)
     if path.is_dir():

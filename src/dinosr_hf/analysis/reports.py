@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..utils.files import write_atomically
+from ._figures import save_figure
 from .plots.lines import LayerCurves, layer_curves_figure
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def write_report(
     if figure is None:
         return f"{sentence}."
     for suffix in ("png", "pdf"):
-        figure.savefig(folder / f"{name}.{suffix}", dpi=200)
+        save_figure(figure, folder / f"{name}.{suffix}", dpi=200)
     return f"{sentence}, the picture {name}.png and {name}.pdf."
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from itertools import chain
 from pathlib import Path
 
 from ..data import DatasetSource, SpeechSource, TableSource, open_recordings
@@ -56,6 +55,8 @@ def open_reference(
         table = next((Path(data, name) for name in METADATA_FILES if Path(data, name).exists()), None)
         source = open_recordings([data]) if table is None else TableSource(table)
         found = read_alignments(labels, tier=tier)
+        if not any(found.values()):
+            raise ValueError(f"{labels} has no phones. Give other labels.")
     speakers = None
     try:
         speakers = source.labels(speaker_column or "speaker_id")
@@ -69,5 +70,4 @@ def open_reference(
         counts = f"{speakers.count(None):,} of {len(speakers):,} recordings have no speaker"
         logger.warning("%s, and each of them counts as a speaker of its own.", counts)
     ids = [utterance.id for utterance in source.utterances]
-    others = chain.from_iterable(source.skipped.values())
-    return source, Reference(ids, found, speakers=speakers, step_seconds=step_seconds, others=others)
+    return source, Reference(ids, found, speakers=speakers, step_seconds=step_seconds, others=source.left_out)

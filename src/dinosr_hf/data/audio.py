@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -59,8 +60,11 @@ _MAX_FRAMES_PER_BYTE = 100
 
 _UNKNOWN_LENGTH = 2**63 - 1  # of a stream, in libsndfile
 
+# Formats of whose files `find_streams` knows all bytes.
+_EXAMINED = ("WAV", "WAVEX", "RF64", "AIFF", "AU", "OGG")
+
 # A file with more bytes has samples.
-_LONGEST_HEADER = 1 << 16
+_LONGEST_HEADER = 1 << 12
 
 _CONVERT = "Convert it, for example with ffmpeg -i FILE NEW.flac, or leave it out."
 
@@ -89,6 +93,22 @@ class AudioInfo(NamedTuple):
     num_samples: int
     sampling_rate: int
     num_channels: int
+
+
+# What warnings about a recording without a path call it.
+_SUBJECT = ContextVar("subject", default="The recording")
+
+
+@contextmanager
+def about(subject: str) -> Iterator[None]:
+    """Name what is read within the block: in warnings, unless it has a path, and in front of `AudioFileError`."""
+    token = _SUBJECT.set(subject)
+    try:
+        yield
+    except AudioFileError as error:
+        raise AudioFileError(f"{subject}: {error}", error.reason) from error
+    finally:
+        _SUBJECT.reset(token)
 
 
 def require(module: str) -> Any:
@@ -184,7 +204,7 @@ class _Stream:
 
     def _check_rest(self) -> None:
         """Warn if much of the file is left at the end that the header tells; `find_streams` looks at other formats."""
-        if not self.is_counted or self._position < self.num_frames or self.sound.format in ("WAV", "OGG"):
+        if not self.is_counted or self._position < self.num_frames or self.sound.format in _EXAMINED:
             return
         where = os.lseek(self._file, 0, os.SEEK_CUR) if isinstance(self._file, int) else self._file.tell()
         rest = self._size - where
@@ -226,9 +246,13 @@ class OpenAudio:
         return np.concatenate(parts)
 
 
-@lru_cache(maxsize=1 << 16)
 def _warn(name: str, problem: str) -> None:
     """Warn about a file that is read nevertheless, once."""
+    _warn_once(_SUBJECT.get() if name == "The recording" else name, problem)
+
+
+@lru_cache(maxsize=1 << 16)
+def _warn_once(name: str, problem: str) -> None:
     logger.warning("%s: %s%s", printable_name(name), problem, "" if problem.endswith(("?", ".")) else ".")
 
 

@@ -6,10 +6,12 @@ that are there, without decoding them, and says of which parts of the file to ma
 """
 
 import io
+import math
 import re
 import struct
-from collections.abc import Sequence
-from typing import IO, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import IO, NamedTuple
 
 # Bytes, or the part of a file from the first to the second position.
 Piece = bytes | tuple[int, int]
@@ -62,118 +64,205 @@ def find_streams(file: IO[bytes], size: int) -> Streams:
     """
     Return the streams of a file of so many bytes; none if libsndfile reads all of it as it is.
 
-    WAV and AU: files joined to one, and lengths of samples that are 0 or less than what follows. Ogg: chained streams.
-    MP3: files joined to one, a missing or wrong number of frames, and bytes between the frames that are none. Raises
-    `StreamError` if MP3 frames differ in sampling rate or number of channels.
+    WAV, RF64, AIFF, CAF and AU: files joined to one, and numbers of bytes of samples other than those that are there.
+    Ogg: chained streams. MP3: files joined to one, a missing or wrong number of frames, and bytes between the frames
+    that are none. Tags in front are left out. The note tells of files that end too early. Raises `StreamError` if MP3
+    frames differ in sampling rate or number of channels, or an Ogg file has its pages out of order.
     """
-    file.seek(0)
-    head = file.read(12)
-    if head[:4] in (b"RIFF", b"RIFX") and head[8:] == b"WAVE":
-        return _sized_streams(file, size, _find_wav_data)
-    if head[:4] in (b".snd", b"dns."):
-        return _sized_streams(file, size, _find_au_data)
+    start = 0
+    while (after := start + _skip_tag(_read(file, start, 10))) > start:
+        start = after
+    head = _read(file, start, 1024)
+    for pattern, find_samples in _SIZED.items():
+        if re.match(pattern, head, re.DOTALL):
+            return _sized_streams(file, start, size, find_samples)
     if head[:4] == b"OggS":
-        return _ogg_streams(_read(file, 0, size))
-    start = _skip_tag(_read(file, 0, 10))
-    is_padding = size > 12 and not any(head)
-    if is_padding or (start and _read(file, start, 4) != b"fLaC") or _parse_frame(head, 0) is not None:
+        return _ogg_streams(file, start, size)
+    is_padding = size > 12 and not any(head[:12])
+    if is_padding or (start and head[:4] != b"fLaC") or _parse_frame(head, 0) is not None:
         return _mp3_streams(file, start, size)
-    return Streams()
+    return Streams(note=_note_on_end(_stated_size(head), size))
 
 
 def _read(file: IO[bytes], position: int, count: int) -> bytes:
-    file.seek(position)
+    file.seek(min(position, 1 << 40))  # headers may state positions that no file has
     return file.read(count)
 
 
+def _stated_size(head: bytes) -> int:
+    """Return the size of a W64 or NIST SPHERE file as its first bytes state it; 0 if they do not."""
+    if head[:4] == b"riff":
+        return int.from_bytes(head[16:24], "little")
+    fields = dict(re.findall(rb"^(sample_count|sample_n_bytes|channel_count) -i (\d{1,18})\s", head, re.MULTILINE))
+    is_sphere = head[:8] == b"NIST_1A\n" and len(fields) == 3
+    return int(head[8:15]) + math.prod(map(int, fields.values())) if is_sphere and head[8:15].strip().isdigit() else 0
+
+
+def _note_on_end(stated: int, actual: int) -> str:
+    """Return the note on a file, or samples, with fewer bytes than stated; none if they are few or none is meant."""
+    is_unknown = any(abs(stated - (1 << bits)) <= 1 << 16 for bits in (31, 32, 63, 64))
+    if stated - actual <= 64 or is_unknown:
+        return ""
+    return f"its header promises {stated:,} bytes, but {actual:,} are there and read. Is it truncated?"
+
+
 class _SizedData(NamedTuple):
-    """Samples in a file: their first byte, their number of bytes as stated, and where that is stated."""
+    """Samples in a file: their first byte, their number of bytes as stated, and where and how that is stated."""
 
     start: int
     num_bytes: int
     size_position: int
+    size_format: str
     is_mp3: bool = False
 
 
-def _find_wav_data(file: IO[bytes], start: int, end: int) -> _SizedData | None:
-    order = ">I" if _read(file, start, 4) == b"RIFX" else "<I"
-    position, is_mp3 = start + 12, False
-    while len(head := _read(file, position, 8)) == 8:
-        (num_bytes,) = struct.unpack(order, head[4:])
-        if head[:4] == b"data":
-            return _SizedData(position + 8, num_bytes, position + 4, is_mp3)
-        if head[:4] == b"fmt ":
-            is_mp3 = _read(file, position + 8, 2) == b"\x55\0"
-        position += 8 + num_bytes + num_bytes % 2
+_MAX_CHUNKS = 10_000  # in front of the samples; more are zeros, or noise
+
+
+def _find_in_chunks(first: int, head: str, name: bytes, file: IO[bytes], start: int) -> _SizedData | None:
+    """Find the chunk of samples in a file that begins at `start`; `head`: `struct` of a chunk's name and size."""
+    position, length, is_mp3 = start + first, struct.calcsize(head), False
+    for _ in range(_MAX_CHUNKS):
+        if len(data := _read(file, position, length)) < length:
+            break
+        found, num_bytes = struct.unpack(head, data)
+        if found == name:
+            return _SizedData(position + length, num_bytes, position + 4, head[0] + head[-1], is_mp3)
+        if found == b"fmt ":
+            is_mp3 = _read(file, position + length, 2) == b"\x55\0"
+        position += length + max(0, num_bytes) + (num_bytes % 2 if first == 12 else 0)
     return None
 
 
-def _find_au_data(file: IO[bytes], start: int, end: int) -> _SizedData | None:
-    order = "<II" if _read(file, start, 4) == b"dns." else ">II"
-    head = _read(file, start + 4, 8)
-    if len(head) < 8:
-        return None
-    offset, num_bytes = struct.unpack(order, head)
-    if offset < 24:  # within the header
-        return None
-    return _SizedData(start + offset, num_bytes, start + 8)
+def _find_in_rf64(file: IO[bytes], start: int) -> _SizedData | None:
+    data = _find_in_chunks(12, "<4sI", b"data", file, start)
+    num_bytes = int.from_bytes(_read(file, start + 28, 8), "little")  # in the chunk of numbers of 64 bits
+    return data and data._replace(num_bytes=num_bytes, size_position=start + 28, size_format="<Q")
 
 
-def _sized_streams(file: IO[bytes], size: int, find_data: Any) -> Streams:
+def _find_in_au(head: str, file: IO[bytes], start: int) -> _SizedData | None:
+    data = _read(file, start + 4, 8)
+    offset, num_bytes = struct.unpack(head, data) if len(data) == 8 else (0, 0)
+    # An offset within the header is wrong.
+    return _SizedData(start + offset, num_bytes, start + 8, head[0] + head[-1]) if offset >= 24 else None
+
+
+_Finder = Callable[[IO[bytes], int], _SizedData | None]
+
+# By regular expressions for the beginnings of files.
+_SIZED: dict[bytes, _Finder] = {
+    rb"RIFF....WAVE": partial(_find_in_chunks, 12, "<4sI", b"data"),
+    rb"RIFX....WAVE": partial(_find_in_chunks, 12, ">4sI", b"data"),
+    rb"RF64....WAVEds64": _find_in_rf64,
+    rb"FORM....AIF[FC]": partial(_find_in_chunks, 12, ">4sI", b"SSND"),
+    rb"caff": partial(_find_in_chunks, 8, ">4sq", b"data"),
+    rb"\.snd": partial(_find_in_au, ">II"),
+    rb"dns\.": partial(_find_in_au, "<II"),
+}
+
+
+def _sized_streams(file: IO[bytes], start: int, size: int, find_samples: _Finder) -> Streams:
     """Return the streams of a file whose samples' number of bytes is stated in front of them."""
     streams: list[list[Piece]] = []
-    note, start = "", 0
-    while (data := find_data(file, start, size)) is not None:
+    has_tag, note = start > 0, ""
+    while (data := find_samples(file, start)) is not None:
         end = data.start + data.num_bytes
         if data.is_mp3:  # of which libsndfile estimates the length
             end = min(end, size) if data.num_bytes else size
             mp3 = _mp3_streams(file, data.start, end)
             return mp3 if mp3.pieces else Streams([[(data.start, end)]], mp3.note)
-        if end >= size:  # also if unknown, 0xFFFFFFFF; libsndfile reads on to the end of the file
-            break
-        following = end + data.num_bytes % 2
-        magic = _read(file, start, 4)
+        following, magic = end + data.num_bytes % 2, _read(file, start, 4)
         joined = next((place for place in (following, end) if _read(file, place, 4) == magic), None)
-        if joined is not None:
+        if data.num_bytes >= 0 and joined is not None:
             streams.append([(start, joined)])
             start = joined
             continue
-        if not (_is_metadata(file, following, size, magic) or _is_metadata(file, end, size, magic)):
-            if data.num_bytes and not any(_read(file, end, 1 << 20)):
-                break  # padding
-            streams.append([(start, data.size_position), b"\xff\xff\xff\xff", (data.size_position + 4, size)])
-            found = f"{size - data.start:,} are there and read. Was its recorder killed?"
-            return Streams(streams, f"its header promises {data.num_bytes:,} bytes of samples, but {found}")
+        is_known = data.num_bytes >= 0 and end <= size
+        if is_known and (
+            any(_is_metadata(file, place, size, data.size_format) for place in (following, end))
+            or (data.num_bytes and not any(_read(file, end, 1 << 20)))  # padding
+        ):
+            break
+        there = size - data.start
+        note = _note_on_end(data.num_bytes, there)
+        if is_known:
+            note = f"its header promises {data.num_bytes:,} bytes of samples, but {there:,} are there and read."
+            note += " Was its recorder killed?"
+        # A number of 32 bits is set to the one for an unknown length, which libsndfile knows.
+        new = b"\xff" * 4 if data.size_format[1] == "I" else struct.pack(data.size_format, there)
+        if _read(file, data.size_position, len(new)) != new:
+            streams.append([(start, data.size_position), new, (data.size_position + len(new), size)])
+            return Streams(streams, note)
         break
     if streams:
+        note = f"it is {len(streams) + 1} files joined to one, all of which are read"
+    if streams or has_tag:
         streams.append([(start, size)])
-        note = f"it is {len(streams)} files joined to one, all of which are read"
     return Streams(streams, note)
 
 
-def _is_metadata(file: IO[bytes], position: int, size: int, magic: bytes) -> bool:
+def _is_metadata(file: IO[bytes], position: int, size: int, size_format: str) -> bool:
     """Return whether there is the end of the file, a tag or another chunk at a position."""
-    head = _read(file, position, 8)
-    if len(head) < 8 or head[:3] in (b"TAG", b"ID3") or head == b"APETAGEX" or head[:4] == b"LIST":
+    length = 4 + struct.calcsize(size_format)
+    head = _read(file, position, length)
+    if len(head) < length or head[:3] in (b"TAG", b"ID3") or head[:8] == b"APETAGEX" or head[:4] == b"LIST":
         return True
-    (num_bytes,) = struct.unpack(">I" if magic == b"RIFX" else "<I", head[4:])
-    is_chunk = magic.startswith(b"RIF") and all(32 <= byte < 127 for byte in head[:4])
-    return is_chunk and position + 8 + num_bytes <= size + 1
+    (num_bytes,) = struct.unpack(size_format, head[4:])
+    return all(32 <= byte < 127 for byte in head[:4]) and position + length + num_bytes <= size + 1
 
 
-def _ogg_streams(data: bytes) -> Streams:
+class _Page(NamedTuple):
+    """A page of one of the streams of an Ogg file; `time` is in samples, negative if it has none."""
+
+    start: int
+    end: int
+    flags: int
+    time: int
+    stream: int
+    is_audio: bool  # if it is the first of its stream
+
+
+def _ogg_pages(file: IO[bytes], start: int, size: int) -> Iterator[_Page]:
+    longest_head = 512
+    while len(block := _read(file, start, 1 << 20)) > 27:
+        is_last = start + len(block) >= size
+        for found in re.finditer(rb"OggS\0[\0-\x07]", block):
+            place = found.start()
+            if place + 27 > len(block) or (place >= len(block) - longest_head and not is_last):
+                break
+            flags, time, stream = struct.unpack("<BqI", block[place + 5 : place + 18])
+            body = place + 27 + block[place + 26]
+            is_audio = block[body:].startswith((b"\x01vorbis", b"OpusHead", b"\x7fFLAC", b"Speex"))
+            end = body + sum(block[place + 27 : body])
+            yield _Page(start + place, start + end, flags, time, stream, is_audio)
+        start += len(block) if is_last else len(block) - longest_head
+
+
+def _ogg_streams(file: IO[bytes], start: int, size: int) -> Streams:
     """Return the streams of a chained Ogg file: pages that begin streams, after pages that do not."""
-    starts, is_beginning = [0], True
-    for page in re.finditer(rb"OggS\x00([\x00-\x07])", data):
-        if not page[1][0] & 2:
-            is_beginning = False
-        elif not is_beginning:
-            starts.append(page.start())
-            is_beginning = True
-    if len(starts) == 1:
-        return Streams()
-    ends = [*starts[1:], len(data)]
-    return Streams([[part] for part in zip(starts, ends, strict=True)])
+    links: list[tuple[int, dict[int, _Page]]] = []  # first byte, and the last page of each stream of audio
+    is_beginning = False
+    for page in _ogg_pages(file, start, size):
+        if page.flags & 2 and not is_beginning:
+            links.append((page.start if links else start, {}))
+        is_beginning = bool(page.flags & 2)
+        pages = links[-1][1] if links else {}
+        if is_beginning and page.is_audio:
+            pages[page.stream] = page
+        elif page.stream in pages:
+            latest = pages[page.stream].time
+            if 0 <= page.time < latest:
+                raise StreamError("its pages are not in the order of time")
+            pages[page.stream] = page._replace(time=max(page.time, latest))
+    starts, note = [place for place, _ in links], ""
+    ends = [*starts, size][1:]
+    for (_, pages), end in zip(links, ends, strict=True):
+        if len(pages) > 1:
+            note = f"it has {len(pages)} recordings at the same time, of which the first is read"
+        elif any(page.end > end or not page.flags & 4 for page in pages.values()):
+            note = "its stream, or one of them, has no last page; what is there is read. Is it truncated?"
+    is_native = starts in ([], [0])
+    return Streams([] if is_native else [[part] for part in zip(starts, ends, strict=True)], note)
 
 
 # kbit/s by index 1 to 14, of MPEG 1 and of MPEG 2, each for layers I, II and III.
@@ -232,7 +321,8 @@ def _parse_frame(data: bytes | bytearray, position: int) -> _Frame | None:
 
 def _parse_info(data: bytes, position: int, frame: _Frame) -> tuple[int, int] | None:
     """Return the numbers of frames and bytes (0: unknown) that an Info frame states; None if it is no such frame."""
-    info = data[position + frame.info_offset :][:16]
+    start = position + frame.info_offset
+    info = data[start : start + 16]
     if frame.kind.layer != 3 or info[:4] not in (b"Xing", b"Info") or len(info) < 16:
         return None
     flags, first, second = struct.unpack(">III", info[4:])
@@ -262,12 +352,12 @@ def _end_of_frames(file: IO[bytes], size: int) -> int:
 def _agrees(head: bytes, info: _Frame, stated: tuple[int, int], num_bytes: int) -> bool:
     """Return whether numbers of frames and bytes, stated in front of an MP3, agree with its size and bit rate."""
     longest = 1442  # bytes of a frame
-    if not all(stated) or abs(num_bytes - stated[1]) > longest or stated[1] > (stated[0] + 1) * longest:
-        return False
     frame = _parse_frame(head, info.num_bytes)
-    is_constant = head[info.info_offset : info.info_offset + 4] == b"Info"
+    is_constant = head[info.info_offset : info.info_offset + 4] == b"Info"  # else the frames are to be counted
+    if frame is None or not is_constant or not all(stated) or abs(num_bytes - stated[1]) > longest:
+        return False
     # With padding, a frame may have a byte more.
-    return not is_constant or (frame is not None and abs(stated[1] / stated[0] - frame.num_bytes) <= 2)
+    return abs(stated[1] / stated[0] - frame.num_bytes) <= 2
 
 
 def _mp3_streams(file: IO[bytes], start: int, size: int) -> Streams:
@@ -300,7 +390,7 @@ class _Mp3Frames:
         self.infos: list[tuple[tuple[int, int], int]] = []  # frames with the length of the file, and the number there
         self.first_frame = b""
         self.note = ""
-        num_lost, previous, position = 0, start, start
+        num_lost, previous, position, is_cut = 0, start, start, False
         while position < len(data):
             frame = _parse_frame(data, position)
             is_other = frame is not None and self.kind not in (None, frame.kind)
@@ -318,6 +408,7 @@ class _Mp3Frames:
                     position = previous
                 if self.num and found < len(data):
                     num_lost += found - position
+                is_cut = frame is not None and found == len(data)
                 position = previous = found
                 continue
             stop = position + frame.num_bytes
@@ -326,6 +417,8 @@ class _Mp3Frames:
             else:
                 self._add(position, stop, frame)
             previous, position = position, stop
+        if is_cut:
+            self.note = "its last frame is not complete, and is left out. Is it truncated?"
         if num_lost:
             self.note = f"{num_lost:,} bytes between its frames are damaged or no audio, and are left out"
 

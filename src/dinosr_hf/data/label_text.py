@@ -1,6 +1,8 @@
 """Labels as text, from what tables and datasets store."""
 
 import math
+import re
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
@@ -29,3 +31,11 @@ def label_text(value: Any, where: str) -> str | None:
     if not math.fabs(value) <= _MAX_NUMBER:
         raise ValueError(f"{where}: {value} is too large for a label. Write it as text.")
     return str(int(value)) if value == int(value) else str(float(value))
+
+
+def without_fractions(labels: Iterable[str | None]) -> list[str | None]:
+    """Return the labels of a column of text without `.0` if all have it, as pandas writes integers with a gap."""
+    labels = list(labels)
+    if not all(re.fullmatch(r"-?\d+\.0", label) for label in labels if label):
+        return labels
+    return [label and label.removesuffix(".0") for label in labels]

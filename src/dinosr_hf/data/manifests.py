@@ -1,6 +1,7 @@
 """Manifests: lists of recordings with their lengths, so that files need not be opened to plan with them."""
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
@@ -13,7 +14,7 @@ from ..utils.text_files import csv_rows, json_lines, read_lines, text_lines
 from ..utils.visible_text import name_key
 from .audio import SAMPLING_RATE, AudioFileError, audio_info, load_audio, resampled_length
 from .finding import AUDIO_SUFFIXES, find_files
-from .label_text import label_text
+from .label_text import label_text, without_fractions
 from .sources import NoLabelsError, SpeechSource, find_text_column, read_lengths
 
 _NUM_CHECKED = 16  # number of files whose headers are compared with the manifest
@@ -21,6 +22,7 @@ _MAX_DECIMALS = 9  # decimals of seconds that are used; more of them say nothing
 _MAX_NUMBER = 10**12  # of frames or seconds, which no recording has
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".json")
+_TEXT_SUFFIXES = (".csv", ".tsv")  # of tables that tell no numbers from text
 
 # Names of columns with the path of the audio; the first one that exists is used.
 PATH_COLUMNS = ("path", "audio_filepath", "file_name", "audio", "wav")
@@ -48,11 +50,14 @@ class ManifestSource(SpeechSource):
         self._manifest = Path(path)
         lines = text_lines(path, errors="surrogateescape")
         root = next(lines, "").strip()
-        rows = [self._parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 2) if line.strip()]
         self.root = self._manifest.parent / root
         if not root or not self.root.is_dir():
-            rule = "its first line must be the folder that the paths below it are relative to"
-            raise ValueError(f"{path}: {rule}, but {root!r} is not a folder here. Correct that line.")
+            rule = (
+                "its first line must be the folder that the paths below it are relative to; or, of a table, name its"
+                f" columns, of which one must be {' or '.join(PATH_COLUMNS)}"
+            )
+            raise ValueError(f"{path}: {rule}. But {root!r} is not a folder here. Correct that line.")
+        rows = [self._parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 2) if line.strip()]
         rate = self._check_headers([row for row in rows if row[1] > 0])
         self._paths = [file_name for file_name, _ in rows]
         empty = AudioFileError("Its manifest gives 0 frames.", "empty")
@@ -112,9 +117,20 @@ class _Entry(NamedTuple):
     max_rest: float = 0  # samples that the file may have after it
 
 
+def _root_of(entries: list[_Entry], folder: Path) -> Path:
+    """Return what the paths are relative to: the table's folder or, as in Common Voice, `clips` in it."""
+
+    def has_files(root: Path) -> bool:
+        return any(os.path.exists(root / entry.path) for entry in _spread(entries))
+
+    clips = folder / "clips"
+    return clips if entries and not has_files(folder) and has_files(clips) else folder
+
+
 class TableSource(SpeechSource):
     """
-    A table of recordings: `.csv` with column names in the first line, or `.jsonl` (`.json`) with one object per line.
+    A table of recordings: `.csv` or `.tsv` with column names in the first line, or `.jsonl` (`.json`) with an object
+    per line.
 
     Columns:
 
@@ -126,7 +142,8 @@ class TableSource(SpeechSource):
     - `id`: the utterance's id, else the path. Duplicates get #2, #3, ...
 
     Other columns are only read by `labels`. So the `metadata.csv` of an audio folder is such a table, and so are the
-    manifests of NeMo. Where lengths are given, only 16 files, spread evenly, are opened: their headers must agree.
+    manifests of NeMo and the `.tsv` files of Common Voice, whose recordings are in the folder `clips` beside them.
+    Where lengths are given, only 16 files, spread evenly, are opened: their headers must agree.
 
     Durations are often rounded. The most precise one of a table tells how many decimals can be trusted, and half a
     unit of the last decimal is left out at the end of each file, since it may not be there. With five decimals or more
@@ -139,6 +156,7 @@ class TableSource(SpeechSource):
     def __init__(self, path: str | Path) -> None:
         self._table, self.root = Path(path), Path(path).parent
         self._entries = _in_samples(list(_entries(self._table)))
+        self.root = _root_of(self._entries, self.root)
         self._check_headers()
         ids = (entry.id for entry in self._entries)
         self._set_utterances(ids, self._lengths(), str(path))
@@ -150,7 +168,8 @@ class TableSource(SpeechSource):
         names = list(dict.fromkeys(name for _, row in rows for name in row))
         column = find_text_column(names, column, str(self._table))
         kept = (rows[position] for position in self._positions)
-        return [label_text(row.get(column), f"{self._table}, line {number}, {column}") for number, row in kept]
+        labels = [label_text(row.get(column), f"{self._table}, line {number}, {column}") for number, row in kept]
+        return without_fractions(labels) if self._table.suffix.lower() in _TEXT_SUFFIXES else labels
 
     def unlisted(self) -> list[str]:
         """Return the audio files in the table's folder and below that the table does not name; hidden ones aside."""
@@ -179,6 +198,12 @@ class TableSource(SpeechSource):
         if num_samples is None and entry.num_samples is not None:
             num_samples = entry.num_samples - start
         return load_audio(self.root / entry.path, start=entry.start + start, num_samples=num_samples)
+
+
+def open_tsv(path: str | Path) -> ManifestSource | TableSource:
+    """Open a `.tsv`: a table, such as Common Voice's, if its first line names a column of paths; else a manifest."""
+    names = next(text_lines(path, errors="surrogateescape"), "").split("\t")
+    return TableSource(path) if len(names) > 1 and set(PATH_COLUMNS) & set(names) else ManifestSource(path)
 
 
 def _in_samples(entries: list[_Entry]) -> list[_Entry]:
@@ -239,8 +264,9 @@ def _entries(table: Path) -> Iterator[_Entry]:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the lines of a table, with their numbers."""
-    if path.suffix.lower() == ".csv":
-        yield from csv_rows(path, errors="surrogateescape")
+    suffix = path.suffix.lower()
+    if suffix in _TEXT_SUFFIXES:
+        yield from csv_rows(path, errors="surrogateescape", has_quotes=suffix == ".csv")
     else:
         yield from json_lines(path, errors="surrogateescape", decimals=True)
 

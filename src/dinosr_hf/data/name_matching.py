@@ -26,8 +26,9 @@ def _forms(path: str) -> list[str]:
     return list(dict.fromkeys((path, without_suffix(path))))
 
 
-def _folder(path: str) -> str:
-    return path.rpartition("/")[0]
+def _folders(path: str) -> Iterator[tuple[int, str]]:
+    """Yield the folders of a path from the last to the first, with their numbers; "" for one in the root."""
+    yield from enumerate(path.split("/")[-2::-1] or [""])
 
 
 def _ends(path: str) -> Iterator[str]:
@@ -43,8 +44,8 @@ def match_names(recordings: Iterable[str], names: Iterable[str]) -> NameMatches:
 
     A recording has the name that is its path, with or without suffix. If there is none, the longest common end of both
     paths counts, down to the bare name of the file, but only if it is unique among all recordings and all names. And
-    a bare name does not count for a recording, or of a name, whose folder has both: speakers often number their
-    recordings alike, and what one of them lacks is not another's.
+    where the folder above it differs, it counts only if no folder there is one of recordings and of names: speakers
+    often number their recordings alike, and what one of them lacks is not another's.
     """
     recordings, known = list(dict.fromkeys(recordings)), dict.fromkeys(names)
     found = {recording: form for recording in recordings for form in reversed(_forms(recording)) if form in known}
@@ -90,7 +91,8 @@ def _match_ends(
         for end in dict.fromkeys(end for form in _forms(path) for end in _ends(form))
         if end in keys_by_end
     )
-    shared_folders = {*map(_folder, paths.values())} & {*map(_folder, by_key)}
+    folders = ({folder for path in group for folder in _folders(path)} for group in (paths.values(), by_key))
+    mirrored = {depth for depth, _ in set.intersection(*folders)}
     found: dict[str, str] = {}
     ambiguous: dict[str, list[str]] = {}
     for recording in rest:
@@ -99,12 +101,8 @@ def _match_ends(
         end = next((end for level in levels for end in level if end in keys_by_end), "")
         keys = keys_by_end.get(end, [])
         names = [name for key in keys for name in by_key[key]]
-        is_path = "/" in end
-        is_apart = _folder(paths[recording]) not in shared_folders
-        if not any(
-            key not in taken and (is_path or not _folder(key) or (is_apart and _folder(key) not in shared_folders))
-            for key in keys
-        ):
+        is_apart = end.count("/") not in mirrored
+        if not any(key not in taken and (is_apart or key == end) for key in keys):
             continue
         if len(names) == num_recordings[end] == 1:
             found[recording] = names[0]

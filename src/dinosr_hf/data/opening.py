@@ -3,16 +3,17 @@
 import glob
 import logging
 import re
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..utils.damaged_files import explain_damage
 from ..utils.text_files import check_regular_file
-from .archives import TarSource, find_archives
+from .archives import TarSource, check_archive, find_archives
 from .audio import require
 from .finding import AUDIO_SUFFIXES, COMPRESSED_SUFFIXES, UNSUPPORTED_SUFFIXES, find_files, has_suffix, literal_paths
-from .manifests import TABLE_SUFFIXES, ManifestSource, TableSource
+from .manifests import TABLE_SUFFIXES, TableSource, open_tsv
 from .parquet_folders import has_configurations, parquet_splits
 from .sources import DatasetSource, FileSource, FolderSource, SpeechSource
 from .streaming import SpeechStream
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 _ACCEPTED = """Accepted are:
   a folder with wav, flac, ogg, opus, mp3, aiff, au, caf, w64 or sph files in it or below it, or one such file,
   an uncompressed .tar archive, a folder of them, or a pattern ("data/train-*.tar"),
-  a fairseq manifest (.tsv), or a table with a column of paths (.csv, .jsonl, .json),
+  a fairseq manifest (.tsv), or a table with a column of paths (.csv, .tsv, .jsonl, .json),
   a folder written by datasets' save_to_disk, a .parquet file, or a folder of .parquet files,
   the name of a dataset on the Hub ("organisation/name"), with `split`."""
 
@@ -66,6 +67,9 @@ def _load_dataset(*arguments: Any, split: str | None, what: str, **options: Any)
         raise ValueError(
             f"{problem}. Download its files ({download}) and give that folder, or use streaming."
         ) from error
+    except (tarfile.TarError, RecursionError) as error:  # of headers that lead to headers
+        problem = f"{what}: an archive of this dataset cannot be read ({error})"
+        raise ValueError(f"{problem}. Download it again, or use another dataset.") from error
     return _choose_split(loaded, None, what)
 
 
@@ -121,13 +125,18 @@ def _split_folder(path: Path, split: str | None) -> Path:
     return path / (split or "")
 
 
+def _warn_of_others(path: Path, used: str, contents: list[str]) -> None:
+    """Warn of contents of a folder that are ignored because others are used."""
+    counted = {_AUDIO: _UNSUPPORTED, _ARCHIVES: _COMPRESSED}.get(used)  # by the source itself
+    if ignored := " and ".join(content for content in contents if content not in (used, counted)):
+        logger.warning("%s has %s too, which are ignored because it has %s.", path, ignored, used)
+
+
 def _open_folder(path: Path, split: str | None) -> SpeechSource | None:
     """Open a folder with audio or archives; return None if it has parquet files."""
-    first, *others = _contents(path) or [""]
-    counted = {_AUDIO: _UNSUPPORTED, _ARCHIVES: _COMPRESSED}.get(first)  # by the source itself
-    if others := [other for other in others if other != counted]:
-        ignored = " and ".join(others)
-        logger.warning("%s has %s too, which are ignored because it has %s.", path, ignored, first)
+    contents = _contents(path)
+    first = contents[0] if contents else ""
+    _warn_of_others(path, first, contents)
     if first in (_AUDIO, _UNSUPPORTED):
         return FolderSource(_split_folder(path, split))
     if first in (_ARCHIVES, _COMPRESSED):
@@ -143,7 +152,7 @@ def _open_file(path: Path, name: str, split: str | None) -> SpeechSource | None:
     """Open a recording, a manifest, a table, an archive or a pattern of them; return None if it is none of these."""
     kinds: dict[str, tuple[tuple[str, ...], Callable[[Path], SpeechSource]]] = {
         "a recording": (AUDIO_SUFFIXES + UNSUPPORTED_SUFFIXES, lambda path: FileSource([path])),
-        "a manifest": ((".tsv",), ManifestSource),
+        "a manifest": ((".tsv",), open_tsv),
         "a table": (TABLE_SUFFIXES, TableSource),
         "an archive": ((".tar", *COMPRESSED_SUFFIXES), TarSource),
     }
@@ -158,6 +167,8 @@ def _open_file(path: Path, name: str, split: str | None) -> SpeechSource | None:
 def _parse_name(name: str | Path, config_name: str | None) -> tuple[Path, str]:
     """Return a name as path and as text; refuse one that does not exist and cannot be on the Hub."""
     path, name = Path(name), str(name)
+    if not name:
+        raise ValueError(f"The name of the data is empty, as of a shell variable that is not set. {_ACCEPTED}")
     is_hub_name = not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
     files = (".tsv", ".parquet", ".tar", *TABLE_SUFFIXES, *AUDIO_SUFFIXES, *UNSUPPORTED_SUFFIXES)
     is_hub_name &= not has_suffix(name, files)
@@ -234,15 +245,24 @@ def open_stream(
         dataset = _open_dataset(path, name, split, None)
         dataset = dataset.to_iterable_dataset(num_shards=max(1, min(len(dataset), len(dataset.cache_files))))
     elif _ARCHIVES in contents or has_suffix(name, ".tar"):
+        _warn_of_others(path, _ARCHIVES, contents)
         folder, split = (_split_folder(path, split), None) if path.is_dir() else (path, split)
-        files = literal_paths(find_archives(folder)[0])
-        dataset = _load_dataset("webdataset", data_files=files, split=None, what=name, streaming=True)
+        archives = find_archives(folder)[0]
+        for archive in archives:
+            check_archive(archive)  # before `datasets`, which would unpack compressed ones and sparse members
+        files = literal_paths(archives)
+        try:
+            dataset = _load_dataset("webdataset", data_files=files, split=None, what=name, streaming=True)
+        except ValueError as error:
+            advice = "Leave streaming out, to read archives of any members in place."
+            raise ValueError(f"{name} cannot be streamed: {error} {advice}") from error
         dataset = _choose_split(dataset, split, name)
-    elif path.exists() and _PARQUET not in contents and not has_suffix(name, ".parquet"):
+    elif path.exists() and _PARQUET not in contents and (path.is_dir() or not has_suffix(name, ".parquet")):
         rule = "streaming is for datasets (on the Hub, parquet, WebDataset archives, save_to_disk)"
         advice = "Leave streaming out: its audio is read on demand in any case."
         raise ValueError(f"{rule}, and {name} is not one. {advice}")
     else:
+        _warn_of_others(path, _PARQUET, contents)
         dataset = _open_dataset(path, name, split, config_name, streaming=True)
     return SpeechStream(dataset, audio_column, window_seconds=window_seconds, shuffle_seed=seed)
 
@@ -257,11 +277,10 @@ def open_recordings(names: Sequence[str | Path]) -> SpeechSource:
     paths = [Path(name) for name in names]
     suffixes = AUDIO_SUFFIXES + UNSUPPORTED_SUFFIXES
     if len(paths) == 1 and (paths[0].is_dir() or not has_suffix(paths[0], suffixes)):
-        return open_source(paths[0])
-    for path in paths:
-        if not path.is_dir() and not has_suffix(path, suffixes):
-            raise ValueError(
-                f"{path} is neither an audio file ({', '.join(AUDIO_SUFFIXES)}) nor a folder. Name several of those,"
-                " or one manifest, archive or dataset alone."
-            )
+        return open_source(names[0])
+    for name, path in zip(names, paths, strict=True):
+        if not name or not (path.is_dir() or has_suffix(path, suffixes)):
+            kinds = f"neither an audio file ({', '.join(AUDIO_SUFFIXES)}) nor a folder"
+            advice = "Name several of those, or one manifest, archive or dataset alone."
+            raise ValueError(f"{name or 'An empty name'} is {kinds}. {advice}")
     return FileSource(paths)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..utils.files import write_atomically
+from ..utils.files import claim_output_file, write_atomically
 from ..utils.names import printable_name
 from .audio import BLOCK_FRAMES, AudioFileError, OpenAudio, open_audio, require, resampled_length
 from .finding import find_audio, how_to_convert, is_hidden
@@ -87,8 +87,8 @@ def scan_folder(
 
     Reads the headers, and each file from its beginning to the first sample that differs from those before it, which
     tells a silent file from one that only begins so. Files of floating-point samples are decoded completely, since
-    only they can hold NaN. A truncated file is found if its header promises more than can be decoded; of WAV files cut
-    short, libsndfile takes what there is.
+    only they can hold NaN. A truncated FLAC or MP3 is found if its header promises more than can be decoded; what is
+    left of other truncated files is usable, with a warning.
 
     Args:
         folder: Path to the folder.
@@ -148,11 +148,12 @@ def _is_silent(audio: OpenAudio, file: ScannedFile, *, decode: bool) -> bool:
 
 
 def check_manifest_path(path: str | Path, *, overwrite: bool = False) -> None:
-    """Raise `ValueError` if a manifest of this name exists or has a suffix that `write_manifest` does not write."""
+    """Raise `ValueError` if a manifest of this name exists, cannot be written to, or has an unknown suffix."""
     if not str(path).endswith(_SUFFIXES):
         raise ValueError(f"{path} must end in .jsonl, .csv or .tsv.")
     if Path(path).exists() and not overwrite:
         raise ValueError(f"{path} exists. Give another name, or overwrite to replace it.")
+    claim_output_file(path)
 
 
 def write_manifest(scan: FolderScan, path: str | Path, *, overwrite: bool = False) -> list[Path]:
@@ -171,7 +172,6 @@ def write_manifest(scan: FolderScan, path: str | Path, *, overwrite: bool = Fals
     check_manifest_path(path, overwrite=overwrite)
     if not scan.usable:
         raise ValueError(f"There is nothing to write.\n{scan}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     folder, beside = scan.folder.resolve(), path.parent.resolve()
     base = folder.relative_to(beside) if folder.is_relative_to(beside) else folder
     written = {path: _manifest(path.suffix, base, scan.usable)}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ..utils.names import printable_name, unique_names
-from .audio import AudioFileError, AudioInput, Samples, audio_info, load_audio, require
+from .audio import AudioFileError, AudioInput, Samples, about, audio_info, load_audio, require
 from .finding import find_audio
 from .label_text import label_text
 from .transcript_files import read_transcripts
@@ -259,6 +259,11 @@ def stored_audio(value: Any, kind: str, sampling_rate: int | None) -> Any:
     return Samples(value.values.to_numpy(zero_copy_only=False), int(sampling_rate))
 
 
+def row_id(value: Any, row: int, name: str) -> str:
+    """Return the id of a row: its text or number, else the row's number; `ValueError` if it is neither."""
+    return label_text(value, f"{name}, row {row}, column 'id'") or str(row)
+
+
 class StoredSource(SpeechSource):
     """Utterances whose audio is stored in rows."""
 
@@ -266,10 +271,8 @@ class StoredSource(SpeechSource):
     def _stored(self, row: int) -> AudioInput: ...
 
     def load(self, index: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
-        try:
+        with about(f"Utterance {self.utterances[index].id}"):
             return load_audio(self._stored(self._positions[index]), start=start, num_samples=num_samples)
-        except AudioFileError as error:
-            raise AudioFileError(f"Utterance {self.utterances[index].id}: {error}", error.reason) from error
 
 
 class DatasetSource(StoredSource):
@@ -278,7 +281,7 @@ class DatasetSource(StoredSource):
 
     The column can be of `Audio` (files or their bytes, decoded by `load_audio`, never by torchcodec), paths, bytes of
     files, `{"array", "sampling_rate"}` as in the synthetic corpus, or lists of floats. Only the samples of a requested
-    part are touched. An utterance's id is its `id` if it has one, else its row number.
+    part are touched. An utterance's id is its `id`, text or a number, if it has one, else its row number.
 
     Args:
         dataset: A map-style `datasets.Dataset`.
@@ -299,11 +302,13 @@ class DatasetSource(StoredSource):
         column_type = self._rows.features.arrow_schema.field(audio_column).type
         self._kind = kind_of_audio(column_type, audio_column, sampling_rate)
         given = self._column("id") if "id" in self._others.column_names else range(len(dataset))
-        names = (str(row if name is None else name) for row, name in enumerate(given))
-        lengths = read_lengths(
-            range(len(dataset)), lambda row: audio_info(self._stored(row)).num_samples, "The dataset"
-        )
-        self._set_utterances(names, lengths, "The dataset")
+        names = [row_id(value, row, "The dataset") for row, value in enumerate(given)]
+
+        def length(row: int) -> int:
+            with about(f"Utterance {names[row]}"):
+                return audio_info(self._stored(row)).num_samples
+
+        self._set_utterances(names, read_lengths(range(len(names)), length, "The dataset"), "The dataset")
 
     def _column(self, name: str) -> list[Any]:
         # In Arrow format nothing is decoded, such as a second column of audio.

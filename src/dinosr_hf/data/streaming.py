@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import tarfile
 import threading
 import time
 import weakref
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .audio import SAMPLING_RATE, AudioFileError, Samples, audio_info, require
-from .sources import SpeechSource, StoredSource, check_column, check_dataset, kind_of_audio, stored_audio
+from .audio import SAMPLING_RATE, AudioFileError, Samples, about, audio_info, require
+from .finding import is_hidden
+from .sources import SpeechSource, StoredSource, check_column, check_dataset, kind_of_audio, row_id, stored_audio
 
 logger = logging.getLogger(__name__)
 
@@ -276,6 +278,9 @@ class SpeechStream:
                 " filter, rename_column, ...). Give it as load_dataset returns it, with audio_column for the column's"
                 " name; or install torchcodec."
             ) from error
+        except (tarfile.TarError, RecursionError) as error:  # of headers that lead to headers
+            problem = f"An archive of the stream cannot be read ({error})"
+            raise ValueError(f"{problem}. Download it again, or leave it out.") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -283,9 +288,11 @@ class SpeechStream:
         """Convert a row (an Arrow table of one); download its file if it is a URL, and read its header."""
         check_column(self.audio_column, table.column_names)
         names = [table[column][0].as_py() for column in ("id", "__key__") if column in table.column_names]
-        name = str(names[0]) if names and names[0] is not None else str(number)
+        name = row_id(names[0] if names else None, number, "The stream")
         value = table[self.audio_column][0]
         try:
+            if "__key__" in table.column_names and is_hidden(str(table["__key__"][0])):
+                raise AudioFileError("Its name, or that of a folder, begins with a dot.", "hidden")
             if require("pyarrow").types.is_null(value.type):
                 raise AudioFileError("The row has no audio.", "missing")
             kind = kind_of_audio(value.type, self.audio_column, self._sampling_rate)
@@ -294,7 +301,8 @@ class SpeechStream:
                 audio = Samples(np.array(audio.frames, dtype=np.float32), audio.rate)
             else:
                 audio = _download(audio) if isinstance(audio, str) else audio.read()
-            return _Row(name, audio_info(audio).num_samples, audio)
+            with about(f"Utterance {name}"):
+                return _Row(name, audio_info(audio).num_samples, audio)
         except AudioFileError as error:
             return _Row(name, error)
 

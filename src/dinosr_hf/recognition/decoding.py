@@ -24,7 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizer
 from ..data.audio import SAMPLING_RATE
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import argument_errors, check_ranges, refuse_unknown
+from ..utils.digests import file_digest, value_digest
 from ..utils.files import write_atomically
 from ..utils.text_files import read_json
 from ..utils.visible_text import visible_text
@@ -133,7 +134,12 @@ class DecodingOptions:
         if not isinstance(values, dict):
             raise ValueError(f"{path} must contain an object of options, but contains a {type(values).__name__}.")
         refuse_unknown(values, [field.name for field in dataclasses.fields(cls)], "option", where=path)
-        with argument_errors(f"{path}: ", (OverflowError, TypeError, ValueError)):
+        for name, kind in get_type_hints(cls).items():
+            value, allowed = values.get(name, getattr(cls, name)), int | float if kind is float else kind
+            if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+                wanted = str(getattr(kind, "__name__", kind)).replace("None", "null")
+                raise ValueError(f"{path}: {name} is {value!r}, but must be of the type {wanted}.")
+        with argument_errors(f"{path}: ", (OverflowError, ValueError)):
             for name in ("language_model", "lexicon"):
                 if values.get(name) is not None:
                     values[name] = str(path.parent / values[name])
@@ -228,6 +234,14 @@ class CTCDecoder(ABC):
             "delay_seconds": stored_emission_delay(tokenizer, config),
         }
         return cls(labels, **{**arguments, **options})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What transcripts depend on, as JSON can express it; files by their digests, so they can be moved."""
+        labels = [self.labels, self.blank_id, self.word_delimiter_id, self.special_ids, self.lowercase]
+        names = ("frame_seconds", "first_center", "lead_seconds", "tail_seconds", "delay_seconds")
+        times = {name: getattr(self, name) for name in names}
+        return {"search": type(self).__name__, "labels_sha256": value_digest(labels), **times}
 
     @abstractmethod
     def decode(self, log_probs: ArrayLike, num_best: int = 1) -> list[Hypothesis]:
@@ -376,6 +390,15 @@ class BeamSearchDecoder(CTCDecoder):
             entries = [(word, None) for word in words or ()]
             self._build_lexicon(read_lexicon(self.options.lexicon) if self.options.lexicon else entries)
         self._search = self._new_search()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What transcripts depend on; see `CTCDecoder.settings`."""
+        options = dataclasses.asdict(self.options)
+        for name in ("language_model", "lexicon"):
+            path = options.pop(name)
+            options[f"{name}_sha256"] = None if path is None else file_digest(path)
+        return {**super().settings, **options, "words_sha256": value_digest(self._words)}
 
     def reweighted(self, lm_weight: float, word_score: float) -> Self:
         """Return a copy with other weights that shares language model and lexicon; nothing is read again."""

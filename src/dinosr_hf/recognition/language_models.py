@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 from ..utils.command_line import argument_errors
 from ..utils.extras import import_extra
 from ..utils.text_files import text_lines
+
+# As KenLM does: a no-break space is part of a word.
+_FIELD = re.compile(r"[^ \t\r\v\f]+")
 
 SPECIAL_WORDS = ("<s>", "</s>", "<unk>")
 
@@ -38,8 +42,12 @@ def _arpa_words(path: Path) -> list[str]:
     lines = dropwhile(lambda line: line != "\\1-grams:", map(str.strip, text_lines(path)))
     next(lines, None)
     unigrams = takewhile(lambda line: not line.startswith("\\"), lines)
-    with argument_errors(f"{path}: a line below \\1-grams: has no word: ", (IndexError,)):
-        words = [line.split()[1] for line in unigrams if line]
+    words = []
+    for line in filter(None, unigrams):
+        fields = _FIELD.findall(line)
+        if len(fields) < 2:
+            raise ValueError(f"{path}: {line[:80]!r} below \\1-grams: has no word. Is the file cut short?")
+        words.append(fields[1])
     return [word for word in words if word.lower() not in SPECIAL_WORDS]
 
 
@@ -55,7 +63,7 @@ def read_lexicon(path: str | Path) -> list[tuple[str, list[str] | None]]:
         raise ValueError(f"The lexicon {path} is not a file. {advice}")
     if _is_binary(path):
         raise ValueError(f"The lexicon {path} is a KenLM binary, which lists no words. {advice}")
-    fields = [[word] for word in _arpa_words(path)] if _is_arpa(path) else map(str.split, text_lines(path))
+    fields = [[word] for word in _arpa_words(path)] if _is_arpa(path) else map(_FIELD.findall, text_lines(path))
     entries = [(word, labels or None) for word, *labels in filter(None, fields)]
     if not entries:
         raise ValueError(f"The lexicon {path} is empty. {advice}")
@@ -105,9 +113,12 @@ def load_language_model(path: str, words: Sequence[str]) -> tuple[Any, NDArray[n
     cannot read the file.
     """
     dictionary = flashlight("dictionary").Dictionary([*words, "<unk>"])
-    advice = f"{path} cannot be read as a language model. KenLM says: "
-    with _without_byte_order_mark(path) as file, argument_errors(advice, (RuntimeError, ValueError)):
-        model = flashlight("decoder.kenlm").KenLM(str(file), dictionary)
+    with _without_byte_order_mark(path) as file:
+        try:
+            model = flashlight("decoder.kenlm").KenLM(str(file), dictionary)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} cannot be read as a language model. KenLM says: {reason}") from error
     known = np.zeros(len(words), dtype=bool)
     for state in (model.start(True), model.start(False)):
         _, unknown_score = model.score(state, len(words))

@@ -21,9 +21,9 @@ from .decoding import GreedyDecoder
 def _mono(samples: Any) -> np.ndarray:
     """Convert (S,) or (channels, S) to float32 (S,)."""
     if isinstance(samples, torch.Tensor):
-        samples = samples.cpu().numpy()
+        samples = samples.detach().float().cpu().numpy()
     samples = np.asarray(samples, dtype=np.float32)
-    if samples.ndim == 2 and samples.shape[0] <= 2:
+    if samples.ndim == 2 and samples.shape[0] in (1, 2):
         samples = samples.mean(axis=0)
     if samples.ndim != 1:
         raise ValueError(
@@ -57,7 +57,11 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
 
     def _resampled(self, inputs: dict[str, Any]) -> dict[str, Any]:
         samples = _mono(inputs.pop("raw") if "raw" in inputs else inputs.pop("array"))
-        rate = int(inputs.pop("sampling_rate"))
+        given = inputs.pop("sampling_rate")
+        try:
+            rate = int(given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"sampling_rate is {given!r}, but must be a whole number of Hz.") from error
         inputs.pop("path", None)  # rows of `datasets` have one
         if "stride" in inputs:
             inputs["stride"] = tuple(round(length * SAMPLING_RATE / rate) for length in inputs["stride"])

@@ -34,12 +34,26 @@ UNITS = ("characters", "phonemes")
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 WORD_DELIMITER = "|"
 
-_APOSTROPHES = {ord(mark): "'" for mark in "’ʼ`´"}
-
-# Removed before NFKC makes letters of some (ℹ, ™); digits are emoji too.
-_EMOJI = regex.compile(r"(?V1)\p{Emoji_Presentation}|[\p{Emoji}--[0-9#*]]\ufe0f")
+# Signs that look alike; and selectors of emoji, which only change how a sign looks.
+_ALIKE = str.maketrans(
+    dict.fromkeys("’‘ʼʻ`´", "'") | dict.fromkeys("‐\u2011−", "-") | dict.fromkeys("\ufe0e\ufe0f") | {"ŉ": "'n"}
+)
+# Removed before NFKC, which makes letters of some emoji (ℹ, ™) and combining marks of accents without a letter (¨).
+_EMOJI = regex.compile(r"(?V1)[\p{Emoji}\p{Sk}ͺ‗‾--[0-9#*]]")
+# Dashes, slashes, and what stands between the words of scripts such as Ethiopic, Tibetan and Devanagari.
+_SEPARATOR = regex.compile(r"(?V1)[\p{Pd}\p{Pc}/\\⁄[[\p{P}\p{S}]&&\p{lb=BA}]]")
+_PUNCTUATION = regex.compile(r"[\p{P}\p{S}\p{Me}]")  # Me: the frame of a keycap
 # The dot of "İ" that `str.lower` leaves: "i" has one already. Lithuanian has it below another accent.
 _SECOND_DOT = regex.compile(r"(?<=[ij])\u0307(?!\p{ccc=230})")
+
+
+def _words(text: str, keep: str) -> str:
+    """Return the NFKC form of a text without what is not spoken, but with characters of `keep` that NFKC makes."""
+
+    def replacement(sign: regex.Match[str]) -> str:
+        return sign[0] if sign[0] in keep else " " if _SEPARATOR.match(sign[0]) else ""
+
+    return _PUNCTUATION.sub(replacement, remove_invisible(unicodedata.normalize("NFKC", _EMOJI.sub("", text))))
 
 
 @dataclass(frozen=True)
@@ -52,8 +66,8 @@ class TextNormalization:
             characters are removed; then `case` and `keep` have no effect.
         case: "lower", "upper", "keep", or "lower_turkic" for Turkish, Azerbaijani and others with a dotless i: there
             I is ı in lower case and İ is i, but "lower" makes i of both.
-        keep: Punctuation, symbols and invisible characters to keep. Dashes and slashes become spaces, all others are
-            removed.
+        keep: Punctuation, symbols, emoji and invisible characters to keep. Dashes, slashes and signs between words
+            become spaces, all others are removed. All apostrophes count as ', all hyphens as -.
     """
 
     units: str = "characters"
@@ -69,24 +83,19 @@ class TextNormalization:
         """
         Return the text in one case, without punctuation and invisible characters, with single spaces between words.
 
-        Its Unicode form is NFKC, that of phonemes NFC. For what is invisible, see `remove_invisible`.
+        Its Unicode form is NFKC, except for what is kept; that of phonemes is NFC. For what is invisible, see
+        `remove_invisible`.
         """
         if self.units == "phonemes":
             return visible_text(text)
-        # In this order: NFKC turns the last apostrophe into a space and an accent.
-        text = unicodedata.normalize("NFKC", _EMOJI.sub("", text).translate(_APOSTROPHES))
-        text = _SECOND_DOT.sub("", remove_invisible(text, self.keep))
+        text, keep = text.translate(_ALIKE), self.keep.translate(_ALIKE)
+        parts = regex.split(f"([{regex.escape(keep)}])", text) if keep else [text]  # the odd ones are kept
+        parts[::2] = [_words(part, keep) for part in parts[::2]]
+        text = _SECOND_DOT.sub("", unicodedata.normalize("NFC", "".join(parts)))
         if self.case == "lower_turkic":
             text = text.replace("İ", "i").replace("I", "ı")
         text = text.upper() if self.case == "upper" else text if self.case == "keep" else text.lower()
-        text = _SECOND_DOT.sub("", unicodedata.normalize("NFKC", "".join(map(self._kept, text))))
-        return " ".join(text.split())
-
-    def _kept(self, character: str) -> str:
-        category = unicodedata.category(character)
-        if character in self.keep or not (category[0] in "PS" or category == "Me"):  # Me: the frame of a keycap
-            return character
-        return " " if category in ("Pd", "Pc") or character in "/\\⁄" else ""
+        return " ".join(_SECOND_DOT.sub("", unicodedata.normalize("NFC", text)).split())
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write text_normalization.json to a model's folder."""
@@ -149,7 +158,7 @@ def load_processor(name: str | os.PathLike) -> tuple[Wav2Vec2Processor, TextNorm
     if Path(name, "config.json").is_file():
         open_config(name, advice)  # AutoProcessor would say less of what is wrong with it
     with opening(name, advice):
-        processor = AutoProcessor.from_pretrained(name)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     if getattr(processor, "tokenizer", None) is None:
         raise ValueError(f"{name} has a feature extractor but no tokenizer. {advice}")
     return processor, TextNormalization.load(name)
