@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from dinosr_hf import DinoSRForPreTraining
-from dinosr_hf.hub.conversion import convert, convert_to_fairseq, statistics_table
+from dinosr_hf.hub.conversion import convert, convert_to_fairseq, convert_to_spidr, statistics_table
 from dinosr_hf.utils.command_line import command, parse_options
 
 
@@ -25,11 +25,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dictionary", metavar="dict.ltr.txt", help="dictionary of a fairseq recogniser")
     parser.add_argument("--config", metavar="config.json", help="configuration of a spidr checkpoint")
     parser.add_argument("--num_attention_heads", type=int, help="for a spidr checkpoint without --config")
-    parser.add_argument(
-        "--objective", choices=("dinosr", "spidr"), default="dinosr", help="objective of a spidr checkpoint"
-    )
+    objective = "objective of a spidr checkpoint, if neither the file nor its config.json tells it"
+    parser.add_argument("--objective", choices=("dinosr", "spidr"), help=objective)
     parser.add_argument("--license", help="licence of the weights for the card, such as cc-by-nc-4.0")
-    parser.add_argument("--to", choices=("fairseq",), help="write the authors' layout instead")
+    parser.add_argument("--to", choices=("fairseq", "spidr"), help="write the authors' layout or spidr's instead")
     parser.add_argument("--verify", metavar="AUDIO", help="print how many codewords a recording uses in each layer")
     options = parse_options(parser, argv, num_attention_heads=1)
     if options.to and (options.as_ or options.verify or options.dictionary or options.config or options.license):
@@ -41,7 +40,8 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     with command(__file__):
         if options.to:
-            print("Written:", convert_to_fairseq(options.file, options.out))
+            write = convert_to_fairseq if options.to == "fairseq" else convert_to_spidr
+            print("Written:", write(options.file, options.out))
             return
         names = ("as_", "dictionary", "config", "num_attention_heads", "objective", "license")
         model = convert(options.file, options.out, **{name: getattr(options, name) for name in names})

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import FIXTURES
-from dinosr_hf import DinoSRForPreTraining, DinoSRModel
-from dinosr_hf.hub.conversion import ConversionError, convert
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.hub.conversion import ConversionError, convert, convert_to_spidr
 from dinosr_hf.hub.conversion.spidr import read_spidr
 from tolerances import ACTIVATIONS, LOSSES
 
@@ -115,7 +115,7 @@ def test_the_configuration_has_the_settings_of_the_file(model, settings):
 
 
 def test_without_a_configuration_sizes_come_from_shapes(checkpoint, settings):
-    derived = read_spidr(checkpoint, None, num_attention_heads=4)
+    derived = read_spidr(checkpoint, None, num_attention_heads=4, objective="dinosr")
     wanted = read_spidr(checkpoint, settings).config
     assert len(derived.notes) == 3 and "attention heads: 4, as given" in derived.notes[1]
     for name in (
@@ -157,16 +157,83 @@ def test_biases_of_the_fused_matrix_are_split(checkpoint, settings, tmp_path):
     assert torch.equal(attention.v_proj.bias, torch.arange(64.0, 96.0))
 
 
-def test_a_checkpoint_of_the_spidr_objective_gives_its_encoder(checkpoint, settings, tmp_path, caplog):
-    settings["model"]["ema_another_schedule"] = 20_000
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    torch.save(checkpoint, tmp_path / "spidr.pt")
-    options = {"config": tmp_path / "config.json"}
-    with pytest.raises(ConversionError, match=r"unknown setting: ema_another_schedule=20000.*--objective spidr"):
-        convert(tmp_path / "spidr.pt", tmp_path / "out", **options)
-    model = convert(tmp_path / "spidr.pt", tmp_path / "out", objective="spidr", **options)
-    assert type(model) is DinoSRModel
-    assert "heads.0.0.weight (not part of the encoder)" in caplog.text and "teacher.layer_norm.bias" in caplog.text
+OBJECTIVE = FIXTURES / "spidr_objective"
+
+
+@pytest.fixture
+def spidr():
+    return torch.load(OBJECTIVE / "checkpoint.pt", weights_only=True)
+
+
+def test_a_checkpoint_of_the_spidr_objective_is_a_whole_model(tmp_path):
+    # By the config.json beside the file. tests/model/test_parity_spidr.py compares its outputs.
+    model = convert(OBJECTIVE / "checkpoint.pt", tmp_path / "out")
+    assert type(model) is DinoSRForPreTraining
+    config = DinoSRForPreTraining.from_pretrained(tmp_path / "out").config
+    assert (config.head_input, config.ema_schedule, config.qkv_bias) == ("own_layer", "exponential", False)
+    assert (config.ema_timescale, config.ema_threshold, config.freeze_front_end_step) == (2.5, 0.03, 7)
+    assert config.freeze_teacher_step is None
+
+
+def test_an_objective_that_nothing_tells_is_asked_for(spidr):
+    with pytest.raises(ConversionError, match=r"does not tell whether .*--config.* --objective dinosr .*spidr_base"):
+        read_spidr(spidr, None, num_attention_heads=4)
+    layout = read_spidr(spidr, None, num_attention_heads=4, objective="spidr")
+    assert (layout.config.head_input, layout.config.freeze_front_end_step) == ("own_layer", 200_000)
+    assert read_spidr(spidr, None, num_attention_heads=4, objective="dinosr").config.head_input == "last_layer"
+
+
+def test_a_norm_that_was_never_trained_tells_the_objective(spidr):
+    spidr["model"]["student.layers.3.final_layer_norm.weight"] = torch.ones(32)
+    spidr["model"]["student.layers.3.final_layer_norm.bias"] = torch.zeros(32)
+    assert read_spidr(spidr, None, num_attention_heads=4).config.head_input == "own_layer"
+    with pytest.raises(ConversionError, match=r"is of the objective spidr, not dinosr\. Leave --objective out"):
+        read_spidr(spidr, None, num_attention_heads=4, objective="dinosr")
+
+
+def test_a_flat_state_dict_is_read_as_a_checkpoint(spidr, tmp_path):
+    torch.save(spidr["model"], tmp_path / "final.pt")
+    (tmp_path / "config.json").write_bytes((OBJECTIVE / "config.json").read_bytes())
+    flat = convert(tmp_path / "final.pt", tmp_path / "flat").state_dict()
+    whole = convert(OBJECTIVE / "checkpoint.pt", tmp_path / "whole").state_dict()
+    assert all(torch.equal(flat[name], tensor) for name, tensor in whole.items())
+
+
+def test_classifiers_of_labelled_frames_are_named_and_left(spidr, tmp_path, caplog):
+    spidr["model"]["supervised_classifiers.de.output_layer.weight"] = torch.zeros(40, 32)
+    torch.save(spidr | {"supervised_epoch": 3}, tmp_path / "step_200000.pt")
+    convert(tmp_path / "step_200000.pt", tmp_path / "out", config=OBJECTIVE / "config.json")
+    assert "supervised_classifiers.de.output_layer.weight (a classifier of labelled frames)" in caplog.text
+    assert "supervised_epoch (state of the training run)" in caplog.text
+
+
+@pytest.mark.parametrize("case", [CASE, OBJECTIVE], ids=["dinosr", "spidr"])
+def test_there_and_back_is_bit_for_bit(case, tmp_path):
+    convert(case / "checkpoint.pt", tmp_path / "out", config=case / "config.json")
+    file = convert_to_spidr(tmp_path / "out", tmp_path / "back.pt")
+    state, original = (torch.load(f, weights_only=True)["model"] for f in (file, case / "checkpoint.pt"))
+    assert state.keys() == original.keys()
+    assert [name for name, tensor in original.items() if not torch.equal(state[name], tensor)] == []
+    settings, wanted = (json.loads((f / "config.json").read_text())["model"] for f in (tmp_path, case))
+    unused = {"ema_final_decay", "ema_final_step"} if case == OBJECTIVE else set()
+    assert {name: settings[name] for name in settings.keys() - unused} == {
+        n: wanted[n] for n in wanted.keys() - unused
+    }
+
+
+def test_what_has_no_place_in_the_layout_is_refused(model, tmp_path):
+    for change in ({"ema_schedule": "exponential"}, {"freeze_front_end_step": 5}, {"freeze_mode": "shared"}):
+        model.save_pretrained(tmp_path / "changed")
+        config = model.config.__class__.from_pretrained(tmp_path / "changed", **change)
+        config.save_pretrained(tmp_path / "changed")
+        with pytest.raises(ConversionError, match=f"{next(iter(change))}=.* has no place in spidr's layout"):
+            convert_to_spidr(tmp_path / "changed", tmp_path / "x.pt")
+
+
+def test_an_existing_configuration_is_not_replaced(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json exists, and .*x\.pt needs one of its own"):
+        convert_to_spidr(tmp_path, tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(

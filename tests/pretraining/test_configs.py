@@ -7,12 +7,14 @@ import yaml
 
 from dinosr_hf import DinoSRConfig
 from dinosr_hf.data import SAMPLING_RATE, min_maskable_samples
+from dinosr_hf.hub.conversion.spidr import SPIDR_VALUES
 from dinosr_hf.pretraining import ArgumentError, RunArguments, parse_arguments
 from dinosr_hf.pretraining.plan import RunPlan
 from dinosr_hf.pretraining.scaling import scale_to_batch
+from dinosr_hf.training.schedules import make_schedule
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
-NAMES = ("base_ls960", "base_1gpu", "large_ll60k", "multilingual", "small", "tiny_cpu")
+NAMES = ("base_ls960", "base_1gpu", "large_ll60k", "multilingual", "small", "spidr_base", "tiny_cpu")
 # For fine-tuning: tests/finetuning opens these.
 OTHERS = ("ctc_", "classify_", "superb_")
 BASE = DinoSRConfig()
@@ -45,7 +47,8 @@ def test_numbers_are_numbers_to_yaml(name):
     # YAML 1.1 reads 5e-4 as text: our parser accepts it, other readers of the file would not.
     content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     text = {key for key, value in content.items() if isinstance(value, str)}
-    assert text <= {"data", "batching", "output_dir", "mixed_precision", "schedule", "feature_encoder", "anchor"}
+    names = {"data", "batching", "output_dir", "mixed_precision", "schedule", "feature_encoder", "anchor"}
+    assert text <= {*names, "head_input", "ema_schedule", "teacher_init", "attention_init"}
 
 
 def test_an_unknown_key_is_refused(tmp_path):
@@ -63,6 +66,25 @@ def test_base_has_the_values_of_the_paper():
     names += ("adam_epsilon", "weight_decay", "max_grad_norm", "schedule", "scale_to_batch")
     assert {name: getattr(run, name) for name in names} == {name: getattr(paper, name) for name in names}
     assert RunPlan(arguments, None).notes == []
+
+
+def test_spidr_has_the_values_of_its_package():
+    arguments = read("spidr_base")
+    config = arguments.model_config()
+    assert {name: getattr(config, name) for name in SPIDR_VALUES} == SPIDR_VALUES
+    assert (config.qkv_bias, config.layerdrop, config.freeze_front_end_step) == (False, 0, 200_000)
+    assert config.ema_decay_at(1) == pytest.approx(0.99900005, abs=1e-9)
+    assert config.ema_decay_at(20_000) == pytest.approx(0.99963, abs=1e-5)
+    assert config.teacher_stop_step == 184_207
+    assert config.ema_decay_at(184_206) < 1 and config.ema_decay_at(184_207) == 1
+    rate = make_schedule(arguments.run)
+    assert rate(6_000) == pytest.approx(0.01 + 0.99 * 0.5) and rate(200_000) == 1 and rate(400_000) == 0.01
+
+
+def test_scaling_spidr_keeps_the_audio_at_which_teacher_and_front_end_stop():
+    config = scale_to_batch(read("spidr_base", "--step_seconds", "475", "--scale_to_batch"))[0].model_config()
+    assert config.freeze_front_end_step == 200_000 * 8
+    assert config.teacher_stop_step == pytest.approx(184_207 * 8, rel=1e-3)
 
 
 def test_one_gpu_is_base_with_an_eighth_of_the_batch():

@@ -24,6 +24,10 @@ from transformers.activations import ACT2FN
 
 FEATURE_ENCODERS = ("conv", "log_mel")
 FREEZE_MODES = ("frozen", "shared", "copied")
+HEAD_INPUTS = ("last_layer", "own_layer")
+EMA_SCHEDULES = ("linear", "exponential")
+TEACHER_INITS = ("student", "random")
+ATTENTION_INITS = ("normal", "xavier")
 CTC_LOSS_REDUCTIONS = ("mean", "sum")
 
 SAMPLING_RATE = 16_000
@@ -72,6 +76,9 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         final_dropout: Dropout before the CTC head (Data2VecAudio's value; the paper does not state one).
         layerdrop: Probability with which the student skips a layer in training.
         initializer_range: Standard deviation of the transformer's initial weights.
+        attention_init: Distribution of attention's initial weights. `"normal"`: as the transformer's others.
+            `"xavier"`: Xavier's uniform one, with a gain of 1 / sqrt(2) for queries, keys and values (SpidR).
+        qkv_bias: Whether queries, keys and values have a bias; not in SpidR.
         layer_norm_eps: Epsilon of the layer norms of transformer and projection.
         feature_encoder: Front end. `"conv"`: the paper's convolutions of the waveform. `"log_mel"`: 80 log mel
             energies every 10 ms, two to a frame, normalised over the utterance (docs/parity.md, D9); it has no
@@ -95,15 +102,26 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
             one. 0: never, as in the paper, whose unused codewords stay unused; 0.1 keeps all in use.
         num_anchor_labels: Number of labels that `DinoSRForPreTraining` predicts beside the codewords, from
             `anchor_labels` (docs/parity.md, D10); 0: none, as in the paper.
+        head_input: What the prediction head of a codebook reads. `"last_layer"`: the output of the student's last
+            layer. `"own_layer"`: that of the feed-forward network of the codebook's own layer, as in SpidR
+            (docs/parity.md).
         ema_decay: Decay of the teacher's average at the first update (lambda of the paper's equation 1).
-        ema_end_decay: Decay of the teacher's average once `ema_anneal_steps` updates are done.
+        ema_schedule: How the decay grows. `"linear"`: to `ema_end_decay` over `ema_anneal_steps`. `"exponential"`:
+            `1 - (1 - ema_decay) * exp(-step / ema_timescale)`, as in SpidR.
+        ema_end_decay: Decay of the teacher's average once `ema_anneal_steps` updates are done; linear schedule.
         ema_anneal_steps: Updates over which the decay goes linearly from `ema_decay` to `ema_end_decay`.
+        ema_timescale: Updates in which the exponential schedule makes the distance to 1 smaller by a factor of e.
+        ema_threshold: Distance to 1 at which the exponential schedule stops the teacher.
+        teacher_init: The teacher's initial weights. `"student"`: the student's. `"random"`: the student's except those
+            of attention and feed-forward networks, which are drawn anew, as in SpidR.
         freeze_teacher_step: Update from which the teacher is frozen; None: never.
-        freeze_mode: Treatment of convolutions and projection then. `"frozen"`: they are frozen too, as the authors
-            intended. `"shared"`: they go on learning and feed the teacher, as in the authors' code. `"copied"`: the
-            teacher keeps copies of them, and the student's go on learning.
-        reference_padding: Whether to handle padding as the authors' code does, in which an utterance's features depend
-            on the padding of its batch. For comparisons only.
+        freeze_front_end_step: Update from which the student's convolutions and projection are frozen whatever the
+            teacher does, as in SpidR; None: they are frozen with the teacher, see `freeze_mode`.
+        freeze_mode: Treatment of convolutions and projection when the teacher is frozen. `"frozen"`: they are frozen
+            too, as the authors intended. `"shared"`: they go on learning and feed the teacher, as in the authors'
+            code. `"copied"`: the teacher keeps copies of them, and the student's go on learning.
+        reference_padding: Whether to handle padding as the authors' code does, or with `head_input="own_layer"` as
+            SpidR's: features or targets of an utterance depend on the padding of its batch. For comparisons only.
         mask_prob: Pre-training mask: `mask_prob * frames / mask_length` spans are drawn. Spans overlap, so the default
             masks about 57 % of the frames.
         mask_length: Pre-training mask: number of frames of a span.
@@ -157,6 +175,8 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
     final_dropout: float | int = 0.1
     layerdrop: float | int = 0.05
     initializer_range: float | int = 0.02
+    attention_init: str = "normal"
+    qkv_bias: bool = True
     layer_norm_eps: float | int = 1e-5
     feature_encoder: str = "conv"
     feat_extract_activation: str = "gelu"
@@ -175,10 +195,16 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
     codebook_update_steps: int = 1
     codebook_revival_share: float | int = 0.0
     num_anchor_labels: int = 0
+    head_input: str = "last_layer"
     ema_decay: float | int = 0.999
+    ema_schedule: str = "linear"
     ema_end_decay: float | int = 0.9999
     ema_anneal_steps: int = 30_000
+    ema_timescale: float | int = 20_000
+    ema_threshold: float | int = 1e-7
+    teacher_init: str = "student"
     freeze_teacher_step: int | None = 200_001
+    freeze_front_end_step: int | None = None
     freeze_mode: str = "frozen"
     reference_padding: bool = False
     mask_prob: float | int = 0.8
@@ -248,6 +274,7 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         self._check_range((*probabilities, "final_dropout", "layerdrop"), 0, 1)
         self._check_divides("num_attention_heads", "hidden_size")
         self._check_one_of("hidden_act", ACT2FN)
+        self._check_one_of("attention_init", ATTENTION_INITS)
 
     def _check_front_end(self) -> None:
         self._check_one_of("feature_encoder", FEATURE_ENCODERS)
@@ -270,11 +297,16 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         self._check_range(("codebook_end_decay_step", "ema_anneal_steps"), 0)
         self._check_range(("num_anchor_labels",), 0, MAX_CLASSES)
         self._check_range(("codebook_revival_share",), 0, 0.5)
-        if self.freeze_teacher_step is not None and self.freeze_teacher_step < 0:
-            raise ValueError(
-                f"freeze_teacher_step={self.freeze_teacher_step} must be at least 0: the update from which the teacher"
-                " is frozen, or None for never."
-            )
+        self._check_range(("ema_timescale",), 0, open_low=True)
+        self._check_range(("ema_threshold",), 0, 1)
+        for name, what in (("freeze_teacher_step", "teacher"), ("freeze_front_end_step", "front end")):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(
+                    f"{name}={value} must be at least 0: the update from which the {what} is frozen, or None."
+                )
+        self._check_one_of("head_input", HEAD_INPUTS)
+        self._check_one_of("ema_schedule", EMA_SCHEDULES)
+        self._check_one_of("teacher_init", TEACHER_INITS)
         self._check_one_of("freeze_mode", FREEZE_MODES)
 
     def _check_masks(self) -> None:
@@ -404,8 +436,23 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         return _anneal(self.codebook_decay, end, self.codebook_end_decay_step, step)
 
     def is_teacher_frozen_at(self, step: int) -> bool:
-        """Return whether the teacher is frozen after `step` completed updates."""
+        """Return whether the teacher is frozen after `step` completed updates, by `freeze_teacher_step`."""
         return self.freeze_teacher_step is not None and step >= self.freeze_teacher_step
+
+    @property
+    def teacher_stop_step(self) -> int | None:
+        """First number of completed updates after which the teacher stays as it is; None: there is none."""
+        if self.ema_schedule == "linear" or self.ema_threshold == 0:
+            return self.freeze_teacher_step
+        distance = max(1 - self.ema_decay, self.ema_threshold)
+        stop = math.ceil(self.ema_timescale * math.log(distance / self.ema_threshold))
+        return stop if self.freeze_teacher_step is None else min(stop, self.freeze_teacher_step)
+
+    def is_front_end_frozen_at(self, step: int) -> bool:
+        """Return whether the student's front end is frozen after `step` completed updates."""
+        if self.freeze_front_end_step is not None:
+            return step >= self.freeze_front_end_step
+        return self.freeze_mode == "frozen" and self.is_teacher_frozen_at(step)
 
     def ema_decay_at(self, step: int) -> float:
         """
@@ -414,10 +461,13 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         If the freeze comes before the end of annealing, `freeze_mode` "frozen" stops the teacher at once; "shared" and
         "copied" anneal the decay towards 1 from then on, as the authors' code does.
         """
-        end = self.ema_end_decay
-        if self.is_teacher_frozen_at(step):
-            if self.freeze_mode == "frozen":
-                return 1.0
+        is_frozen, end = self.is_teacher_frozen_at(step), self.ema_end_decay
+        if is_frozen and (self.freeze_mode == "frozen" or self.ema_schedule == "exponential"):
+            return 1.0
+        if self.ema_schedule == "exponential":
+            distance = (1 - self.ema_decay) * math.exp(-step / self.ema_timescale)
+            return 1.0 if distance <= self.ema_threshold else 1 - distance
+        if is_frozen:
             end = 1.0
         return _anneal(self.ema_decay, end, self.ema_anneal_steps, step)
 

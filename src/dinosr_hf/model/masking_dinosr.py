@@ -6,13 +6,12 @@ Span masks of frames (or channels), with the exact semantics of the sampler that
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from .configuration_dinosr import DinoSRConfig
-
-NumpyGenerator = np.random.Generator | np.random.RandomState
 
 
 def numpy_generator(generator: torch.Generator | None) -> np.random.Generator:
@@ -21,7 +20,27 @@ def numpy_generator(generator: torch.Generator | None) -> np.random.Generator:
     return np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator, device=device)))
 
 
-def _draw_span_starts(num_frames: int, num_spans: int, mask_length: int, generator: NumpyGenerator) -> np.ndarray:
+class TorchDraws:
+    """The draws of `sample_span_mask` from a torch generator, as SpidR makes them."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def random(self) -> float:
+        """Draw uniformly from [0, 1), in float32."""
+        return float(torch.rand((), generator=self._generator))
+
+    def choice(self, values: Any, size: int, replace: bool = False) -> np.ndarray:
+        """Draw `size` different ones of `values`: an array, or a number for those below it."""
+        assert not replace
+        values = np.arange(values) if isinstance(values, int) else values
+        return values[torch.randperm(len(values), generator=self._generator)[:size].numpy()]
+
+
+Draws = np.random.Generator | np.random.RandomState | TorchDraws
+
+
+def _draw_span_starts(num_frames: int, num_spans: int, mask_length: int, generator: Draws) -> np.ndarray:
     # The last frame of a row is never masked: the largest start is num_frames - mask_length - 1.
     num_starts = num_frames - mask_length
     if num_starts <= num_spans:
@@ -30,7 +49,7 @@ def _draw_span_starts(num_frames: int, num_spans: int, mask_length: int, generat
     return generator.choice(num_starts, num_spans, replace=False)
 
 
-def _cut_to_same_count(mask: np.ndarray, generator: NumpyGenerator) -> None:
+def _cut_to_same_count(mask: np.ndarray, generator: Draws) -> None:
     counts = mask.sum(axis=1)
     fewest = int(counts.min())
     for row, count in zip(mask, counts, strict=True):
@@ -48,7 +67,7 @@ def sample_span_mask(
     min_spans: int = 1,
     lengths: Sequence[int] | None = None,
     require_same_masks: bool = False,
-    generator: NumpyGenerator,
+    generator: Draws,
 ) -> np.ndarray:
     """
     Draw a mask of randomly placed spans for each row of a batch.
@@ -60,7 +79,8 @@ def sample_span_mask(
     of eight rows of 250 frames).
 
     With a `RandomState` seeded as the authors' code seeds numpy, `min_spans=1` and `require_same_masks=True` this
-    draws the masks of the authors' pre-training, frame for frame, and leaves the generator in the same state.
+    draws the masks of the authors' pre-training, frame for frame, and leaves the generator in the same state. With
+    `TorchDraws`, `min_spans=2`, `require_same_masks=True` and the `lengths` of all rows it draws those of SpidR.
 
     Args:
         shape: (B, T).
@@ -70,7 +90,7 @@ def sample_span_mask(
         lengths: Valid frames of each row; the rest is padding and never masked. None: no padding, and then one draw
             of `u` serves all rows.
         require_same_masks: Whether all rows have the same number of masked frames.
-        generator: Source of all randomness; a numpy `Generator` or legacy `RandomState`.
+        generator: Source of all randomness; a numpy `Generator` or legacy `RandomState`, or `TorchDraws`.
 
     Returns:
         bool (B, T), True where masked.
@@ -113,7 +133,7 @@ def sample_spec_augment(
     num_frames: int,
     *,
     lengths: Sequence[int] | None = None,
-    generator: NumpyGenerator,
+    generator: np.random.Generator | np.random.RandomState,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     Draw the masks of fine-tuning: spans over time, and spans over channels for all frames of an utterance.

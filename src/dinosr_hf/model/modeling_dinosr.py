@@ -26,6 +26,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Unpack
 
 import torch
@@ -84,9 +85,25 @@ AUTO_CLASSES = {
     "AutoModelForAudioXVector": "DinoSRForXVector",
 }
 
-SOURCES = ("student", "teacher")
-UNIT_SOURCES = (*SOURCES, "anchor")
+SOURCES = ("student", "student_feed_forward", "teacher")  # of features
+UNIT_SOURCES = ("student", "teacher", "anchor")
 NO_UNIT = -1  # the unit of a padded frame
+
+
+@dataclass
+class DinoSRModelOutput(Wav2Vec2BaseModelOutput):  # trf-ignore: TRF057
+    """
+    Output of `DinoSRModel`.
+
+    Attributes:
+        last_hidden_state: (B, T, D), the last layer's output.
+        extract_features: (B, T, C), the normalised output of the front end.
+        feed_forward_outputs: On request, a tuple of (B, T, D): the output of the layers' feed-forward networks.
+        hidden_states: On request, the first layer's input and each layer's output, (B, T, D) each.
+        attentions: On request, (B, heads, T, T) a layer.
+    """
+
+    feed_forward_outputs: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -376,11 +393,14 @@ class DinoSRPositionalConvEmbedding(nn.Module):
         self.layers = nn.ModuleList(DinoSRPositionalConvLayer(config) for _ in range(config.num_conv_pos_embeddings))
 
     def forward(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, T, D) to (B, T, D); frames outside of `frame_mask`, bool (B, T), are zero before every layer."""
+        """(B, T, D) to (B, T, D); outside of `frame_mask`, bool (B, T), it is zero before and after every layer."""
+        is_padding = None if frame_mask is None else ~frame_mask[..., None]
+        if is_padding is not None:
+            hidden_states = hidden_states.masked_fill(is_padding, 0.0)
         for layer in self.layers:
-            if frame_mask is not None:
-                hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
             hidden_states = layer(hidden_states)
+            if is_padding is not None:
+                hidden_states = hidden_states.masked_fill(is_padding, 0.0)
         return hidden_states
 
 
@@ -414,9 +434,9 @@ class DinoSRAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.dropout = config.attention_dropout
         self.is_causal = False
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
@@ -450,7 +470,7 @@ class DinoSRAttention(nn.Module):
 
 
 class DinoSRFeedForward(nn.Module):
-    """Two linear layers. The teacher's targets are made of their output."""
+    """Two linear layers. The teacher's targets are made of their output; dropout comes after it."""
 
     def __init__(self, config: DinoSRConfig) -> None:
         super().__init__()
@@ -458,12 +478,11 @@ class DinoSRFeedForward(nn.Module):
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
         self.intermediate_dropout = DinoSRDropout(config.activation_dropout)
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.output_dropout = DinoSRDropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, D) to (B, T, D)."""
         hidden_states = self.intermediate_act_fn(self.intermediate_dense(hidden_states))
-        return self.output_dropout(self.output_dense(self.intermediate_dropout(hidden_states)))
+        return self.output_dense(self.intermediate_dropout(hidden_states))
 
 
 class DinoSREncoderLayer(GradientCheckpointingLayer):
@@ -497,8 +516,8 @@ class DinoSREncoderLayer(GradientCheckpointingLayer):
             **kwargs: For the attention implementation.
 
         Returns:
-            The layer's output and, before its residual, the feed-forward network's, each (B, T, D); with `frames`, the
-            latter packed.
+            The layer's output and, before dropout and residual, the feed-forward network's, each (B, T, D); with
+            `frames`, the latter packed.
         """
         layer_input = hidden_states
         if frames is not None:
@@ -506,7 +525,7 @@ class DinoSREncoderLayer(GradientCheckpointingLayer):
         attention_output, _ = self.attention(hidden_states, attention_mask, frames, **kwargs)
         hidden_states = self.layer_norm(hidden_states + self.dropout(attention_output))
         feed_forward_output = self.feed_forward(hidden_states)
-        hidden_states = self.final_layer_norm(hidden_states + feed_forward_output)
+        hidden_states = self.final_layer_norm(hidden_states + self.dropout(feed_forward_output))
         if frames is not None:
             hidden_states = frames.unpack(hidden_states)
         elif frame_mask is not None:
@@ -552,15 +571,18 @@ class DinoSREncoder(nn.Module):
             The last layer's output (B, T, D), and for each of `return_layers` its output and its feed-forward
             network's, each (B, T, D).
         """
-        if frame_mask is not None:
+        # SpidR's reference zeroes the padding in the positional convolutions alone.
+        keeps_padding = self.config.reference_padding and self.config.head_input == "own_layer"
+        if frame_mask is not None and not keeps_padding:
             hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=frame_mask
         )
+        position_mask = frame_mask
         if self.config.reference_padding:
             # The authors zero the padding once, so it leaks into valid frames at every further convolution.
-            frame_mask = None
-        hidden_states = hidden_states + self.pos_conv_embed(hidden_states, frame_mask)
+            frame_mask, position_mask = None, frame_mask if keeps_padding else None
+        hidden_states = hidden_states + self.pos_conv_embed(hidden_states, position_mask)
         hidden_states = self.dropout(self.layer_norm(hidden_states))
 
         frames = None
@@ -614,6 +636,18 @@ class DinoSRTeacher(DinoSREncoder):
             return None
         features, _ = self.feature_projection(self.feature_extractor(input_values, frame_mask).transpose(1, 2))
         return features
+
+    def drawn_anew(self) -> set[nn.Parameter]:
+        """Return the parameters that do not begin as the student's, by `teacher_init`."""
+        # CODEPATH: "random" for SpidR's checkpoints, "student" for all others.
+        if self.config.teacher_init == "student":
+            return set()
+        return {
+            parameter
+            for layer in self.layers
+            for part in (layer.attention, layer.feed_forward)
+            for parameter in part.parameters()
+        }
 
     def pairs_with(self, student: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Pair each parameter of the teacher with that of a student, a `DinoSRModel`."""
@@ -791,7 +825,7 @@ def check_unit_layers(config: DinoSRConfig, layers: Sequence[int], source: str) 
     if config.num_anchor_labels == 0:
         raise ValueError(
             "source='anchor' is unknown to this model: it was made with num_anchor_labels=0. Choose one of"
-            f" {', '.join(SOURCES)}."
+            f" {', '.join(config.unit_sources)}."
         )
     found, last = [int(layer) for layer in layers], config.num_hidden_layers
     if found != [last]:
@@ -840,6 +874,13 @@ class DinoSRPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, DinoSRAttention):
+            # CODEPATH: "xavier" for SpidR's checkpoints, "normal" for all others.
+            if self.config.attention_init == "xavier":
+                bound = math.sqrt(3 / 4 / self.config.hidden_size)  # of a matrix (3 D, D), with a gain of 1 / sqrt(2)
+                for projection in (module.q_proj, module.k_proj, module.v_proj):
+                    init.uniform_(projection.weight, -bound, bound)
+                init.xavier_uniform_(module.out_proj.weight)
         elif isinstance(module, DinoSRModel):
             init.uniform_(module.masked_spec_embed)
         elif isinstance(module, OnlineCodebooks):
@@ -848,8 +889,10 @@ class DinoSRPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
             if module.usage is not None:
                 init.ones_(module.usage)
         elif isinstance(module, DinoSRForPreTraining):
+            drawn_anew = module.teacher.drawn_anew()
             for own, students in module.teacher.pairs_with(module.dinosr):
-                init.copy_(own, students)
+                if own not in drawn_anew:
+                    init.copy_(own, students)
         elif isinstance(module, DinoSRMarginLoss):
             init.normal_(module.weight)
         else:
@@ -931,8 +974,9 @@ class DinoSRModel(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         mask_time_indices: torch.Tensor | None = None,
+        feed_forward_layers: Sequence[int] = (),
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | Wav2Vec2BaseModelOutput:
+    ) -> tuple | DinoSRModelOutput:
         """
         Encode a batch of waveforms. An utterance's features do not depend on the padding of its batch.
 
@@ -941,12 +985,11 @@ class DinoSRModel(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             attention_mask: (B, S), 1 for samples, 0 for padding; None: no padding.
             mask_time_indices: bool (B, T), frames to replace by the mask embedding. It replaces the random masks of
                 fine-tuning, those over channels too.
+            feed_forward_layers: Numbers of layers, from 1, whose feed-forward network's output to return.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `last_hidden_state` (B, T, D), zero in the padding unless `reference_padding` is set; `extract_features`
-            (B, T, C): the normalised output of the front end; on request `hidden_states`, the first layer's input and
-            each layer's output, and `attentions`.
+            `DinoSRModelOutput`. Layers are zero in the padding unless `reference_padding` is set.
 
         Raises:
             ValueError: If an input has another shape or is too short for a frame.
@@ -956,8 +999,11 @@ class DinoSRModel(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         features = self.feature_extractor(input_values, frame_mask).transpose(1, 2)
         hidden_states, features = self.feature_projection(features)
         hidden_states = self._mask_features(hidden_states, mask_time_indices, frame_mask)
-        hidden_states, _ = self.encoder(hidden_states, frame_mask, **kwargs)
-        return Wav2Vec2BaseModelOutput(last_hidden_state=hidden_states, extract_features=features)
+        hidden_states, layers = self.encoder(hidden_states, frame_mask, feed_forward_layers, **kwargs)
+        outputs = tuple(layers[number][1] for number in feed_forward_layers)
+        return DinoSRModelOutput(
+            last_hidden_state=hidden_states, extract_features=features, feed_forward_outputs=outputs or None
+        )
 
 
 class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
@@ -972,7 +1018,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
 
     Attributes:
         dinosr: The student.
-        heads: N linear layers from the student's last layer to V codewords.
+        heads: N linear layers from the student, see `head_input`, to V codewords.
         teacher: The student's moving average, equal to it at first.
         codebooks: The codewords, in float32 whatever the dtype of the rest.
         anchor_head: A linear layer from the student's last layer to the anchor's labels; None without an anchor.
@@ -1001,6 +1047,10 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         super().initialize_weights()
         self.teacher.requires_grad_(False)
         self.codebooks.requires_grad_(False)
+        # CODEPATH: "own_layer" for SpidR's checkpoints, "last_layer" for all others.
+        if self.config.head_input == "own_layer" and self.anchor_head is None:
+            # No loss reads the student's output: its last norm has no gradient, for which other processes would wait.
+            self.dinosr.encoder.layers[-1].final_layer_norm.requires_grad_(False)
 
     def _sample_mask(
         self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, generator: torch.Generator | None
@@ -1063,7 +1113,14 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
                 "anchor_labels are given without mask_time_indices, but in evaluation mode there is no loss without a"
                 " mask. Give both, or neither."
             )
-        student = self.dinosr(input_values, attention_mask, mask_time_indices=mask_time_indices, **kwargs)
+        has_own_inputs = self.config.head_input == "own_layer"
+        student = self.dinosr(
+            input_values,
+            attention_mask,
+            mask_time_indices=mask_time_indices,
+            feed_forward_layers=self.config.codebook_layers if has_own_inputs else (),
+            **kwargs,
+        )
         output = DinoSRForPreTrainingOutput()
         if mask_time_indices is not None:
             for_student_only = ("output_hidden_states", "output_attentions")
@@ -1082,8 +1139,10 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             codes = self.codebooks.assign(targets)
             if self.training:
                 self.codebooks.accumulate(targets, codes)
-            predictors = student.last_hidden_state.flatten(0, 1).index_select(0, masked_frames)  # (M, D)
-            logits = torch.stack([head(predictors) for head in self.heads])  # (N, M, V)
+            head_inputs = student.feed_forward_outputs if has_own_inputs else (student.last_hidden_state,)
+            predictors = [features.flatten(0, 1).index_select(0, masked_frames) for features in head_inputs]  # (M, D)
+            pairs = zip(self.heads, cycle(predictors), strict=False)  # one for each head, or the same for all
+            logits = torch.stack([head(features) for head, features in pairs])  # (N, M, V)
             output = masked_prediction_losses(logits, codes)
             output.target_energies = target_energies
             output.feature_energies = energy_sums(features, frame_mask)
@@ -1184,7 +1243,8 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
 
     def apply_freeze(self, step: int) -> bool:
         """
-        Freeze the student's front end, which feeds the teacher, from the freeze step on if `freeze_mode` is "frozen".
+        Freeze the student's front end, which feeds the teacher, from the step of `freeze_front_end_step` on, or of
+        `freeze_teacher_step` if `freeze_mode` is "frozen".
 
         A resumed run calls this before its first forward.
 
@@ -1194,7 +1254,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         Returns:
             Whether the front end is frozen.
         """
-        frozen = self.config.freeze_mode == "frozen" and self.config.is_teacher_frozen_at(step)
+        frozen = self.config.is_front_end_frozen_at(step)
         if frozen:
             for module in (self.dinosr.feature_extractor, self.dinosr.feature_projection):
                 for parameter in module.parameters():
@@ -1228,8 +1288,9 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             input_values: (B, S), as for `DinoSRModel`.
             attention_mask: (B, S) or None.
             layers: Numbers of transformer layers, from 1.
-            source: "student": the layer's output, as in `hidden_states`. "teacher": the output of the layer's
-                feed-forward network, which the codebooks cluster after normalising it over time (paper, Section 3.1).
+            source: "student": the layer's output, as in `hidden_states`. "student_feed_forward": the output of the
+                layer's feed-forward network. "teacher": the same of the teacher, which the codebooks cluster after
+                normalising it over time (paper, Section 3.1).
 
         Returns:
             (L, B, T, D), in the order of `layers`, in the dtype of the model.
@@ -1240,9 +1301,9 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         check_source(source)
         self._check_unmasked(input_values, attention_mask, "layer_features")
         layers = check_layers(self.config, layers, with_codebooks=False)
-        encoder = self.dinosr.encoder if source == "student" else self.teacher
+        encoder = self.teacher if source == "teacher" else self.dinosr.encoder
         frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
-        features = None if source == "student" else self.teacher.own_features(input_values, frame_mask)
+        features = self.teacher.own_features(input_values, frame_mask) if source == "teacher" else None
         if features is None:
             convolved = self.dinosr.feature_extractor(input_values, frame_mask)
             features, _ = self.dinosr.feature_projection(convolved.transpose(1, 2))
@@ -1267,10 +1328,10 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             layer: Number of a transformer layer with a codebook, from 1: the top `num_codebooks` layers have one. The
                 paper analyses layer 5 of the base model's 12. The anchor's head is on the last layer.
             source: "student": the most probable codeword by that layer's prediction head, from unmasked speech; the
-                whole student is computed whatever the layer. "teacher": the nearest codeword of that layer's codebook
-                to the teacher's output, normalised over the utterance (equation 3): what the student learns to
-                predict; the teacher is computed up to the highest layer. "anchor": the most probable of the
-                `num_anchor_labels` by the anchor's head, from unmasked speech.
+                whole student is computed whatever the layer, unless `head_input` is "own_layer". "teacher": the
+                nearest codeword of that layer's codebook to the teacher's output, normalised over the utterance
+                (equation 3): what the student learns to predict; the teacher is computed up to the highest layer.
+                "anchor": the most probable of the `num_anchor_labels` by the anchor's head, from unmasked speech.
             layers: Numbers of several layers, instead of `layer`.
 
         Returns:
@@ -1293,12 +1354,16 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, layers: list[int], source: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
-        if source != "teacher":
-            hidden_states = self.dinosr(input_values, attention_mask).last_hidden_state
-            codes = self.student_units(hidden_states, layers, source)
-        else:
+        if source == "teacher":
             features = self.layer_features(input_values, attention_mask, layers, "teacher")
             codes = self.teacher_units(normalize_over_time(features, frame_mask), layers)
+        # CODEPATH: "own_layer" for SpidR's checkpoints, "last_layer" for all others.
+        elif source == "student" and self.config.head_input == "own_layer":
+            features = self.layer_features(input_values, attention_mask, layers, "student_feed_forward")
+            codes = self.student_units(features, layers)
+        else:
+            hidden_states = self.dinosr(input_values, attention_mask).last_hidden_state
+            codes = self.student_units(hidden_states, layers, source)
         if frame_mask is None:
             return codes, torch.full(codes.shape[1:2], codes.shape[2], device=codes.device)
         return codes.masked_fill(~frame_mask, NO_UNIT), frame_mask.sum(dim=-1)
@@ -1324,13 +1389,16 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         """
         Return each frame's most probable codeword by the prediction heads of L layers with codebooks.
 
-        The student's last layer (..., D) to int64 (L, ...); with source "anchor", the most probable label of the
-        anchor's head. Raises `ValueError` if a layer has no codebook, or the model no anchor.
+        The student's last layer (..., D), or with `head_input="own_layer"` the `layer_features` (L, ..., D) of its
+        feed-forward networks, to int64 (L, ...). With source "anchor", the last layer to the most probable label of
+        the anchor's head. Raises `ValueError` if a layer has no codebook, or the model no anchor.
         """
         check_source(source, ("student", "anchor"))
         numbers, first = check_unit_layers(self.config, layers, source), self.config.codebook_layers[0]
         heads: list[Any] = [self.anchor_head if source == "anchor" else self.heads[n - first] for n in numbers]
-        return torch.stack([head(hidden_states).float().argmax(dim=-1) for head in heads])
+        has_own_inputs = source == "student" and self.config.head_input == "own_layer"
+        pairs = zip(heads, hidden_states if has_own_inputs else cycle([hidden_states]), strict=False)
+        return torch.stack([head(features).float().argmax(dim=-1) for head, features in pairs])
 
     @torch.no_grad()
     def teacher_units(self, targets: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:

@@ -149,13 +149,15 @@ def _marks(run: RunArguments, config: DinoSRConfig) -> dict[str, int]:
     """Return the updates at which something begins or ends, by description, as far as they are in the run."""
     warmup_steps = int(run.max_steps * run.warmup_share)
     hold_steps = int(run.max_steps * run.hold_share) if run.schedule == "tri_stage" else 0
+    has_linear_decay = config.ema_schedule == "linear" and config.ema_decay != config.ema_end_decay
     has_codebook_anneal = config.codebook_end_decay not in (None, config.codebook_decay)
     marks = {
         "warm-up ends": warmup_steps,
         "rate begins to fall": warmup_steps + hold_steps if hold_steps else 0,
-        "EMA decay reaches its end": config.ema_anneal_steps if config.ema_decay != config.ema_end_decay else 0,
+        "EMA decay reaches its end": config.ema_anneal_steps if has_linear_decay else 0,
         "codebook decay reaches its end": config.codebook_end_decay_step if has_codebook_anneal else 0,
-        "teacher frozen": config.freeze_teacher_step or 0,
+        "teacher frozen": config.teacher_stop_step or 0,
+        "front end frozen": config.freeze_front_end_step or 0,
     }
     return {name: step for name, step in marks.items() if 0 < step <= run.max_steps}
 
@@ -174,7 +176,7 @@ def _gigabytes(num_bytes: int) -> str:
 def _rows(plan: RunPlan) -> dict[str, str]:
     """Describe the run, a line each for step, masks, length, optimizer, model and disk."""
     data, run, config, number = plan.arguments.data, plan.arguments.run, plan.config, format_value
-    first, frozen = plan.points[0], config.freeze_teacher_step
+    first, frozen = plan.points[0], config.teacher_stop_step
     padded = "" if plan.padded_share is None else f", {plan.padded_share:.1%} padding"
     if data.speed_change:
         padded += f"; speeds {1 - data.speed_change:.2f} to {1 + data.speed_change:.2f}"
@@ -184,6 +186,8 @@ def _rows(plan: RunPlan) -> dict[str, str]:
     freeze = "never frozen"
     if frozen is not None:
         freeze = f"frozen from update {frozen:,} on (freeze_mode {config.freeze_mode})"
+    if config.freeze_front_end_step is not None:
+        freeze += f"; front end frozen from update {config.freeze_front_end_step:,} on"
 
     def memory(decay: float, num_steps: int = 1) -> str:
         updates = num_steps / max(1 - decay, 1e-12)
@@ -247,7 +251,7 @@ def _notes(plan: RunPlan) -> Iterator[str]:
     ends = [
         ("codebook", config.codebook_decay, config.codebook_end_decay, last.codebook_decay, "codebook_end_decay_step")
     ]
-    if not config.is_teacher_frozen_at(run.max_steps):
+    if config.ema_schedule == "linear" and not config.is_teacher_frozen_at(run.max_steps):
         ends.insert(0, ("EMA", config.ema_decay, config.ema_end_decay, last.ema_decay, "ema_anneal_steps"))
     for decay, start, end, reached, name in ends:
         if end not in (None, start) and getattr(config, name) > run.max_steps:

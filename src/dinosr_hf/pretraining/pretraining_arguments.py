@@ -15,7 +15,15 @@ import torch
 import yaml
 
 from ..analysis.baselines import MFCC_KINDS
-from ..model.configuration_dinosr import FEATURE_ENCODERS, DinoSRConfig
+from ..model.configuration_dinosr import (
+    ATTENTION_INITS,
+    EMA_SCHEDULES,
+    FEATURE_ENCODERS,
+    FREEZE_MODES,
+    HEAD_INPUTS,
+    TEACHER_INITS,
+    DinoSRConfig,
+)
 from ..training.run_record import public_values
 from ..training.shared_arguments import argument, shared_argument, shared_rules
 from ..utils.command_line import ArgumentError, argument_errors, check_ranges, explicit_names, parse_groups
@@ -37,6 +45,9 @@ MODEL_HELP = {
     "feat_proj_dropout": "Dropout of the projected features; student only.",
     "layerdrop": "Probability with which the student skips a layer in training.",
     "initializer_range": "Standard deviation of the transformer's initial weights.",
+    "attention_init": "Distribution of attention's initial weights. normal: as the transformer's others; xavier: as in"
+    " SpidR.",
+    "qkv_bias": "Whether queries, keys and values of attention have a bias; not in SpidR.",
     "layer_norm_eps": "Epsilon of the layer norms of transformer and projection.",
     "feature_encoder": "Front end. conv (the paper): convolutions of the waveform, set by conv_*; log_mel: log mel"
     " energies, nothing learnt, which needs far less speech and time.",
@@ -58,10 +69,20 @@ MODEL_HELP = {
     "codebook_revival_share": "A codeword that gets less than this part of an even share of the frames starts anew"
     " beside a much used one. 0 (the paper): never, and unused codewords stay unused; 0.1 keeps all in use.",
     "num_anchor_labels": "Number of the anchor's labels; 0: codebook_size, or as many as the file of labels has.",
+    "head_input": "What the head of a codebook reads. last_layer (the paper): the student's output; own_layer (SpidR):"
+    " the feed-forward output of the codebook's own layer of the student.",
     "ema_decay": "Decay of the teacher's average at the first update (lambda of the paper's equation 1).",
-    "ema_end_decay": "Decay of the teacher's average after ema_anneal_steps updates.",
+    "ema_schedule": "How that decay grows. linear (the paper); exponential (SpidR): 1 - (1 - ema_decay) * exp(-step /"
+    " ema_timescale).",
+    "ema_end_decay": "Decay of the teacher's average after ema_anneal_steps updates; linear schedule.",
     "ema_anneal_steps": "Number of updates over which the decay goes linearly from ema_decay to ema_end_decay.",
+    "ema_timescale": "Number of updates in which the exponential schedule comes nearer to 1 by a factor of e.",
+    "ema_threshold": "Distance of the decay from 1 at which the exponential schedule stops the teacher.",
+    "teacher_init": "The teacher's initial weights. student (the paper): the student's; random (SpidR): those of"
+    " attention and feed-forward networks are drawn anew.",
     "freeze_teacher_step": "Update from which the teacher is frozen; null in the YAML file: never.",
+    "freeze_front_end_step": "Update from which convolutions and projection are frozen, whatever the teacher does"
+    " (SpidR); unset: with the teacher, see freeze_mode.",
     "freeze_mode": "What is frozen with the teacher. frozen: convolutions and projection too, as the authors meant;"
     " shared: they go on learning and feed the teacher, as in the authors' code; copied: the teacher keeps copies of"
     " them, and the student's go on learning.",
@@ -71,7 +92,14 @@ MODEL_HELP = {
     "mask_min_spans": "Minimum number of mask spans of an utterance.",
 }
 
-_CHOICES = {"feature_encoder": FEATURE_ENCODERS}
+_CHOICES = {
+    "feature_encoder": FEATURE_ENCODERS,
+    "attention_init": ATTENTION_INITS,
+    "head_input": HEAD_INPUTS,
+    "ema_schedule": EMA_SCHEDULES,
+    "teacher_init": TEACHER_INITS,
+    "freeze_mode": FREEZE_MODES,
+}
 
 CODEBOOK_SIZES = ("num_codebooks", "codebook_size")
 
@@ -81,7 +109,7 @@ ARCHITECTURE = (
     *("feature_encoder", "feat_extract_activation", "conv_dim", "conv_stride", "conv_kernel", "conv_bias"),
     *("num_conv_pos_embeddings", "conv_pos_kernel_size", "num_conv_pos_embedding_groups"),
     *CODEBOOK_SIZES,
-    "num_anchor_labels",
+    *("num_anchor_labels", "qkv_bias", "head_input"),
 )
 
 

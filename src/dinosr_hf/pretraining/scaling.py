@@ -63,6 +63,10 @@ def _power(value: float, kappa: float) -> float:
     return value if math.isclose(kappa, 1) else float(value) ** kappa
 
 
+def _times(value: float, kappa: float) -> float:
+    return value * kappa
+
+
 def _root(value: float, kappa: float) -> float:
     return value * math.sqrt(kappa)
 
@@ -86,7 +90,8 @@ MODEL_RULES: tuple[Rule, ...] = (
     ("codebook_update_steps", _steps, "steps / kappa: updated by the frames of the same audio"),
     ("codebook_end_decay_step", _steps, "steps / kappa: at the same audio"),
     ("ema_decay ema_end_decay", _power, "to the power of kappa: EMA scaling rule"),
-    ("ema_anneal_steps", _steps, "steps / kappa: at the same audio"),
+    ("ema_anneal_steps ema_timescale freeze_front_end_step", _steps, "steps / kappa: at the same audio"),
+    ("ema_threshold", _times, "times kappa: the teacher stops at the same audio"),
     ("freeze_teacher_step", _freeze_step, "steps / kappa: at the same audio"),
 )
 

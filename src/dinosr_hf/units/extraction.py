@@ -175,7 +175,7 @@ class UnitExtractor:
         is_smoothed: bool = False,
         **windows: float,
     ) -> None:
-        check_source(source, UNIT_SOURCES)
+        check_source(source, (*SOURCES, "anchor"))
         self._network: PreTrainedModel = model.eval()
         self.model, self.config, self.source = model, model.config, source
         self.is_smoothed = is_smoothed and source != "teacher"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -14,17 +15,24 @@ from transformers import PreTrainedModel
 
 from ...model.modeling_dinosr import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from ...recognition.text import make_processor
-from ...utils.files import atomic_file, atomic_folder
+from ...utils.files import atomic_file, atomic_folder, write_atomically
 from ...utils.model_folder import feature_extractor, open_weights
 from ..card import render_card
 from .checkpoint_file import ConversionError, open_checkpoint
 from .data2vec import read_data2vec_folder
 from .fairseq import DATA2VEC, is_recogniser, model_settings, read_data2vec, read_fairseq, read_recogniser, to_fairseq
 from .layout import Layout, build, read_settings
-from .spidr import is_spidr, read_spidr
+from .spidr import OBJECTIVES, is_spidr, read_spidr, to_spidr
 from .verification import statistics_table, unit_statistics
 
-__all__ = ["ConversionError", "convert", "convert_to_fairseq", "statistics_table", "unit_statistics"]
+__all__ = [
+    "ConversionError",
+    "convert",
+    "convert_to_fairseq",
+    "convert_to_spidr",
+    "statistics_table",
+    "unit_statistics",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +53,10 @@ def _read_layout(file: Path, given: Mapping[str, Any]) -> Layout:
     else:
         checkpoint = open_checkpoint(file)
         if is_spidr(checkpoint):
-            settings = None if given["config"] is None else read_settings(given["config"])
-            encoder_only = given["objective"] == "spidr"
-            layout = read_spidr(checkpoint, settings, given["num_attention_heads"], encoder_only=encoder_only)
+            beside = file.with_name("config.json")  # as on the Hub
+            settings_file = given["config"] or (beside if beside.is_file() else None)
+            settings = None if settings_file is None else read_settings(settings_file)
+            layout = read_spidr(checkpoint, settings, given["num_attention_heads"], given["objective"])
         elif is_recogniser(checkpoint):
             layout = read_recogniser(checkpoint, given["dictionary"])
         elif model_settings(checkpoint).get("_name") == DATA2VEC:
@@ -68,7 +77,7 @@ def convert(
     dictionary: str | os.PathLike | None = None,
     config: str | os.PathLike | None = None,
     num_attention_heads: int | None = None,
-    objective: str = "dinosr",
+    objective: str | None = None,
     license: str | None = None,
 ) -> PreTrainedModel:
     """
@@ -84,9 +93,10 @@ def convert(
             configuration, feature extractor or processor, a card and the model's code, atomically.
         as_: "pretraining", "ctc", or "model" (the encoder alone); None: everything in the file.
         dictionary: Path of a recogniser's `dict.ltr.txt` from fairseq; None: convert its encoder alone.
-        config: Path of a spidr checkpoint's config.json; None: derive the sizes from the weights' shapes.
+        config: Path of a spidr checkpoint's config.json; None: the one beside the file, or if there is none, derive
+            the sizes from the weights' shapes.
         num_attention_heads: Number of heads of a spidr checkpoint without a config.json; None: heads of 64 channels.
-        objective: Objective of a spidr checkpoint, which the file does not tell; "spidr" converts the encoder alone.
+        objective: Objective of a spidr checkpoint, "dinosr" or "spidr", if neither file nor config.json tells it.
         license: Licence for the card, by the Hub's identifier; None: the card asks for it.
 
     Returns:
@@ -101,10 +111,10 @@ def convert(
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists and is not empty. Give another folder, or remove it first.")
-    if objective not in ("dinosr", "spidr"):
-        raise ValueError(f"objective={objective!r} is unknown. Choose one of dinosr, spidr.")
+    if objective not in (None, *OBJECTIVES):
+        raise ValueError(f"objective={objective!r} is unknown. Choose one of {', '.join(OBJECTIVES)}.")
     given = {"dictionary": dictionary, "config": config, "num_attention_heads": num_attention_heads}
-    layout = _read_layout(Path(file), given | {"objective": None if objective == "dinosr" else objective})
+    layout = _read_layout(Path(file), given | {"objective": objective})
     if as_ not in (None, "model", layout.architecture):
         choices = " or ".join(dict.fromkeys((layout.architecture, "model")))
         raise ValueError(f"as_={as_!r} does not apply to this checkpoint ({layout.name}). Choose {choices}.")
@@ -126,6 +136,24 @@ def convert(
     return model
 
 
+def _open_to_write(folder: Path, file: Path, layout: str) -> DinoSRForPreTraining:
+    if file.exists():
+        raise ValueError(f"{file} exists. Give another name, or remove it first.")
+    names: Any = read_settings(folder / "config.json").get("architectures")
+    if names != ["DinoSRForPreTraining"]:
+        raise ValueError(
+            f"{folder} is a {', '.join(names or ['model of no name'])}. {layout} needs a DinoSRForPreTraining:"
+            " student, teacher, codebooks and heads."
+        )
+    return open_weights(DinoSRForPreTraining, folder)
+
+
+def _save_checkpoint(file: Path, checkpoint: Mapping[str, Any]) -> Path:
+    with atomic_file(file) as temporary, temporary.open("wb") as stream:  # torch.save refuses the name of the file
+        torch.save(checkpoint, stream)
+    return file
+
+
 def convert_to_fairseq(folder: str | os.PathLike, file: str | os.PathLike) -> Path:
     """
     Write a `DinoSRForPreTraining` in the authors' layout and return the path; converting it back is bit-exact.
@@ -134,16 +162,18 @@ def convert_to_fairseq(folder: str | os.PathLike, file: str | os.PathLike) -> Pa
         folder: Path of the model's folder, from `convert` or pre-training.
         file: Path of the checkpoint to write, atomically. `ValueError` if it exists, or the folder has another model.
     """
-    folder, file = Path(folder), Path(file)
-    if file.exists():
-        raise ValueError(f"{file} exists. Give another name, or remove it first.")
-    names: Any = read_settings(folder / "config.json").get("architectures")
-    if names != ["DinoSRForPreTraining"]:
-        raise ValueError(
-            f"{folder} is a {', '.join(names or ['model of no name'])}. The authors' layout needs a"
-            " DinoSRForPreTraining: student, teacher, codebooks and heads."
-        )
-    checkpoint = to_fairseq(open_weights(DinoSRForPreTraining, folder))
-    with atomic_file(file) as temporary, temporary.open("wb") as stream:  # torch.save refuses the name of the file
-        torch.save(checkpoint, stream)
-    return file
+    return _save_checkpoint(Path(file), to_fairseq(_open_to_write(Path(folder), Path(file), "The authors' layout")))
+
+
+def convert_to_spidr(folder: str | os.PathLike, file: str | os.PathLike) -> Path:
+    """
+    Write a `DinoSRForPreTraining` in the layout of package spidr, with its config.json beside it.
+
+    The arguments are those of `convert_to_fairseq`; `ValueError` also if there is a config.json beside the file.
+    """
+    settings_file = Path(file).with_name("config.json")
+    if settings_file.exists():
+        raise ValueError(f"{settings_file} exists, and {file} needs one of its own. Give a file in another folder.")
+    checkpoint, settings = to_spidr(_open_to_write(Path(folder), Path(file), "spidr's layout"))
+    write_atomically(settings_file, json.dumps(settings, indent=1) + "\n")
+    return _save_checkpoint(Path(file), checkpoint)

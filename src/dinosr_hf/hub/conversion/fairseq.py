@@ -19,7 +19,7 @@ from ...model.modeling_dinosr import DinoSRForPreTraining
 from ...recognition.text import SPECIAL_TOKENS
 from ...utils.text_files import text_lines
 from .checkpoint_file import ConversionError
-from .layout import STACKED, Layout, Weight, convert_settings, rename, unused_entries
+from .layout import Layout, Weight, check_has_place, convert_settings, rename, unstacked_weights, unused_entries
 
 DATA2VEC = "data2vec_audio"
 RECOGNISER_PREFIX = "w2v_encoder.w2v_model."
@@ -294,14 +294,11 @@ def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
     Convert a model to the content of a checkpoint of the authors. `read_fairseq` restores it bit for bit.
 
     It has settings under `cfg.model` and weights under `model`, but not the state of a training run, and not the
-    anchor's head. Raises `ConversionError` for a model without convolutions.
+    anchor's head. Raises `ConversionError` for a model with log-mel frames, or with SpidR's objective.
     """
     config = model.config
-    if config.feature_encoder != "conv":
-        raise ConversionError(
-            f"feature_encoder={config.feature_encoder!r} has no place in the authors' layout, whose models begin with"
-            " convolutions. Only models with feature_encoder='conv' can be converted back."
-        )
+    needed = {"feature_encoder": "conv", "head_input": "last_layer", "ema_schedule": "linear"}
+    check_has_place(config, "the authors' layout", needed)
     layers = list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
     settings = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items() if ours != "conv_layers"}
     settings |= {"_name": "dinosr", "conv_feature_layers": str(layers), **SUPPORTED}
@@ -310,15 +307,13 @@ def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
     settings["conv_pos"] = config.conv_pos_kernel_size * config.num_conv_pos_embeddings
     settings["freeze_teacher_step"] = -1 if config.freeze_teacher_step is None else config.freeze_teacher_step
     settings["freeze_pre_enc_modules"] = config.freeze_mode != "copied"
-    weights = model.state_dict()
-    # The authors' code has neither revival nor an anchor.
-    weights = {
-        name: value for name, value in weights.items() if not name.startswith(("codebooks.usage", "anchor_head."))
-    }
-    for name in STACKED:
-        weights.update({f"{name}.{i}": row.clone() for i, row in enumerate(weights.pop(name))})
     names = {ours: theirs for theirs, ours in PRETRAINING_KEYS.items()}
     state: dict[str, Any] = {}
+    weights = unstacked_weights(model)
+    if not config.qkv_bias:  # there is none without
+        for name, tensor in list(weights.items()):
+            if re.search(r"\.[qkv]_proj\.weight$", name):
+                weights[name.replace("weight", "bias")] = tensor.new_zeros(len(tensor))
     for ours, tensor in weights.items():
         theirs = rename(ours, names)
         entry, _, inner = theirs.partition(".")

@@ -232,3 +232,25 @@ def build(model_class: type[Model], config: DinoSRConfig, weights: Sequence[Weig
         state[name] = torch.stack([state.pop(f"{name}.{i}") for i in range(len(table))])
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def check_has_place(config: DinoSRConfig, layout: str, needed: Mapping[str, Any]) -> None:
+    """Raise `ConversionError` if a field has not the value that is needed for a model to fit another layout."""
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise ConversionError(
+                f"{name}={getattr(config, name)!r} has no place in {layout}. Only models with {name}={value!r} can be"
+                " converted back."
+            )
+
+
+def unstacked_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the weights that other layouts have too, without revival and anchor, each codebook as one of its own."""
+    weights = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(("codebooks.usage", "anchor_head."))
+    }
+    for name in STACKED:
+        weights.update({f"{name}.{i}": row.clone() for i, row in enumerate(weights.pop(name))})
+    return weights
