@@ -642,12 +642,8 @@ class DinoSRTeacher(DinoSREncoder):
         # CODEPATH: "random" for SpidR's checkpoints, "student" for all others.
         if self.config.teacher_init == "student":
             return set()
-        return {
-            parameter
-            for layer in self.layers
-            for part in (layer.attention, layer.feed_forward)
-            for parameter in part.parameters()
-        }
+        drawn = ("attention.", "feed_forward.")
+        return {p for layer in self.layers for name, p in layer.named_parameters() if name.startswith(drawn)}
 
     def pairs_with(self, student: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Pair each parameter of the teacher with that of a student, a `DinoSRModel`."""
