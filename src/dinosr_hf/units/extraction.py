@@ -24,7 +24,6 @@ from ..inference.windowed import DTYPES, RunningMoments, WindowedInference, pad_
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import (
     SOURCES,
-    UNIT_SOURCES,
     DinoSRForPreTraining,
     check_layers,
     check_source,
