@@ -17,7 +17,9 @@ from dinosr_hf.utils.command_line import command, parse_options
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Convert a checkpoint to a Transformers folder, or back.")
-    parser.add_argument("file", help="checkpoint (.pt, .ckpt) or data2vec folder; with --to, a DinoSR folder")
+    parser.add_argument(
+        "file", help="checkpoint (.pt, .ckpt), data2vec folder, or name on the Hub; with --to, a DinoSR folder"
+    )
     parser.add_argument("out", help="folder to write; with --to, the checkpoint to write")
     parser.add_argument(
         "--as", dest="as_", choices=("pretraining", "model", "ctc"), help="what to convert: model is the encoder alone"

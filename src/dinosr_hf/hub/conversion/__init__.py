@@ -20,6 +20,7 @@ from ...utils.model_folder import feature_extractor, open_weights
 from ..card import render_card
 from .checkpoint_file import ConversionError, open_checkpoint
 from .data2vec import read_data2vec_folder
+from .downloads import download_checkpoint, is_hub_name
 from .fairseq import DATA2VEC, is_recogniser, model_settings, read_data2vec, read_fairseq, read_recogniser, to_fairseq
 from .layout import Layout, build, read_settings
 from .spidr import OBJECTIVES, is_spidr, read_spidr, to_spidr
@@ -88,7 +89,8 @@ def convert(
     why it is not.
 
     Args:
-        file: Path of the checkpoint; for data2vec of transformers, of its folder.
+        file: Path of the checkpoint; for data2vec of transformers, of its folder. Or a name on the Hub, of which the
+            checkpoint and its config.json are downloaded, see `download_checkpoint`.
         out_dir: Path of the folder to write, which must not exist or be empty. It gets weights as safetensors,
             configuration, feature extractor or processor, a card and the model's code, atomically.
         as_: "pretraining", "ctc", or "model" (the encoder alone); None: everything in the file.
@@ -114,7 +116,8 @@ def convert(
     if objective not in (None, *OBJECTIVES):
         raise ValueError(f"objective={objective!r} is unknown. Choose one of {', '.join(OBJECTIVES)}.")
     given = {"dictionary": dictionary, "config": config, "num_attention_heads": num_attention_heads}
-    layout = _read_layout(Path(file), given | {"objective": objective})
+    path = download_checkpoint(str(file)) if is_hub_name(str(file)) else Path(file)
+    layout = _read_layout(path, given | {"objective": objective})
     if as_ not in (None, "model", layout.architecture):
         choices = " or ".join(dict.fromkeys((layout.architecture, "model")))
         raise ValueError(f"as_={as_!r} does not apply to this checkpoint ({layout.name}). Choose {choices}.")

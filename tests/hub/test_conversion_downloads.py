@@ -1,0 +1,76 @@
+"""Checkpoints on the Hub are downloaded by name, and nothing else of their repositories."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import FIXTURES
+from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.hub.conversion import ConversionError, convert
+from dinosr_hf.hub.conversion.downloads import is_hub_name
+from hub_server import hub_server
+
+CASE = FIXTURES / "spidr_objective"
+ROOT = FIXTURES.parents[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("coml/spidr-vp20", True),
+        ("coml/baselines/spidr-vp20/ft-deu-1h/best.pt", True),
+        ("runs/missing.pt", False),
+        ("runs/base/config.json", False),
+        ("checkpoint.pt", False),
+        ("./runs/base", False),
+        ("/data/dinosr.ckpt", False),
+        ("runs/base/step", False),
+    ],
+)
+def test_names_on_the_hub_are_told_from_paths(name, expected):
+    assert is_hub_name(name) is expected
+
+
+def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
+    (tmp_path / "coml" / "spidr").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not is_hub_name("coml/spidr")
+
+
+def test_without_a_connection_the_error_says_so(tmp_path):
+    with pytest.raises(ConversionError, match="nobody/nothing is not a file, and the Hub cannot be reached"):
+        convert("nobody/nothing", tmp_path / "out")
+
+
+def convert_from(hub, home, *words):
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, ROOT / "examples" / "convert_checkpoint.py", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_name_downloads_the_checkpoint_and_its_configuration_alone(tmp_path):
+    state = torch.load(CASE / "checkpoint.pt", weights_only=True)["model"]
+    for folder in ("coml/spidr-tiny", "coml/baselines/vp20/ft-deu-1h"):
+        place = tmp_path / "hub" / folder
+        place.mkdir(parents=True)
+        (place / "config.json").write_bytes((CASE / "config.json").read_bytes())
+        (place / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+        torch.save(state, place / ("final.pt" if folder.endswith("tiny") else "best.pt"))
+        torch.save(state, place / "full_checkpoint.pt")
+    with hub_server(tmp_path / "hub") as hub:
+        flat = convert_from(hub, tmp_path / "home", "coml/spidr-tiny", tmp_path / "flat")
+        asked = [request for request in hub.requests if "resolve" in request]
+        tuned = convert_from(hub, tmp_path / "home", "coml/baselines/vp20/ft-deu-1h/best.pt", tmp_path / "tuned")
+        other = convert_from(hub, tmp_path / "home", "coml/baselines", tmp_path / "other")
+        nothing = convert_from(hub, tmp_path / "home", "coml/nothing", tmp_path / "nothing")
+    assert flat.returncode == tuned.returncode == 0, flat.stderr + tuned.stderr
+    assert {request.rpartition("/")[2] for request in asked} == {"final.pt", "config.json"}
+    for folder in ("flat", "tuned"):
+        model = DinoSRForPreTraining.from_pretrained(tmp_path / folder)
+        assert model.config.head_input == "own_layer"
+    assert "coml/baselines on the Hub has no final.pt or best.pt or" in other.stderr.splitlines()[-1]
+    assert "coml/nothing is neither a file nor a model on the Hub" in nothing.stderr.splitlines()[-1]
