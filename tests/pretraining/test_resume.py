@@ -6,9 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -30,6 +32,7 @@ from dinosr_hf.pretraining import (
 from dinosr_hf.pretraining.checkpoint import CheckpointWriter
 from pretraining_runs import (
     ANCHORED,
+    CHANCE,
     CONFIGS,
     ROOT,
     assert_same_run,
@@ -501,6 +504,32 @@ def test_resume_with_two_processes_goes_on_from_one(tmp_path, recordings):
     assert "is of 1 process(es), but there are 2 now" in done.stderr
     assert max((whole[name] - parts[name]).abs().max().item() for name in whole) < 1e-4
     assert parts_metrics[-1]["loss"] == pytest.approx(whole_metrics[-1]["loss"], abs=1e-4)
+
+
+def torchrun(tmp_path, name, *flags):
+    """Start the command in two processes through torchrun."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *flags]
+    command += [ROOT / "examples" / "pretrain.py", tmp_path / "tiny.yaml", "--output_dir", tmp_path / name]
+    return subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_torchrun_brings_a_run_back_whose_process_was_killed(tmp_path, recordings):
+    write_config(tmp_path, data=str(recordings), **{**CHANCE, "max_steps": 60}, checkpoint_steps=5)
+    whole = torchrun(tmp_path, "whole")
+    assert whole.communicate(timeout=280) and whole.returncode == 0
+    run_again = torchrun(tmp_path, "killed", "--max_restarts", "1")
+    while not find_checkpoints(tmp_path / "killed"):
+        assert run_again.poll() is None
+        time.sleep(0.01)
+    last_rank = psutil.Process(run_again.pid).children()[-1]
+    assert "pretrain.py" in " ".join(last_rank.cmdline())
+    last_rank.kill()
+    log = run_again.communicate(timeout=280)[1]
+    assert run_again.returncode == 0, log[-3000:]
+    assert "exitcode: -9" in log and "Resuming from" in log
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..model.configuration_dinosr import DinoSRConfig
+from ..training.restarts import separate_restarts
 from ..training.shared_arguments import argument, shared_argument, shared_rules
 from ..utils.command_line import ArgumentError, check_ranges
 
@@ -202,6 +203,7 @@ class FinetuningArguments(TrainingArguments):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (self.use_cpu or not torch.accelerator.is_available()):
             # By default Accelerate looks for MPI and, without it, has each process train alone.
             self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"
+        separate_restarts()
         super().__post_init__()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ..data import (
 )
 from ..data.synthetic import SyntheticCorpus
 from ..model.modeling_dinosr import DinoSRForPreTraining
+from ..training.restarts import separate_restarts
 from ..training.resume import lock_output_folder, refuse_existing_model, report_changes
 from ..training.run_record import public_values
 from ..utils.command_line import ArgumentError, argument_errors
@@ -179,6 +180,7 @@ def _check_mask_fits(arguments: PretrainingArguments) -> None:
 
 def _make_accelerator(arguments: PretrainingArguments) -> Accelerator:
     options = arguments.run
+    separate_restarts()
     with argument_errors():  # of trackers and mixed_precision
         accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
