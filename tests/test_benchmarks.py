@@ -362,3 +362,17 @@ def test_learning_reports_unequal_times(learning, capsys, monkeypatch):
     (ours, _) = rows(capsys.readouterr().out)[2:]
     assert ours[:3] == ["ours", "x", "0.500 (0.500, 0.500)"]
     assert ours[4:] == ["3 (3, 3)", "1.00 (1.00, 1.00)", "10.5 (10.5, 10.5)"]
+
+
+def test_checkpoint_stall_prints_a_table(capsys):
+    load_script("benchmarks/checkpoint_stall.py").main(["--repeats", "1"])
+    header, _, _, row = capsys.readouterr().out.splitlines()
+    assert header.startswith("tiny, ") and re.fullmatch(r"\| [\d.]+ \| [\d.]+ \| 0\.\d\d \|", row)
+
+
+def test_checkpoint_stall_refuses_other_weights(monkeypatch):
+    script = load_script("benchmarks/checkpoint_stall.py")
+    plain = script.load_file
+    monkeypatch.setattr(script, "load_file", lambda path: {name: tensor + 1 for name, tensor in plain(path).items()})
+    with pytest.raises(SystemExit, match="has other weights than the model"):
+        script.main(["--repeats", "1"])

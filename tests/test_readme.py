@@ -118,7 +118,7 @@ OWN_PARSER = (
     *("examples/evaluate_layers.py", "examples/evaluate_abx.py"),
     *("benchmarks/unit_agreement.py", "benchmarks/convolution.py", "benchmarks/codebook.py"),
     *("benchmarks/extract.py", "benchmarks/ctc.py", "benchmarks/dataloading.py", "benchmarks/scaling.py"),
-    *("examples/inspect_units.py", "benchmarks/learning.py"),
+    *("examples/inspect_units.py", "benchmarks/learning.py", "benchmarks/checkpoint_stall.py"),
 )
 
 
@@ -169,6 +169,11 @@ def check_command(words):
             from accelerate.commands.launch import launch_command_parser
 
             launch = launch_command_parser().parse_args(rest)
+            check_script(launch.training_script, launch.training_script_args)
+        case ["torchrun", *rest]:
+            from torch.distributed.run import get_args_parser
+
+            launch = get_args_parser().parse_args(rest)
             check_script(launch.training_script, launch.training_script_args)
         case ["git" | "cd", *_]:
             pass
