@@ -7,7 +7,8 @@ Compare what models learn of phones from the same recordings in the same time.
 The contestants train one after the other, `--minutes` of wall-clock time each, start of the program included:
 
 - `ours`: `--recipe`, by examples/pretrain.py;
-- `paper`: the same without what is not in the paper: convolutions, no anchor, no revival of codewords, one speed;
+- `ours-spidr`: the same with the objective of SpidR, as examples/configs/spidr_base.yaml has it, but for the decay;
+- `paper`: the recipe without what is not in the paper: convolutions, no anchor, no revival of codewords, one speed;
 - `spidr-dinosr` and `spidr`: Meta's package with the objectives of DinoSR and SpidR, its own optimizer and schedule;
 - `mfcc-textbook` and `mfcc-tuned`: k-means on MFCCs, which take what time they need.
 
@@ -33,7 +34,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -63,7 +64,9 @@ from dinosr_hf.utils.files import claim_output_folder
 PRETRAIN = CONFIGS.parent / "pretrain.py"
 SPIDR_CONTESTANT = Path(__file__).parent / "spidr_contestant.py"
 MARKER = ".learning"  # only a folder with this file is emptied
-CONTESTANTS = ("ours", "paper", "spidr-dinosr", "spidr", *(f"mfcc-{kind}" for kind in MFCC_KINDS))
+CONTESTANTS = ("ours", "ours-spidr", "paper", "spidr-dinosr", "spidr", *(f"mfcc-{kind}" for kind in MFCC_KINDS))
+# Settings of spidr_base.yaml that are SpidR's objective; its decay is for 400,000 steps.
+SPIDR_OBJECTIVE = ("head_input", "teacher_init", "attention_init", "qkv_bias", "layerdrop", "mask_min_spans")
 # Steps of a timing run; the first third is slower.
 NUM_TIMED = 30
 # Settings of a recipe that the paper has not, besides those whose names have "anchor" in them.
@@ -231,16 +234,23 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def paper_recipe(recipe: Path, folder: Path) -> Path:
-    """Write our recipe without what is not in the paper, and return its path."""
-    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+def read_recipe(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def with_spidr_objective(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe with the objective of SpidR."""
+    objective = read_recipe(CONFIGS / "spidr_base.yaml")
+    return settings | {name: objective[name] for name in SPIDR_OBJECTIVE}
+
+
+def without_additions(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe without what is not in the paper."""
     kept = {name: value for name, value in settings.items() if name not in NOT_IN_THE_PAPER and "anchor" not in name}
     default = DinoSRConfig()
     kept |= {"conv_kernel": list(default.conv_kernel), "conv_stride": list(default.conv_stride)}
     kept["conv_dim"] = [num_channels(settings["hidden_size"])] * len(default.conv_kernel)
-    path = folder / "paper.yaml"
-    path.write_text(yaml.safe_dump(kept), encoding="utf-8")
-    return path
+    return kept
 
 
 def num_channels(hidden_size: int) -> int:
@@ -248,9 +258,14 @@ def num_channels(hidden_size: int) -> int:
 
 
 def run_ours(
-    options: argparse.Namespace, seed: int, folder: Path, parts: Mapping[str, Part], is_paper: bool
+    options: argparse.Namespace,
+    seed: int,
+    folder: Path,
+    parts: Mapping[str, Part],
+    change: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Any]:
-    recipe = paper_recipe(options.recipe, folder) if is_paper else options.recipe
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(change(read_recipe(options.recipe))), encoding="utf-8")
     start = partial(run_pretraining, recipe, options, seed)
     seconds = start(folder / "timing", NUM_TIMED)
     elapsed = {line["step"]: line["elapsed_seconds"] for line in metrics_of(folder / "timing")}
@@ -371,8 +386,9 @@ def run_mfcc(
 
 
 RUNNERS = {
-    "ours": partial(run_ours, is_paper=False),
-    "paper": partial(run_ours, is_paper=True),
+    "ours": partial(run_ours, change=dict),
+    "ours-spidr": partial(run_ours, change=with_spidr_objective),
+    "paper": partial(run_ours, change=without_additions),
     "spidr-dinosr": partial(run_spidr, objective="dinosr"),
     "spidr": partial(run_spidr, objective="spidr"),
     **{f"mfcc-{kind}": partial(run_mfcc, kind=kind) for kind in MFCC_KINDS},

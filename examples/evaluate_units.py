@@ -58,14 +58,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--num_samples", type=int, default=1_000, help="bootstrap samples; 0: none (%(default)s)")
     parser.add_argument("--output_dir", required=True, help="folder for units.md, .csv, .json, .png and .pdf")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of the models (%(default)s)",
-    )
-    parser.add_argument(
-        "--dtype", default="float32", choices=list(DTYPES), help="precision of the models (%(default)s)"
-    )
+    parser.add_argument("--smooth", action="store_true", help="smooth features for k-means, as fit_kmeans.py does")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default_device, help="device of the models (%(default)s)")
+    types = list(DTYPES)
+    parser.add_argument("--dtype", default="float32", choices=types, help="precision of the models (%(default)s)")
     options = parse_options(parser, argv, num_clusters=1, num_samples=0)
     if bool(options.kmeans_data) != bool(options.kmeans_layers or options.mfccs):
         parser.error(
@@ -98,7 +95,7 @@ def extract_units(
         raise ValueError(f"{name} has no codebooks. Give --kmeans_data and --kmeans_layers for k-means units.")
     num_clusters = num_clusters_for(name, options)
     for layer in options.kmeans_layers if fit is not None else []:
-        extractor = load_baseline(name, layers=[layer], **where)
+        extractor = load_baseline(name, layers=[layer], is_smoothed=options.smooth, **where)
         kmeans = fit_layer_kmeans(extractor, fit, num_clusters)
         yield extracted("k-means", extractor, num_clusters, kmeans=kmeans)
 

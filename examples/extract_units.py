@@ -36,7 +36,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--output_dir", required=True, help="folder to write units or features to")
     add("--split", help="split of the data, if it has several")
     add("--layers", type=int, nargs="+", help="layers, counted from 1 (5; of the anchor: the last)")
-    add("--source", default="student", choices=UNIT_SOURCES, help="what gives units or features (%(default)s)")
+    sources = (*UNIT_SOURCES, "student_feed_forward")
+    add("--source", default="student", choices=sources, help="what gives units or features (%(default)s)")
     add("--kmeans", help="file of examples/fit_kmeans.py, to use its clusters, layer and source")
     add("--deduplicate", action="store_true", help="merge runs of a unit, and write durations in frames")
     add("--format", default="jsonl", choices=FORMATS, help="format of units (%(default)s)")
@@ -97,6 +98,7 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
         model,
         layers=options.layers,
         source=options.source,
+        is_smoothed=kmeans is not None and kmeans.is_smoothed,
         window_seconds=options.window_seconds,
         context_seconds=options.context_seconds,
         batch_seconds=options.batch_seconds,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dinosr_hf.analysis.kmeans import MAX_FRAMES
 from dinosr_hf.data import SAMPLING_RATE, open_recordings
 from dinosr_hf.inference.windowed import DTYPES
+from dinosr_hf.model.modeling_dinosr import SOURCES
 from dinosr_hf.units import UnitExtractor, fit_layer_kmeans, load_model
 from dinosr_hf.utils.command_line import command, parse_options
 from dinosr_hf.utils.files import claim_output_file
@@ -30,8 +31,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("inputs", nargs="+", metavar="INPUT", help="audio files and folders; or one manifest, archive or dataset")
     add("--output", required=True, help="path of the .safetensors file to write")
     add("--layer", type=int, default=5, help="layer, counted from 1 (%(default)s)")
-    networks = ["student", "teacher"]
-    add("--source", default="student", choices=networks, help="network that gives the units (%(default)s)")
+    add("--source", default="student", choices=SOURCES, help="what gives the features (%(default)s)")
+    smooth = "normalise the student's features over the recording and average three frames: tells more of phones"
+    add("--smooth", action="store_true", help=smooth)
     add("--num_clusters", type=int, default=100, help="number of clusters (%(default)s)")
     add("--max_frames", type=int, default=MAX_FRAMES, help="number of frames to fit on, drawn at random (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the draw and of k-means (%(default)s)")
@@ -48,8 +50,14 @@ def run(options: argparse.Namespace) -> None:
     claim_output_file(options.output)
     source = open_recordings(options.inputs)
     model = load_model(options.model, device=options.device, dtype=options.dtype)
+    if options.smooth and options.source == "teacher":
+        raise ValueError("--smooth is for the student: the teacher's features are normalised anyway. Leave it out.")
     extractor = UnitExtractor(
-        model, layers=[options.layer], source=options.source, batch_seconds=options.batch_seconds
+        model,
+        layers=[options.layer],
+        source=options.source,
+        is_smoothed=options.smooth,
+        batch_seconds=options.batch_seconds,
     )
     total = sum(utterance.num_samples for utterance in source.utterances) / SAMPLING_RATE
     with tqdm(total=total, unit=" s of audio", disable=None) as bar:

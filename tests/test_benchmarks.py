@@ -281,12 +281,13 @@ def learning(tmp_path, monkeypatch):
 def test_learning_prints_a_table(learning, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(learning, "NUM_TIMED", 6)
     monkeypatch.setattr(learning, "TIME_TOLERANCE", 1e9)
-    contestants = ["--contestants", "ours", "paper", "mfcc-textbook", "mfcc-tuned", "--minutes", "0.01"]
+    names = ["ours", "ours-spidr", "paper", "mfcc-textbook", "mfcc-tuned"]
+    contestants = ["--contestants", *names, "--minutes", "0.01"]
     learning.run(*contestants)
     printed = capsys.readouterr().out
     heading, _, *lines = rows(printed)
     assert heading == list(learning.COLUMNS)
-    assert [line[0] for line in lines] == ["ours", "paper", "mfcc-textbook", "mfcc-tuned"]
+    assert [line[0] for line in lines] == names
     assert all(re.fullmatch(r"0\.\d{3}", line[2]) for line in lines)
     assert re.fullmatch(r"(student|teacher), layer [23]", lines[0][1])
     # 16,000, 17,600 and 19,200 samples, with a frame of 320 every 320
@@ -294,6 +295,9 @@ def test_learning_prints_a_table(learning, tmp_path, capsys, monkeypatch):
     record = json.loads((tmp_path / "runs" / "paper-0.01min-0" / "model" / "config.json").read_text())
     assert record["conv_dim"] == [24] * 7 and record["conv_stride"] == list(DinoSRConfig().conv_stride)
     assert record["codebook_revival_share"] == 0 and record["codebook_end_decay"] == 0.8
+    spidr = json.loads((tmp_path / "runs" / "ours-spidr-0.01min-0" / "model" / "config.json").read_text())
+    assert (spidr["head_input"], spidr["qkv_bias"], spidr["mask_min_spans"]) == ("own_layer", False, 2)
+    assert spidr["codebook_revival_share"] > 0
     monkeypatch.setattr(learning, "RUNNERS", {})  # finished runs are read
     learning.run(*contestants)
     monkeypatch.setattr(learning, "RUNNERS", dict.fromkeys(learning.CONTESTANTS, lambda *_: sys.exit("run anew")))

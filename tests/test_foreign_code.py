@@ -47,7 +47,11 @@ EVIL = """
 from pathlib import Path
 Path(__file__).with_name("it_ran").touch()
 Path({marker!r}).touch()
-from transformers import PreTrainedConfig as Config, PreTrainedModel as Model
+from transformers import PreTrainedConfig, PreTrainedModel
+class Config(PreTrainedConfig):  # transformers marks the class, so it must not be its own
+    model_type = "evil"
+class Model(PreTrainedModel):
+    config_class = Config
 """
 
 

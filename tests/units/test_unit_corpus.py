@@ -288,15 +288,19 @@ def test_the_script_writes_features(script, command, tmp_path, capsys):
     assert len(files) == 2 * NUM_RECORDINGS and files[0] == "layer-1/00.npy"
 
 
-def test_scripts_fit_and_use_kmeans(script, command, model_folder, folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("source", "is_smoothed"), [("teacher", False), ("student", True), ("student_feed_forward", False)]
+)
+def test_scripts_fit_and_use_kmeans(script, command, model_folder, folder, tmp_path, capsys, source, is_smoothed):
     file = str(tmp_path / "kmeans.safetensors")
     fit = load_script("examples/fit_kmeans.py")
     words = [str(model_folder), str(folder), "--output", file, "--num_clusters", "11", "--device", "cpu"]
-    fit.main([*words, "--layer", "1", "--source", "teacher"])
+    fit.main([*words, "--layer", "1", "--source", source, *(["--smooth"] if is_smoothed else [])])
     assert capsys.readouterr().out.strip() == file
     script.main([*command, "--kmeans", file])
     found = rows_of(tmp_path / "units")
-    extractor = UnitExtractor(DinoSRForPreTraining.from_pretrained(model_folder), layers=[1], source="teacher")
+    model, options = DinoSRForPreTraining.from_pretrained(model_folder), {"is_smoothed": is_smoothed}
+    extractor = UnitExtractor(model, layers=[1], source=source, **options)
     expected = extractor.units(open_recordings([folder]), kmeans=LayerKMeans.load(file))
     assert {name: row["units"] for name, row in found.items()} == {u.id: u.codes[0].tolist() for u in expected}
     assert json.loads((tmp_path / "units" / "summary.json").read_text())["num_units"] == 11
@@ -304,6 +308,8 @@ def test_scripts_fit_and_use_kmeans(script, command, model_folder, folder, tmp_p
         fit.main(["nowhere", "nothing.wav", "--output", "k.bin"])
     with pytest.raises(SystemExit, match=r"fit_kmeans.py: num_clusters=9999"):
         fit.main([*words, "--num_clusters", "9999", "--layer", "1"])
+    with pytest.raises(SystemExit, match=r"fit_kmeans.py: --smooth is for the student: the teacher's features"):
+        fit.main([*words, "--layer", "1", "--source", "teacher", "--smooth"])
 
 
 def test_invalid_arguments_raise(script, command, model_folder, folder, tmp_path):

@@ -85,7 +85,7 @@ AUTO_CLASSES = {
     "AutoModelForAudioXVector": "DinoSRForXVector",
 }
 
-SOURCES = ("student", "student_feed_forward", "teacher")  # of features
+SOURCES = ("student", "teacher", "student_feed_forward")  # of features
 UNIT_SOURCES = ("student", "teacher", "anchor")
 NO_UNIT = -1  # the unit of a padded frame
 

@@ -90,9 +90,12 @@ MODEL_RULES: tuple[Rule, ...] = (
     ("codebook_update_steps", _steps, "steps / kappa: updated by the frames of the same audio"),
     ("codebook_end_decay_step", _steps, "steps / kappa: at the same audio"),
     ("ema_decay ema_end_decay", _power, "to the power of kappa: EMA scaling rule"),
-    ("ema_anneal_steps ema_timescale freeze_front_end_step", _steps, "steps / kappa: at the same audio"),
-    ("ema_threshold", _times, "times kappa: the teacher stops at the same audio"),
+    ("ema_anneal_steps freeze_front_end_step", _steps, "steps / kappa: at the same audio"),
     ("freeze_teacher_step", _freeze_step, "steps / kappa: at the same audio"),
+)
+EXPONENTIAL_RULES: tuple[Rule, ...] = (  # of `ema_schedule`
+    ("ema_timescale", _steps, "steps / kappa: at the same audio"),
+    ("ema_threshold", _times, "times kappa: the teacher stops at the same audio"),
 )
 
 
@@ -125,7 +128,9 @@ def scale_to_batch(arguments: PretrainingArguments) -> tuple[PretrainingArgument
             raise ArgumentError(f"{name}={value} is out of range: scale_to_batch needs more than 0 seconds.")
     kappa = seconds / reference
     run, changes = _scale(arguments.run, RUN_RULES, kappa)
-    model, model_changes = _scale(arguments.model, MODEL_RULES, kappa)
+    is_exponential = arguments.model.ema_schedule == "exponential"
+    rules = (*MODEL_RULES, *(EXPONENTIAL_RULES if is_exponential else ()))
+    model, model_changes = _scale(arguments.model, rules, kappa)
     # The steps between their updates keep the codebooks' memory in audio, but for rounding to whole steps.
     exponent = kappa * model.codebook_update_steps / arguments.model.codebook_update_steps
     rule = ("codebook_decay codebook_end_decay", _power, f"to the power of {exponent:.3g}: makes up for rounding")

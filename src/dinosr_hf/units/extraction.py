@@ -24,6 +24,7 @@ from ..inference.windowed import DTYPES, RunningMoments, WindowedInference, pad_
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import (
     SOURCES,
+    UNIT_SOURCES,
     DinoSRForPreTraining,
     check_layers,
     check_source,
@@ -174,7 +175,7 @@ class UnitExtractor:
         is_smoothed: bool = False,
         **windows: float,
     ) -> None:
-        check_source(source, (*SOURCES, "anchor"))
+        check_source(source, (*UNIT_SOURCES, "student_feed_forward"))
         self._network: PreTrainedModel = model.eval()
         self.model, self.config, self.source = model, model.config, source
         self.is_smoothed = is_smoothed and source != "teacher"
@@ -302,7 +303,7 @@ class UnitExtractor:
         """Assign normalised features (T, L, D) to codewords or clusters (L, T)."""
         found = []
         for chunk in _chunks(features):
-            rows = torch.tensor(chunk, device=self.model.device)
+            rows = torch.tensor(chunk, device=self._network.device)
             codes = kmeans.assign(rows).T if kmeans else self.model.teacher_units(rows.transpose(0, 1), self.layers)
             found.append(codes.cpu().numpy())
         return np.concatenate(found, axis=1)
