@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..utils.digests import file_digest
 from ..utils.names import printable_name
 from ..utils.text_files import read_json
 from .resume import CheckpointError
@@ -16,17 +17,11 @@ from .resume import CheckpointError
 _SEAL = "sha256"  # the entry of a sealed file with the digest of all others
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def describe_files(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """Return `bytes` and `sha256` of each file in a folder and below, by its path in the folder, with `/`."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files
-    }
+    described = ({"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in files)
+    return {path.relative_to(folder).as_posix(): entry for path, entry in zip(files, described, strict=True)}
 
 
 def check_files(folder: str | os.PathLike, described: Any) -> None:
@@ -47,7 +42,7 @@ def check_files(folder: str | os.PathLike, described: Any) -> None:
         size = file.stat().st_size
         if size != expected.get("bytes"):
             raise CheckpointError(f"{file} has {size:,} bytes instead of {expected.get('bytes')}: it is truncated.")
-        if _digest(file) != expected.get("sha256"):
+        if file_digest(file) != expected.get("sha256"):
             raise CheckpointError(f"{file} is not what was written: its SHA-256 differs.")
 
 
