@@ -175,7 +175,7 @@ READ = {
     "Vorbis cut off": (
         lambda: encoded("OGG", "VORBIS")[:-100],
         range(30_000, LENGTH),
-        "has no last page; what is there",
+        "has no last page. The pages that exist",
     ),
     "Vorbis after a tag": (lambda: ID3 + encoded("OGG", "VORBIS"), [LENGTH], ""),
     "chained Opus, the first cut off": (

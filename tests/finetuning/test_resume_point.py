@@ -1,12 +1,9 @@
 """An interrupted run resumes with the same command; a finished one is left alone; other arguments are refused."""
 
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -22,7 +19,7 @@ from dinosr_hf.training.resume import CheckpointError
 from dinosr_hf.training.run_record import read_record
 from dinosr_hf.utils.command_line import ArgumentError
 from finetuning_runs import recognise, run_settings, write_corpus, write_model
-from scripts import ROOT
+from kills import run_through_kills
 
 # Dropout and masks, so that random states matter. An epoch has four steps.
 RANDOM = {"hidden_dropout": 0.2, "mask_time_prob": 0.3, "mask_time_length": 3}
@@ -468,55 +465,6 @@ def zipfile_text(path):
         return b"".join(archive.read(name) for name in archive.namelist())
 
 
-# Imports take seconds and a step milliseconds: one process imports, its forks run the command and are killed.
-KILLS = """
-import os, random, signal, sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import finetune_ctc
-config, out, num_kills = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-chance = random.Random(0)
-kills = while_saving = starts = 0
-is_finished = lambda: (out / "run.json").exists() and '"finished": null' not in (out / "run.json").read_text()
-while not is_finished():
-    starts += 1
-    child = os.fork()
-    if child == 0:
-        log = os.open(out.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
-        sys.argv = ["finetune_ctc.py", config]
-        finetune_ctc.main()
-        os._exit(0)
-    newest = lambda: max([int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")], default=0)
-    # The first kills are before there is any checkpoint, and most of all while one is being written.
-    wanted, at_a_save = (newest() + 1 if kills > 1 else 0), kills % 3 != 2
-    delay = chance.random() * (0.005 if at_a_save else 0.05)
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            assert status == 0, (out.parent / "log.txt").read_text()[-3000:]
-            break
-        saving = any(out.glob(".unfinished-*"))
-        if kills < num_kills and out.exists() and newest() >= wanted and (saving or not at_a_save):
-            time.sleep(delay)
-            os.kill(child, signal.SIGSTOP)  # so that what is seen is what is killed
-            os.waitpid(child, os.WUNTRACED)
-            is_saving = any(out.glob(".unfinished-*"))
-            if at_a_save and not is_saving:  # too late: at the next one, and at once
-                delay = 0
-                os.kill(child, signal.SIGCONT)
-                continue
-            while_saving += is_saving
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            kills += 1
-            break
-        time.sleep(0.0005)
-    assert starts < 60
-print(kills, while_saving, starts)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # each start takes seconds
 def test_kills_at_any_moment_end_with_the_model_of_an_undisturbed_run(model, corpus, tmp_path):
@@ -527,13 +475,8 @@ def test_kills_at_any_moment_end_with_the_model_of_an_undisturbed_run(model, cor
         out.parent.mkdir()
         text = yaml.safe_dump({**options, **RANDOM, "output_dir": str(out), "load_best_model_at_end": False})
         (out.parent / "run.yaml").write_text(text)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     for out, num_kills in zip(outs, (0, 6), strict=True):
-        command = [sys.executable, "-c", KILLS, ROOT / "examples", out.parent / "run.yaml", out, str(num_kills)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr[-3000:]
-        kills, while_saving, _ = map(int, done.stdout.split()[-3:])
-        assert kills == num_kills and (while_saving >= 4 or not num_kills)
+        run_through_kills("finetune_ctc", out.parent / "run.yaml", out, num_kills)
     assert_same_model(outs[1], outs[0])
     assert read_record(outs[1]).evaluation[0]["wer"] == read_record(outs[0]).evaluation[0]["wer"]
     assert not list(outs[1].glob(".unfinished-*"))

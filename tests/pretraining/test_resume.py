@@ -30,6 +30,7 @@ from dinosr_hf.pretraining import (
     run,
 )
 from dinosr_hf.pretraining.checkpoint import CheckpointWriter
+from kills import run_through_kills
 from pretraining_runs import (
     ANCHORED,
     CHANCE,
@@ -440,51 +441,8 @@ def test_a_full_disk_keeps_the_checkpoint_before_it_and_is_reported(tmp_path, re
     assert_same_run(tmp_path / "out", undisturbed)
 
 
-# Imports take seconds and a step milliseconds: one process imports, its forks run the command and are killed.
-KILLS = """
-import os, random, signal, sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import pretrain
-config, out, num_kills = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-chance = random.Random(0)
-kills = while_saving = starts = 0
-while not (out / "finished.json").exists():
-    starts += 1
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(out.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-        sys.argv = ["pretrain.py", config]
-        pretrain.main()
-        os._exit(0)
-    checkpoints = lambda: len([p for p in out.glob("*checkpoint-*") if p.name[0] != "."])
-    newest = lambda: max([int(p.name.split("-")[1]) for p in out.glob("checkpoint-*")], default=0)
-    wanted = newest() + 2
-    at_a_save = chance.random() < 0.5
-    delay = chance.random() * 0.03
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
-        saving = any(out.glob(".unfinished-*"))
-        if kills < num_kills and newest() >= wanted and (saving or not at_a_save):
-            time.sleep(delay * (0.3 if at_a_save else 1))
-            os.kill(child, signal.SIGSTOP)  # so that what is seen is what is killed
-            os.waitpid(child, os.WUNTRACED)
-            is_saving = any(out.glob(".unfinished-*"))
-            if at_a_save and not is_saving:  # too late: at the next one, and at once
-                delay = 0
-                os.kill(child, signal.SIGCONT)
-                continue
-            while_saving += is_saving
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            kills += 1
-            break
-        time.sleep(0.0005)
-    assert starts < 60
-print(kills, while_saving, starts)
-"""
-
-
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_twenty_kills_end_with_the_weights_of_an_undisturbed_run(tmp_path, recordings):
     options = {**ANCHORED, "max_steps": 100, "log_steps": 7}
     (tmp_path / "killed").mkdir()
@@ -494,10 +452,7 @@ def test_twenty_kills_end_with_the_weights_of_an_undisturbed_run(tmp_path, recor
     config = write_config(
         tmp_path / "killed", data=str(recordings), output_dir=str(out), **options, checkpoint_steps=1
     )
-    done = run_python(KILLS, ROOT / "examples", config, out, 20)
-    assert done.returncode == 0, done.stderr[-3000:]
-    kills, while_saving, _ = map(int, done.stdout.split()[-3:])
-    assert kills == 20 and while_saving >= 5
+    run_through_kills("pretrain", config, out, 20)
     assert_same_run(out, tmp_path / "whole" / "out")
 
 

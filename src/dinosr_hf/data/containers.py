@@ -260,7 +260,7 @@ def _ogg_streams(file: IO[bytes], start: int, size: int) -> Streams:
         if len(pages) > 1:
             note = f"it has {len(pages)} recordings at the same time, of which the first is read"
         elif any(page.end > end or not page.flags & 4 for page in pages.values()):
-            note = "its stream, or one of them, has no last page; what is there is read. Is it truncated?"
+            note = "its stream, or one of them, has no last page. The pages that exist are read. Is it truncated?"
     is_native = starts in ([], [0])
     return Streams([] if is_native else [[part] for part in zip(starts, ends, strict=True)], note)
 

@@ -73,9 +73,9 @@ class OutputFolder(ABC):
     Args:
         folder: Path of the folder; created if it does not exist.
         recordings: Recordings of this run.
-        settings: What the results depend on, as JSON can express it.
-        results: What the folder has, for messages.
-        advice: What to do about a folder that cannot be continued.
+        settings: Values that the results depend on, of types that JSON has.
+        results: Name of the results in messages, such as "units".
+        advice: Advice of the error about a folder that cannot be continued.
         state_name: Name of the file.
         process: Index of this process; 0 is the main process.
     """

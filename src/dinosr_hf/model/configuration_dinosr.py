@@ -102,7 +102,7 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
             one. 0: never, as in the paper, whose unused codewords stay unused; 0.1 keeps all in use.
         num_anchor_labels: Number of labels that `DinoSRForPreTraining` predicts beside the codewords, from
             `anchor_labels` (docs/parity.md, D10); 0: none, as in the paper.
-        head_input: What the prediction head of a codebook reads. `"last_layer"`: the output of the student's last
+        head_input: Input of the prediction head of a codebook. `"last_layer"`: the output of the student's last
             layer. `"own_layer"`: that of the feed-forward network of the codebook's own layer, as in SpidR
             (docs/parity.md).
         ema_decay: Decay of the teacher's average at the first update (lambda of the paper's equation 1).

@@ -146,7 +146,7 @@ class CheckpointWriter:
     context manager: at its end, a checkpoint that is being written is completed.
 
     Attributes:
-        step: Of the newest checkpoint, written or being written; 0: there is none.
+        step: Step of the newest checkpoint, which may still be being written; 0: there is none.
     """
 
     def __init__(self, output_dir: str | os.PathLike, accelerator: Accelerator, keep: int) -> None:

@@ -139,7 +139,7 @@ class StepFeed:
             logger.warning(
                 f"{len(other):,} of {len(before):,} recordings that were compared have other content than at the"
                 f" checkpoint, such as {other[0]}: they were replaced, or other libraries decode them. The run goes on"
-                " with what is there now."
+                " with the new content."
             )
         self._epoch, self._window, self._step = state["epoch"], state["window"], state["step"]
         self._stream_state = state["stream_state"]

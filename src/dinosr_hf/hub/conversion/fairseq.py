@@ -297,7 +297,8 @@ def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
     anchor's head. Raises `ConversionError` for a model with log-mel frames, or with SpidR's objective.
     """
     config = model.config
-    needed = {"feature_encoder": "conv", "head_input": "last_layer", "ema_schedule": "linear"}
+    needed: dict[str, Any] = {"feature_encoder": "conv", "head_input": "last_layer", "ema_schedule": "linear"}
+    needed |= {"freeze_front_end_step": None}
     check_has_place(config, "the authors' layout", needed)
     layers = list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
     settings = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items() if ours != "conv_layers"}

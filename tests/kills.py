@@ -1,0 +1,65 @@
+"""Kill a run again and again, above all while it saves, and start it anew until it has finished."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts import ROOT
+
+# Imports take seconds and a step milliseconds: one process imports, its forks run the command and are killed.
+_CODE = """
+import importlib, os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+script, config, out, num_kills = importlib.import_module(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), int(sys.argv[5])
+record, log = out / "run.json", out.parent / "log.txt"
+chance = random.Random(0)
+kills = while_saving = starts = 0
+while not record.exists() or '"finished": null' in record.read_text():
+    starts += 1
+    child = os.fork()
+    if child == 0:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1), os.dup2(output, 2)
+        sys.argv = [f"{sys.argv[2]}.py", config]
+        script.main()
+        os._exit(0)
+    newest = lambda: max([int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")], default=0)
+    # The first kills are before there is any checkpoint, and most of all while one is being written.
+    wanted, at_a_save = (newest() + 1 if kills > 1 else 0), kills % 3 != 2
+    delay = chance.random() * (0.005 if at_a_save else 0.05)
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            assert status == 0, log.read_text()[-3000:]
+            break
+        saving = any(out.glob(".unfinished-*"))
+        if kills < num_kills and out.exists() and newest() >= wanted and (saving or not at_a_save):
+            time.sleep(delay)
+            os.kill(child, signal.SIGSTOP)  # so that what is seen is what is killed
+            os.waitpid(child, os.WUNTRACED)
+            is_saving = any(out.glob(".unfinished-*"))
+            if at_a_save and not is_saving:  # too late: at the next one, and at once
+                delay = 0
+                os.kill(child, signal.SIGCONT)
+                continue
+            while_saving += is_saving
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+            break
+        time.sleep(0.0005)
+    assert starts < 60
+print(kills, while_saving)
+"""
+
+
+def run_through_kills(script: str, config: Path, out: Path, num_kills: int) -> None:
+    """Run a script of examples/ to its end; assert that it was killed so often, and half of that while it saved."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", _CODE, ROOT / "examples", script, config, out, num_kills]
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills, while_saving = map(int, done.stdout.split()[-2:])
+    assert kills == num_kills and while_saving >= num_kills // 2
