@@ -283,7 +283,7 @@ def run_ours(
 
 def spidr_batches(arguments: PretrainingArguments, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the recipe's crops, float32 (B, S), and masks bool (B, T) as dense as spidr's defaults, without end."""
-    source = open_data(arguments.data, seed)
+    source, _ = open_data(arguments.data, seed)
     for step in StepFeed(source, arguments.data, DinoSRConfig(), seed=seed):
         inputs = [batch.inputs for batch in step.micro_batches]  # all of one length, by `batching="crop"`
         waveforms, masks = (

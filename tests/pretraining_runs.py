@@ -52,6 +52,11 @@ TINY = {
 }
 
 
+def read_config(name, *flags):
+    """Parse a recipe of examples/configs."""
+    return parse_arguments([str(CONFIGS / f"{name}.yaml"), *flags], "unused")
+
+
 # With dropout and layerdrop, so that random states matter; two steps per line of metrics, so that checkpoints cut an
 # interval; codebooks updated every third step, so that checkpoints cut what they accumulate; other speeds each epoch.
 CHANCE = {

@@ -1,4 +1,4 @@
-"""Several sources as one: one after the other, or mixed so that each has its share of an epoch."""
+"""Parts of sources, and several as one: one after the other, or mixed so that each has its share of an epoch."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,43 @@ from itertools import accumulate, chain
 import numpy as np
 
 from .audio import SAMPLING_RATE
-from .collator import utterance_generator
+from .collator import utterance_generator, utterance_hash
 from .sources import SpeechSource, Utterance
 
 # Passes through a source in an epoch are counted in fractions of 1 / _PASS, so that the rest is integer arithmetic:
 # the last digit of a power may differ between machines, and with it the last utterance of an epoch.
 _PASS = 1 << 32
+
+
+class PartialSource(SpeechSource):
+    """Some utterances of a source, by their indices in it."""
+
+    def __init__(self, source: SpeechSource, indices: Sequence[int]) -> None:
+        self._source, self._indices = source, list(indices)
+        self.utterances, self.skipped = [source.utterances[index] for index in indices], source.skipped
+
+    def load(self, index: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
+        return self._source.load(self._indices[index], start, num_samples)
+
+    def labels(self, column: str | None = None) -> list[str | None]:
+        labels = self._source.labels(column)
+        return [labels[index] for index in self._indices]
+
+
+def hold_out(source: SpeechSource, share: float) -> tuple[PartialSource, PartialSource]:
+    """
+    Split off a share of the utterances, at least one; return the others, and those. The ids alone decide which.
+
+    Raises `ValueError` if no utterance would be left.
+    """
+    num_held = max(1, round(share * len(source)))
+    if num_held >= len(source):
+        raise ValueError(
+            f"A share of {share:g} of {len(source)} recordings leaves none to train on. Give more recordings or a"
+            " smaller share."
+        )
+    order = sorted(range(len(source)), key=lambda index: utterance_hash(0, 0, source.utterances[index].id, "held out"))
+    return PartialSource(source, sorted(order[num_held:])), PartialSource(source, sorted(order[:num_held]))
 
 
 class JoinedSource(SpeechSource):

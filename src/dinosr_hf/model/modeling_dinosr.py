@@ -1205,7 +1205,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         return self._targets(input_values, extract_features, frame_mask, **kwargs)[0]
 
     @torch.no_grad()
-    def update_targets(self, step: int) -> dict[str, float]:
+    def update_targets(self, step: int, *, moves_teacher: bool = True) -> dict[str, float]:
         """
         Commit the codebooks, then move the teacher: once after each step of the optimizer.
 
@@ -1215,6 +1215,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
 
         Args:
             step: Number of updates completed, this one included: 1 after the first.
+            moves_teacher: Whether the teacher moves; False: the codebooks alone are updated.
 
         Returns:
             The decays used: `codebook_decay`, and `ema_decay`, which is 1.0 if the teacher is frozen.
@@ -1229,7 +1230,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         num_steps = self.config.codebook_update_steps
         codebook_decay = self.config.codebook_decay_at(max(0, step - num_steps))
         self.codebooks.commit(codebook_decay, is_due=step % num_steps == 0)
-        ema_decay = self.config.ema_decay_at(step)
+        ema_decay = self.config.ema_decay_at(step) if moves_teacher else 1.0
         if ema_decay < 1:
             self.teacher.follow(self.dinosr.encoder, ema_decay)
         if self.config.freeze_teacher_step is None or step <= self.config.freeze_teacher_step:
@@ -1497,7 +1498,7 @@ class DinoSRForCTC(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         Score labels, and with `labels` compute the loss.
 
         Args:
-            input_values, attention_mask, **kwargs: As for `DinoSRModel`.
+            input_values, attention_mask: As for `DinoSRModel`; `**kwargs` too.
             labels: int64 (B, L), padded at the end with -100.
 
         Returns:
@@ -1590,7 +1591,7 @@ class DinoSRForSequenceClassification(DinoSRClassifier):  # trf-ignore: TRF057
         Classify utterances, and with `labels` compute the loss.
 
         Args:
-            input_values, attention_mask, **kwargs: As for `DinoSRModel`.
+            input_values, attention_mask: As for `DinoSRModel`; `**kwargs` too.
             labels: int64 (B,) for cross entropy, or float (B,) for squared error if `num_labels` is 1.
 
         Returns:
@@ -1635,7 +1636,7 @@ class DinoSRForAudioFrameClassification(DinoSRClassifier):  # trf-ignore: TRF057
         Classify frames, and with `labels` compute the loss.
 
         Args:
-            input_values, attention_mask, **kwargs: As for `DinoSRModel`.
+            input_values, attention_mask: As for `DinoSRModel`; `**kwargs` too.
             labels: int64 (B, T), -100 for frames to ignore, or one-hot (B, T, num_labels). Padding is ignored.
 
         Returns:
@@ -1739,7 +1740,7 @@ class DinoSRForXVector(DinoSRClassifier):  # trf-ignore: TRF057
         Embed utterances, and with `labels` compute the loss.
 
         Args:
-            input_values, attention_mask, **kwargs: As for `DinoSRModel`.
+            input_values, attention_mask: As for `DinoSRModel`; `**kwargs` too.
             labels: int64 (B,), the speakers.
 
         Returns:

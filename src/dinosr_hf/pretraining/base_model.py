@@ -30,14 +30,25 @@ def _with_new_anchor(name: str, config: DinoSRConfig) -> DinoSRForPreTraining:
     return model
 
 
+def _with_new_codebooks(name: str, base: DinoSRConfig, config: DinoSRConfig) -> DinoSRForPreTraining:
+    """Load student and teacher of a pre-training checkpoint, whose codebooks may have other sizes."""
+    sizes = {size: getattr(base, size) for size in CODEBOOK_SIZES}
+    before = _with_new_anchor(name, DinoSRConfig(**{**config.to_dict(), **sizes, "num_anchor_labels": 0}))
+    kept = {key: value for key, value in before.state_dict().items() if key.startswith(("dinosr.", "teacher."))}
+    model = DinoSRForPreTraining(config)
+    missing, _ = model.load_state_dict(kept, strict=False)
+    assert all(key.startswith(("heads.", "codebooks.", "anchor_head.")) for key in missing), missing
+    return model
+
+
 def initial_model(arguments: PretrainingArguments) -> DinoSRForPreTraining:
     """
     Build the model of a run before its first step.
 
-    A `base_model` from pre-training keeps its student, teacher, heads and codebooks. From any other model, and from
-    one with codebooks of other sizes, only the network is taken: the teacher is a copy of it, and heads and codebooks
-    start anew. The anchor's head always starts anew: another run's clusters have other numbers. Schedules start at
-    step 0 in either case. Raises `ArgumentError` if `base_model` cannot be read.
+    A `base_model` from pre-training keeps its student, teacher, heads and codebooks; with `new_codebooks`, student and
+    teacher. From any other model, and from one with codebooks of other sizes, only the network is taken: the teacher
+    is a copy of it, and heads and codebooks start anew. The anchor's head always starts anew: another run's clusters
+    have other numbers. Schedules start at step 0 in any case. Raises `ArgumentError` if `base_model` cannot be read.
     """
     config, name = arguments.model_config(), arguments.run.base_model
     if name is None:
@@ -45,7 +56,11 @@ def initial_model(arguments: PretrainingArguments) -> DinoSRForPreTraining:
     with argument_errors("base_model="):
         base = open_dinosr_config(name)
         is_pretraining = "DinoSRForPreTraining" in (base.architectures or [])
-        if is_pretraining and all(getattr(base, size) == getattr(config, size) for size in CODEBOOK_SIZES):
+        has_same_sizes = all(getattr(base, size) == getattr(config, size) for size in CODEBOOK_SIZES)
+        if is_pretraining and arguments.run.new_codebooks:
+            logger.info("Starting from network and teacher of %s; heads and codebooks start anew.", name)
+            return _with_new_codebooks(name, base, config)
+        if is_pretraining and has_same_sizes:
             anew = "; the anchor's head starts anew" if config.num_anchor_labels or base.num_anchor_labels else ""
             logger.info("Starting from %s, with its teacher, heads and codebooks%s.", name, anew)
             return _with_new_anchor(name, config)

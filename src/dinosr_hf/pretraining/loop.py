@@ -27,6 +27,7 @@ from ..utils.command_line import ArgumentError
 from ..utils.model_folder import save_folder
 from .anchor import Anchor
 from .anchor_arguments import AnchorWeights, anchor_weights_at
+from .best_model import BestModel
 from .checkpoint import Checkpoint
 from .feed import Step
 from .held_out import HeldOut
@@ -211,6 +212,9 @@ class Pretraining:
     ) -> None:
         self.arguments, self.options, self.accelerator, self.held_out = arguments, arguments.run, accelerator, held_out
         self.record = record
+        self.best: BestModel | None = None
+        if held_out is not None and self.options.eval_patience:
+            self.best = BestModel(self.options.output_dir, self.options.eval_patience, accelerator)
         self.schedule = make_schedule(arguments.run)
         self.signals = SignalWatch()
         self.state = make_train_state(model, source, arguments, accelerator, checkpoint, anchor)
@@ -238,7 +242,7 @@ class Pretraining:
         is_quiet = not self.accelerator.is_main_process
         bar = tqdm(total=options.max_steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=is_quiet)
         with self.signals, logging_redirect_tqdm(), bar, state.writer:
-            for step in state.feed if progress.step < options.max_steps else ():
+            for step in () if self._is_over() else state.feed:
                 totals = self._gather_totals(step)
                 if totals.save_requests or totals.stop_requests:
                     self._answer_signals(is_stop=totals.stop_requests > 0)
@@ -249,10 +253,14 @@ class Pretraining:
                     continue
                 bar.update()
                 self._after_update(update, bar)
-                if progress.step >= options.max_steps:
+                if self._is_over():
                     break
             self._finish()
         return state.model.eval()
+
+    def _is_over(self) -> bool:
+        is_overfitted = self.best is not None and self.best.is_over
+        return is_overfitted or self.state.progress.step >= self.options.max_steps
 
     def _gather_totals(self, step: Step) -> StepTotals:
         """Tell the processes, in one collective, what all of them must know before a step."""
@@ -326,6 +334,10 @@ class Pretraining:
         state, options, progress = self.state, self.options, self.state.progress
         sums, anchor = state.sums.empty_like(), anchor_weights_at(options, progress.step)
         _accumulate_gradients(state.wrapped_model, step.micro_batches, frames, anchor, self.accelerator, sums)
+        is_fitting_heads = progress.step < options.fit_heads_steps
+        if is_fitting_heads:
+            for parameter in state.model.dinosr.parameters():
+                parameter.grad = None  # the optimizer leaves it alone, without decay
         grad_norm = self.accelerator.clip_grad_norm_(state.model.parameters(), options.max_grad_norm or math.inf)
         if not bool(torch.isfinite(grad_norm)):
             self._skip_step()
@@ -337,7 +349,7 @@ class Pretraining:
         state.optimizer.step()
         state.optimizer.zero_grad()
         progress.step += 1
-        decays = state.model.update_targets(progress.step)
+        decays = state.model.update_targets(progress.step, moves_teacher=not is_fitting_heads)
         state.sums.merge(sums)
         if not state.is_frozen and state.model.apply_freeze(progress.step):
             state.is_frozen = True
@@ -369,7 +381,8 @@ class Pretraining:
         if step % options.log_steps == 0 or step == 1 or is_last:
             self._log(update, bar)
         if self.held_out is not None and step % options.eval_steps == 0 and not is_last:
-            self._evaluate(self.held_out)
+            figures = self._evaluate(self.held_out)
+            self._add_to_best(figures)
         if options.save_steps and step % options.save_steps == 0 and not is_last:
             folder = Path(options.output_dir) / f"step-{step}"  # to keep, beside the checkpoints
             with _may_fail(f"The model could not be written to {folder}", Exception):
@@ -447,6 +460,18 @@ class Pretraining:
         if self.state.progress.step != self.state.writer.step:
             self.state.save(self.arguments)
 
+    def _add_to_best(self, figures: Mapping[str, Any]) -> None:
+        """Keep the model if it is the best so far and the run wants to know."""
+        if self.best is not None and figures:
+            with _may_fail("The best model could not be written", Exception):
+                self.best.add(self.state.progress.step, figures, self.state.model)
+
+    def _take_best(self, best: BestModel, held_out: HeldOut) -> Mapping[str, Any]:
+        """Evaluate the last model, unless it was, and replace it by the best one; return the figures of that."""
+        if not best.has(self.state.progress.step):
+            self._add_to_best(self._evaluate(held_out))
+        return best.restore(self.state.progress.step, self.state.model)
+
     def _finish(self) -> None:
         """Write the last checkpoint and the model, even if the checkpoint cannot be written; then evaluate it."""
         problem: CheckpointError | None = None
@@ -457,14 +482,19 @@ class Pretraining:
         except CheckpointError as error:
             problem = error
         folder, is_main = self.options.output_dir, self.accelerator.is_main_process
+        evaluated: Mapping[str, Any] = {}
+        if self.best is not None and self.held_out is not None:
+            evaluated = self._take_best(self.best, self.held_out)
         with _model_errors(folder, problem):
             if is_main:
                 save_folder(self.state.model, folder)
-        evaluated = {} if self.held_out is None else self._evaluate(self.held_out)
+        if self.held_out is not None and self.best is None:
+            evaluated = self._evaluate(self.held_out)
         with _model_errors(folder, problem):
             if is_main:
                 if self.record is not None:
-                    finish_record(self.arguments, self.record, self.held_out, evaluated)
+                    num_steps = self.state.progress.step
+                    finish_record(self.arguments, self.record, num_steps, self.held_out, evaluated)
                 mark_finished(folder, self.state.progress.step)  # the last file: until then the run is not finished
         self.accelerator.wait_for_everyone()
         if problem is not None:

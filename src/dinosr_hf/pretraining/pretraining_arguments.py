@@ -112,6 +112,12 @@ ARCHITECTURE = (
     *("num_anchor_labels", "qkv_bias", "head_input"),
 )
 
+# What a run may change, and takes from its `base_model` otherwise.
+INHERITED = (
+    *("mask_prob", "mask_length", "mask_min_spans"),
+    *("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout", "layerdrop"),
+)
+
 
 def _model_argument(name: str, text: str) -> tuple[str, Any, Any]:
     """Return name, type and field of a flag: `float` for DinoSRConfig's `float | int`, `list[int]` for its tuples."""
@@ -176,7 +182,14 @@ class DataArguments:
         0.01,
         "Stop the run if more than this share of the recent utterances cannot be read (at least 1,000 are counted).",
     )
-    eval_data: str | None = argument(None, "Held-out speech, anything that `data` can be; unset: no evaluation.")
+    eval_data: str | None = argument(
+        None, "Held-out speech, anything that `data` can be; unset: that of eval_share, or no evaluation."
+    )
+    eval_share: float = argument(
+        0.0,
+        "Share of the recordings of `data` (the first, if there are several) that are held out for evaluation and not"
+        " trained on, unless eval_data is given.",
+    )
     eval_split: str | None = argument(None, "Split of the held-out speech.")
     eval_labels: str | None = argument(
         None, "Phone labels of the held-out speech (.jsonl, .ctm, a folder of TextGrids); synthetic has its own."
@@ -196,8 +209,15 @@ class RunArguments:
     output_dir: str = argument("runs/pretrain", "Path to the folder for the model and the metrics.")
     base_model: str | None = argument(
         None,
-        "Folder or Hub name of a DinoSR to train on; it also gives the sizes that are not set here. Unset: random"
-        " weights.",
+        "Folder or Hub name of a DinoSR to train on; it also gives sizes, masks and dropout that are not set here."
+        " Unset: random weights.",
+    )
+    new_codebooks: bool = argument(
+        False, "Whether heads and codebooks start anew, and only network and teacher are the base model's."
+    )
+    fit_heads_steps: int = argument(
+        0,
+        "Number of updates at the start in which only heads and codebooks learn; network and teacher stand still.",
     )
     anchor: str | None = argument(
         None,
@@ -269,7 +289,11 @@ class RunArguments:
     )
     keep_checkpoints: int = argument(2, "Number of checkpoints to keep, the newest ones.")
     save_steps: int = argument(25_000, "Number of steps between two models that are kept; 0: only the last.")
-    eval_steps: int = argument(5000, "Number of steps between two evaluations on eval_data.")
+    eval_steps: int = argument(5000, "Number of steps between two evaluations on held-out speech.")
+    eval_patience: int = argument(
+        0,
+        "End the run after so many evaluations without a lower held-out loss, with the model of the lowest; 0: never.",
+    )
     collapse_perplexity: float = argument(
         0.05, "Warn if a perplexity falls below this share of the codewords; 0: never."
     )
@@ -313,7 +337,7 @@ def parse_arguments(
     argv: Sequence[str], default_config: str | Path, *, description: str | None = None
 ) -> PretrainingArguments:
     """
-    Parse the command line of `examples/pretrain.py`: a YAML file, or `default_config`, then flags, which override it.
+    Parse the command line of `dinosr pretrain`: a YAML file or recipe, or `default_config`, then flags, which override it.
 
     `description` is that of `parse_groups`.
 
@@ -329,16 +353,16 @@ def parse_arguments(
 
 
 def _take_sizes(arguments: PretrainingArguments, base_model: str, explicit: set[str]) -> None:
-    """Set the sizes that are not explicit to the base model's. Codebooks and anchor may differ, and start anew."""
+    """Set what is not explicit to the base model's values. Codebooks and anchor may differ, and start anew."""
     with argument_errors("base_model="):
         base = open_dinosr_config(base_model)
-    for name in ARCHITECTURE:
+    for name in (*ARCHITECTURE, *INHERITED):
         if name == "num_anchor_labels":  # the run's anchor sets it
             continue
         base_value, value = getattr(base, name), getattr(arguments.model, name)
         if name not in explicit:
             setattr(arguments.model, name, base_value)
-        elif value != base_value and name not in CODEBOOK_SIZES:
+        elif value != base_value and name not in (*CODEBOOK_SIZES, *INHERITED):
             raise ArgumentError(
                 f"{name}={value} contradicts base_model={base_model}, which has {name}={base_value}. Leave {name} out,"
                 " or give the configuration that the base model was trained with."
@@ -349,7 +373,7 @@ def _take_sizes(arguments: PretrainingArguments, base_model: str, explicit: set[
 _RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (lambda value: value >= 1, "at least 1", "max_steps max_skipped_steps log_steps keep_checkpoints eval_steps"),
     (lambda value: value >= 1, "at least 1", "collapse_patience num_buckets"),
-    (lambda value: value >= 0, "at least 0", "seed weight_decay"),
+    (lambda value: value >= 0, "at least 0", "seed weight_decay fit_heads_steps eval_patience"),
     (lambda value: 0 <= value <= 1024, "at least 0 and at most 1,024", "num_workers"),
     (lambda value: 0 <= value <= MAX_THREADS, f"at least 0 and at most {MAX_THREADS:,}", "num_threads"),
     (lambda value: 1 <= value <= 10_000_000, "at least 1 and at most 10,000,000", "synthetic_utterances"),
@@ -361,7 +385,7 @@ _RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (lambda value: 0 <= value < 1, "at least 0 (no bound) and less than 1", "collapse_variation"),
     (lambda value: 0 <= value <= 1, "at least 0 and at most 1", "max_skipped_share"),
     (lambda value: 0 < value <= 1, "more than 0 and at most 1", "data_temperature"),
-    (lambda value: 0 <= value < 1, "at least 0 and less than 1", "speed_change"),
+    (lambda value: 0 <= value < 1, "at least 0 and less than 1", "speed_change eval_share"),
     (lambda value: value is None or 0 <= value < math.inf, "at least 0", "anchor_weight anchor_end_weight"),
     (
         lambda value: value is None or 0 <= value <= 1,
@@ -401,8 +425,16 @@ def _check(arguments: PretrainingArguments) -> None:
         raise ArgumentError(
             f"streaming reads a single dataset, but data has {len(data.data)}. Give one, or read them from disk."
         )
-    if data.eval_labels is not None and data.eval_data is None:
-        raise ArgumentError("eval_labels is set, but eval_data is not. Set both, or neither.")
+    for name in ("eval_labels", "eval_patience"):
+        if values[name] and data.eval_data is None and not data.eval_share:
+            raise ArgumentError(
+                f"{name} is set, but there is no held-out speech. Give eval_data or eval_share as well."
+            )
+    if data.eval_share and data.eval_data is None and data.streaming:
+        raise ArgumentError("eval_share holds out recordings, which streaming does not list. Give eval_data instead.")
+    for name in ("new_codebooks", "fit_heads_steps"):
+        if values[name] and run.base_model is None:
+            raise ArgumentError(f"{name} is for training a base_model on. Give one, or leave {name} out.")
     defaults = {spec.name: spec.default for spec in dataclasses.fields(RunArguments)}
     settle_anchor(arguments.model, data, run, defaults)
     with argument_errors():

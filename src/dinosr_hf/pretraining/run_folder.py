@@ -83,6 +83,16 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_evaluations(folder: str | os.PathLike) -> dict[int, dict[str, Any]]:
+    """Return the figures of the evaluations in `metrics.jsonl` that have a loss, by step."""
+    lines = _read_metrics(Path(folder, METRICS_FILE))
+    return {
+        line["step"]: {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+        for line in lines
+        if isinstance(line.get("eval_loss"), float)
+    }
+
+
 def truncate_metrics(folder: str | os.PathLike, last_step: int, *, is_last: bool) -> None:
     """
     Drop the lines of `metrics.jsonl` after a step, which a run that resumes from there writes again.
@@ -137,15 +147,22 @@ def begin_record(
 
 
 def finish_record(
-    arguments: PretrainingArguments, record: RunRecord, held_out: HeldOut | None, evaluated: Mapping[str, Any]
+    arguments: PretrainingArguments,
+    record: RunRecord,
+    num_steps: int,
+    held_out: HeldOut | None,
+    evaluated: Mapping[str, Any],
 ) -> None:
     """Complete the record from `begin_record` in `run.json`, with the figures of the last evaluation."""
-    output_dir, data, num_steps = Path(arguments.run.output_dir), arguments.data, arguments.run.max_steps
+    output_dir, data = Path(arguments.run.output_dir), arguments.data
     evaluation: list[dict[str, Any]] = []
     if held_out is not None:
         figures = {name: evaluated[name] for name in run_record.METRICS if name in evaluated}
         split = "validation" if data.eval_data == "synthetic" else data.eval_split
-        about = {"dataset": data.eval_data, "split": split, "num_utterances": held_out.num_utterances}
+        name = data.eval_data
+        if name is None:  # a part of the data
+            name, split = data.data[0], f"{data.eval_share:.0%} held out"
+        about = {"dataset": name, "split": split, "num_utterances": held_out.num_utterances}
         evaluation = [about | figures] if figures else []  # none if the evaluation failed
     finished = run_record.time_now()
     record = dataclasses.replace(record, steps=num_steps, evaluation=evaluation, finished=finished)

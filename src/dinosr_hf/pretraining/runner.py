@@ -27,6 +27,7 @@ from ..data import (
     open_source,
     open_stream,
 )
+from ..data.mixture import hold_out
 from ..data.synthetic import SyntheticCorpus
 from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..training.restarts import separate_restarts
@@ -94,19 +95,23 @@ def _check_lengths(source: SpeechSource, data: DataArguments, name: str) -> None
         )
 
 
-def open_data(data: DataArguments, seed: int) -> SpeechSource | SpeechStream:
+def open_data(data: DataArguments, seed: int) -> tuple[SpeechSource | SpeechStream, SpeechSource | None]:
     """
-    Open the recordings that `data` names; several are mixed.
+    Open the recordings that `data` names; several are mixed. Return them, and what `eval_share` holds out.
 
     The seed is for the synthetic corpus, and for the order of a stream. Raises `ValueError` if one cannot be opened,
     or all of its recordings are too short.
     """
     sources = [_open_one(data, number, seed) for number in range(len(data.data))]
+    held_out: SpeechSource | None = None
+    if data.eval_share and data.eval_data is None and isinstance(first := sources[0], SpeechSource):
+        with argument_errors("eval_share: "):
+            sources[0], held_out = hold_out(first, data.eval_share)
     for name, source in zip(data.data, sources, strict=True):
         if isinstance(source, SpeechSource):
             _check_lengths(source, data, name)
     if len(sources) == 1:
-        return sources[0]
+        return sources[0], held_out
     mixed = MixedSource(
         [source for source in sources if isinstance(source, SpeechSource)],
         _names(data),
@@ -115,7 +120,7 @@ def open_data(data: DataArguments, seed: int) -> SpeechSource | SpeechStream:
     )
     min_samples, max_samples = int(data.min_seconds * SAMPLING_RATE), int(data.max_seconds * SAMPLING_RATE)
     logger.info(mixed.describe(min_samples=min_samples, max_samples=max_samples))
-    return mixed
+    return mixed, held_out
 
 
 def _names(data: DataArguments) -> list[str]:
@@ -134,29 +139,33 @@ def _names(data: DataArguments) -> list[str]:
     return names
 
 
-def open_held_out(arguments: PretrainingArguments) -> HeldOut | None:
+def open_held_out(arguments: PretrainingArguments, held_out: SpeechSource | None = None) -> HeldOut | None:
     """
-    Open the speech that a run is evaluated on, with its labels if there are any; None without `eval_data`.
+    Open the speech that a run is evaluated on, with its labels if there are any: `eval_data`, or what `open_data` has
+    held out. None if there is neither.
 
     Synthetic speech has other voices than the training data. Raises `ValueError` if it cannot be opened, no utterance
     is usable, or labels do not fit.
     """
-    data, labels = arguments.data, None
-    if data.eval_data is None:
+    data, labels, name = arguments.data, None, f"eval_data={arguments.data.eval_data}"
+    if data.eval_data is None and held_out is None:
         return None
-    if data.eval_data == "synthetic":
+    if held_out is not None:
+        source, name = held_out, f"eval_share={data.eval_share:g}"
+    elif data.eval_data == "synthetic":
         # An utterance has at least about 8 seconds, so this many have eval_seconds together.
         num_utterances = math.ceil(data.eval_seconds / 8)
         corpus = synthetic_corpus(data, num_utterances=num_utterances, seed=arguments.run.seed, split="validation")
         rows = corpus.to_dataset(num_proc=min(8, os.cpu_count() or 1))
-        source: SpeechSource = DatasetSource(rows)
+        source = DatasetSource(rows)
         labels = {row["id"]: row["phones"] for row in rows.select_columns(["id", "phones"])}
     else:
+        assert data.eval_data is not None
         with argument_errors("eval_data="):
             source = open_source(data.eval_data, split=data.eval_split, audio_column=data.audio_column)
     if data.eval_labels is not None:
         labels = read_alignments(data.eval_labels)
-    with argument_errors(f"eval_data={data.eval_data}: "):
+    with argument_errors(f"{name}: "):
         return HeldOut(
             source,
             arguments.model_config(),
@@ -209,7 +218,7 @@ def _make_accelerator(arguments: PretrainingArguments) -> Accelerator:
 
 def run(arguments: PretrainingArguments) -> DinoSRForPreTraining | None:
     """
-    Run a pre-training from its data to the trained model, as `examples/pretrain.py` does.
+    Run a pre-training from its data to the trained model, as `dinosr pretrain` does.
 
     If `output_dir` has a checkpoint, the run resumes from it. Returns the trained model, or None after a dry run.
 
@@ -237,8 +246,8 @@ def _dry_run(arguments: PretrainingArguments, changes: Sequence[Change], acceler
     """Print and draw the plan of the run, and open all that it would open."""
     world_size, seed = accelerator.num_processes, arguments.run.seed
     with argument_errors("", (ValueError, OSError)), accelerator.main_process_first():
-        source = open_data(arguments.data, seed)
-        open_held_out(arguments)
+        source, held_out = open_data(arguments.data, seed)
+        open_held_out(arguments, held_out)
     if arguments.run.base_model is not None:
         with argument_errors("base_model="):
             open_dinosr_config(arguments.run.base_model)
@@ -312,8 +321,8 @@ def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRF
     set_seed(options.seed)
     with argument_errors("", (ValueError, OSError)):
         with accelerator.main_process_first():
-            source = open_data(arguments.data, options.seed)
-        held_out = open_held_out(arguments)
+            source, held_out_source = open_data(arguments.data, options.seed)
+        held_out = open_held_out(arguments, held_out_source)
     anchor = open_anchor(arguments, source, accelerator, checkpoint)
     if checkpoint is None:
         with accelerator.main_process_first():

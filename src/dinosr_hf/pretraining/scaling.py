@@ -84,7 +84,7 @@ RUN_RULES: tuple[Rule, ...] = (
     ("adam_epsilon", _inverse_root, "over sqrt(kappa): gradients are that much noisier"),
     ("weight_decay", _root, "times sqrt(kappa): the same decay for the same audio"),
     ("max_grad_norm", _inverse_root, "over sqrt(kappa): gradients are that much noisier"),
-    ("save_steps eval_steps anchor_end_step", _steps, "steps / kappa: at the same audio"),
+    ("save_steps eval_steps anchor_end_step fit_heads_steps", _steps, "steps / kappa: at the same audio"),
 )
 MODEL_RULES: tuple[Rule, ...] = (
     ("codebook_update_steps", _steps, "steps / kappa: updated by the frames of the same audio"),

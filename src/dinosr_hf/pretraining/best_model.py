@@ -1,0 +1,74 @@
+"""The model of the lowest held-out loss, and the end of a run that does not get lower."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from ..model.modeling_dinosr import DinoSRForPreTraining
+from ..utils.files import remove
+from ..utils.model_folder import open_weights, save_folder
+from .run_folder import read_evaluations
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "best-"
+
+
+class BestModel:
+    """
+    Keeps the model of the lowest held-out loss in the folder `best-STEP` of a run, and says when the run should end.
+
+    The losses are in `metrics.jsonl`, which a resumed run reads again. All processes make it and call its methods
+    together.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, patience: int, accelerator: Accelerator) -> None:
+        self._folder, self._patience, self._accelerator = Path(output_dir), patience, accelerator
+        found = [read_evaluations(output_dir) if accelerator.is_main_process else []]
+        self._evaluations: dict[int, Mapping[str, Any]] = dict(broadcast_object_list(found)[0])
+
+    @property
+    def step(self) -> int:
+        """Step of the lowest loss so far; 0: none was measured."""
+        return min(self._evaluations, key=lambda step: (self._evaluations[step]["loss"], step), default=0)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the loss has not been lower for as many evaluations as the run's patience."""
+        return sum(step > self.step for step in self._evaluations) >= self._patience
+
+    def has(self, step: int) -> bool:
+        """Return whether there was an evaluation after a step."""
+        return step in self._evaluations
+
+    def add(self, step: int, figures: Mapping[str, Any], model: DinoSRForPreTraining) -> None:
+        """Add an evaluation, and keep the model if its loss is the lowest so far."""
+        self._evaluations[step] = figures
+        if self.step == step and self._accelerator.is_main_process:
+            save_folder(model, self._path(step))
+            for other in self._folder.glob(f"{PREFIX}*"):
+                if other != self._path(step):
+                    remove(other)
+
+    def restore(self, step: int, model: DinoSRForPreTraining) -> Mapping[str, Any]:
+        """Load the kept model's weights into the model of a step, unless that is the best; return its figures."""
+        self._accelerator.wait_for_everyone()
+        if self.step in (0, step):
+            return self._evaluations.get(step, {})
+        path, loss = self._path(self.step), float(self._evaluations[self.step]["loss"])
+        if not path.exists():
+            logger.warning("%s is missing: the run ends with its last model, not with its best.", path)
+            return self._evaluations.get(step, {})
+        logger.info("Step %d had the lowest held-out loss, %.4f: the run ends with its model.", self.step, loss)
+        model.load_state_dict(open_weights(DinoSRForPreTraining, path).state_dict())
+        return self._evaluations[self.step]
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"{PREFIX}{step}"

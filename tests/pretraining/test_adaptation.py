@@ -1,0 +1,196 @@
+"""Training a model on: heads fitted first, codebooks anew, and an end when the held-out loss no longer falls."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
+from dinosr_hf.pretraining import ArgumentError, best_model, open_data, parse_arguments, run
+from dinosr_hf.pretraining.base_model import initial_model
+from dinosr_hf.pretraining.held_out import HeldOut
+from dinosr_hf.pretraining.plan import RunPlan
+from dinosr_hf.utils.model_folder import save_folder
+from pretraining_runs import TINY, metrics_of, read_config, tiny_arguments
+
+SIZES = {name: value for name, value in TINY.items() if hasattr(DinoSRConfig, name)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A pre-training checkpoint whose teacher differs from its student."""
+    torch.manual_seed(0)
+    model = DinoSRForPreTraining(DinoSRConfig(**SIZES))
+    with torch.no_grad():
+        for weight in model.teacher.parameters():
+            weight.add_(torch.rand_like(weight))
+    return save_folder(model, tmp_path_factory.mktemp("base") / "model")
+
+
+def changed(before, after):
+    """Return the parts of a model whose weights differ."""
+    return {name.partition(".")[0] for name, weight in before.items() if not torch.equal(weight, after[name])}
+
+
+@pytest.mark.parametrize(("max_steps", "learnt"), [(3, {"heads", "codebooks"}), (4, None)])
+def test_heads_are_fitted_while_network_and_teacher_stand_still(tmp_path, recordings, base, max_steps, learnt):
+    options = {"fit_heads_steps": 3, "max_steps": max_steps, "weight_decay": 0.5, "checkpoint_steps": 0}
+    run(tiny_arguments(tmp_path, recordings, base_model=str(base), **options))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert changed(before, after) == (learnt or {"heads", "codebooks", "dinosr", "teacher"})
+    assert [line["ema_decay"] for line in metrics_of(tmp_path / "out")[:3]] == [1.0] * 3
+
+
+@pytest.mark.parametrize("size", [8, 11], ids=["same-size", "other-size"])
+def test_heads_and_codebooks_can_start_anew(tmp_path, base, size):
+    options = {"new_codebooks": True, "codebook_size": size}
+    model = initial_model(tiny_arguments(tmp_path, "synthetic", base_model=str(base), **options))
+    before, after = load_file(base / "model.safetensors"), model.state_dict()
+    kept = {name: weight for name, weight in before.items() if name.startswith(("dinosr.", "teacher."))}
+    assert changed(kept, after) == set()
+    assert model.codebooks.sums.shape[1] == size and (model.codebooks.counts == 1).all()
+    assert size != 8 or not torch.equal(model.heads[0].weight, before["heads.0.weight"])
+
+
+def test_the_recipe_needs_a_base_model_and_gives_a_plan(tmp_path, base):
+    with pytest.raises(ArgumentError, match="fit_heads_steps is for training a base_model on"):
+        read_config("adapt")
+    arguments = read_config("adapt", "--base_model", str(base), "--min_seconds", "0.3")
+    assert str(RunPlan(arguments, None))
+    assert arguments.model_config().num_codebooks == 2 and arguments.data.eval_share == 0.1
+    (tmp_path / "arguments.yaml").write_text(arguments.to_yaml())
+    assert parse_arguments([str(tmp_path / "arguments.yaml")], "unused") == arguments
+
+
+def test_masks_and_dropout_are_the_base_models_unless_they_are_set(tmp_path, base):
+    own = {"mask_length": 3, "mask_min_spans": 2, "hidden_dropout": 0.3, "layerdrop": 0.2}
+    config = DinoSRConfig.from_pretrained(base)
+    config.update(own)
+    config.save_pretrained(tmp_path / "base")
+    flags = ["--base_model", str(tmp_path / "base"), "--layerdrop", "0", "--output_dir", str(tmp_path / "out")]
+    taken = read_config("adapt", *flags).model_config()
+    assert {name: getattr(taken, name) for name in own} == own | {"layerdrop": 0.0}
+    assert taken.hidden_size == SIZES["hidden_size"]
+
+
+def test_a_share_of_the_recordings_is_held_out(tmp_path, recordings):
+    options = {"eval_share": 0.3, "eval_steps": 1, "max_steps": 2}
+    arguments = tiny_arguments(tmp_path, recordings, **options)
+    everything, nothing = open_data(tiny_arguments(tmp_path, recordings).data, seed=0)
+    training, held_out = open_data(arguments.data, seed=0)
+    assert nothing is None and len(held_out) == round(0.3 * len(everything))
+    assert sorted([*training.utterances, *held_out.utterances]) == sorted(everything.utterances)
+    by_id = {utterance.id: index for index, utterance in enumerate(everything.utterances)}
+    for source in (training, held_out):
+        for index, (name, _) in enumerate(source.utterances):
+            np.testing.assert_array_equal(source.load(index, 5, 100), everything.load(by_id[name], 5, 100))
+    run(arguments)
+    assert [line["step"] for line in metrics_of(tmp_path / "out") if "eval_loss" in line] == [1, 2]
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["evaluation"][0]["dataset"] == str(recordings) and record["evaluation"][0]["split"] == "30% held out"
+    assert record["data"][0]["utterances"] == len(training)
+
+
+def test_of_several_data_the_first_is_held_out_from(tmp_path, recordings):
+    other = tmp_path / "other"
+    shutil.copytree(recordings, other)
+    data = tiny_arguments(tmp_path, recordings, data=[str(recordings), str(other)], eval_share=0.3).data
+    training, held_out = open_data(data, seed=0)
+    first, second = training.sources
+    assert {name for name, _ in first.utterances} | {name for name, _ in held_out.utterances} == {
+        name for name, _ in second.utterances
+    }
+    assert len(first) + len(held_out) == len(second)
+
+
+def test_one_recording_cannot_be_shared(tmp_path, recordings):
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(sorted(recordings.rglob("*.wav"))[0], one)
+    arguments = tiny_arguments(tmp_path, one, eval_share=0.3)
+    with pytest.raises(ArgumentError, match=r"eval_share: A share of 0\.3 of 1 recordings leaves none to train on"):
+        run(arguments)
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Let the held-out losses be 3, 2, 2.5, 2.6, ..., and return the steps that were evaluated."""
+    plain, seen = HeldOut.evaluate, []
+
+    def evaluate(self, model, accelerator=None):
+        figures = plain(self, model, accelerator)
+        seen.append(model.dinosr.masked_spec_embed.detach().clone())
+        return {**figures, "loss": [3.0, 2.0, 2.5, 2.6, 2.7, 2.8][len(seen) - 1]}
+
+    monkeypatch.setattr(HeldOut, "evaluate", evaluate)
+    return seen
+
+
+def patient(tmp_path, recordings, **changes):
+    options = {
+        "eval_data": str(recordings),
+        "eval_steps": 1,
+        "eval_patience": 2,
+        "checkpoint_steps": 1,
+        "max_steps": 6,
+    }
+    return tiny_arguments(tmp_path, recordings, **{**options, **changes})
+
+
+def test_a_run_ends_with_the_best_model_when_the_held_out_loss_rises(tmp_path, recordings, losses, caplog):
+    caplog.set_level("INFO", logger="dinosr_hf")
+    run(patient(tmp_path, recordings))
+    assert [line["step"] for line in metrics_of(tmp_path / "out") if "eval_loss" in line] == [1, 2, 3, 4]
+    assert "Step 2 had the lowest held-out loss, 2.0000" in caplog.text
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(weights["dinosr.masked_spec_embed"], losses[1])
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["steps"] == 4 and record["evaluation"][0]["loss"] == 2.0
+    assert [path.name for path in (tmp_path / "out").glob("best*")] == ["best-2"]
+    # The same command finds it over, and changes nothing.
+    run(patient(tmp_path, recordings))
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(losses) == 4 and all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+def test_a_best_model_that_is_gone_is_told(tmp_path, recordings, losses, monkeypatch, caplog):
+    monkeypatch.setattr(best_model, "save_folder", lambda model, path: None)
+    run(patient(tmp_path, recordings, max_steps=3, eval_patience=9))
+    assert "best-2 is missing: the run ends with its last model" in caplog.text
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(weights["dinosr.masked_spec_embed"], losses[2])
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["evaluation"][0]["loss"] == 2.5
+
+
+def test_a_run_that_ends_before_its_patience_takes_the_best_too(tmp_path, recordings, losses):
+    run(patient(tmp_path, recordings, max_steps=3, eval_patience=9))
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(losses) == 3 and torch.equal(weights["dinosr.masked_spec_embed"], losses[1])
+
+
+def test_a_resumed_run_counts_the_evaluations_before(tmp_path, recordings, losses):
+    run(patient(tmp_path, recordings, max_steps=3))
+    run(patient(tmp_path, recordings))
+    assert len(losses) == 4
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(weights["dinosr.masked_spec_embed"], losses[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fit_heads_steps": 3}, "fit_heads_steps is for training a base_model on"),
+        ({"new_codebooks": True}, "new_codebooks is for training a base_model on"),
+        ({"eval_patience": 3}, "eval_patience is set, but there is no held-out speech. Give eval_data or eval_share"),
+        ({"eval_labels": "phones.jsonl"}, "eval_labels is set, but there is no held-out speech"),
+        ({"eval_share": 1.0}, "eval_share=1.0 is out of range: it must be at least 0 and less than 1"),
+        ({"eval_share": 0.1, "streaming": True}, "eval_share holds out recordings, which streaming does not list"),
+        ({"eval_patience": -1}, "eval_patience=-1 is out of range: it must be at least 0"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, recordings, changes, message):
+    with pytest.raises(ArgumentError, match=message):
+        tiny_arguments(tmp_path, recordings, **changes)
