@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,9 @@ def parse_contest(parser: argparse.ArgumentParser, argv: Sequence[str], *, small
 
 
 def choose_device(threads: int) -> torch.device:
-    """Return a GPU if there is one, otherwise the CPU; set the number of its threads."""
+    """Return a GPU if there is one, otherwise the CPU; set the number of its threads, and float32 without TF32."""
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # else the checks fail: it moves frames to other codewords
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -89,7 +90,7 @@ def headline(device: torch.device, threads: int, *packages: str, precision: str 
     return f"{datetime.date.today()}, {hardware}, {threads} thread(s), {precision}, {', '.join(versions)}"
 
 
-def require_spidr(peers: Sequence[str], size: str) -> None:
+def require_spidr(peers: Collection[str], size: str) -> None:
     """Exit if spidr is asked for as a baseline and cannot be one."""
     if "spidr" in peers and size != "base":
         sys.exit("--peers spidr needs --size base, the only size that spidr has.")
@@ -121,6 +122,18 @@ def time_in_turn(forms: Mapping[str, Callable[[], Any]], repeats: int, device: t
     return times
 
 
+def peak_gib(device: torch.device) -> float:
+    """Return the peak memory of this process on the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+    # On Linux, ru_maxrss is at least what the process had that started this one.
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
 def serve(step: Callable[[], Any], device: torch.device, summarize: Callable[[], Mapping[str, Any]] = dict) -> None:
     """
     Serve as a contestant in a process of its own: take a step for each line of stdin, and answer with the seconds.
@@ -139,10 +152,7 @@ def serve(step: Callable[[], Any], device: torch.device, summarize: Callable[[],
         step()
         wait_for(device)
         print(json.dumps({"seconds": time.perf_counter() - since}), flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    print(json.dumps({"gib": peak, **summarize()}), flush=True)
+    print(json.dumps({"gib": peak_gib(device), **summarize()}), flush=True)
 
 
 def compete(script: str, names: Sequence[str], argv: Sequence[str], repeats: int) -> dict[str, dict[str, Any]]:
@@ -153,6 +163,7 @@ def compete(script: str, names: Sequence[str], argv: Sequence[str], repeats: int
         For each, the `times` of its steps in seconds, its peak memory `gib`, and what its `summarize` returned.
     """
     gc.collect()
+    torch.cuda.empty_cache()  # memory of the check, for the contestants
     command = [sys.executable, script, *argv]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     running = {name: subprocess.Popen([*command, "--serve", name], **pipes) for name in names}

@@ -38,7 +38,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--seconds", type=float, default=4.0, help="length of an utterance along the other axes (%(default)s)"
     )
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what to vary (all)")
-    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     options = parse_contest(parser, argv, smallest_batch=2)
     if options.seconds < 0.5:
         parser.error(f"--seconds={options.seconds:g} must be at least 0.5.")

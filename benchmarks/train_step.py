@@ -6,7 +6,8 @@ Time an optimizer step of pre-training: student, teacher, loss, backward pass, A
 Nothing is timed unless eager and sdpa attention give the same loss, and two halves of a batch the same codebooks as
 the whole batch. Each contestant runs in its own process, and they take steps in turn. Baselines: `spidr`, Meta's
 package (`pip install spidr`, Python 3.12; its licence is CC BY-NC 4.0), with its own optimizer; `conv1d`, our model
-with transformers' Data2VecAudio convolutions; `eager`, our model with eager attention.
+with transformers' Data2VecAudio convolutions; `eager`, our model with eager attention. `ours compiled` and `spidr
+compiled` are forms compiled with `torch.compile`.
 """
 
 import argparse
@@ -57,11 +58,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=4.0, help="length of an utterance, at least 0.5 (%(default)s)"
     )
-    parser.add_argument("--compile", action="store_true", help="compile all contestants with torch.compile")
     parser.add_argument(
         "--peers",
         nargs="+",
-        choices=("spidr", "conv1d", "eager"),
+        choices=("spidr", "conv1d", "eager", "ours compiled", "spidr compiled"),
         default=["eager"],
         help="baselines to compare with (%(default)s)",
     )
@@ -156,7 +156,7 @@ def our_step(
     waveforms, mask = make_inputs(options, device)
     masked_frames = mask.flatten().nonzero()[:, 0]
     wrapped = wrap(model)
-    forward = torch.compile(wrapped) if options.compile else wrapped
+    forward = torch.compile(wrapped) if name.endswith("compiled") else wrapped
     taken = 0
 
     def step() -> None:
@@ -172,7 +172,7 @@ def our_step(
     return step
 
 
-def spidr_step(options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+def spidr_step(name: str, options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """Return a function that takes one step of spidr's model, by its public interface and with its own optimizer."""
     from spidr.config import DinoSRConfig as SpidrConfig  # type: ignore[import-not-found]
     from spidr.config import OptimizerConfig
@@ -185,7 +185,7 @@ def spidr_step(options: argparse.Namespace, device: torch.device) -> Callable[[]
     optimizer, _, _ = build_optimizer(model, settings)
     waveforms, mask = make_inputs(options, device)
     indices = mask.nonzero()[:, 1].view(options.batch, -1)  # spidr takes the indices of the masked frames
-    forward = torch.compile(model) if options.compile else model
+    forward = torch.compile(model) if name.endswith("compiled") else model
     taken = 0
 
     def step() -> None:
@@ -230,7 +230,7 @@ def profile_parts(step: Callable[[], None]) -> dict[str, float]:
 def run_contestant(options: argparse.Namespace, device: torch.device) -> None:
     """Serve one contestant in its own process; ours also reports its operations and the time per part."""
     name = options.serve
-    step = spidr_step(options, device) if name == "spidr" else our_step(name, options, device)
+    step = (spidr_step if name.startswith("spidr") else our_step)(name, options, device)
     with CountOperations() if name == "ours" else contextlib.nullcontext() as counter:
         step()
 
@@ -279,12 +279,12 @@ def main(argv: Sequence[str]) -> None:
     if options.serve:
         run_contestant(options, device)
         return
-    require_spidr(options.peers, options.size)
+    packages = {"transformers", *(name.split()[0] for name in options.peers)} & {"transformers", "spidr"}
+    require_spidr(packages, options.size)
     if errors := find_errors(options.size, *make_inputs(options, device)):
         sys.exit("Nothing was timed: " + "; ".join(errors))
     results = compete(__file__, ["ours", *options.peers], argv, options.repeats)
-    packages = ["transformers", *(["spidr"] if "spidr" in options.peers else [])]
-    print(headline(device, options.threads, *packages, precision="bf16" if options.bf16 else "float32"))
+    print(headline(device, options.threads, *sorted(packages), precision="bf16" if options.bf16 else "float32"))
     print(f"{options.size}: {options.batch} x {options.seconds:g} s a step, {options.repeats} steps of each in turn\n")
     report(results, options, device)
 

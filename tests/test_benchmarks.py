@@ -12,7 +12,7 @@ import soundfile
 import torch
 
 from dinosr_hf import DinoSRConfig
-from scripts import ROOT, load_script
+from scripts import ROOT, load_command, load_script
 
 QUICK = ["--size", "tiny", "--batch", "2", "--repeats", "1", "--threads", "1"]
 SHORT = ["--shortest", "0.5", "--longest", "1.0"]
@@ -265,13 +265,12 @@ def learning(tmp_path, monkeypatch):
     words += ["--labels", str(tmp_path / "phones.jsonl"), "--recipe", str(recipe), "--threads", "1"]
     words += ["--output_dir", str(tmp_path / "runs"), "--seeds", "0"]
     benchmark.run = lambda *flags: benchmark.main([*words, *flags])
-    pretrain, run_command = load_script("examples/pretrain.py"), subprocess.run
+    pretrain, run_command = load_command("pretrain"), subprocess.run
 
     def run(command, **options):
         if command[1] != str(ROOT / "examples" / "pretrain.py"):
             return run_command(command, **options)
-        monkeypatch.setattr(sys, "argv", list(command[1:]))
-        pretrain.main()
+        pretrain.main(command[2:])
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(benchmark.subprocess, "run", run)
@@ -380,3 +379,76 @@ def test_checkpoint_stall_refuses_other_weights(monkeypatch):
     monkeypatch.setattr(script, "load_file", lambda path: {name: tensor + 1 for name, tensor in plain(path).items()})
     with pytest.raises(SystemExit, match="has other weights than the model"):
         script.main(["--repeats", "1"])
+
+
+# -- gpu_check.py
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    return load_script("benchmarks/gpu_check.py")
+
+
+def test_a_failed_part_of_the_gpu_check_leaves_the_others_alone(gpu_check, monkeypatch, capsys, tmp_path):
+    table = (
+        "print('| contestant | s | ours / it |'); print('|---|---|---|'); print('| ours | 0.5 | 1.00 |', flush=True)"
+    )
+    programs = {
+        "step": f"{table}; print('| eager | 1.0 | 0.50 |')",
+        "ctc": f"{table}; raise SystemExit('out of memory | here')",
+        "compile": f"{table}; import time; time.sleep(60)",
+    }
+    monkeypatch.setattr(gpu_check, "command_of", lambda part, *_: [sys.executable, "-c", programs[part]])
+    monkeypatch.setattr(gpu_check, "LIMITS", {"step": 60, "compile": 2, "ctc": 60})
+    with pytest.raises(SystemExit, match=r"^Failed: compile, ctc\.$"):
+        gpu_check.main(["--size", "tiny", "--output", str(tmp_path / "gpu.md")])
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "gpu.md").read_text()
+    lines = [[*row[:2], re.sub(r"^\d+ s$", "time", row[2])] for row in rows(printed)[2:]]
+    ours = ["", "ours", "s 0.5, ours / it 1.00"]
+    assert lines[:4] == [
+        ["step", "passed", "time"],
+        ours,
+        ["", "eager", "s 1.0, ours / it 0.50"],
+        ["compile", "FAILED: stopped after its limit of 2 s", "time"],
+    ]
+    assert lines[-3:] == [
+        ["ctc", "FAILED: exit status 1: out of memory / here", "time"],
+        ours,
+        ["", "spidr", "not compared: --spidr_python was not given"],
+    ]
+
+
+@pytest.mark.parametrize(("part", "num_rows"), [("parity", 4), ("paths", 6)])
+def test_the_gpu_check_passes_here(gpu_check, capsys, part, num_rows):
+    gpu_check.main(["--size", "tiny", "--serve", part])
+    assert len(rows(capsys.readouterr().out)[2:]) == num_rows
+
+
+def test_a_check_of_the_gpu_check_may_fail_alone(gpu_check, capsys):
+    checks = {"one": lambda: gpu_check.within(loss=(2.0, 1.0)), "other": lambda: gpu_check.within(loss=(0.5, 1.0))}
+    with pytest.raises(SystemExit, match=r"^Failed: one\.$"):
+        gpu_check.check_all(checks)
+    assert rows(capsys.readouterr().out)[2:] == [
+        ["one", "FAILED: AssertionError: loss 2.0e+00 (1e+00 allowed)"],
+        ["other", "loss 5.0e-01 (1e+00 allowed)"],
+    ]
+
+
+def test_the_gpu_check_compares_with_spidr_in_its_python(gpu_check, capsys):
+    options = gpu_check.parse(["--spidr_python", sys.executable])
+    cpu = torch.device("cpu")
+    commands = {part: gpu_check.command_of(part, options, cpu) for part in gpu_check.LIMITS}
+    assert commands["step"][-2:] == ["eager", "spidr"] and commands["compile"][-2:] == [
+        "ours compiled",
+        "spidr compiled",
+    ]
+    for words, message in (
+        (["--spidr_python", "no/python"], "--spidr_python=no/python cannot be run"),
+        (["--spidr_python", sys.executable, "--size", "tiny"], "--spidr_python needs --size base"),
+        (["--minutes", "0"], "--minutes=0 must be above 0"),
+    ):
+        with pytest.raises(SystemExit):
+            gpu_check.parse(words)
+        assert message in capsys.readouterr().err

@@ -54,7 +54,8 @@ def attention_mask_of(inputs, case):
 
 def mask_of(frames, num_frames):
     """Masked frame numbers (B, M) to bool (B, T)."""
-    return torch.zeros(len(frames), num_frames, dtype=torch.bool).scatter_(1, frames.long(), True)
+    mask = torch.zeros(len(frames), num_frames, dtype=torch.bool, device=frames.device)
+    return mask.scatter_(1, frames.long(), True)
 
 
 @torch.no_grad()
