@@ -225,7 +225,7 @@ def test_long_phone_names_leave_room():
         (lambda: code_usage_figure({"layer 5": 3}), r"layer 5: counts has shape \(\)"),
         (lambda: class_confusion(np.eye(2), ["a"]), "1 phone_names for 2 rows"),
         (lambda: unit_strip_figure(AUDIO[None], {"a": [1]}), r"must be \(S,\)"),
-        (lambda: unit_strip_figure(AUDIO, {}), "at least one strip"),
+        (lambda: unit_strip_figure(AUDIO, {}), "nothing to draw: no units"),
         (lambda: unit_strip_figure(AUDIO, {"a": [0.5]}), r"units of a has dtype float64"),
         (
             lambda: unit_strip_figure(AUDIO, {"a": [1]}, start=3),

@@ -22,7 +22,7 @@ from dinosr_hf.units import LayerKMeans, UnitCorpus, UnitExtractor, load_units
 from dinosr_hf.units.corpus import shards_of, share_of
 from dinosr_hf.utils import files
 from dinosr_hf.utils.model_folder import save_folder
-from scripts import load_script
+from scripts import load_command
 from tiny import randomize, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script(SCRIPT)
+    return load_command("extract_units")
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_the_script_writes_features(script, command, tmp_path, capsys):
 )
 def test_scripts_fit_and_use_kmeans(script, command, model_folder, folder, tmp_path, capsys, source, is_smoothed):
     file = str(tmp_path / "kmeans.safetensors")
-    fit = load_script("examples/fit_kmeans.py")
+    fit = load_command("fit_kmeans")
     words = [str(model_folder), str(folder), "--output", file, "--num_clusters", "11", "--device", "cpu"]
     fit.main([*words, "--layer", "1", "--source", source, *(["--smooth"] if is_smoothed else [])])
     assert capsys.readouterr().out.strip() == file
@@ -354,7 +354,9 @@ def test_ids_that_repeat_are_all_written(script, command, folder, tmp_path):
 
 def expected_units(command, folder, tmp_path):
     """Return the rows of the whole folder, by file."""
-    load_script(SCRIPT).main([command[0], str(folder), *command[2:], "--output_dir", str(tmp_path / "whole")])
+    load_command("extract_units").main(
+        [command[0], str(folder), *command[2:], "--output_dir", str(tmp_path / "whole")]
+    )
     return rows_of(tmp_path / "whole")
 
 

@@ -306,9 +306,7 @@ def test_centroids_that_are_none_are_refused(tmp_path, centroids, about, message
     metadata = {"kmeans": json.dumps({"layer": 2, "source": "student", "is_smoothed": False, **about})}
     file = tmp_path / "kmeans.safetensors"
     save_file({"centroids": centroids.astype(np.float32)}, file, metadata=metadata)
-    with pytest.raises(
-        ValueError, match=rf"^{file} is not a k-means file: .*{message}.*examples/fit_kmeans\.py wrote\.$"
-    ):
+    with pytest.raises(ValueError, match=rf"^{file} is not a k-means file: .*{message}.*`dinosr kmeans` wrote\.$"):
         LayerKMeans.load(file)
 
 
@@ -317,7 +315,5 @@ def test_a_cut_kmeans_file_is_named(tmp_path, num_lost):
     file = LayerKMeans(np.zeros((2, 4), np.float32), 2, "student").save(tmp_path / "kmeans.safetensors")
     assert LayerKMeans.load(file).layer == 2
     file.write_bytes(file.read_bytes()[: max(3, file.stat().st_size - num_lost)])
-    with pytest.raises(
-        ValueError, match=rf"^{file} .*bytes.* Download it again\. Give a file that examples/fit_kmeans"
-    ):
+    with pytest.raises(ValueError, match=rf"^{file} .*bytes.* Download it again\. Give a file that `dinosr kmeans`"):
         LayerKMeans.load(file)

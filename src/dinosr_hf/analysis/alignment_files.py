@@ -1,4 +1,4 @@
-"""Files of phone labels, in the formats that aligners write: TextGrid (MFA, Praat), CTM (Kaldi), JSONL."""
+"""Files of phone labels, in the formats of aligners and of DiscoPhon: TextGrid (MFA, Praat), CTM (Kaldi), JSONL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..utils.text_files import check_regular_file, json_lines, read_text, text_l
 from ..utils.visible_text import visible_text
 from .alignment import Labels, Segment, to_segment
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".ctm", ".TextGrid")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ctm", ".txt", ".TextGrid")
 
 # Praat reads texts in quotes, numbers and flags that stand alone. The rest, such as the `xmin =` of the long form, is
 # for people; a comment reaches from an exclamation mark to the end of its line.
@@ -94,6 +94,36 @@ def read_ctm(path: str | Path) -> dict[str, list[Segment]]:
     return {name: sorted(segments, key=attrgetter("start")) for name, segments in rows.items()}
 
 
+def read_discophon(path: str | Path) -> dict[str, list[Segment]]:
+    """
+    Read DiscoPhon's alignments: columns separated by spaces, among them `#file onset offset #phone`, in seconds.
+
+    Returns the segments of each recording in order of time. Raises `ValueError` if a column is missing, or a line is
+    malformed.
+    """
+    lines = enumerate(text_lines(path), start=1)
+    header = next(lines, (1, ""))[1].split()
+    wanted = ("#file", "onset", "offset", "#phone")
+    if missing := [name for name in wanted if name not in header]:
+        raise ValueError(
+            f"{path} has no column {missing[0]}. Labels in a .txt file are DiscoPhon's: its first line names columns,"
+            f" {' '.join(wanted)} among them."
+        )
+    columns = [header.index(name) for name in wanted]
+    rows: dict[str, list[Segment]] = {}
+    for number, line in lines:
+        words = line.split()
+        if not words:
+            continue
+        try:
+            name, start, end, label = (words[column] for column in columns)
+            segment = to_segment((label, float(start), float(end)))
+        except (IndexError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: {line[:80]!r} is not {' '.join(header)} ({error}).") from None
+        rows.setdefault(name, []).append(segment)
+    return {name: sorted(segments, key=attrgetter("start")) for name, segments in rows.items()}
+
+
 def _textgrid_text(path: str | Path) -> str:
     check_regular_file(path)
     with open(path, "rb") as file:
@@ -158,9 +188,10 @@ def read_alignments(path: str | Path, *, tier: str = "phones") -> dict[str, Labe
     Read labels of recordings, by name, in any supported format; `match_labels` finds the name of a recording.
 
     Args:
-        path: Path to a `.jsonl` or `.jsonl.gz` file (`read_labels`), a `.ctm` file, a `.TextGrid`, or a folder of
-            TextGrids, searched recursively, each named after its recording; its name is its path, without suffix.
-        tier: Tier of a TextGrid, or key of the labels in JSONL; ignored for CTM.
+        path: Path to a `.jsonl` or `.jsonl.gz` file (`read_labels`), a `.ctm` file, a `.txt` file of DiscoPhon, a
+            `.TextGrid`, or a folder of TextGrids, searched recursively, each named after its recording; its name is
+            its path, without suffix.
+        tier: Tier of a TextGrid, or key of the labels in JSONL; ignored for the others.
 
     Raises `ValueError` if the path does not exist, its format is not supported, it cannot be read, or a name occurs
     twice.
@@ -179,4 +210,6 @@ def read_alignments(path: str | Path, *, tier: str = "phones") -> dict[str, Labe
         raise ValueError(f"{path} does not exist. Labels are a file ({', '.join(SUFFIXES)}) or a folder of TextGrids.")
     if path.suffix.lower() == ".textgrid":
         return {path.stem: read_textgrid(path, tier)}
-    return dict(read_ctm(path) if path.suffix.lower() == ".ctm" else read_labels(path, tier))
+    readers = {".ctm": read_ctm, ".txt": read_discophon}
+    read = readers.get(path.suffix.lower())
+    return dict(read_labels(path, tier) if read is None else read(path))

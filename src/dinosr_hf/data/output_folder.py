@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -61,6 +61,16 @@ def _is_alike(excerpt: list[float], other: list[float] | None) -> bool:
     if other is None:
         return True
     return bool(np.allclose(other, excerpt, rtol=0, atol=_EXCERPT_TOLERANCE * np.abs(excerpt).max(initial=0)))
+
+
+def describe_recordings(recordings: SpeechSource, done: Container[str] = ()) -> str:
+    """Say how many recordings are to do and how long they are, and which cannot be read."""
+    to_do = [num_samples for name, num_samples in recordings.utterances if name not in done]
+    skipped = {reason: names for reason, names in recordings.skipped.items() if reason != "hidden"}
+    found = ", ".join(f"{len(names):,} {reason} (such as {names[0]})" for reason, names in sorted(skipped.items()))
+    left_out = f" Left out: {found}." if found else ""
+    minutes = sum(to_do) / SAMPLING_RATE / 60
+    return f"To do: {len(to_do):,} recordings, {minutes:,.1f} minutes of audio.{left_out}"
 
 
 class OutputFolder(ABC):
@@ -128,13 +138,29 @@ class OutputFolder(ABC):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _begin(self) -> None:
-        file = self.folder / self._state_name
-        done, before = dict.fromkeys(self._done()), _read_state(file)
+    def _complete(self) -> Iterable[str]:
+        """Return the ids of the recordings that lack nothing."""
+        return self._done()
+
+    def _previous(self) -> tuple[list[str], _State]:
+        """Return what is done, and the state of the run that did it. Raises `ValueError` if this one cannot go on."""
+        done, before = [*self._done()], _read_state(self.folder / self._state_name)
         if before is None:
             before = _State(self.settings, {}, {})
         self._check_settings(before.settings)
         self._check_lengths(done, before.num_samples)
+        return done, before
+
+    def plan(self) -> str:
+        """Say what is to do, and what is done already. Writes nothing; raises `ValueError` as `open`."""
+        done, _ = self._previous()
+        complete = {*self._complete()}.intersection(done)
+        kept = f" ({len(complete):,} are there already)" if complete else ""
+        return f"{describe_recordings(self.recordings, complete)} Their {self._results} go to {self.folder}{kept}."
+
+    def _begin(self) -> None:
+        file = self.folder / self._state_name
+        done, before = self._previous()
         now = self._excerpts(before.excerpts)
         for name in done:
             if name in before.excerpts and not _is_alike(before.excerpts[name], now.get(name)):

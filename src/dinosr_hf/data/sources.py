@@ -171,9 +171,12 @@ class FolderSource(SpeechSource):
             )
         return [transcripts[position] for position in self._positions]
 
+    def path(self, index: int) -> Path:
+        """Return the path of the file of utterance `index`."""
+        return self.root / self._names[self._positions[index]]
+
     def load(self, index: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
-        path = self.root / self._names[self._positions[index]]
-        return load_audio(path, start=start, num_samples=num_samples)
+        return load_audio(self.path(index), start=start, num_samples=num_samples)
 
 
 class FileSource(FolderSource):

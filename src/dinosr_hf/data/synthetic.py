@@ -400,6 +400,9 @@ class SyntheticCorpus:
     def __len__(self) -> int:
         return self.num_utterances
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range: the corpus has {len(self)} utterances.")

@@ -7,23 +7,24 @@ no line is duplicated, lost or truncated.
 
 import json
 import re
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from ..analysis.discophon import NUM_UNITS, parts_of, units_line
 from ..analysis.segmentation import find_runs
 from ..data import SAMPLING_RATE, SpeechSource
 from ..data.finding import literal_paths
 from ..data.output_folder import OutputFolder
 from ..utils.extras import import_extra
 from ..utils.files import atomic_file, write_atomically
-from ..utils.text_files import read_json
+from ..utils.text_files import json_lines, read_json
 from .extraction import LayerKMeans, Progress, UnitExtractor, Units
 
-FORMATS = ("jsonl", "parquet")
-_SHARD = re.compile(rf"units-\d+-\d+\.({'|'.join(FORMATS)})")
+FORMATS = ("jsonl", "parquet", "discophon")
+_SHARD = re.compile(r"units-\d+-\d+\.(jsonl|parquet)")
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -66,7 +67,7 @@ def load_units(folder: str | Path) -> Any:
     """
     shards = literal_paths(shards_of(folder))
     if not shards:
-        raise ValueError(f"{folder} has no units. Give a folder that examples/extract_units.py wrote.")
+        raise ValueError(f"{folder} has no units. Give a folder that `dinosr units` wrote.")
     dataset = import_extra("datasets", "train").Dataset
     return dataset.from_json(shards) if shards[0].endswith(".jsonl") else dataset.from_parquet(shards)
 
@@ -101,10 +102,6 @@ class ExtractionFolder(OutputFolder):
         for file in [*self.folder.glob("left_out-*.json"), self.folder / "summary.json"]:  # of an earlier run
             file.unlink(missing_ok=True)
 
-    @abstractmethod
-    def _complete(self) -> Iterable[str]:
-        """Return the ids of the recordings that lack nothing."""
-
     def todo(self) -> list[int]:
         """Return the indices of this process's recordings that are not done yet."""
         done = set(self._complete())
@@ -128,7 +125,8 @@ class UnitCorpus(ExtractionFolder):
         extractor: Extracts the units. A folder only has those of one model, with the same settings.
         recordings: As `open_source` or `open_recordings` opens them: those in the folder, if any, and more.
         kmeans: Clusters of the extractor's layer and source to use as units, see `UnitExtractor.units`.
-        form: "jsonl" or "parquet".
+        form: "jsonl", "parquet", or "discophon": JSONL shards, and from them DiscoPhon's files, such as
+            `layer-5/units-eng-test.jsonl`, of recordings in its folders, such as `audio/eng/test`.
         deduplicate: Whether to merge runs of a unit into one, with its duration in frames.
         shard_seconds: Seconds of audio per shard, which is the most that a kill can cost.
         process: Index of this process.
@@ -157,12 +155,19 @@ class UnitCorpus(ExtractionFolder):
         place = {"process": process, "num_processes": num_processes}
         super().__init__(folder, extractor, recordings, settings, results="units", **place)
         self._kmeans, self._form, self._deduplicate = kmeans, form, deduplicate
+        self._num_units = extractor.config.num_units(extractor.source) if kmeans is None else len(kmeans.centroids)
+        self._parts = parts_of(recordings) if form == "discophon" else {}
+        if form == "discophon" and deduplicate:
+            raise ValueError("DiscoPhon reads a unit for each frame. Leave deduplicate out, or choose another format.")
+        if form == "discophon" and self._num_units > NUM_UNITS:
+            raise ValueError(
+                f"DiscoPhon takes at most {NUM_UNITS} units, and there are {self._num_units:,}. Use k-means of"
+                f" {NUM_UNITS} clusters, or another format."
+            )
         self._shard_samples = shard_seconds * SAMPLING_RATE
 
     def _done(self) -> list[str]:
         return [name for path in shards_of(self.folder) for name in _ids_of(path)]
-
-    _complete = _done
 
     def write(self, *, on_progress: Progress = None) -> int:
         """
@@ -206,8 +211,9 @@ class UnitCorpus(ExtractionFolder):
             return
         stem = f"units-{self._process:03}"
         numbers = [int(path.stem.rpartition("-")[2]) for path in shards_of(self.folder) if path.name.startswith(stem)]
-        path = self.folder / f"{stem}-{max(numbers, default=-1) + 1:06}.{self._form}"
-        if self._form == "jsonl":
+        suffix = "parquet" if self._form == "parquet" else "jsonl"
+        path = self.folder / f"{stem}-{max(numbers, default=-1) + 1:06}.{suffix}"
+        if suffix == "jsonl":
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
             return
         pyarrow, parquet = (import_extra(name, "train") for name in ("pyarrow", "pyarrow.parquet"))
@@ -215,9 +221,26 @@ class UnitCorpus(ExtractionFolder):
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
             parquet.write_table(pyarrow.Table.from_pylist(rows, pyarrow.schema(types.items())), file)
 
+    def _write_discophon(self) -> list[str]:
+        """Write DiscoPhon's files from the shards, a folder for each layer; return their names."""
+        lines = defaultdict[Path, list[str]](list)
+        layers = self.extractor.layers
+        for shard in shards_of(self.folder):
+            for _, row in json_lines(shard):
+                if row["id"] not in self._parts:  # it cannot be read any more
+                    continue
+                part, name = self._parts[row["id"]]
+                for layer in layers:
+                    units = row[f"units_{layer}" if len(layers) > 1 else "units"]
+                    lines[self.folder / f"layer-{layer}" / part.units_file].append(units_line(name, units))
+        for file, own in lines.items():
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, "".join(sorted(own)))
+        return sorted(file.relative_to(self.folder).as_posix() for file in lines)
+
     def finish(self) -> dict[str, Any]:
         """
-        Write `summary.json`, with what was left out and why, and return its content.
+        Write `summary.json`, with what was left out and why, and return its content; and DiscoPhon's files.
 
         Call this in the main process after all others are done.
         """
@@ -225,15 +248,15 @@ class UnitCorpus(ExtractionFolder):
         for file in sorted(self.folder.glob("left_out-*.json")):
             left_out |= read_json(file)
         done, known = self._done(), dict(self.recordings.utterances)
-        config, kmeans = self.extractor.config, self._kmeans
         summary = {
             "model_name": self.extractor.name,
             **self.settings,
             "num_recordings": len(done),
             "hours": round(sum(known.get(name, 0) for name in done) / SAMPLING_RATE / 3600, 6),
             "frame_seconds": self.extractor.frame_seconds,
-            "num_units": config.num_units(self.extractor.source) if kmeans is None else len(kmeans.centroids),
+            "num_units": self._num_units,
             "files": [path.name for path in shards_of(self.folder)],
+            **({"discophon": self._write_discophon()} if self._form == "discophon" else {}),
             "left_out": left_out,
         }
         _write_json(self.folder / "summary.json", summary)

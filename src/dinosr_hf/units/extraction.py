@@ -128,7 +128,7 @@ class LayerKMeans(KMeans):
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             damage = explain_damage(file) if Path(file).is_file() else None
             problem = damage or f"{file} is not a k-means file: {' '.join(str(error).split()).rstrip('.')}."
-            raise ValueError(f"{problem} Give a file that examples/fit_kmeans.py wrote.") from error
+            raise ValueError(f"{problem} Give a file that `dinosr kmeans` wrote.") from error
         return kmeans
 
     def check(self) -> None:

@@ -92,7 +92,7 @@ def unit_strip_figure(
 
     Args:
         waveform: float32 (S,) at 16 kHz.
-        units: Name of each strip, such as "layer 5" -> its units, integers (T,).
+        units: Name of each strip, such as "layer 5" -> its units, integers (T,); may be empty if there are segments.
         phones: Segments, in seconds of the recording; `analysis.label_segments` makes them of fixed-rate labels.
         words: Segments, in seconds.
         start: Start of the plot in seconds.
@@ -100,14 +100,11 @@ def unit_strip_figure(
         stride: Samples from one unit to the next (`config.inputs_to_logits_ratio`).
         field: Samples that a unit is computed from (`config.receptive_field`).
 
-    Raises `ValueError` if the waveform is not (S,), units are not (T,), there is no strip, or `start` and `end` leave
-    nothing to draw.
+    Raises `ValueError` if the waveform is not (S,), units are not (T,), or there is nothing to draw.
     """
     samples = np.asarray(waveform, dtype=np.float32)
     if samples.ndim != 1:
         raise ValueError(f"waveform has shape {samples.shape}, but must be (S,): one channel.")
-    if not units:
-        raise ValueError("There are no units to draw. Give at least one strip.")
     strips = {name: check_codes(codes, name=f"units of {name}") for name, codes in units.items()}
     length = len(samples) / SAMPLING_RATE
     last = length if end is None else min(end, length)
@@ -118,6 +115,8 @@ def unit_strip_figure(
         )
     tiers = {"words": _clip(words, start, last), "phones": _clip(phones, start, last)}
     tiers = {name: segments for name, segments in tiers.items() if segments}
+    if not tiers and not strips:
+        raise ValueError("There is nothing to draw: no units, and no phones or words within the plot. Give some.")
 
     heights = [6.0, *[1.0] * (len(tiers) + len(strips))]
     figure = new_figure(width, 0.24 * sum(heights) + 0.55)
