@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import importlib.util
 import json
 
 import numpy as np
@@ -16,6 +15,7 @@ from conftest import FIXTURES
 from dinosr_hf import DinoSRConfig, DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from dinosr_hf.hub.conversion import ConversionError, convert, convert_to_fairseq, statistics_table, unit_statistics
 from dinosr_hf.hub.conversion.fairseq import config_from_fairseq, settings_notes
+from scripts import load_command
 from tiny import tiny_config
 from tolerances import SAME_ARITHMETIC
 
@@ -380,16 +380,8 @@ def test_other_folders_are_refused(tmp_path):
 # The script
 
 
-def load_script():
-    path = FIXTURES.parent.parent / "examples" / "convert_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_script_converts_verifies_and_goes_back(tmp_path, make_audio, capsys):
-    script = load_script()
+    script = load_command("convert_checkpoint")
     script.main([str(CHECKPOINT), str(tmp_path / "out"), "--verify", str(make_audio)])
     output = capsys.readouterr().out
     assert "a DinoSRForPreTraining" in output
@@ -404,7 +396,7 @@ def test_the_script_converts_verifies_and_goes_back(tmp_path, make_audio, capsys
 
 
 def test_the_script_reports_errors(tmp_path):
-    script = load_script()
+    script = load_command("convert_checkpoint")
     with pytest.raises(SystemExit, match=r"convert_checkpoint\.py: .* is not a file"):
         script.main([str(tmp_path / "none.pt"), str(tmp_path / "out")])
     (tmp_path / "bad.json").write_text("{")

@@ -22,7 +22,8 @@ from dinosr_hf.hub.export import OUTPUTS, OnnxModel, TorchModel, compare, export
 from dinosr_hf.model.modeling_dinosr import AUTO_CLASSES
 from dinosr_hf.utils.model_folder import feature_extractor, save_folder
 from recognisers import VOCABULARY, letters_processor, save_recogniser
-from test_readme import blocks, load_script
+from scripts import load_command, load_script
+from test_readme import blocks
 from tiny import deterministic_config, padded, randomize, tiny_config, waveforms
 from tolerances import ACTIVATIONS, SAME_ARITHMETIC
 
@@ -397,7 +398,7 @@ def test_benchmark_prints_a_table_and_refuses_a_wrong_network(tmp_path, capsys, 
 def test_script_writes_both_folders_and_compares(folders, tmp_path, capsys, speech):
     for number, wave in enumerate(speech[:2]):
         soundfile.write(tmp_path / f"{number}.wav", wave * 0.5, 16_000)
-    script, files = load_script("examples/export_onnx.py"), [str(tmp_path / f"{number}.wav") for number in range(2)]
+    script, files = load_command("export_onnx"), [str(tmp_path / f"{number}.wav") for number in range(2)]
     onnx, int8 = str(tmp_path / "onnx"), str(tmp_path / "int8")
     script.main([str(folders / "torch"), onnx, "--int8", int8, "--verify", *files])
     printed = capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib.util
 import os
 import re
 import subprocess
@@ -14,17 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml, parse_eval_result_entries
 from test_run_record import RECORD
 from transformers import pipeline
 
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
 from dinosr_hf.hub import Dataset, build_card, prepare, push, read_provenance
-from dinosr_hf.hub.card import METRIC_NAMES, code, redact_paths, render_card
+from dinosr_hf.hub.card import METRIC_NAMES, build_results, code, redact_paths, render_card
 from dinosr_hf.training.run_record import METRICS, record_of, write_record
 from dinosr_hf.utils.model_folder import save_folder
 from hub_server import TOKEN, hub_server
 from recognisers import save_models, tiny_processor
+from scripts import load_command
 from tiny import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +120,19 @@ def test_arguments_replace_fields_of_the_provenance_file(saved, tmp_path):
         ({"base_model": "runs/of/mine"}, "base_model: .*runs/of/mine"),
         ({"licence": "mit"}, "licence is not a known field. The nearest is license"),
         ({"datasets": [{"name": "a", "licence": "mit"}]}, "licence is not a known field. The nearest is license"),
+        ({"datasets": [{"name": "test", "license": "mit", "id": "a b"}]}, "datasets: id of test: .*alphanumeric"),
+        (
+            {"datasets": [{"name": "test", "license": "mit", "task_id": "clean"}]},
+            "datasets: test has task_id, which must be text, beside the benchmark's id",
+        ),
+        (
+            {"datasets": [{"name": "test", "license": "mit", "id": "a/b", "task_id": 3}]},
+            "datasets: test has task_id, which must be text",
+        ),
+        (
+            {"datasets": [{**PROVENANCE["datasets"][0], "task_id": "clean"}, PROVENANCE["datasets"][1]]},
+            "datasets: corpus/train has task_id, but the run measured no wer, cer, accuracy on it",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -239,6 +252,99 @@ def test_a_dataset_with_two_names_needs_configurations(saved, tmp_path):
         build_card(record, provenance, saved[1]["recogniser"])
 
 
+def with_benchmarks(saved, tmp_path, *evaluation, **changes):
+    """Record and provenance of a run that was also evaluated on these datasets of a benchmark; a task for each."""
+    record = dataclasses.asdict(RECORD)
+    record["evaluation"] += [{**record["evaluation"][0], **entry} for entry in evaluation]
+    own = {"license": "cc0-1.0", "id": "someone/benchmark"}
+    datasets = [own | {"name": name, "config": name, "task_id": f"task of {name}"} | changes for name in ("a", "b")]
+    return read(saved, tmp_path, provenance_with(run=record, datasets=[*PROVENANCE["datasets"], *datasets]))
+
+
+def test_results_on_benchmarks_are_files_as_the_hub_reads_them(saved, tmp_path):
+    entries = {"dataset": "a", "wer": 0.0}, {"dataset": "b", "wer": None, "cer": 0.5, "num_utterances": 1_200}
+    out = prepare(saved[0] / "recogniser", tmp_path / "ready", *with_benchmarks(saved, tmp_path, *entries))
+    (file,) = (out / ".eval_results").iterdir()
+    assert file.name == "someone--benchmark.yaml"
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    source = {"url": "https://huggingface.co/someone/tiny-asr", "name": "Model card"}
+    assert content == [
+        {
+            "dataset": {"id": "someone/benchmark", "task_id": "task of a"},
+            "value": 0.0,
+            "date": "2026-11-25",
+            "source": source,
+            "notes": "word error rate, %; 410 utterances",
+        },
+        {
+            "dataset": {"id": "someone/benchmark", "task_id": "task of b"},
+            "value": 50.0,
+            "date": "2026-11-25",
+            "source": source,
+            "notes": "character error rate, %; 1,200 utterances",
+        },
+    ]
+    assert eval_result_entries_to_yaml(parse_eval_result_entries(content)) == content
+    on_card = {result.metric_value for result in ModelCard.load(out / "README.md").data.eval_results}
+    assert {entry["value"] for entry in content} <= on_card
+
+
+def test_results_on_other_datasets_are_on_the_card_only(saved, provenance_and_record):
+    provenance, record = provenance_and_record
+    assert record.evaluation and build_results(record, provenance) == {}
+
+
+def test_two_results_of_one_task_are_refused(saved, tmp_path):
+    provenance, record = with_benchmarks(saved, tmp_path, {"dataset": "a"}, {"dataset": "b"}, task_id="clean")
+    with pytest.raises(ValueError, match=r"two results for the task clean of .*\. Leave out the task_id"):
+        build_results(record, provenance)
+
+
+def facts(card):
+    """The rows of the card's first table: name -> value."""
+    return dict(re.findall(r"^\| ([a-z ]+) \| (.+) \|$", card.text.split("\n## ")[0], re.MULTILINE))
+
+
+def test_the_card_tells_front_end_objective_languages_and_hours(saved, provenance_and_record):
+    provenance, record = provenance_and_record
+    found = facts(build_card(record, provenance, saved[1]["recogniser"]))
+    assert found["front end"] == "3 convolutions of the waveform" and found["objective"] == "CTC"
+    assert found["languages"] == "en" and found["training audio"] == "9.8 hours"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"objective": "DinoSR: predict the teacher's codewords at masked frames"}),
+        (
+            {"num_anchor_labels": 9, "feature_encoder": "log_mel"},
+            {
+                "objective": "DinoSR: predict the teacher's codewords at masked frames, and an anchor of 9 labels",
+                "front end": "80 log-mel energies every 10 ms, two to a frame",
+            },
+        ),
+        ({"head_input": "own_layer"}, {"objective": "SpidR: predict the teacher's codewords at masked frames"}),
+    ],
+    ids=["dinosr", "anchor_and_log_mel", "spidr"],
+)
+def test_the_card_of_a_pretrained_model_tells_its_objective(saved, tmp_path, changes, expected):
+    run = dataclasses.asdict(RECORD) | {"task": "pretraining", "base_model": None, "evaluation": []}
+    run["data"] = [{**RECORD.data[0], "hours": None}]
+    datasets = [{**PROVENANCE["datasets"][0], "hours": 1234.5}]
+    given = provenance_with(run=run, base_model=None, datasets=datasets, languages=["en", "de"])
+    provenance, record = read(saved, tmp_path, given)
+    card = build_card(record, provenance, DinoSRForPreTraining(tiny_config(**changes)))
+    assert facts(card).items() >= ({"languages": "en, de", "training audio": "1,234.5 hours"} | expected).items()
+    assert "model, pre-trained from random weights with dinosr-hf" in card.text
+
+
+def test_the_card_of_a_converted_model_names_what_the_file_does_not_tell(saved):
+    layout = SimpleNamespace(name="fairseq", license="none", notes=[], unused={})
+    card = render_card(ModelCardData(), saved[1]["pretrained"], title="x.pt", layout=layout)
+    assert card.text.count("neither the languages nor the hours of audio") == 1
+    assert facts(card)["objective"].startswith("DinoSR") and "languages" not in facts(card)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "public"),
     [
@@ -349,15 +455,14 @@ def run_script(*flags, work, **environment):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("prepare_for_hub", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_command("prepare_for_hub")
 
 
 @pytest.mark.slow
 def test_push_uploads_the_folder(saved, tmp_path):
-    (tmp_path / "provenance.yaml").write_text(yaml.safe_dump(PROVENANCE))
+    train, test = PROVENANCE["datasets"]
+    own = provenance_with(datasets=[train, {**test, "task_id": "clean"}])
+    (tmp_path / "provenance.yaml").write_text(yaml.safe_dump(own))
     (tmp_path / "hub").mkdir()
     with hub_server(tmp_path / "hub") as hub:
         flags = (saved[0] / "recogniser", "ready", "--provenance", "provenance.yaml", "--push")
@@ -370,8 +475,10 @@ def test_push_uploads_the_folder(saved, tmp_path):
         assert [commit["summary"] for commit in hub.commits] == ["Add model"]
         assert len([line for line in hub.requests if line.startswith("PUT /large/")]) == 1
     uploaded = tmp_path / "hub" / "someone" / "tiny-asr"
-    assert names(uploaded) == names(tmp_path / "ready")
-    assert all((uploaded / name).read_bytes() == (tmp_path / "ready" / name).read_bytes() for name in names(uploaded))
+    files = {file.relative_to(uploaded): file.read_bytes() for file in uploaded.rglob("*") if file.is_file()}
+    assert Path(".eval_results", "someone--corpus.yaml") in files
+    ready = tmp_path / "ready"
+    assert files == {file.relative_to(ready): file.read_bytes() for file in ready.rglob("*") if file.is_file()}
 
 
 def test_the_script_lists_what_is_missing(saved, tmp_path, script):

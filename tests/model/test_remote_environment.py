@@ -3,6 +3,8 @@ A model in an environment of its own, where dinosr_hf is not installed: from a f
 a Hub on loopback. What comes out is what comes out here, where the package is.
 """
 
+import ast
+import dataclasses
 import json
 import os
 import re
@@ -14,10 +16,12 @@ import venv
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, AutoTokenizer, pipeline
+from test_run_record import RECORD
+from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
 from transformers.utils import is_torchaudio_available
 
 import dinosr_hf
+from dinosr_hf.hub import Dataset, Provenance, prepare
 from hub_server import hub_server
 from recognisers import save_models
 from tiny import waveforms
@@ -66,13 +70,6 @@ THERE = """
     import json, sys
     import numpy as np
 
-    try:
-        import dinosr_hf
-    except ModuleNotFoundError:
-        pass
-    else:
-        raise SystemExit(f"dinosr_hf is here, in {dinosr_hf.__file__}: this test would prove nothing")
-
     models, speech, out = sys.argv[1:]
     answers = ask(models, np.load(speech), trust_remote_code=True)
     from transformers import pipeline
@@ -84,6 +81,15 @@ THERE = """
         json.dump(answers, file)
 """
 exec(textwrap.dedent(ASK))
+
+REFUSED = """
+try:
+    import dinosr_hf
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit(f"dinosr_hf is here, in {dinosr_hf.__file__}: this test would prove nothing")
+"""
 
 # Python runs it before anything else; it holds even if the package was installed into the folder the paths lead to.
 REFUSER = """
@@ -120,7 +126,7 @@ def other_python(tmp_path_factory):
 
 def ask_there(other_python, models, work, **environment):
     script, speech, out = work / "there.py", work / "speech.npy", work / "answers.json"
-    script.write_text(textwrap.dedent(ASK) + textwrap.dedent(THERE))
+    script.write_text(REFUSED + textwrap.dedent(ASK) + textwrap.dedent(THERE))
     np.save(speech, SPEECH)
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
     # A home of its own: nothing is in its cache, and no account is known.
@@ -168,6 +174,45 @@ def test_hub_where_the_package_is_not(other_python, models, here, tmp_path):
     for name in ("modeling_dinosr.py", "model.safetensors", "vocab.json"):
         assert any(re.fullmatch(rf"GET /someone/recogniser/resolve/\w+/{name}", asked) for asked in hub.requests)
     assert_same_answers(there, here)
+
+
+def use_of(readme, repo_id, folder):
+    """The code that a card shows, for the folder in place of the repository; at most three lines beside imports."""
+    (code,) = re.findall("```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for line in code.splitlines() if line and not line.startswith("from ")]
+    assert len(lines) <= 3 and repo_id in code
+    return code.replace(repo_id, str(folder))
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_card_run_where_the_package_is_not(other_python, models, here, tmp_path):
+    tasks = {
+        "pretrained": "pretraining",
+        "recogniser": "automatic-speech-recognition",
+        "classifier": "audio-classification",
+    }
+    datasets = [Dataset("train", "mit"), Dataset("test", "mit")]
+    script = REFUSED + "import numpy, sys\nwaveform = numpy.load(sys.argv[1])\n"
+    for name, task in tasks.items():
+        provenance = Provenance(f"someone/{name}", "mit", ["en"], datasets)
+        record = dataclasses.replace(RECORD, task=task, base_model=None)
+        folder = prepare(models / "someone" / name, tmp_path / name, provenance, record)
+        script += use_of(folder / "README.md", provenance.repo_id, folder)
+    script += "print(features.flatten()[:50].tolist())\n"
+    np.save(tmp_path / "speech.npy", SPEECH)
+    (tmp_path / "use.py").write_text(script)
+    command = [other_python, tmp_path / "use.py", tmp_path / "speech.npy"]
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    kept |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text, labels, features = map(ast.literal_eval, done.stdout.splitlines())
+    assert text == {"text": here["array"]} and [found["label"] for found in labels] == here["classification"]
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "pretrained")
+    with torch.no_grad():
+        inputs = extractor(SPEECH, sampling_rate=16_000, return_tensors="pt")
+        expected = AutoModel.from_pretrained(tmp_path / "pretrained")(**inputs).last_hidden_state.flatten()[:50]
+    torch.testing.assert_close(torch.tensor(features), expected, **SAME_ARITHMETIC)
 
 
 def test_pretraining_folder_is_no_recogniser_here(models):

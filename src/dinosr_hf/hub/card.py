@@ -1,4 +1,4 @@
-"""Render model cards: from a run's record and its provenance, or for a converted checkpoint."""
+"""Render model cards and files of results: from a run's record and its provenance, or for a converted checkpoint."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import PreTrainedModel
 
+from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..training.run_record import RunRecord, public_values
 from ..utils.names import printable_name
-from .provenance import UNPUBLISHED, Provenance
+from .provenance import HUB_METRICS, UNPUBLISHED, Provenance, main_metric
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
@@ -33,7 +34,6 @@ METRIC_NAMES = {
     "phone_purity": ("phone purity, best codebook", 1),
     "anchor_pnmi": ("phone-normalised mutual information, labels of the anchor's head", 1),
 }
-HUB_METRICS = ("wer", "cer", "accuracy")  # those that the Hub knows under these names
 PIPELINE_TAGS = {"pretraining": "feature-extraction"}  # of tasks that have another name on the Hub
 
 
@@ -83,7 +83,19 @@ def render_card(metadata: ModelCardData, model: PreTrainedModel, **values: Any) 
     """
     num_parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
     values |= {"config": model.config, "num_parameters": num_parameters, "plain": plain, "code": code}
+    values["is_pretraining"] = isinstance(model, DinoSRForPreTraining)
     return ModelCard.from_template(metadata, template_path=str(TEMPLATE), **values)
+
+
+def _hours(hours: float) -> str:
+    return ("{:,.1f}" if hours >= 1 else "{:.2g}").format(hours)
+
+
+def _training_data(record: RunRecord, provenance: Provenance) -> Iterator[dict[str, Any]]:
+    """Yield each entry of the training data with its dataset, and with hours, which the run or the user counted."""
+    for entry in record.data:
+        dataset = provenance.dataset(entry["name"])
+        yield {**entry, "dataset": dataset, "hours": dataset.hours if entry["hours"] is None else entry["hours"]}
 
 
 def _figures(record: RunRecord) -> Iterator[tuple[Mapping[str, Any], str, str, float]]:
@@ -135,6 +147,42 @@ def _metadata(record: RunRecord, provenance: Provenance) -> ModelCardData:
     )
 
 
+def build_results(record: RunRecord, provenance: Provenance) -> dict[str, str]:
+    """
+    Render the results on the Hub's benchmarks, for its leaderboards: name -> content of files in `.eval_results/`.
+
+    The format is that of https://huggingface.co/docs/hub/eval-results, one file per benchmark. Only datasets that the
+    provenance gives a `task_id` are benchmarks. Their result is the first of `HUB_METRICS` that the run measured,
+    as on the card. Raises `ValueError` for two results of one task.
+    """
+    found: dict[tuple[str, str], EvalResultEntry] = {}
+    for entry, metric, name, value in _figures(record):
+        dataset = provenance.dataset(entry["dataset"])
+        if dataset.id is None or dataset.task_id is None or metric != main_metric(entry):
+            continue
+        task = (dataset.id, dataset.task_id)
+        if task in found:
+            raise ValueError(
+                f"The run has two results for the task {dataset.task_id} of {dataset.id}. Leave out the task_id of"
+                f" {dataset.name}: a benchmark takes one."
+            )
+        found[task] = EvalResultEntry(
+            *task,
+            value,
+            date=record.finished and record.finished[:10],
+            source_url=f"https://huggingface.co/{provenance.repo_id}",
+            source_name="Model card",
+            notes=f"{name}; {entry['num_utterances']:,} utterances",
+        )
+    files: dict[str, list[EvalResultEntry]] = {}
+    for (benchmark, _), result in found.items():
+        files.setdefault(f"{benchmark.replace('/', '--')}.yaml", []).append(result)
+    return {
+        file: yaml.safe_dump(eval_result_entries_to_yaml(results), sort_keys=False, allow_unicode=True)
+        for file, results in files.items()
+    }
+
+
 def build_card(record: RunRecord, provenance: Provenance, model: PreTrainedModel) -> ModelCard:
     """
     Render the card of a trained model.
@@ -160,5 +208,7 @@ def build_card(record: RunRecord, provenance: Provenance, model: PreTrainedModel
         arguments=arguments,
         fence="`" * max(3, longest + 1),  # which no argument can end
         frame_ms=f"{model.config.inputs_to_logits_ratio / 16:g}",
+        hours=_hours,
+        data=list(_training_data(record, provenance)),
         figures=list(_figures(record)),
     )

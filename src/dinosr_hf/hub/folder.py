@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from transformers import AutoModel, PreTrainedModel, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -19,7 +20,7 @@ from ..model.configuration_dinosr import DinoSRConfig
 from ..training.run_record import RECORD_NAME, RunRecord
 from ..utils.files import atomic_folder
 from ..utils.model_folder import feature_extractor, open_dinosr_config, open_weights, opening
-from .card import build_card
+from .card import build_card, build_results
 from .provenance import Provenance
 
 ARCHITECTURES = {
@@ -101,7 +102,8 @@ def prepare(
     Write the model of a run to a folder for the Hub, atomically, and return its path.
 
     It has the weights as safetensors, the configuration with all heads, the model's code, the feature extractor or
-    processor, and the card as README.md, but no other files of the run. It is loaded once before it appears.
+    processor, the card as README.md, and results on benchmarks in `.eval_results/`, but no other files of the run. It
+    is loaded once before it appears.
 
     Args:
         folder: Path to the folder in which the run saved its model.
@@ -132,11 +134,14 @@ def prepare(
         # Do not publish the local path that the tokenizer was read from.
         tokenizer.name_or_path = ""
         tokenizer.init_kwargs.pop("name_or_path", None)
-    card = build_card(record, provenance, model)
+    card, results = build_card(record, provenance, model), build_results(record, provenance)
     with atomic_folder(out) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         card.save(temporary / "README.md")
+        for name, content in results.items():
+            (temporary / EVAL_RESULTS_FOLDER).mkdir(exist_ok=True)
+            (temporary / EVAL_RESULTS_FOLDER / name).write_text(content, encoding="utf-8")
         for file in map(Path, include):
             if (temporary / file.name).exists():
                 raise ValueError(f"{file} is to be included, but {file.name} is a file of the model. Rename yours.")

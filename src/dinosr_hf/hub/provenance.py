@@ -28,6 +28,7 @@ from ..training.run_record import RunRecord, read_record, record_of
 from ..utils.command_line import read_yaml, refuse_unknown
 
 UNPUBLISHED = "unpublished"
+HUB_METRICS = ("wer", "cer", "accuracy")  # those that the Hub knows under these names
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Dataset:
     license: str  # by the Hub's identifier or in words
     id: str | None = None  # on the Hub; None: it is not there
     config: str | None = None  # on the Hub, if it has several
+    task_id: str | None = None  # if it is a benchmark on the Hub: the task's id in its eval.yaml
     title: str | None = None  # on the card; None: the id or the name
     hours: float | None = None  # of audio, if the run could not count them
 
@@ -156,8 +158,17 @@ def _read_datasets(entries: Any) -> tuple[list[Dataset], list[str]]:
         refuse_unknown(entry, known, "field", where=f"datasets: {entry['name']}")
         if not entry.get("license"):
             problems.append(f"datasets: {entry['name']} has no license, the licence of the data")
+        if entry.get("id") and (error := _name_error(entry["id"])):
+            problems.append(f"datasets: id of {entry['name']}: {error}")
+        if entry.get("task_id") and not (entry.get("id") and isinstance(entry["task_id"], str)):
+            problems.append(f"datasets: {entry['name']} has task_id, which must be text, beside the benchmark's id")
         datasets.append(Dataset(**{"license": "", **entry}))
     return datasets, problems
+
+
+def main_metric(entry: Mapping[str, Any]) -> str | None:
+    """Return the first of `HUB_METRICS` that an entry of a record's evaluation has; None: it has none of them."""
+    return next((metric for metric in HUB_METRICS if entry.get(metric) is not None), None)
 
 
 def _find_run_problems(record: RunRecord, datasets: list[Dataset]) -> Iterator[str]:
@@ -171,6 +182,10 @@ def _find_run_problems(record: RunRecord, datasets: list[Dataset]) -> Iterator[s
     for entry in record.data:
         if entry["hours"] is None and any(dataset.hours is None for dataset in matches[entry["name"]][:1]):
             yield f"datasets: {entry['name']} needs hours, which the run did not count"
+    results = {entry["dataset"] for entry in record.evaluation if main_metric(entry) is not None}
+    for dataset in datasets:
+        if dataset.task_id and not any(map(dataset.is_named, results)):
+            yield f"datasets: {dataset.name} has task_id, but the run measured no {', '.join(HUB_METRICS)} on it"
     if not record.data:
         yield "data: the record of the run has no training data"
     if not record.evaluation and record.task != "pretraining":
