@@ -1,6 +1,5 @@
 """The documents are correct: their Python runs, their commands and flags exist, their links resolve."""
 
-import argparse
 import json
 import os
 import re
@@ -15,28 +14,37 @@ import numpy as np
 import pytest
 import soundfile
 
+from dinosr_cli import COMMANDS
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRForSequenceClassification
 from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
 from dinosr_hf.utils.command_line import parse_groups
 from dinosr_hf.utils.model_folder import save_folder
 from language_models import write_arpa
-from pretraining_runs import metrics_of, tiny_arguments
+from pretraining_runs import metrics_of, read_config, tiny_arguments
 from recognisers import save_recogniser
-from scripts import load_script
+from scripts import load_command, load_script
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "configs" / "tiny_cpu.yaml"
 DOCUMENTS = sorted(
     file.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "model_cards/*.md")
+    for pattern in (
+        *("*.md", "docs/*.md", "docs/tutorials/*.md", "docs/reference/*.md"),
+        *("benchmarks/*.md", "model_cards/*.md", "examples/*.ipynb"),
+    )
     for file in ROOT.glob(pattern)
 )
 CODES = r"\b(?:S(?:10|[1-9])|T(?:1[01]|[1-9])|M[1-4]|D[1-8])\b"
 
 
 def blocks(name, language):
-    """Return (number of its first line, text) of each fenced block of a language."""
+    """Return (number of its first line, text) of each fenced block of a language, or of each code cell."""
     text = (ROOT / name).read_text(encoding="utf-8")
+    if name.endswith(".ipynb"):
+        cells = json.loads(text)["cells"] if language == "python" else []
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        code = [re.sub(r"^%.*", "", cell) for cell in code]  # IPython's magic
+        return [(1, re.sub(r"^(STEPS|UTTERANCES) = \d+", r"\1 = 8", cell, flags=re.MULTILINE)) for cell in code]
     found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
 
@@ -73,7 +81,7 @@ WITH_PYTHON = [name for name in DOCUMENTS if blocks(name, "python") and not name
 @pytest.mark.parametrize("name", WITH_PYTHON)
 def test_python_in_documents_runs(folder, name):
     # In its own process: remote code would stay registered with the automatic classes.
-    work = folder / Path(name).stem
+    work = folder / name.replace("/", "-")
     work.mkdir()
     for entry in ("runs", "speech.wav", "dinosr.ckpt"):
         source = folder / entry
@@ -108,37 +116,60 @@ def commands(text):
                 yield words
 
 
-FINETUNING = ("examples/finetune_ctc.py", "examples/finetune_classification.py")
 OWN_PARSER = (
-    *("examples/make_manifest.py", "examples/plot_run.py", "examples/prepare_for_hub.py"),
-    *("examples/tune_decoding.py", "examples/transcribe.py", "examples/export_onnx.py", "benchmarks/deploy.py"),
-    *("examples/convert_checkpoint.py", "benchmarks/convert_memory.py"),
+    *("benchmarks/deploy.py", "benchmarks/convert_memory.py"),
     *("benchmarks/train_step.py", "benchmarks/batching.py", "benchmarks/few_labels.py"),
-    *("examples/extract_units.py", "examples/fit_kmeans.py", "examples/evaluate_units.py"),
-    *("examples/evaluate_layers.py", "examples/evaluate_abx.py"),
     *("benchmarks/unit_agreement.py", "benchmarks/convolution.py", "benchmarks/codebook.py"),
     *("benchmarks/extract.py", "benchmarks/ctc.py", "benchmarks/dataloading.py", "benchmarks/scaling.py"),
-    *("examples/inspect_units.py", "benchmarks/learning.py", "benchmarks/checkpoint_stall.py"),
+    *("benchmarks/learning.py", "benchmarks/checkpoint_stall.py", "benchmarks/gpu_check.py"),
 )
+
+
+def check_subcommand(name, flags):
+    """Check that a command, which is named as its module, accepts these flags."""
+    module = load_command(name)
+    flags = [str(ROOT / flag) if flag.startswith("examples/") else flag for flag in flags]
+    if flags == ["--help"]:
+        return
+    if name == "demo":
+        flags, name = module.make_parser().parse_known_args(flags)[1], "pretrain"
+    if name == "pretrain":
+        parse_arguments(flags, TINY)
+    elif hasattr(module, "GROUPS"):
+        parse_groups(flags, module.GROUPS, module.CONFIG)
+    elif hasattr(module, "parse"):
+        module.parse(flags)
+    else:
+        module.make_parser().parse_args(flags)
+
+
+def check_dinosr(words):
+    name, *flags = words
+    if name != "--help":
+        assert name in COMMANDS, f"dinosr {name}: the commands are {list(COMMANDS)}"
+        check_subcommand(COMMANDS[name][0], flags)
 
 
 def check_script(script, flags):
     """Check that the script exists and accepts these flags."""
     assert (ROOT / script).is_file(), f"{script} does not exist"
-    flags = [str(ROOT / flag) if flag.endswith(".yaml") else flag for flag in flags]
-    if script in ("examples/pretrain.py", "examples/demo.py"):
-        if flags != ["--help"]:
-            parse_arguments(flags, TINY)
-    elif script in FINETUNING:
-        module = load_script(script)
-        parse_groups(flags, module.GROUPS, module.CONFIG)
+    if script.startswith("examples/"):
+        check_subcommand(Path(script).stem, flags)
     elif script in OWN_PARSER:
-        load_script(script).parse(flags)
+        load_script(script).parse([str(ROOT / flag) if flag.endswith(".yaml") else flag for flag in flags])
     elif script == "benchmarks/scale_to_batch.py":
         study = load_script(script)
         study.arguments_of("scaled", 0, *study.parse(flags))
     else:
         raise AssertionError(f"{script}: define above how to check its flags")
+
+
+def check_program(program, flags):
+    """Check what starts processes: of a script, or of the module `dinosr_hf.cli`."""
+    if program == "dinosr_hf.cli":
+        check_dinosr(flags)
+    else:
+        check_script(program, flags)
 
 
 def check_make(targets):
@@ -150,7 +181,7 @@ def check_pip(words):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert words[0] == "install"
     for word in words[1:]:
-        named = re.fullmatch(r"\.(?:\[([\w,]+)\])?", word)
+        named = re.fullmatch(r"(?:\.|dinosr-hf)(?:\[([\w,]+)\])?", word)
         assert named, f"pip {words}: {word} is not this package"
         assert set((named[1] or "").split(",")) - {""} <= set(extras), f"{word}: the extras are {list(extras)}"
 
@@ -163,19 +194,21 @@ def check_command(words):
             check_make(targets)
         case ["pip", *rest]:
             check_pip(rest)
-        case ["python", script, *flags]:
-            check_script(script, flags)
+        case ["dinosr", *rest]:
+            check_dinosr(rest)
+        case ["python", "-m", program, *flags] | ["python", program, *flags]:
+            check_program(program, flags)
         case ["accelerate", "launch", *rest]:
             from accelerate.commands.launch import launch_command_parser
 
             launch = launch_command_parser().parse_args(rest)
-            check_script(launch.training_script, launch.training_script_args)
+            check_program(launch.training_script, launch.training_script_args)
         case ["torchrun", *rest]:
             from torch.distributed.run import get_args_parser
 
             launch = get_args_parser().parse_args(rest)
-            check_script(launch.training_script, launch.training_script_args)
-        case ["git" | "cd", *_]:
+            check_program(launch.training_script, launch.training_script_args)
+        case ["git" | "cd" | "hf", *_]:
             pass
         case [tool, *_] if tool.startswith(".venv/bin/"):
             pass
@@ -190,8 +223,15 @@ BASH = [(f"{name}:{line}", text) for name in DOCUMENTS for line, text in blocks(
 def bases(tmp_path_factory):
     """Create `runs/tiny` and `runs/base` with the sizes that the documents assume."""
     path = tmp_path_factory.mktemp("bases")
-    for name, config in (("tiny", parse_arguments([], TINY).model_config()), ("base", DinoSRConfig())):
+    for name, config in (
+        ("tiny", parse_arguments([], TINY).model_config()),
+        ("small", read_config("small").model_config()),
+        ("base", DinoSRConfig()),
+    ):
         config.save_pretrained(path / "runs" / name)
+    (path / "phones.jsonl").write_text('{"name": "a", "phones": ["a"]}\n')
+    for _, text in blocks("docs/command-line.md", "yaml"):
+        (path / "units.yaml").write_text(text)
     return path
 
 
@@ -226,6 +266,10 @@ def test_commands_in_documents_are_valid(text, bases, monkeypatch):
         "python examples/prepare_for_hub.py runs/a",
         "python examples/prepare_for_hub.py runs/a hub/a --public",
         "python examples/tune_decoding.py runs/recogniser my_speech",
+        "dinosr pretain",
+        "dinosr pretrain smal",
+        "dinosr units runs/a my_speech",
+        "accelerate launch -m dinosr_hf.cli pretrain small --max_stepz 3",
         "python benchmarks/train_step.py --size huge",
         "python benchmarks/extract.py --peers wav2vec",
         "python benchmarks/extract.py --shortest 3 --longest 2",
@@ -244,19 +288,14 @@ def test_invalid_commands_are_detected(command):
         check_command(words)
 
 
-@pytest.mark.parametrize("script", [name for name in OWN_PARSER if name.startswith("examples")])
-def test_each_flag_has_a_help_text(script, monkeypatch):
-    def check(parser, _):
-        for action in parser._actions:
+@pytest.mark.parametrize("name", [module for module, _ in COMMANDS.values()])
+def test_each_flag_has_a_help_text(name):
+    module = load_command(name)
+    assert max(map(len, module.__doc__.splitlines())) < 120, "a backslash joins two lines"
+    if hasattr(module, "make_parser"):
+        for action in module.make_parser().arguments().values():
             assert re.search("[a-z]{3}", action.help.replace("%(default)s", "")), action.dest
             assert not isinstance(action.default, list) or "%(default)s" not in action.help, action.dest
-        raise InterruptedError
-
-    module = load_script(script)
-    assert max(map(len, module.__doc__.splitlines())) < 120, "a backslash joins two lines"
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", check)
-    with pytest.raises(InterruptedError):
-        module.parse([])
 
 
 def anchors(file):

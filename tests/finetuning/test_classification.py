@@ -1,6 +1,5 @@
 """Classification: metrics, training with and without a frozen encoder, crops, and the saved folder."""
 
-import importlib.util
 import json
 import logging
 import re
@@ -31,6 +30,7 @@ from dinosr_hf.finetuning.classification_task import (
 )
 from dinosr_hf.utils.command_line import ArgumentError, parse_groups
 from dinosr_hf.utils.model_folder import save_folder
+from scripts import load_command
 from tiny import tiny_config, waveforms
 from tolerances import LOSSES
 
@@ -440,25 +440,17 @@ def test_a_classifier_can_be_fine_tuned_on_other_classes(probed, tmp_path):
     assert config.num_labels == 2 and config.id2label == {0: "low", 1: "noise"}
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("script", ROOT / "examples" / "finetune_classification.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
-def test_script_trains_and_prints_metrics(pretrained, tones, tmp_path, capsys, monkeypatch):
+def test_script_trains_and_prints_metrics(pretrained, tones, tmp_path, capsys):
     flags = ["--model", pretrained, "--train_data", str(tones), "--label_column", "tone", "--max_steps", "1"]
     flags += ["--output_dir", str(tmp_path / "out"), "--eval_steps", "1", "--save_steps", "1", "--use_cpu", "true"]
     flags += ["--num_threads", "1"]
-    monkeypatch.setattr(sys, "argv", ["finetune_classification.py", *flags, "--disable_tqdm", "true"])
-    load_script().main()
+    script = load_command("finetune_classification")
+    script.main([*flags, "--disable_tqdm", "true"])
     printed = capsys.readouterr().out
     assert re.search(r"^validation: accuracy [\d.]+%, macro F1 [\d.]+%\ntest: accuracy ", printed, re.MULTILINE)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["steps"] == 1
-    monkeypatch.setattr(sys, "argv", ["finetune_classification.py", "--crop_second", "3"])
     with pytest.raises(SystemExit, match=r"crop_second is not a known argument\. The nearest is crop_seconds"):
-        load_script().main()
+        script.main(["--crop_second", "3"])
 
 
 CONFIGS = ["classify_tiny", "superb_ks", "superb_sid"]
@@ -468,7 +460,7 @@ CONFIGS = ["classify_tiny", "superb_ks", "superb_sid"]
 def test_configurations_are_valid(name):
     path = ROOT / "examples" / "configs" / f"{name}.yaml"
     content = yaml.safe_load(path.read_text())
-    parsed = parse_groups([str(path)], load_script().GROUPS)
+    parsed = parse_groups([str(path)], load_command("finetune_classification").GROUPS)
     for key, value in content.items():
         owner = next(group for group in parsed if hasattr(group, key))
         assert getattr(owner, key) == (["synthetic"] if key == "train_data" else value)

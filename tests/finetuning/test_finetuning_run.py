@@ -1,10 +1,9 @@
 """A complete run: its files, its initial model, the checkpoint that it keeps, and its errors."""
 
-import importlib.util
 import json
 import logging
+import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from dinosr_hf.recognition.timing import stored_emission_delay
 from dinosr_hf.training.run_record import read_record
 from dinosr_hf.utils.command_line import ArgumentError
 from finetuning_runs import recognise, write_corpus, write_model
+from scripts import load_command
 from tiny import waveforms
 
 ROOT = Path(__file__).parents[2]
@@ -279,6 +279,7 @@ def assert_refused(message, *arguments, **options):
         ),
         ({"start": {"mask_time_prob": 2.0}}, r"mask_time_prob=2\.0 is out of range: .*at most 1"),
         ({"start": {"mask_feature_length": 0}}, "mask_feature_length=0 is out of range: it must be at least 1"),
+        ({"start": {"mask_feature_length": 99}}, "mask_feature_length=99 is longer than hidden_size=36"),
         ({"start": {"hidden_dropout": -1.0}}, r"hidden_dropout=-1\.0 is out of range"),
         ({"start": {"lora_rank": -1}}, "lora_rank=-1 is out of range"),
         ({"data": {"max_seconds": 0.001}}, r"max_seconds=0\.001 is out of range: it must be more than min_seconds"),
@@ -311,14 +312,11 @@ def test_other_models_are_refused(model, corpus, tmp_path):
 
 @pytest.fixture
 def script(monkeypatch):
-    spec = importlib.util.spec_from_file_location("finetune_ctc", ROOT / "examples" / "finetune_ctc.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_command("finetune_ctc")
     monkeypatch.setattr(logging.getLogger("dinosr_hf"), "level", logging.INFO)
 
     def call(*words):
-        monkeypatch.setattr(sys, "argv", ["finetune_ctc.py", *map(str, words)])
-        module.main()
+        module.main([*map(str, words)])
 
     return call
 
@@ -353,3 +351,15 @@ def test_script_trains_and_prints_error_rates(script, model, corpus, tmp_path, c
 def test_script_reports_errors_in_one_line(script, model, tmp_path, words, message):
     with pytest.raises(SystemExit, match=message):
         script("--model", model, "--output_dir", tmp_path / "out", *words)
+
+
+def test_a_dry_run_says_what_would_be_trained(script, model, corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--model", model, "--train_data", corpus, "--output_dir", out, "--use_cpu", "true", "--num_threads", 1]
+    script(*flags, "--min_seconds", 0.01, "--step_seconds", 2.0, "--micro_seconds", 1, "--max_steps", 7, "--dry_run")
+    said = capsys.readouterr().out
+    assert re.search(r"^training +\d+ of \d+ utterances, [\d.]+ minutes$", said, re.MULTILINE)
+    assert re.search(r"^labels +11: <pad> <s> </s> <unk> \| e h l m n o$", said, re.MULTILINE)
+    assert re.search(r"^steps +7 of at most 2 s of audio over 1 process\(es\), in micro-batches of 1 s: ", said, re.M)
+    assert "start       the first step" in said and said.endswith("Nothing was trained.\n")
+    assert not list(out.glob("*"))

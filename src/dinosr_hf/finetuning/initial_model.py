@@ -52,9 +52,11 @@ def load_model(
     """
     name, changes = arguments.model, {**arguments.config_changes(), **changes}
     config = check_initial_model(arguments)
+    with argument_errors():  # `from_pretrained` would set the changes without looking at them
+        changed = DinoSRConfig(**{**config.to_diff_dict(), **changes})
     with argument_errors("model="):
         if arguments.from_scratch:
-            model = model_class(DinoSRConfig(**{**config.to_diff_dict(), **changes}))
+            model = model_class(changed)
         else:
             # A vocabulary other than that of a fine-tuned checkpoint needs a new head, with a warning.
             options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, **changes}
