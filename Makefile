@@ -7,11 +7,12 @@ TRANSFORMERS ?= 5.17.0
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 OLDEST := .venv-transformers-$(TRANSFORMERS)
+NEWEST := .venv-transformers-main
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-hf test-oldest lint types clean
+.PHONY: help demo test test-hf test-oldest test-main docs build lint types clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,10 +46,24 @@ $(OLDEST)/constraints.txt: constraints.txt
 test-oldest: $(OLDEST)/constraints.txt ## `make test` under the oldest transformers, in an environment of its own
 	@$(MAKE) --no-print-directory test VENV=$(OLDEST) CONSTRAINTS=$<
 
+test-main: ## `make test` under transformers' main branch, in an environment of its own
+	@mkdir -p $(NEWEST)
+	@curl -fsSL https://github.com/huggingface/transformers/archive/main.tar.gz -o $(NEWEST)/main.tar.gz
+	@grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt >$(NEWEST)/constraints.txt
+	@echo "transformers @ file://$(CURDIR)/$(NEWEST)/main.tar.gz" >>$(NEWEST)/constraints.txt
+	@HF_COMMON_SDIST=$(CURDIR)/$(NEWEST)/main.tar.gz \
+		$(MAKE) --no-print-directory test VENV=$(NEWEST) CONSTRAINTS=$(NEWEST)/constraints.txt
+
+docs: $(INSTALLED) ## the documentation as a site, in build/site
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/site
+
+build: $(INSTALLED) ## wheel and sdist, in dist
+	@$(VENV)/bin/python -m build
+
 lint: $(INSTALLED) ## ruff: rules and format; transformers' linter of model files
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/mlinter --no-progress --no-cache src/dinosr_hf/model
+	$(VENV)/bin/mlinter --no-progress --no-cache src/dinosr_hf/model docs/upstream
 
 types: $(INSTALLED) ## mypy
 	$(VENV)/bin/mypy

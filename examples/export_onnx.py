@@ -3,53 +3,12 @@ Export a fine-tuned model to ONNX, in float32 and in int8, and compare its resul
 
     python examples/export_onnx.py runs/recogniser runs/onnx --int8 runs/onnx-int8 --verify speech.wav
 
-The written folders have all that onnxruntime needs; docs/deploying.md has the code to run them.
+The same as `dinosr export`; `--help` says more.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
 
-from dinosr_hf.data import load_audio
-from dinosr_hf.hub.export import FolderModel, OnnxModel, TorchModel, compare, export_onnx, quantize_onnx
-from dinosr_hf.utils.command_line import command, parse_options
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a fine-tuned model and its processor")
-    parser.add_argument("onnx", help="folder to write")
-    parser.add_argument("--int8", metavar="FOLDER", help="folder to write for the network with int8 weights")
-    parser.add_argument(
-        "--verify", metavar="AUDIO", nargs="+", default=[], help="audio files to compare the models on"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace exported models")
-    return parse_options(parser, argv)
-
-
-def verify(models: dict[str, FolderModel], files: Sequence[str]) -> None:
-    """Print the transcripts of all models, and how they differ from torch."""
-    waveforms = [load_audio(file) for file in files]
-    if models["torch"].is_recogniser:
-        transcripts = [model.transcribe(waveforms) for model in models.values()]
-        for file, *texts in zip(files, *transcripts, strict=True):
-            print(file, *(f"  {name:5}  {text}" for name, text in zip(models, texts, strict=True)), sep="\n")
-    for name, model in models.items():
-        if name != "torch":
-            print(f"\ntorch and {name}:\n{compare(models['torch'], model, waveforms)}")
-
-
-def main(argv: Sequence[str]) -> None:
-    options = parse(argv)
-    with command(__file__):
-        print("Written:", export_onnx(options.model, options.onnx, overwrite=options.overwrite))
-        models: dict[str, FolderModel] = {"torch": TorchModel(options.model), "onnx": OnnxModel(options.onnx)}
-        if options.int8:
-            print("Written:", quantize_onnx(options.onnx, options.int8, overwrite=options.overwrite))
-            models["int8"] = OnnxModel(options.int8)
-        if options.verify:
-            verify(models, options.verify)
-
+from dinosr_hf.commands.export_onnx import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -4,78 +4,12 @@ Cluster the features of a layer with k-means, to use the clusters as units.
     python examples/fit_kmeans.py runs/base my_speech --output kmeans.safetensors --layer 6 --num_clusters 100
     python examples/extract_units.py runs/base my_speech --output_dir units --kmeans kmeans.safetensors
 
-Inputs are audio files and folders of them, or one manifest, archive or dataset. The layer needs no codebook. 300,000
-frames, 100 minutes of speech, take up to three minutes of one core. Needs scikit-learn (the extra `analysis`).
+The same as `dinosr kmeans`; `--help` says more.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
 
-import torch
-from tqdm import tqdm
-
-from dinosr_hf.analysis.kmeans import MAX_FRAMES
-from dinosr_hf.data import SAMPLING_RATE, open_recordings
-from dinosr_hf.inference.windowed import DTYPES
-from dinosr_hf.model.modeling_dinosr import SOURCES
-from dinosr_hf.units import UnitExtractor, fit_layer_kmeans, load_model
-from dinosr_hf.utils.command_line import command, parse_options
-from dinosr_hf.utils.files import claim_output_file
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="folder that pre-training wrote, or name on the Hub")
-    add("inputs", nargs="+", metavar="INPUT", help="audio files and folders; or one manifest, archive or dataset")
-    add("--output", required=True, help="path of the .safetensors file to write")
-    add("--layer", type=int, default=5, help="layer, counted from 1 (%(default)s)")
-    add("--source", default="student", choices=SOURCES, help="what gives the features (%(default)s)")
-    smooth = "normalise the student's features over the recording and average three frames: tells more of phones"
-    add("--smooth", action="store_true", help=smooth)
-    add("--num_clusters", type=int, default=100, help="number of clusters (%(default)s)")
-    add("--max_frames", type=int, default=MAX_FRAMES, help="number of frames to fit on, drawn at random (%(default)s)")
-    add("--seed", type=int, default=0, help="seed of the draw and of k-means (%(default)s)")
-    add("--batch_seconds", type=float, default=120.0, help="seconds of audio per batch (%(default)s)")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=default_device, help="device of the model (%(default)s)")
-    add("--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)")
-    return parse_options(parser, argv, layer=1, num_clusters=1, max_frames=1)
-
-
-def run(options: argparse.Namespace) -> None:
-    if not options.output.endswith(".safetensors"):
-        raise ValueError("--output must end in .safetensors.")
-    claim_output_file(options.output)
-    source = open_recordings(options.inputs)
-    model = load_model(options.model, device=options.device, dtype=options.dtype)
-    if options.smooth and options.source == "teacher":
-        raise ValueError("--smooth is for the student: the teacher's features are normalised anyway. Leave it out.")
-    extractor = UnitExtractor(
-        model,
-        layers=[options.layer],
-        source=options.source,
-        is_smoothed=options.smooth,
-        batch_seconds=options.batch_seconds,
-    )
-    total = sum(utterance.num_samples for utterance in source.utterances) / SAMPLING_RATE
-    with tqdm(total=total, unit=" s of audio", disable=None) as bar:
-        kmeans = fit_layer_kmeans(
-            extractor,
-            source,
-            options.num_clusters,
-            max_frames=options.max_frames,
-            seed=options.seed,
-            on_progress=bar.update,
-        )
-    print(kmeans.save(options.output))
-
-
-def main(argv: Sequence[str]) -> None:
-    with command(__file__):
-        run(parse(argv))
-
+from dinosr_hf.commands.fit_kmeans import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

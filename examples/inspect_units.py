@@ -4,121 +4,12 @@ Write an HTML page to look at and listen to the units of a checkpoint, with plot
     python examples/inspect_units.py runs/base my_speech --output page.html
     python examples/inspect_units.py runs/base my_speech --labels phones.jsonl --output page.html --layer 9
 
-DATA is a folder, a manifest, an archive or a dataset; --labels has its phones (docs/units.md). The page has tables and
-plots, and for each codeword its phones, its neighbours and its most typical moments.
+The same as `dinosr inspect`; `--help` says more.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from dinosr_hf.analysis import read_alignments
-from dinosr_hf.analysis.inspection import AUDIO_FORMATS, CodewordInspector, render_page
-from dinosr_hf.data import SAMPLING_RATE, open_recordings, open_source
-from dinosr_hf.inference.windowed import DTYPES
-from dinosr_hf.units import load_model, scored_units
-from dinosr_hf.utils.command_line import command, parse_options
-from dinosr_hf.utils.files import claim_output_file, write_atomically
-
-# Meaning of a unit's score, by source.
-SCORES = {"student": "probability", "teacher": "distance", "anchor": "probability"}
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="folder of a pre-trained model, or its name on the Hub")
-    parser.add_argument("data", metavar="DATA", help="folder or file of recordings, manifest, archive or dataset")
-    parser.add_argument("--output", required=True, help="path of the page, .html")
-    parser.add_argument("--split", help="split of the data, if it has several")
-    parser.add_argument("--labels", help="phones, as for evaluate_units.py (none: a page without phones)")
-    parser.add_argument("--words", help="words to draw with the units; may be the --labels file, if that has both")
-    parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
-    parser.add_argument("--layer", type=int, help="layer with a codebook, counted from 1 (5; of the anchor: the last)")
-    parser.add_argument("--source", default="teacher", choices=list(SCORES), help="what gives units (%(default)s)")
-    parser.add_argument("--num_moments", type=int, default=5, help="moments to hear of each codeword (%(default)s)")
-    parser.add_argument(
-        "--context_seconds", type=float, default=0.3, help="seconds of sound before and after a moment (%(default)s)"
-    )
-    parser.add_argument(
-        "--audio", default="flac", choices=list(AUDIO_FORMATS), help="format of the sounds (%(default)s)"
-    )
-    parser.add_argument(
-        "--max_megabytes", type=float, default=20.0, help="limit of the size of all sounds (%(default)s)"
-    )
-    parser.add_argument("--title", help="title of the page")
-    parser.add_argument("--batch_seconds", type=float, default=120.0, help="seconds of audio in a batch (%(default)s)")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of the model (%(default)s)",
-    )
-    parser.add_argument(
-        "--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)"
-    )
-    return parse_options(parser, argv, layer=1, num_moments=0)
-
-
-def run(options: argparse.Namespace) -> None:
-    output = claim_output_file(options.output)
-    recordings = open_source(options.data, split=options.split) if options.split else open_recordings([options.data])
-    labels = read_alignments(options.labels) if options.labels else None
-    words = read_alignments(options.words, tier="words") if options.words else None
-    model = load_model(options.model, device=options.device, dtype=options.dtype)
-    layer = options.layer or (model.config.num_hidden_layers if options.source == "anchor" else 5)
-    frames = {"stride": model.config.inputs_to_logits_ratio, "field": model.config.receptive_field}
-    inspector = CodewordInspector(
-        model.config.num_units(options.source),
-        labels=labels,
-        words=words,
-        recordings=[*(utterance.id for utterance in recordings.utterances), *recordings.left_out],
-        step_seconds=options.step_seconds,
-        num_moments=options.num_moments,
-        **frames,
-    )
-    seconds = sum(utterance.num_samples for utterance in recordings.utterances) / SAMPLING_RATE
-    with tqdm(total=seconds, unit=" s of audio", disable=None) as bar:
-        for units in scored_units(
-            model,
-            recordings,
-            layer=layer,
-            source=options.source,
-            batch_seconds=options.batch_seconds,
-            on_progress=bar.update,
-        ):
-            inspector.add(*units)
-    facts = {
-        "model": options.model,
-        "data": " ".join(filter(None, [options.data, options.split])),
-        "labels": options.labels or "none",
-        "hours": f"{seconds / 3600:.2f}",
-        "frames a second": f"{SAMPLING_RATE / frames['stride']:g}",
-    }
-    page = render_page(
-        inspector.result(),
-        recordings,
-        title=options.title or f"Units of {Path(options.model).name}, layer {layer}",
-        name=f"layer {layer}, {options.source}",
-        facts=facts,
-        score_name=SCORES[options.source],
-        audio=options.audio,
-        context_seconds=options.context_seconds,
-        max_megabytes=options.max_megabytes,
-        **frames,
-    )
-    write_atomically(output, page.html)
-    print(f"The page is {output}: {output.stat().st_size / 1e6:.1f} MB with {page.num_clips:,} moments to listen to.")
-    if page.num_left_out:
-        print(f"{page.num_left_out:,} more had no room; --max_megabytes or --audio ogg makes some.")
-
-
-def main(argv: Sequence[str]) -> None:
-    with command(__file__):
-        run(parse(argv))
-
+from dinosr_hf.commands.inspect_units import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

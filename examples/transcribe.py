@@ -4,125 +4,12 @@ Transcribe recordings of any length.
     python examples/transcribe.py runs/recogniser talk.mp3
     python examples/transcribe.py runs/recogniser talks more/talk.wav --format srt --output_dir subtitles
 
-Inputs are audio files (wav, flac, mp3, aiff, ...) and folders of them, or one manifest, archive or dataset.
-Transcripts go to stdout, or with --output_dir each to a file of its own; then run the same command again to resume
-after an interruption. Uses beam search if the model's folder has a decoding.json (examples/tune_decoding.py writes
-it), else greedy search. Exits with 1 if a recording cannot be read.
+The same as `dinosr transcribe`; `--help` says more.
 """
 
-import argparse
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
-import torch
-from tqdm import tqdm
-
-from dinosr_hf.data import SAMPLING_RATE, SpeechSource, open_recordings
-from dinosr_hf.inference.windowed import DTYPES
-from dinosr_hf.recognition import FORMATS, Transcriber, Transcript, TranscriptFiles, output_paths
-from dinosr_hf.utils.command_line import command, parse_options
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="folder of a recogniser, or name on the Hub")
-    add("inputs", nargs="+", metavar="INPUT", help="audio files and folders; or one manifest, archive or dataset")
-    add("--format", default="txt", choices=list(FORMATS), help="format of the transcripts (%(default)s)")
-    place = "folder to write one file per recording to, instead of stdout; those of /data/a.wav and ../a.wav in a"
-    add("--output_dir", help=f"{place} manifest are data/a.txt and _up/a.txt below it")
-    add("--overwrite", action="store_true", help="make existing transcripts anew")
-    add("--decoding", help="file with options of beam search (decoding.json of the model)")
-    add("--greedy", action="store_true", help="use greedy search even if there is a decoding.json")
-    add("--batch_seconds", type=float, default=120.0, help="seconds of audio per batch (%(default)s)")
-    add("--window_seconds", type=float, default=30.0, help="seconds of audio the model sees at once (%(default)s)")
-    context = "extra audio on each side of a window, in seconds (%(default)s)"
-    add("--context_seconds", type=float, default=5.0, help=context)
-    pause = "seconds without a letter after which a word ends (%(default)s)"
-    add("--pause_seconds", type=float, default=0.3, help=pause)
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=default_device, help="device of the model (%(default)s)")
-    add("--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)")
-    return parse_options(parser, argv)
-
-
-@contextmanager
-def progress_bar(source: SpeechSource, indices: Sequence[int]) -> Iterator[Callable[[float], None]]:
-    """Show a progress bar with the speed in times real time; yields a function that adds seconds of audio."""
-    total = sum(source.utterances[index].num_samples for index in indices) / SAMPLING_RATE
-    since, seconds = time.perf_counter(), 0.0
-    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
-    with tqdm(total=total, bar_format=form, disable=None) as bar:
-
-        def advance(amount: float) -> None:
-            nonlocal seconds
-            seconds += amount
-            bar.set_postfix_str(f"{seconds / (time.perf_counter() - since):.1f} times real time", refresh=False)
-            bar.update(amount)
-
-        yield advance
-    elapsed = time.perf_counter() - since
-    print(f"{seconds:,.1f} s of audio in {elapsed:,.1f} s, {seconds / elapsed:.1f} times real time", file=sys.stderr)
-
-
-def print_in_order(transcripts: dict[str, Transcript], source: SpeechSource, form: str) -> None:
-    found = [transcripts[utterance.id] for utterance in source.utterances if utterance.id in transcripts]
-    for transcript in found:
-        if form == "txt" and len(source) > 1:
-            print(f"{transcript.id}\t{transcript.text}")
-        else:
-            print(FORMATS[form](transcript), end="")
-
-
-def write_files(files: TranscriptFiles) -> None:
-    with files:
-        indices = files.todo()
-        if num_kept := len(files.recordings) - len(indices):
-            kept = f"{num_kept:,} of {len(files.recordings):,} transcripts are in {files.folder} already"
-            print(f"{kept}. --overwrite makes them anew.", file=sys.stderr)
-        with progress_bar(files.recordings, indices) as advance:
-            files.write(on_progress=advance)
-
-
-def run(options: argparse.Namespace) -> list[str]:
-    """Transcribe; return why each recording that could not be read was skipped."""
-    source = open_recordings(options.inputs)
-    if options.output_dir is None and options.format in ("srt", "vtt") and len(source) > 1:
-        problem = f"--format {options.format} writes one file per recording, and there are {len(source):,}"
-        raise ValueError(f"{problem}: give --output_dir.")
-    names = (utterance.id for utterance in source.utterances)
-    paths = output_paths(options.output_dir, names, options.format) if options.output_dir else {}
-    transcriber = Transcriber.from_folder(
-        options.model,
-        device=options.device,
-        dtype=options.dtype,
-        decoding=options.decoding,
-        greedy=options.greedy,
-        window_seconds=options.window_seconds,
-        context_seconds=options.context_seconds,
-        batch_seconds=options.batch_seconds,
-        pause_seconds=options.pause_seconds,
-    )
-    if options.output_dir:
-        how = {"form": options.format, "overwrite": options.overwrite}
-        write_files(TranscriptFiles(options.output_dir, transcriber, source, paths, **how))
-    else:
-        with progress_bar(source, range(len(source))) as advance:
-            transcripts = {found.id: found for found in transcriber.transcribe(source, on_progress=advance)}
-        print_in_order(transcripts, source, options.format)
-    return [*source.left_out.values(), *("unreadable" for _ in transcriber.unreadable)]
-
-
-def main(argv: Sequence[str]) -> None:
-    with command(__file__):
-        reasons = run(parse(argv))
-    if reasons:
-        counts = ", ".join(f"{number:,} {reason}" for reason, number in sorted(Counter(reasons).items()))
-        sys.exit(f"transcribe.py: {len(reasons):,} recordings could not be read and were skipped ({counts}).")
-
+from dinosr_hf.commands.transcribe import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

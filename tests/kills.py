@@ -5,14 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts import ROOT
-
 # Imports take seconds and a step milliseconds: one process imports, its forks run the command and are killed.
 _CODE = """
 import importlib, os, random, signal, sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-script, config, out, num_kills = importlib.import_module(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), int(sys.argv[5])
+name, config, out, num_kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+script = importlib.import_module(f"dinosr_hf.commands.{name}")
 record, log = out / "run.json", out.parent / "log.txt"
 chance = random.Random(0)
 kills = while_saving = starts = 0
@@ -22,8 +20,7 @@ while not record.exists() or '"finished": null' in record.read_text():
     if child == 0:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1), os.dup2(output, 2)
-        sys.argv = [f"{sys.argv[2]}.py", config]
-        script.main()
+        script.main([config])
         os._exit(0)
     newest = lambda: max([int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")], default=0)
     # The first kills are before there is any checkpoint, and most of all while one is being written.
@@ -56,9 +53,9 @@ print(kills, while_saving)
 
 
 def run_through_kills(script: str, config: Path, out: Path, num_kills: int) -> None:
-    """Run a script of examples/ to its end; assert that it was killed so often, and half of that while it saved."""
+    """Run a command to its end; assert that it was killed so often, and half of that while it saved."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", _CODE, ROOT / "examples", script, config, out, num_kills]
+    command = [sys.executable, "-c", _CODE, script, config, out, num_kills]
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     kills, while_saving = map(int, done.stdout.split()[-2:])

@@ -125,14 +125,14 @@ def send_at_load(monkeypatch, number, call, source=FolderSource):
 
 
 def launch(tmp_path, name, num_processes, *flags):
-    """Run the real command through `accelerate launch`; return the weights, the metrics and the process."""
+    """Run the real subcommand through `accelerate launch`; return the weights, the metrics and the process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
     # Several processes on a CPU need torchrun: with --cpu, accelerate wants MPI and starts a single one.
     command += ["--cpu"] if num_processes == 1 else ["--multi_gpu"]
     command += ["--num_processes", str(num_processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", str(29500 + os.getpid() % 2000)]
-    command += [str(ROOT / "examples" / "pretrain.py"), str(tmp_path / "tiny.yaml")]
+    command += ["-m", "dinosr_hf.cli", "pretrain", str(tmp_path / "tiny.yaml")]
     command += ["--output_dir", str(tmp_path / name), *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]

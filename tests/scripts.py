@@ -1,11 +1,17 @@
-"""Scripts of examples/ and benchmarks/ as modules."""
+"""Commands of the package and scripts of benchmarks/ as modules."""
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parent.parent
+
+
+def load_command(name: str) -> ModuleType:
+    """Import the module of a subcommand, which is named as the script of examples/ that runs it."""
+    return importlib.import_module(f"dinosr_hf.commands.{name}")
 
 
 def load_script(script: str | Path) -> ModuleType:

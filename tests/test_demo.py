@@ -11,7 +11,7 @@ import pytest
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.pretraining import parse_arguments
 from dinosr_hf.utils.model_folder import save_folder
-from scripts import load_script
+from scripts import load_command
 from tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -48,28 +48,26 @@ def test_the_demo_prints_its_tables_and_writes_model_and_picture(tmp_path):
     assert (tmp_path / "demo" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("script", ["demo.py", "demo_recognition.py"])
-def test_the_demo_refuses_a_folder_of_something_else(tmp_path, monkeypatch, script):
+@pytest.mark.parametrize("script", ["demo", "demo_recognition"])
+def test_the_demo_refuses_a_folder_of_something_else(tmp_path, script):
     tiny_config().save_pretrained(tmp_path / "model")
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.tex").write_text("everything")
-    flags = ["--model", str(tmp_path / "model")] if script == "demo_recognition.py" else []
-    monkeypatch.setattr(sys, "argv", [script, *flags, "--output_dir", str(folder)])
-    demo = load_script(f"examples/{script}")
+    flags = ["--model", str(tmp_path / "model")] if script == "demo_recognition" else []
+    demo = load_command(script)
     for _ in range(2):  # the first attempt must not mark it as the demo's own
-        with pytest.raises(SystemExit, match=rf"{script}: .* has files of something else"):
-            demo.main()
+        with pytest.raises(SystemExit, match=rf"{script}\.py: .* has files of something else"):
+            demo.main([*flags, "--output_dir", str(folder)])
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
-def test_the_demo_of_recognition_names_a_missing_model(tmp_path, monkeypatch):
+def test_the_demo_of_recognition_names_a_missing_model(tmp_path):
     out = tmp_path / "recogniser"
-    monkeypatch.setattr(sys, "argv", ["demo", "--model", str(tmp_path / "nothing"), "--output_dir", str(out)])
     with pytest.raises(
         SystemExit, match=r"demo_recognition\.py: .*nothing is neither a folder nor a model on the Hub"
     ):
-        load_script("examples/demo_recognition.py").main()
+        load_command("demo_recognition").main(["--model", str(tmp_path / "nothing"), "--output_dir", str(out)])
     assert not out.exists()
 
 

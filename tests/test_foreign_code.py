@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import inspect
 import json
 import re
 import shutil
@@ -18,7 +17,7 @@ from dinosr_hf.model.modeling_dinosr import AUTO_CLASSES
 from dinosr_hf.training.run_record import write_record
 from pretraining_runs import write_config
 from recognisers import save_models
-from scripts import ROOT, load_script
+from scripts import ROOT, load_command
 from test_user_errors import SCRIPTS
 
 FINETUNING = "{nothing} --train_data {corpus} --eval_strategy no --use_cpu true --max_steps 1 --output_dir {out}"
@@ -115,11 +114,11 @@ def test_no_script_runs_code_of_a_model(work, tmp_path, monkeypatch, script, kin
     argv = [word.format(**places) for word in words.split()]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
     monkeypatch.setattr("builtins.input", lambda *_: questions.append(1) or "y")
-    questions, module, message = [], load_script(f"examples/{script}.py"), None
+    questions, module, message = [], load_command(script), None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            module.main(*([argv] if inspect.signature(module.main).parameters else []))
+            module.main(argv)
         except SystemExit as end:
             message = end.code
     assert questions == [] and not marker.exists() and not (folder / "it_ran").exists()

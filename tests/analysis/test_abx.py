@@ -23,7 +23,7 @@ from dinosr_hf.analysis.abx import (
 from dinosr_hf.data import open_recordings
 from dinosr_hf.units import FeatureFiles, UnitExtractor
 from dinosr_hf.utils.model_folder import save_folder
-from scripts import load_script
+from scripts import load_command
 from tiny import randomize, tiny_config
 
 
@@ -273,7 +273,7 @@ def arguments_of(corpus, output):
 
 
 def test_the_script_writes_only_items(corpus, tmp_path, capsys):
-    load_script("examples/evaluate_abx.py").main([*arguments_of(corpus, tmp_path), "--items_only"])
+    load_command("evaluate_abx").main([*arguments_of(corpus, tmp_path), "--items_only"])
     assert "24 triphones" in capsys.readouterr().out
     assert len((tmp_path / "triphones.item").read_text(encoding="utf-8").splitlines()) == 25
     assert [path.name for path in tmp_path.iterdir()] == ["triphones.item"]
@@ -282,11 +282,11 @@ def test_the_script_writes_only_items(corpus, tmp_path, capsys):
 def test_the_script_checks_for_fastabx_first(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "fastabx", None)
     with pytest.raises(SystemExit, match=r"evaluate_abx.py: ABX .* needs fastabx"):
-        load_script("examples/evaluate_abx.py").main(arguments_of(corpus, tmp_path))
+        load_command("evaluate_abx").main(arguments_of(corpus, tmp_path))
 
 
 def test_the_script_writes_a_table(corpus, tmp_path, capsys, monkeypatch):
-    script = load_script("examples/evaluate_abx.py")
+    script = load_command("evaluate_abx")
     calls = []
 
     def error_of(items, features, rate, *, speaker, distance, **options):
@@ -309,6 +309,37 @@ def test_the_script_writes_a_table(corpus, tmp_path, capsys, monkeypatch):
     assert len((tmp_path / "abx.csv").read_text(encoding="utf-8").splitlines()) == 13
     assert sorted(path.name for path in tmp_path.iterdir()) == ["abx.csv", "abx.json", "abx.md", "triphones.item"]
     assert all((size == 1) == (distance == "identical") for _, distance, size in calls)
+
+
+@pytest.mark.parametrize("flags", [[], ["--num_samples", "0"]], ids=["intervals", "no intervals"])
+def test_units_are_evaluated_with_the_same_error(corpus, tmp_path, capsys, monkeypatch, flags):
+    """`dinosr evaluate --abx` says of units what `dinosr abx` says, from one extraction."""
+    evaluate, abx = load_command("evaluate_units"), load_command("evaluate_abx")
+    if not is_installed("fastabx"):
+
+        def spread(_, folder, *rate, **options):
+            return float(np.load(folder / "0.npy").std())
+
+        for script in (evaluate, abx):
+            monkeypatch.setattr(script, "import_fastabx", lambda: None)
+            monkeypatch.setattr(script, "abx_error", spread)
+    abx.main([*arguments_of(corpus, tmp_path / "abx"), "--sources", "student", "teacher"])
+    evaluate.main([*arguments_of(corpus, tmp_path / "units"), "--abx", *flags])
+    assert "| ABX within speakers | ABX across speakers |" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "abx" / "abx.json").read_text())
+    rows = [row for row in rows if row["what"] == "units"]
+    expected = {(row["source"], row["layer"]): (row["within"], row["across"]) for row in rows}
+    rows = json.loads((tmp_path / "units" / "units.json").read_text())
+    assert {(row["units"], row["layer"]): (row["abx_within"], row["abx_across"]) for row in rows} == expected
+    assert len(expected) == 4 and all(0 <= row["pnmi"] <= 1 for row in rows)
+    names = sorted(path.name for path in (tmp_path / "units").iterdir())
+    assert names == [f"units.{suffix}" for suffix in ("csv", "json", "md", "pdf", "png")]
+
+
+def test_evaluation_checks_for_fastabx_first(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "fastabx", None)
+    with pytest.raises(SystemExit, match=r"ABX .* needs fastabx"):
+        load_command("evaluate_units").main([*arguments_of(corpus, tmp_path), "--abx"])
 
 
 @needs_fastabx

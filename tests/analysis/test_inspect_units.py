@@ -8,10 +8,10 @@ import pytest
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.utils.model_folder import save_folder
 from inspections import write_recordings
-from scripts import load_script
+from scripts import load_command
 from tiny import randomize, tiny_config
 
-SCRIPT = load_script("examples/inspect_units.py")
+SCRIPT = load_command("inspect_units")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from dinosr_hf.analysis.layers import (
 from dinosr_hf.data import open_recordings
 from dinosr_hf.units import UnitExtractor
 from dinosr_hf.utils.model_folder import save_folder
-from scripts import load_script
+from scripts import load_command
 from tiny import randomize, tiny_config
 from tolerances import SAME_ARITHMETIC
 
@@ -289,7 +289,7 @@ def test_the_script_writes_table_and_plot(corpus, folder, tmp_path, capsys, fit)
     words = [str(folder), "--data", str(corpus / "speech"), "--labels", str(corpus / "phones.jsonl")]
     words += [*fit, str(corpus / "more")] if fit else []
     words += ["--output_dir", str(tmp_path), "--num_clusters", "4", "--max_frames", "500", "--sources", "student"]
-    load_script("examples/evaluate_layers.py").main([*words, "teacher"])
+    load_command("evaluate_layers").main([*words, "teacher"])
     printed = capsys.readouterr().out
     assert f"Fitted on {1} speakers, evaluated on {3 if fit else 2} others." in printed
     found = json.loads((tmp_path / "layers.json").read_text(encoding="utf-8"))
@@ -303,6 +303,6 @@ def test_the_script_writes_table_and_plot(corpus, folder, tmp_path, capsys, fit)
 def test_the_script_refuses_common_speakers(corpus, folder, tmp_path):
     words = [str(folder), "--data", str(corpus / "speech"), "--labels", str(corpus / "phones.jsonl")]
     with pytest.raises(SystemExit, match=r"evaluate_layers.py: .*3 speakers in common, for example 's0'"):
-        load_script("examples/evaluate_layers.py").main(
+        load_command("evaluate_layers").main(
             [*words, "--fit_data", str(corpus / "speech"), "--output_dir", str(tmp_path)]
         )

@@ -28,7 +28,7 @@ from dinosr_hf.data.finding import Found, find_files, is_hidden, literal_paths, 
 from dinosr_hf.data.parquet_folders import parquet_splits
 from dinosr_hf.pretraining.anchor_arguments import anchor_kind
 from dinosr_hf.units import load_units
-from scripts import load_script
+from scripts import load_command
 
 M4A = b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(500)
 
@@ -456,7 +456,7 @@ def test_folders_among_several_names(tmp_path):
 
 
 def test_manifest_script_says_what_is_left_out(mixed, tmp_path, capsys):
-    main = load_script("examples/make_manifest.py").main
+    main = load_command("make_manifest").main
     main([str(mixed), str(tmp_path / "all.jsonl")])
     printed = capsys.readouterr().out
     assert f"left out: {NUM_UNREADABLE} files" in printed

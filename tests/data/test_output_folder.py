@@ -18,7 +18,7 @@ from dinosr_hf.units import LayerKMeans, load_units
 from dinosr_hf.utils import files
 from dinosr_hf.utils.files import TEMPORARY_PREFIX, lock_folder
 from recognisers import save_models
-from scripts import load_script
+from scripts import load_command
 from tiny import randomize
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scripts():
-    return {name: load_script(f"examples/{name}.py") for name in ("extract_units", "transcribe")}
+    return {name: load_command(name) for name in ("extract_units", "transcribe")}
 
 
 def write_recordings(folder: Path, seed: int = 0, **lengths: int) -> Path:
@@ -356,12 +356,11 @@ def test_a_full_disk_leaves_whole_files_and_the_same_command_goes_on(run, tmp_pa
 
 # Imports take seconds and a run milliseconds: one process imports, its forks run the command and are stopped.
 STOPS = """
-import os, random, resource, signal, sys, time
+import importlib, os, random, resource, signal, sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-name, out, how = sys.argv[2], Path(sys.argv[3]), sys.argv[4]
-script = __import__(name)
-words, log = sys.argv[5:], os.open(out.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+name, out, how = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+script = importlib.import_module(f"dinosr_hf.commands.{name}")
+words, log = sys.argv[4:], os.open(out.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 chance = random.Random(0)
 stops = starts = 0
 is_done = False
@@ -408,7 +407,7 @@ def test_stopped_runs_end_with_the_files_of_an_undisturbed_one(run, models, tmp_
     run(kind, inputs=inputs, out="whole")
     name, model, flags = KINDS[kind]
     words = [models / model, inputs, "--output_dir", tmp_path / "out", "--device", "cpu", "--batch_seconds", "0.01"]
-    command = [sys.executable, "-c", STOPS, ROOT / "examples", name, tmp_path / "out", how, *words, *flags]
+    command = [sys.executable, "-c", STOPS, name, tmp_path / "out", how, *words, *flags]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:] + (tmp_path / "log.txt").read_text()[-3000:]
     log = (tmp_path / "log.txt").read_text()
@@ -418,3 +417,26 @@ def test_stopped_runs_end_with_the_files_of_an_undisturbed_one(run, models, tmp_
         assert f"{name}.py: " in log
     assert changes(kind, tmp_path / "out") == changes(kind, tmp_path / "whole")
     assert not list((tmp_path / "out").rglob(f"{TEMPORARY_PREFIX}*"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "npy", "txt"])
+def test_a_dry_run_says_what_is_to_do_and_writes_nothing(run, speech, tmp_path, capsys, kind):
+    (speech / "junk.wav").write_bytes(b"no audio")
+    num_recordings = len(LENGTHS)
+    run(kind, "--dry_run")
+    said = capsys.readouterr().out
+    assert said.startswith(f"To do: {num_recordings} recordings, 0.") and not (tmp_path / "out").exists()
+    assert "minutes of audio. Left out: 1 unreadable (such as junk.wav). Their " in said
+    assert said.endswith(f" go to {tmp_path / 'out'}. Nothing was written.\n")
+    (speech / "junk.wav").unlink()
+    run(kind)
+    before = written(tmp_path / "out")
+    write_recordings(speech, new=900)
+    run(kind, "--dry_run")
+    assert "To do: 1 recordings, 0.0 minutes" in (said := capsys.readouterr().out)
+    assert f"({num_recordings} are there already)" in said and written(tmp_path / "out") == before
+
+
+def test_a_dry_run_refuses_what_the_run_would(run, tmp_path):
+    run("jsonl")
+    assert_refused(run, tmp_path, "cannot continue", "jsonl", "--dry_run", "--deduplicate")

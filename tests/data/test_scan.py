@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -17,10 +16,9 @@ import pytest
 from dinosr_hf import DinoSRConfig
 from dinosr_hf.data import FolderSource, min_maskable_samples, open_source
 from dinosr_hf.data.scan import MIN_SECONDS, scan_folder, write_manifest
+from scripts import load_command
 
 soundfile = pytest.importorskip("soundfile")
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "make_manifest.py"
 
 
 def noise(num_samples: int, seed: int = 0, channels: int = 1) -> np.ndarray:
@@ -238,10 +236,7 @@ def test_nothing_to_scan_or_to_write(tmp_path):
 
 @pytest.fixture
 def make_manifest():
-    spec = importlib.util.spec_from_file_location("make_manifest", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_command("make_manifest").main
 
 
 def test_command(folder, tmp_path, make_manifest, capsys):

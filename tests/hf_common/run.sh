@@ -9,6 +9,7 @@
 # and exits 0 only where tests ran and none failed.
 #
 #   HF_COMMON_CACHE    where the sdist is kept (dinosr-hf in XDG_CACHE_HOME or ~/.cache); put one there to work offline
+#   HF_COMMON_SDIST    the sdist, or an archive of the repository, of exactly the installed version (found in the cache)
 #   HF_COMMON_WORKERS  processes (2)
 set -euo pipefail
 
@@ -31,7 +32,7 @@ python=$(realpath -s "$(command -v "$python" || echo "$python")")
 version=$("$python" -c 'import transformers; print(transformers.__version__)' 2>"$work/log") ||
     give_up "$python cannot import transformers: $(tail -n 1 "$work/log")"
 
-sdist=$cache/transformers-$version.tar.gz
+sdist=${HF_COMMON_SDIST:-$cache/transformers-$version.tar.gz}
 if [ ! -f "$sdist" ]; then
     echo "Downloading the tests of transformers $version"
     "$python" -m pip download -qq --no-deps --no-binary transformers -d "$work" "transformers==$version" \

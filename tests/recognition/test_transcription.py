@@ -1,12 +1,10 @@
 """Transcription of recordings of any length: windows, pauses, batches, unreadable files, the script."""
 
-import importlib.util
 import io
 import json
 import shutil
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +24,7 @@ from dinosr_hf.recognition.transcription import (
     split_words_at_pauses,
 )
 from recognisers import LABELS, save_models
+from scripts import load_command
 from tolerances import SAME_ARITHMETIC
 
 LENGTHS = {"short": 30, "a": 1_234, "b": 2_345, "long": 9_871}
@@ -302,15 +301,9 @@ def test_decoding_json_of_the_folder_is_used(recogniser, recordings, tmp_path):
     assert greedy == next(Transcriber.from_folder(recogniser).transcribe(source))
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "transcribe.py"
-
-
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("transcribe", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_command("transcribe").main
 
 
 def test_script_prints_in_order(main, recogniser, recordings, capsys):

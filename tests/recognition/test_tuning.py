@@ -1,9 +1,7 @@
 """Tuning of decoding: the pairs, the counts of errors, and the script that writes decoding.json."""
 
 import csv
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +13,11 @@ from dinosr_hf.recognition import make_processor
 from dinosr_hf.recognition.decoding import BeamSearchDecoder, DecodingOptions
 from dinosr_hf.recognition.tuning import Trial, random_pairs, tune
 from language_models import write_arpa
+from scripts import load_command
 from tiny import deterministic_config
 
 LABELS = ["<pad>", "|", "a", "b"]
 NAMED = {"blank_id": 0, "word_delimiter_id": 1}
-SCRIPT = Path(__file__).parents[2] / "examples" / "tune_decoding.py"
 
 
 def emissions(text, doubt=0.0):
@@ -95,10 +93,7 @@ def test_tuning_finds_the_better_weight(tmp_path):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("tune_decoding", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_command("tune_decoding")
 
 
 @pytest.fixture(scope="module")

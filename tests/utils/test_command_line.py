@@ -13,7 +13,15 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from dinosr_hf.utils.command_line import ArgumentError, check_ranges, command, parse_groups
+from dinosr_hf.utils.command_line import (
+    ArgumentError,
+    Parser,
+    check_ranges,
+    command,
+    explicit_names,
+    parse_groups,
+    parse_options,
+)
 
 
 @dataclass
@@ -129,7 +137,7 @@ def test_help_begins_with_the_description_and_names_each_flag_once(monkeypatch, 
         parse_groups(["--help"], (Noise,), description="Make noise.\n\n    make.py loud.yaml\n")
     help_text = capsys.readouterr().out
     assert help_text.startswith(
-        "usage: make.py [CONFIG.yaml] [--flag value ...]\n\nMake noise.\n\n    make.py loud.yaml\n\n"
+        "usage: make.py [RECIPE or FILE.yaml] [--flag value ...]\n\nMake noise.\n\n    make.py loud.yaml\n\n"
     )
     assert help_text.count("Whether to add rooms. (default: True)") == 1 and "--no_rooms" not in help_text
     assert parse_groups(["--no_rooms"], (Noise,)) == [Noise(rooms=False)]
@@ -209,12 +217,87 @@ def test_output_that_does_not_fit_on_the_disk_is_an_error(monkeypatch, errors):
             print("transcripts")
 
 
-SCRIPTS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+MODULES = sorted((Path(__file__).parents[2] / "src" / "dinosr_hf" / "commands").glob("[a-z]*.py"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_all_scripts_run_as_a_command(script):
-    source = script.read_text(encoding="utf-8")
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
+def test_all_modules_run_as_a_command(module):
+    source = module.read_text(encoding="utf-8")
     assert source.count("with command(__file__") == 1
     help_text = ast.get_docstring(ast.parse(source))
     assert help_text.isascii()  # --help is printed before
+
+
+def make_units_parser():
+    parser = Parser("Make units.")
+    parser.add_argument("model", help="folder")
+    parser.add_argument("inputs", nargs="+", help="files")
+    parser.add_argument("--output_dir", required=True, help="folder to write")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds")
+    parser.add_argument("--form", choices=("npy", "pt"), help="format")
+    parser.add_argument("--merge", action="store_true", help="merge runs")
+    return parser
+
+
+def parse_units(tmp_path, content, *flags):
+    path = tmp_path / "units.yaml"
+    path.write_text(content, encoding="utf-8")
+    return parse_options(make_units_parser(), [str(path), *flags], seconds=1)
+
+
+WHOLE = "model: m\ninputs: [a.wav, b.wav]\noutput_dir: out\nlayers: [5, 9]\nmerge: true\nform: null\n"
+
+
+def test_a_file_may_have_all_arguments_of_any_command(tmp_path):
+    expected = {"model": "m", "inputs": ["a.wav", "b.wav"], "output_dir": "out", "layers": [5, 9]}
+    assert vars(parse_units(tmp_path, WHOLE)) == {**expected, "seconds": 3.0, "form": None, "merge": True}
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["--layers", "3"], "layers", [3]),
+        (["--output-dir=here"], "output_dir", "here"),
+        (["--no_merge"], "merge", False),
+        (["--model", "n"], "model", "n"),
+        (["--inputs", "c.wav", "d.wav"], "inputs", ["c.wav", "d.wav"]),
+        (["--form", "pt"], "form", "pt"),
+    ],
+)
+def test_words_take_precedence_over_the_file_of_any_command(tmp_path, flags, name, value):
+    assert getattr(parse_units(tmp_path, WHOLE, *flags), name) == value
+
+
+def test_words_are_those_that_the_file_lacks(tmp_path):
+    options = parse_units(tmp_path, "model: m\n", "a.wav", "b.wav", "--output_dir", "out")
+    assert (options.model, options.inputs) == ("m", ["a.wav", "b.wav"])
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ("layer: 5", [], r"a\.py: \S+units\.yaml: layer is not a known argument\. The nearest is layers\."),
+        ("layers: five", [], r"a\.py: \S+units\.yaml: argument --layers: invalid int value: 'five'"),
+        ("form: mp3", [], r"a\.py: \S+units\.yaml: argument --form: invalid choice: 'mp3'"),
+        ("merge: 3", [], r"a\.py: \S+units\.yaml: merge=3 must be true or false\."),
+        ("seconds: [1, 2]", [], r"a\.py: \S+units\.yaml: seconds takes one value, but has 2\."),
+        ("model: a\nmodel: b", [], r"a\.py: \S+units\.yaml is not valid YAML: .*model"),
+        ("seconds: 0.5\n" + WHOLE, [], r"a\.py: seconds=0\.5 is out of range: it must be at least 1\."),
+        ("model: m", ["--output_dir", "o"], r"a\.py: the following arguments are required: inputs\. --help lists all"),
+        (WHOLE, ["c.wav"], r"a\.py: c\.wav does not belong to any argument\. Flags are --name value\."),
+        (WHOLE, ["--layer", "5"], r"a\.py: layer is not a known argument\. The nearest is layers\."),
+    ],
+    ids=["key", "type", "choice", "switch", "two values", "twice", "range", "missing", "word", "flag"],
+)
+def test_errors_of_any_command_are_one_line(tmp_path, monkeypatch, content, flags, message):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/a.py"])
+    with pytest.raises(SystemExit, match=f"^{message}") as end:
+        parse_units(tmp_path, content, *flags)
+    assert "\n" not in str(end.value)
+
+
+def test_flags_with_dashes_are_those_with_underscores(tmp_path):
+    content = "is_loud: false\nlimit: null\n"
+    assert parse(tmp_path, content, "--is-loud", "true")[0].is_loud is True
+    assert explicit_names(["--is-loud=true", "--names", "a-b"], (Sound, Place)) == {"is_loud", "names"}

@@ -2,14 +2,13 @@
 
 import gzip
 import os
-import sys
 import time
 from decimal import Decimal
 
 import pytest
 
 from dinosr_hf.utils.text_files import csv_rows, json_lines, load_yaml, read_json, read_lines, read_text
-from scripts import load_script
+from scripts import load_command
 
 MARK = b"\xef\xbb\xbf"
 
@@ -269,18 +268,16 @@ def test_keys_that_repeat_and_aliases_that_multiply_are_refused(file, text, mess
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune_ctc", "finetune_classification"])
-def test_scripts_name_a_file_of_arguments_in_one_line(file, script, monkeypatch):
-    module = load_script(f"examples/{script}.py")
+def test_scripts_name_a_file_of_arguments_in_one_line(file, script):
+    module = load_command(script)
     for content, message in ((b"seed: \xe9", "line 1: it is not UTF-8"), ("[" * 5_000, "is not valid YAML")):
-        monkeypatch.setattr(sys, "argv", [script, str(file(content, "a.yaml"))])
         with pytest.raises(SystemExit, match=rf"^{script}\.py: .*a\.yaml.* ?{message}") as end:
-            module.main()
+            module.main([str(file(content, "a.yaml"))])
         assert "\n" not in str(end.value)
 
 
-def test_scripts_name_a_table_that_cannot_be_read_in_one_line(file, tmp_path, monkeypatch):
-    module = load_script("examples/pretrain.py")
+def test_scripts_name_a_table_that_cannot_be_read_in_one_line(file, tmp_path):
+    module = load_command("pretrain")
     table = file('path,text\na.wav,"one\nb.wav,two\n', "table.csv")
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", str(table), "--output_dir", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match=r"^pretrain\.py: .*table\.csv, line 2: a quote is not closed\. .*"):
-        module.main()
+        module.main(["--data", str(table), "--output_dir", str(tmp_path / "out")])

@@ -187,6 +187,10 @@ class Classification(Task):
     def _references(self, source: LabelledSource) -> list[str]:
         return [visible_text(label) for label in source.labels]
 
+    def labels(self) -> list[str]:
+        """Return the classes."""
+        return self.classes
+
     def targets(self, source: LabelledSource) -> list[np.ndarray | int]:
         """Return the indices of the classes; -100 for classes that training speech does not have, with a warning."""
         indices = {label: index for index, label in enumerate(self.classes)}

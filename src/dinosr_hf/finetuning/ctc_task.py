@@ -117,6 +117,10 @@ class Recognition(Task):
             "ctc_zero_infinity": True,  # evaluation may have utterances that are too short for their labels
         }
 
+    def labels(self) -> list[str]:
+        """Return the vocabulary."""
+        return self._tokenizer.convert_ids_to_tokens(range(len(self._tokenizer)))
+
     def _references(self, source: LabelledSource) -> list[str]:
         return [self.normalization(label) for label in source.labels]
 

@@ -183,6 +183,7 @@ class FinetuningArguments(TrainingArguments):
     save_steps: float = argument(1000, "Number of updates between checkpoints.")
     save_total_limit: int | None = argument(2, "Number of checkpoints to keep; the last and the best are always kept.")
     load_best_model_at_end: bool = argument(True, "Whether to finish with the best checkpoint instead of the last.")
+    dry_run: bool = argument(False, "Whether to open data and model, print what would be trained, and end.")
     remove_unused_columns: bool = argument(False, "Has no effect on these data sets.")
 
     def __post_init__(self) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from transformers import set_seed
@@ -144,6 +146,31 @@ def _train_and_save(
     return record
 
 
+def _describe(trainer: SpeechTrainer, task: Task, test: LabelledDataset | None, checkpoint: str | None) -> str:
+    """Say what a run would train, on what, for how long, and where it would write."""
+    args, train, num_processes = trainer.args, trainer.train_dataset, trainer.args.world_size
+    trainer.get_train_dataloader()
+    steps_per_epoch = trainer.sampler.num_steps
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    weights = list(trainer.model.parameters()) if trainer.model is not None else []
+    num_trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    rows = {
+        "model": f"{sum(weight.numel() for weight in weights):,} weights, of which {num_trained:,} are trained",
+        "labels": f"{len(task.labels()):,}: {shorten(' '.join(task.labels()), 200, placeholder=' ...')}",
+    }
+    for name, dataset in {"training": train, "evaluation": trainer.eval_dataset, "test": test}.items():
+        if dataset is not None:
+            minutes = sum(dataset.num_samples) / SAMPLING_RATE / 60
+            rows[name] = f"{len(dataset):,} of {len(dataset.source):,} utterances, {minutes:,.1f} minutes"
+    rows["steps"] = (
+        f"{steps:,} of at most {args.step_seconds:g} s of audio over {num_processes} process(es), in micro-batches of"
+        f" {args.micro_seconds:g} s: {steps / steps_per_epoch:,.1f} epochs"
+    )
+    rows["start"] = checkpoint or "the first step"
+    rows["results"] = args.output_dir
+    return "\n".join(f"{name:11} {value}" for name, value in rows.items())
+
+
 def finetune(
     task: Task,
     start: InitialModelArguments,
@@ -157,7 +184,8 @@ def finetune(
 
     The output folder then has the model with its processor, as `pipeline` opens it, predictions and errors of each
     evaluation, and `run.json`, the record of the run. A run that was interrupted goes on from its last checkpoint, and
-    a finished one returns its record. `on_trainer` gets the trainer before it starts, to add callbacks.
+    a finished one returns its record. `on_trainer` gets the trainer before it starts, to add callbacks. A dry run
+    (`arguments.dry_run`) prints a plan, and returns the record that the run would begin with.
 
     Raises:
         ArgumentError: If the arguments do not fit the model, data or output folder, or the data cannot be read.
@@ -165,7 +193,8 @@ def finetune(
     if start.freeze_encoder and arguments.freeze_steps:
         raise ArgumentError("freeze_steps would have no effect with freeze_encoder. Remove one of them.")
     given = public_values({**vars(start), **vars(data), **vars(task.arguments), **arguments.to_record()})
-    with lock_output_folder(arguments.output_dir) if arguments.process_index == 0 else nullcontext():
+    locks = arguments.process_index == 0 and not arguments.dry_run
+    with lock_output_folder(arguments.output_dir) if locks else nullcontext():
         asked = arguments.resume_from_checkpoint
         try:
             checkpoint, previous = find_resume_point(arguments.output_dir, asked, task.name, given)
@@ -194,4 +223,8 @@ def finetune(
             finished=None,
             hardware=describe_hardware(arguments.world_size),
         )
+        if arguments.dry_run:
+            if trainer.is_world_process_zero():
+                print(f"{_describe(trainer, task, test, checkpoint)}\nNothing was trained.")
+            return record
         return _train_and_save(trainer, task, test, record, checkpoint)

@@ -34,6 +34,10 @@ class Task(ABC):
         """Return the fields of the configuration that follow from the labels."""
 
     @abstractmethod
+    def labels(self) -> list[str]:
+        """Return the labels that the head learns, in the order of their numbers."""
+
+    @abstractmethod
     def targets(self, source: LabelledSource) -> list[np.ndarray | int]:
         """Return the target of each utterance: int64 (L,) labels, or a class; -100 for a class that is unknown."""
 

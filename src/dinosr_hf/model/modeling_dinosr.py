@@ -1498,7 +1498,8 @@ class DinoSRForCTC(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         Score labels, and with `labels` compute the loss.
 
         Args:
-            input_values, attention_mask: As for `DinoSRModel`; `**kwargs` too.
+            input_values, attention_mask: As for `DinoSRModel`.
+            **kwargs: As for `DinoSRModel`.
             labels: int64 (B, L), padded at the end with -100.
 
         Returns:
@@ -1591,7 +1592,8 @@ class DinoSRForSequenceClassification(DinoSRClassifier):  # trf-ignore: TRF057
         Classify utterances, and with `labels` compute the loss.
 
         Args:
-            input_values, attention_mask: As for `DinoSRModel`; `**kwargs` too.
+            input_values, attention_mask: As for `DinoSRModel`.
+            **kwargs: As for `DinoSRModel`.
             labels: int64 (B,) for cross entropy, or float (B,) for squared error if `num_labels` is 1.
 
         Returns:
@@ -1636,7 +1638,8 @@ class DinoSRForAudioFrameClassification(DinoSRClassifier):  # trf-ignore: TRF057
         Classify frames, and with `labels` compute the loss.
 
         Args:
-            input_values, attention_mask: As for `DinoSRModel`; `**kwargs` too.
+            input_values, attention_mask: As for `DinoSRModel`.
+            **kwargs: As for `DinoSRModel`.
             labels: int64 (B, T), -100 for frames to ignore, or one-hot (B, T, num_labels). Padding is ignored.
 
         Returns:
@@ -1740,7 +1743,8 @@ class DinoSRForXVector(DinoSRClassifier):  # trf-ignore: TRF057
         Embed utterances, and with `labels` compute the loss.
 
         Args:
-            input_values, attention_mask: As for `DinoSRModel`; `**kwargs` too.
+            input_values, attention_mask: As for `DinoSRModel`.
+            **kwargs: As for `DinoSRModel`.
             labels: int64 (B,), the speakers.
 
         Returns:

@@ -334,10 +334,10 @@ GROUPS: Any = (ModelArguments, DataArguments, RunArguments)
 
 
 def parse_arguments(
-    argv: Sequence[str], default_config: str | Path, *, description: str | None = None
+    argv: Sequence[str], default_config: str | Path | None = None, *, description: str | None = None
 ) -> PretrainingArguments:
     """
-    Parse the command line of `dinosr pretrain`: a YAML file or recipe, or `default_config`, then flags, which override it.
+    Parse the command line of `dinosr pretrain`: a YAML file or recipe, or `default_config`, then flags, which win.
 
     `description` is that of `parse_groups`.
 

@@ -129,7 +129,7 @@ class DecodingOptions:
         """Read what `save` wrote. Raises `ValueError` for a missing or invalid file or option."""
         path = Path(path)
         if not path.is_file():
-            raise ValueError(f"{path} is not a file. Write it with examples/tune_decoding.py or DecodingOptions.save.")
+            raise ValueError(f"{path} is not a file. Write it with `dinosr tune` or DecodingOptions.save.")
         values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError(f"{path} must contain an object of options, but contains a {type(values).__name__}.")

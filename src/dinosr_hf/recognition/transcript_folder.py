@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import SpeechSource
-from ..data.output_folder import OutputFolder
+from ..data.output_folder import OutputFolder, describe_recordings
 from ..utils.files import write_atomically
 from .subtitles import FORMATS
 from .transcription import Transcriber
@@ -47,6 +47,12 @@ class TranscriptFiles(OutputFolder):
             state_name=f".settings-{form}",  # without a suffix, so it is never the name of a transcript
         )
         self._transcriber, self._paths, self._format, self._overwrite = transcriber, paths, FORMATS[form], overwrite
+
+    def plan(self) -> str:
+        """Say what is to do, and what is done already; with `overwrite`, all is to do."""
+        if self._overwrite:
+            return f"{describe_recordings(self.recordings)} Their transcripts go to {self.folder}, over those there."
+        return super().plan()
 
     def _done(self) -> list[str]:
         return [name for name, path in self._paths.items() if os.path.lexists(path)]

@@ -1,4 +1,4 @@
-"""Command lines of the scripts: arguments from a YAML file and flags over it, and errors that say what to change."""
+"""Command lines: arguments from a YAML file and flags over it, and errors that say what to change."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progre
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
+from .recipes import find_recipe, recipes
 from .text_files import load_yaml
 
 MAX_NUMBER = 10**15  # of samples, or steps, which no run has
@@ -65,6 +66,12 @@ def _drops_output() -> bool:
     return False
 
 
+def program(script: str | os.PathLike) -> str:
+    """Return what the user typed: `dinosr subcommand`, or the name of a script, whose `__file__` is given."""
+    typed = Path(sys.argv[0]).name
+    return typed if typed.startswith("dinosr ") else Path(script).name
+
+
 @contextmanager
 def command(script: str | os.PathLike, *user_errors: type[Exception]) -> Iterator[None]:
     """
@@ -72,7 +79,7 @@ def command(script: str | os.PathLike, *user_errors: type[Exception]) -> Iterato
 
     From here on, characters that the terminal's encoding lacks are printed as escapes, such as `\\u00e9`.
     `script` is its `__file__`. User errors, by default ValueError, OSError and ImportError, end it with the line
-    `script: message` and exit status 1; others are passed on. An error of stdout, such as a full disk, ends it in the
+    `program: message` and exit status 1; others are passed on. An error of stdout, such as a full disk, ends it in the
     same way; if the reader of stdout has gone, as `head` goes, it ends with status 1 and without a message.
     """
     _print_anything()
@@ -93,7 +100,7 @@ def command(script: str | os.PathLike, *user_errors: type[Exception]) -> Iterato
             sys.exit(1)
         if not is_of_stdout and not isinstance(error, caught):
             raise
-        sys.exit(f"{Path(script).name}: {'stdout: ' if is_of_stdout else ''}{error}")
+        sys.exit(f"{program(script)}: {'stdout: ' if is_of_stdout else ''}{error}")
 
 
 def refuse_unknown(
@@ -123,16 +130,66 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Show the defaults, and the description as it is written."""
 
 
-class _Parser(HfArgumentParser):
-    def __init__(self, groups: Sequence[Any], description: str | None) -> None:
-        usage = "%(prog)s [CONFIG.yaml] [--flag value ...]"
-        super().__init__(groups, description=description, usage=usage, formatter_class=_Formatter, allow_abbrev=False)
+class Parser(HfArgumentParser):
+    """
+    The parser of a command: a YAML file first, if any, then flags, which take precedence over it.
+
+    Args:
+        description: Text above the arguments in `--help`.
+        groups: Dataclasses whose fields are flags, no two of the same name. The YAML file may be a recipe then.
+    """
+
+    def __init__(self, description: str | None, groups: Sequence[Any] = ()) -> None:
+        super().__init__(
+            groups,
+            prog=program(sys.argv[0]),
+            description=description,
+            usage="%(prog)s [RECIPE or FILE.yaml] [--flag value ...]" if groups else None,
+            epilog=None if groups else "A YAML file with some of these arguments may come first: name: value.",
+            formatter_class=_Formatter if groups else argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         for action in self._actions:
             if action.option_strings[0] == f"--no_{action.dest}":  # it repeats the help of the flag that it negates
                 action.help = argparse.SUPPRESS
 
-    def error(self, message: str) -> Any:  # argparse would print all flags and exit
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Add an argument; one of "store_true" gets a twin, `--no_name`, which takes precedence over a file's true."""
+        action = super().add_argument(*names, **options)
+        if options.get("action") == "store_true":
+            no_name = f"--no_{names[0].removeprefix('--')}"
+            super().add_argument(no_name, dest=action.dest, action="store_false", help=argparse.SUPPRESS)
+        return action
+
+    def error(self, message: str) -> Any:
+        """Raise `ArgumentError`, where argparse would print all flags and exit."""
         raise ArgumentError(f"{message}. --help lists all arguments.")
+
+    def arguments(self) -> dict[str, argparse.Action]:
+        """Return the arguments by their names in a YAML file, those with a flag without its dashes."""
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS and action.dest != "help"]
+        return {next(iter(action.option_strings), action.dest).removeprefix("--"): action for action in shown}
+
+    def set_defaults_from(self, path: Path) -> None:
+        """Take what a YAML file says for arguments that are not given; those without a flag get one of their name."""
+        known = self.arguments()
+        for name, value in read_yaml(path, [*known]).items():
+            action, values = known[name], [str(part) for part in (value if isinstance(value, list) else [value])]
+            if value in (None, []):
+                continue
+            if action.nargs == 0:
+                if not isinstance(value, bool):
+                    raise ArgumentError(f"{path}: {name}={value} must be true or false.")
+                action.default = value
+            elif action.nargs is None and len(values) > 1:
+                raise ArgumentError(f"{path}: {name} takes one value, but has {len(values)}.")
+            else:
+                with argument_errors(f"{path}: ", (argparse.ArgumentError,)):
+                    action.default = self._get_values(action, values)
+            action.required = False
+            if not action.option_strings:  # now it is a flag, and the words are those that the file lacks
+                action.option_strings = [f"--{name}"]
+                self._option_string_actions[f"--{name}"] = action
 
 
 def _as_flags(key: str, value: Any) -> list[str]:
@@ -145,14 +202,31 @@ def _as_flags(key: str, value: Any) -> list[str]:
     return [f"--{key}={json.dumps(value) if isinstance(value, Mapping) else value}"]
 
 
+def _with_underscores(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with flags as `--output_dir`, however they were typed."""
+    parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
+    return [f"--{name[2:].replace('-', '_')}{sign}{value}" if name else value for name, sign, value in parts]
+
+
+def _refuse_rest(words: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse the first of the words that no argument has taken."""
+    for word in words:
+        if not word.startswith("-"):
+            raise ArgumentError(f"{word} does not belong to any argument. Flags are --name value.")
+        refuse_unknown([word.lstrip("-").partition("=")[0]], known)
+
+
 def _file_and_flags(
     argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None
 ) -> tuple[list[str], dict[str, Any], list[str]]:
     """Return the known keys, the content of the file, and the flags."""
     known = [spec.name for group in groups for spec in dataclasses.fields(group) if spec.init]
-    path, flags = default_config, list(argv)
+    path, flags = default_config, _with_underscores(argv)
     if flags and not flags[0].startswith("-"):
-        path = flags.pop(0)
+        name = flags.pop(0)
+        if (path := find_recipe(name)) is None:
+            names = ", ".join(recipes())
+            raise ArgumentError(f"{name} is neither a YAML file nor a recipe. The recipes are {names}.")
     return known, {} if path is None else read_yaml(Path(path), known), flags
 
 
@@ -177,14 +251,19 @@ def _check_value(name: str, value: Any) -> None:
         check_ranges([(0 <= value < 2**32, name, value, "at least 0 and less than 2 ** 32")])
 
 
-def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str], **least: int) -> argparse.Namespace:
+def parse_options(parser: Parser, argv: Sequence[str], **least: int) -> argparse.Namespace:
     """
-    Parse a command line; exit with one line for a number that no option can have, such as nan.
+    Parse a command line; exit with one line for what the parser refuses, and for a number such as nan.
 
-    `least` has the least value of the options that need one, by name.
+    If the first word ends in .yaml, it is a file of arguments. `least` has the least value of the options that need
+    one, by name.
     """
-    options = parser.parse_args(argv)
+    words = _with_underscores(argv)
     try:
+        if words and words[0].endswith((".yaml", ".yml")):
+            parser.set_defaults_from(Path(words.pop(0)))
+        options, rest = parser.parse_known_args(words)
+        _refuse_rest(rest, [*parser.arguments()])
         for name, value in vars(options).items():
             _check_value(name, value)
             if name in least and value is not None:
@@ -216,7 +295,7 @@ def parse_groups(
     Parse a command line into an object of each dataclass.
 
     Args:
-        argv: Path of a YAML file, optional, then flags, `--name value`, which take precedence over it.
+        argv: YAML file or recipe, optional, then flags, `--name value`, which take precedence over it.
         groups: Dataclasses; no two have a field of the same name.
         default_config: Path of the YAML file to use if `argv` has none; None: no file.
         description: Text above the arguments in `--help`.
@@ -228,16 +307,13 @@ def parse_groups(
     known, from_file, flags = _file_and_flags(argv, groups, default_config)
     words = [word for key, value in from_file.items() for word in _as_flags(key, value)]
     with argument_errors():  # a dataclass may refuse values itself, as TrainingArguments does
-        *parsed, unknown = _Parser(groups, description).parse_args_into_dataclasses(
+        *parsed, rest = Parser(description, groups).parse_args_into_dataclasses(
             args=[*words, *flags], look_for_args_file=False, return_remaining_strings=True
         )
     for group in parsed:
         for spec in dataclasses.fields(group):
             _check_value(spec.name, getattr(group, spec.name))
-    for text in unknown:
-        if not text.startswith("-"):
-            raise ArgumentError(f"{text} does not belong to any argument. Flags are --name value.")
-        refuse_unknown([text.lstrip("-").partition("=")[0]], known)
+    _refuse_rest(rest, known)
     for key in from_file.keys() - _flag_names(flags):
         if from_file[key] in (None, []):  # which words cannot express
             _set_empty(next(group for group in parsed if hasattr(group, key)), key, from_file[key])

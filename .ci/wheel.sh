@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Build sdist and wheel, install the wheel into an empty environment outside of the repository, and use it there.
+# Usage: .ci/wheel.sh [PYTHON], by default that of .venv; it needs the packages build and pip.
+set -euo pipefail
+unset PYTHONPATH PYTHONDONTWRITEBYTECODE # the processes share what the first one compiles
+root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
+python=$(realpath -s "${1:-$root/.venv/bin/python}")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+
+"$python" -m build --outdir dist "$root" >build.log || { cat build.log && exit 1; }
+wheel=$(echo dist/*.whl)
+"$python" - "$wheel" "$root" <<'PYTHON'
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+wheel, root = ZipFile(sys.argv[1]), Path(sys.argv[2])
+found = set(wheel.namelist())
+package = root / "src" / "dinosr_hf"
+expected = {str(path.relative_to(root / "src")) for path in package.rglob("*.*") if "__pycache__" not in path.parts}
+expected |= {f"dinosr_hf/recipes/{path.name}" for path in (root / "examples" / "configs").glob("*.yaml")}
+expected |= {"dinosr_cli.py", "dinosr_hf/py.typed"}
+assert expected <= found, f"the wheel lacks {sorted(expected - found)}"
+others = {name for name in found - expected if ".dist-info/" not in name}
+assert not others, f"the wheel has {sorted(others)}"
+assert any(name.endswith(".dist-info/licenses/LICENSE") for name in found), "the wheel lacks its licence"
+PYTHON
+
+"$python" -m venv --without-pip env
+"$python" -m pip --python env/bin/python install -q --no-compile -c "$root/constraints.txt" "$wheel[demo]"
+env/bin/dinosr --help >/dev/null
+env/bin/dinosr recipes | grep -q tiny_cpu
+env/bin/dinosr demo --steps 5 --output_dir model --synthetic_utterances 6 --step_seconds 20 --test_utterances 3 \
+	--codebook_size 16 --num_threads 1
+env/bin/python - <<'PYTHON'
+import dinosr_hf
+from transformers import AutoModel
+
+assert "site-packages" in dinosr_hf.__file__, dinosr_hf.__file__
+print(f"{type(AutoModel.from_pretrained('model')).__name__} from {dinosr_hf.__version__} of the wheel")
+PYTHON

@@ -1,0 +1,67 @@
+"""
+The command `dinosr`. It stands outside of the package, whose import takes seconds, so that its help is there at once.
+
+A subcommand is a module of `dinosr_hf.commands` with a `main(argv)`; only the chosen one is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+# Name: the module, which but for the last two is also that of a script of examples/, and what it does.
+COMMANDS = {
+    "pretrain": ("pretrain", "pre-train a DinoSR, or adapt one to other speech"),
+    "finetune": ("finetune_ctc", "fine-tune a speech recogniser"),
+    "finetune-classifier": ("finetune_classification", "fine-tune a classifier of utterances"),
+    "transcribe": ("transcribe", "transcribe recordings of any length"),
+    "tune": ("tune_decoding", "tune beam search with a language model"),
+    "units": ("extract_units", "turn recordings into units or features"),
+    "kmeans": ("fit_kmeans", "cluster the features of a layer, for units"),
+    "evaluate": ("evaluate_units", "compare units with phones"),
+    "layers": ("evaluate_layers", "compare what layers know of phones and speakers"),
+    "abx": ("evaluate_abx", "measure ABX errors of features and units"),
+    "inspect": ("inspect_units", "write a page to look at and listen to units"),
+    "plot": ("plot_run", "plot the curves of pre-training runs"),
+    "manifest": ("make_manifest", "scan a folder of recordings, and list them in a file"),
+    "convert": ("convert_checkpoint", "convert the checkpoint of another package, or back"),
+    "export": ("export_onnx", "export a fine-tuned model to ONNX"),
+    "app": ("app", "see words and units of speech on a page"),
+    "publish": ("prepare_for_hub", "prepare a run's folder for the Hub, and upload it"),
+    "demo": ("demo", "learn the units of synthetic speech, in minutes"),
+    "demo-recognition": ("demo_recognition", "learn to recognise synthetic speech, after the demo"),
+    "recipes": ("list_recipes", "list the recipes, which are found by their names"),
+    "completion": ("print_completion", "print the completion of commands and flags for a shell"),
+}
+
+
+def help_text() -> str:
+    """Return the text of `dinosr --help`, which fits a terminal of 80 columns and 24 lines."""
+    lines = [f"  {name:20} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: dinosr COMMAND [ARGUMENT ...]; dinosr COMMAND --help has more", *lines])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the subcommand that a command line names, as if it were a script of that name."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("--help", "-h", "help"):
+        print(help_text())
+    elif name == "--version":
+        print("dinosr-hf", importlib.metadata.version("dinosr-hf"))
+    elif name in COMMANDS:
+        sys.argv = [f"dinosr {name}", *rest]  # by which parsers and errors call themselves
+        try:
+            module = importlib.import_module(f"dinosr_hf.commands.{COMMANDS[name][0]}")
+        except ModuleNotFoundError as error:
+            sys.exit(f'dinosr {name} needs {error.name}: pip install "dinosr-hf[train]"')
+        module.main(rest)
+    else:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        sys.exit(f"dinosr: {name} is not a command. The nearest is {nearest}. dinosr --help lists all.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""
+Pre-train a tiny DinoSR on synthetic speech in minutes, and show the acoustic units that it learnt (`make demo`).
+
+    dinosr demo
+    dinosr demo --steps 200 --output_dir runs/short_demo
+
+It runs `dinosr pretrain`, which gets all other flags, with the recipe tiny_cpu, then evaluates the model on held-out
+synthetic voices: loss, perplexity and active codewords before and after, and how well its units tell phones apart,
+compared with an untrained model and k-means on MFCCs: the textbook's, and ours, tuned to be as hard to beat as we can.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+from .. import DinoSRForPreTraining, perplexity, sample_span_mask
+from ..analysis import UnitQuality, frame_labels, unit_quality
+from ..analysis.baselines import mfcc
+from ..analysis.kmeans import fit_kmeans
+from ..analysis.model_units import LabelledSpeech, layer_tables, target_features
+from ..analysis.plots import phone_codeword_figure, save_figure
+from ..data import normalize_waveform
+from ..pretraining import PretrainingArguments, parse_arguments, synthetic_corpus
+from ..utils.command_line import Parser, check_ranges, command, program
+from ..utils.files import claim_output_folder
+from ..utils.recipes import recipes
+
+MARKER = ".dinosr-demo"  # only a folder with this file is emptied
+
+
+def run_subcommand(*words: str) -> bool:
+    """Run a subcommand in one process of its own, however Accelerate is configured; return whether it succeeded."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "dinosr_hf.cli", *words]
+    return subprocess.run(launch).returncode == 0
+
+
+def labelled_speech(arguments: PretrainingArguments, split: str, num_utterances: int) -> list[LabelledSpeech]:
+    """Return synthetic utterances with a phone for each frame of the model."""
+    config, speech = arguments.model_config(), []
+    for row in synthetic_corpus(arguments.data, num_utterances=num_utterances, seed=arguments.run.seed, split=split):
+        waveform = normalize_waveform(row["audio"]["array"])
+        num_frames = config.num_frames(len(waveform))
+        labels = frame_labels(row["phones"], num_frames, field=config.receptive_field)
+        speech.append(LabelledSpeech(waveform, labels))
+    return speech
+
+
+@torch.no_grad()
+def held_out_loss(model: DinoSRForPreTraining, speech: list[LabelledSpeech]) -> tuple[float, float, float, float]:
+    """Return loss, target and prediction perplexity, and active codewords on held-out speech with fixed masks."""
+    config, total, frames = model.config, 0.0, 0
+    codes: Any = 0
+    predictions: Any = 0
+    generator = np.random.default_rng(0)
+    for waveform, labels in speech:
+        mask = sample_span_mask((1, len(labels)), config.mask_prob, config.mask_length, generator=generator)
+        output = model(torch.from_numpy(waveform)[None], mask_time_indices=torch.from_numpy(mask))
+        total += output.loss.item() * output.num_masked_frames.item()
+        frames += output.num_masked_frames.item()
+        codes, predictions = codes + output.code_counts, predictions + output.prediction_sums
+    active = (codes > 0).sum(dim=1).double().mean().item()
+    return total / frames, perplexity(codes).mean().item(), perplexity(predictions).mean().item(), active
+
+
+def best_layer(qualities: list[UnitQuality]) -> int:
+    """Return the index of the codebook with the highest PNMI."""
+    return max(range(len(qualities)), key=lambda layer: qualities[layer].pnmi)
+
+
+def evaluate_model(
+    model: DinoSRForPreTraining, validation: list[LabelledSpeech], test: list[LabelledSpeech]
+) -> tuple[UnitQuality, np.ndarray, list[str], int]:
+    """Return test quality, table and phones of the codebook that is best on the validation split, and its layer."""
+    tables, _ = layer_tables(model, validation)
+    best = best_layer([UnitQuality.from_table(table) for table in tables])
+    tables, phones = layer_tables(model, test)
+    return UnitQuality.from_table(tables[best]), tables[best], phones, model.config.codebook_layers[best]
+
+
+def evaluate_kmeans(
+    features: Callable[[np.ndarray], np.ndarray],
+    num_clusters: int,
+    train: list[LabelledSpeech],
+    test: list[LabelledSpeech],
+) -> UnitQuality:
+    """Return the quality of k-means units on features, a function of a waveform (S,) to (T, D)."""
+    clusters = fit_kmeans(np.concatenate([features(waveform) for waveform, _ in train]), num_clusters, seed=0)
+    labels = [phone for _, phones in test for phone in phones]
+    codes = np.concatenate([clusters.predict(features(waveform)) for waveform, _ in test])
+    return unit_quality(labels, codes, num_codes=num_clusters)
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--steps", type=int, help="number of training steps (as the recipe has)")
+    parser.add_argument(
+        "--output_dir", default="runs/demo", help="path to the folder for the results; an earlier demo's is replaced"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of speech, weights and masks (%(default)s)")
+    parser.add_argument("--test_utterances", type=int, default=50, help="number of held-out utterances to evaluate on")
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    with command(__file__):
+        options, flags = make_parser().parse_known_args(argv)
+        num_test = options.test_utterances
+        check_ranges([(num_test >= 1, "test_utterances", num_test, "at least 1")])
+        flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
+        if options.steps is not None:
+            flags += ["--max_steps", str(options.steps)]
+        arguments = parse_arguments(flags, recipes()["tiny_cpu"])
+        out = claim_output_folder(options.output_dir, MARKER)
+    if not run_subcommand("pretrain", *flags):
+        sys.exit(f"{program(__file__)}: the pre-training failed; the reason is above.")
+
+    print("\nEvaluating on held-out voices ...", flush=True)
+    train, test = labelled_speech(arguments, "train", num_test), labelled_speech(arguments, "test", num_test)
+    validation = labelled_speech(arguments, "validation", max(1, num_test // 2))
+    trained = DinoSRForPreTraining.from_pretrained(out).eval()
+    set_seed(options.seed)
+    untrained = DinoSRForPreTraining(arguments.model_config()).eval()
+
+    print("\n| held-out speech | loss (nats) | target perplexity | prediction perplexity | active codewords |")
+    print("|---|---|---|---|---|")
+    for name, model in (("at the start", untrained), ("at the end", trained)):
+        loss, target, prediction, active = held_out_loss(model, test)
+        print(
+            f"| {name} | {loss:.3f} | {target:.1f} | {prediction:.1f} | {active:.1f} of {model.config.codebook_size} |"
+        )
+
+    num_codes = trained.config.codebook_size
+    quality, table, phones, layer = evaluate_model(trained, validation, test)
+    first, _, _, first_layer = evaluate_model(untrained, validation, test)
+
+    def untrained_features(waveform: np.ndarray) -> np.ndarray:
+        return target_features(untrained, waveform)[-1].numpy()
+
+    def cepstra(tuned: bool) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda waveform: mfcc(waveform, field=trained.config.receptive_field, tuned=tuned)
+
+    num_frames = sum(len(labels) for _, labels in test)
+    print(f"\n| units (at most {num_codes}), {num_frames:,} frames | phone purity | PNMI | units in use |")
+    print("|---|---|---|---|")
+    rows = {
+        f"DinoSR, layer {layer}": quality,
+        f"untrained model, layer {first_layer}": first,
+        "k-means on the untrained model": evaluate_kmeans(untrained_features, num_codes, train, test),
+        "k-means on textbook MFCCs": evaluate_kmeans(cepstra(tuned=False), num_codes, train, test),
+        "k-means on tuned MFCCs": evaluate_kmeans(cepstra(tuned=True), num_codes, train, test),
+    }
+    for name, row in rows.items():
+        print(f"| {name} | {row.phone_purity:.3f} | {row.pnmi:.3f} | {row.num_active_codes} |")
+    figure = phone_codeword_figure(
+        table, phones, title=f"P(phone | codeword), layer {layer}, held-out synthetic voices"
+    )
+    print(f"\nThe picture is {save_figure(figure, out / 'phone_by_codeword.png')}. The model is in {out}.")

@@ -1,0 +1,150 @@
+r"""
+Evaluate the ABX error of features and units of selected layers, within and across speakers, in a table.
+
+    dinosr abx runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/abx
+    dinosr abx runs/base hubert --data dev-clean --labels textgrids --output_dir runs/abx \
+        --layers 5 9 --distances angular cosine
+
+Models are pre-trained DinoSRs, or encoders of transformers (HuBERT, wav2vec 2.0, data2vec), which have features only.
+Triphones are cut from the labels and written to triphones.item. Needs the extras `train` and `abx`, the latter with
+Python 3.12; with --items_only neither.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from ..analysis.abx import (
+    SPEAKERS,
+    abx_error,
+    frame_rate,
+    import_fastabx,
+    items_text,
+    triphone_items,
+    write_unit_files,
+)
+from ..analysis.reports import csv_table, markdown_table, write_report
+from ..analysis.speech import open_reference
+from ..data import SpeechSource
+from ..inference.windowed import DTYPES
+from ..units import FeatureFiles, UnitExtractor, has_codebooks, load_baseline, load_model
+from ..utils.command_line import Parser, command, parse_options
+from ..utils.files import claim_output_file, write_atomically
+from ..utils.model_folder import open_config
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of models, or names on the Hub")
+    parser.add_argument(
+        "--data", required=True, help="folder, table, manifest or dataset to evaluate on; or: synthetic"
+    )
+    parser.add_argument(
+        "--labels", help="phones: file (.jsonl, .jsonl.gz, .ctm, .txt), TextGrid, or folder of TextGrids"
+    )
+    parser.add_argument("--tier", default="phones", help="tier of TextGrids (%(default)s)")
+    parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
+    parser.add_argument("--speakers", help="column of --data with the speaker (speaker_id, if it exists)")
+    parser.add_argument("--silence", nargs="+", default=["SIL"], help="labels that are not phones (SIL)")
+    parser.add_argument("--layers", type=int, nargs="+", default=[5], help="layers, counted from 1 (5)")
+    parser.add_argument(
+        "--sources",
+        nargs="+",
+        default=["student"],
+        choices=["student", "teacher"],
+        help="networks of a DinoSR whose features to evaluate (student)",
+    )
+    parser.add_argument(
+        "--distances",
+        nargs="+",
+        default=["angular"],
+        choices=["angular", "cosine", "euclidean"],
+        help="distances of features (angular)",
+    )
+    parser.add_argument(
+        "--max_size_group", type=int, default=10, help="maximum number of triphones of a kind (%(default)s)"
+    )
+    other = "maximum number of other speakers per triphone (%(default)s)"
+    parser.add_argument("--max_x_across", type=int, default=5, help=other)
+    parser.add_argument("--items_only", action="store_true", help="write triphones.item, and evaluate nothing")
+    parser.add_argument("--output_dir", required=True, help="folder for triphones.item, abx.md, abx.csv and abx.json")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of the models (%(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=list(DTYPES), help="precision of the models (%(default)s)"
+    )
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    return parse_options(make_parser(), argv, max_size_group=1, max_x_across=1)
+
+
+def write_representations(
+    name: str, source: SpeechSource, folder: Path, options: argparse.Namespace
+) -> Iterator[tuple[str, int, str, Path]]:
+    """Write features and units of one model; yield source, layer, distance, and the folder to compare by it."""
+    where = {"device": options.device, "dtype": options.dtype}
+    config = open_config(name)
+    model = load_model(name, **where) if has_codebooks(config) else None
+    codebook_layers = [] if model is None else config.codebook_layers
+    features: UnitExtractor
+    for kind in ["student"] if model is None else options.sources:
+        if model is None:
+            features = load_baseline(name, layers=options.layers, **where)
+        else:
+            features = UnitExtractor(model, layers=options.layers, source=kind)
+        FeatureFiles(folder / kind, features, source).write()
+        for layer in options.layers:
+            yield from ((kind, layer, distance, folder / kind / f"layer-{layer}") for distance in options.distances)
+        with_codebook = [layer for layer in options.layers if layer in codebook_layers]
+        if model is not None and with_codebook:
+            extractor = UnitExtractor(model, layers=with_codebook, source=kind)
+            write_unit_files(extractor.units(source), folder / f"{kind}-units", with_codebook)
+            for layer in with_codebook:
+                yield kind, layer, "identical", folder / f"{kind}-units" / f"layer-{layer}"
+
+
+def report(rows: Sequence[dict], out: Path) -> None:
+    headings = [f"{name} speakers, %" if name in SPEAKERS else name for name in rows[0]]
+    cells = [[f"{100 * row[name]:.2f}" if name in SPEAKERS else str(row[name]) for name in row] for row in rows]
+    markdown, csv = markdown_table(headings, cells), csv_table(list(rows[0]), [list(row.values()) for row in rows])
+    sentence = write_report(out, "abx", markdown=markdown, csv=csv, rows=rows)
+    print(markdown, sentence, sep="")
+
+
+def run(options: argparse.Namespace) -> None:
+    if not options.items_only:
+        import_fastabx()
+    columns = {"tier": options.tier, "step_seconds": options.step_seconds, "speaker_column": options.speakers}
+    source, reference = open_reference(options.data, labels=options.labels, **columns)
+    out = claim_output_file(Path(options.output_dir, "abx.md")).parent
+    rows = []
+    for number, name in enumerate(options.models):
+        config = load_baseline(name, layers=[1]).config
+        items = triphone_items(source, reference, config, silence=options.silence)
+        if number == 0:
+            print(f"{len(items):,} triphones are in {write_atomically(out / 'triphones.item', items_text(items))}.")
+        if options.items_only:
+            return
+        sizes = {"max_size_group": options.max_size_group, "max_x_across": options.max_x_across}
+        with TemporaryDirectory(dir=out, prefix=".features-") as folder:
+            for kind, layer, distance, files in write_representations(name, source, Path(folder), options):
+                row = {"model": name, "source": kind, "layer": layer}
+                row |= {"what": "units" if distance == "identical" else "features", "distance": distance}
+                for speaker in SPEAKERS:
+                    compare = {"speaker": speaker, "distance": distance, "device": options.device}
+                    row[speaker] = abx_error(items, files, frame_rate(config), **compare, **sizes)
+                rows.append(row)
+    report(rows, out)
+
+
+def main(argv: Sequence[str]) -> None:
+    with command(__file__):
+        run(parse(argv))

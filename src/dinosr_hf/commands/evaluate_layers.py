@@ -1,0 +1,113 @@
+r"""
+Evaluate what each layer of one or several models knows about phones and speakers, in a table and a plot.
+
+    dinosr layers runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/layers
+    dinosr layers runs/base hubert --data test --fit_data train --labels textgrids \
+        --output_dir runs/layers
+
+Models are pre-trained DinoSRs, or encoders of transformers (HuBERT, wav2vec 2.0, data2vec). K-means, probe and
+correlations are fitted on the speakers of --fit_data, or else half of those of --data, and evaluated on others. Needs
+the extras `train` and `analysis`.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..analysis.layers import REPORT, Recordings, check_disjoint_speakers, draw_frames, evaluate_layer
+from ..analysis.speech import open_reference
+from ..inference.windowed import DTYPES
+from ..units import UnitExtractor, has_codebooks, load_baseline, load_model
+from ..utils.command_line import Parser, command, parse_options
+from ..utils.files import claim_output_file
+from ..utils.model_folder import open_config
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of models, or names on the Hub")
+    parser.add_argument(
+        "--data", required=True, help="folder, table, manifest or dataset to evaluate on; or: synthetic"
+    )
+    parser.add_argument("--fit_data", help="data of other speakers to fit on (half of the speakers of --data)")
+    parser.add_argument("--labels", help="phones of both: file (.jsonl, .jsonl.gz, .ctm, .txt, .TextGrid) or folder")
+    parser.add_argument("--tier", default="phones", help="tier of TextGrids (%(default)s)")
+    parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
+    parser.add_argument("--speakers", help="column of the data with the speaker (speaker_id, if it exists)")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers, counted from 1 (all)")
+    parser.add_argument(
+        "--sources",
+        nargs="+",
+        default=["student"],
+        choices=["student", "teacher"],
+        help="networks of a DinoSR whose features to evaluate (student)",
+    )
+    parser.add_argument("--num_clusters", type=int, default=100, help="number of k-means clusters (%(default)s)")
+    parser.add_argument(
+        "--max_frames",
+        type=int,
+        default=20_000,
+        help="maximum number of frames to fit on, and to evaluate on (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of speakers, frames and k-means (%(default)s)")
+    parser.add_argument("--output_dir", required=True, help="folder for layers.md, .csv, .json, .png and .pdf")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of the models (%(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=list(DTYPES), help="precision of the models (%(default)s)"
+    )
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    return parse_options(make_parser(), argv, num_clusters=1, max_frames=1)
+
+
+def open_recordings(name: str, options: argparse.Namespace) -> Recordings:
+    columns = {"tier": options.tier, "step_seconds": options.step_seconds, "speaker_column": options.speakers}
+    return Recordings.with_labels(*open_reference(name, labels=options.labels, **columns))
+
+
+def open_extractors(name: str, options: argparse.Namespace) -> Iterator[tuple[str, UnitExtractor]]:
+    """Yield source and feature extractor of one model."""
+    where = {"device": options.device, "dtype": options.dtype}
+    config = open_config(name)
+    layers = options.layers or list(range(1, config.num_hidden_layers + 1))
+    if has_codebooks(config):
+        model = load_model(name, **where)
+        for source in options.sources:
+            yield source, UnitExtractor(model, layers=layers, source=source)
+    else:
+        yield "student", load_baseline(name, layers=layers, **where)
+
+
+def run(options: argparse.Namespace) -> None:
+    claim_output_file(Path(options.output_dir, "layers.md"))
+    held_out = open_recordings(options.data, options)
+    if options.fit_data:
+        fit = open_recordings(options.fit_data, options)
+        check_disjoint_speakers(fit, held_out)
+    else:
+        fit, held_out = held_out.split(options.seed)
+    print(f"Fitted on {len(fit.speakers)} speakers, evaluated on {len(held_out.speakers)} others.")
+    rows = []
+    for name in options.models:
+        for source, extractor in open_extractors(name, options):
+            draw = {"max_frames": options.max_frames, "seed": options.seed}
+            train, test = (draw_frames(extractor, recordings, **draw) for recordings in (fit, held_out))
+            for position, layer in enumerate(tqdm(extractor.layers, f"{name}, {source}", disable=None)):
+                figures = evaluate_layer(train, test, position, num_clusters=options.num_clusters, seed=options.seed)
+                rows.append({"model": name, "source": source, "layer": layer, **figures})
+    sentence = REPORT.write(options.output_dir, "layers", rows)
+    print(REPORT.markdown(rows), sentence, sep="")
+
+
+def main(argv: Sequence[str]) -> None:
+    with command(__file__):
+        run(parse(argv))

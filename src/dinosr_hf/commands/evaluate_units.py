@@ -1,0 +1,221 @@
+r"""
+Evaluate how well units agree with phones: all metrics, for all layers of one or several models, in a table and a plot.
+
+    dinosr evaluate runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/evaluated
+    dinosr evaluate runs/base hubert --data dev-clean --labels textgrids --kmeans_data train-clean \
+        --kmeans_layers 6 9 --mfccs textbook tuned --output_dir runs/compared
+    dinosr evaluate runs/base --discophon discophon_data --layers 5 --abx --output_dir runs/discophon
+
+Models are pre-trained DinoSRs, or encoders of transformers (HuBERT, wav2vec 2.0, data2vec), whose units are k-means
+clusters of a layer; `--mfccs` adds the baseline, k-means on MFCCs. Labels are JSONL, CTM, or a folder of TextGrids;
+`--data synthetic` has its own. Intervals are bootstrapped over speakers. Needs the extras `train` and `analysis`;
+`--abx` the extra `abx`, and `--discophon`, which runs the benchmark's own evaluation, the extra `discophon`.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..analysis import discophon
+from ..analysis.abx import SPEAKERS, abx_error, frame_rate, import_fastabx, triphone_items, write_unit_files
+from ..analysis.baselines import MFCC_KINDS
+from ..analysis.mfcc_units import fit_mfcc_kmeans, mfcc_units
+from ..analysis.model_units import unit_layers
+from ..analysis.reports import LayerReport, Metric, write_report
+from ..analysis.speech import open_reference
+from ..analysis.unit_evaluation import REPORT, Reference, evaluate_units
+from ..data import SAMPLING_RATE, SpeechSource, open_recordings
+from ..inference.windowed import DTYPES
+from ..model.configuration_dinosr import DinoSRConfig
+from ..model.modeling_dinosr import UNIT_SOURCES
+from ..units import UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
+from ..utils.command_line import ArgumentError, Parser, command, parse_options
+from ..utils.files import claim_output_file
+from ..utils.model_folder import open_config
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of models, or names on the Hub")
+    parser.add_argument("--data", help="folder, table, manifest or dataset to evaluate on; or: synthetic")
+    parser.add_argument("--discophon", metavar="FOLDER", help="evaluate on DiscoPhon's data instead, by its functions")
+    languages = {"nargs": "+", "default": [], "choices": discophon.LANGUAGES, "metavar": "LANGUAGE"}
+    parser.add_argument("--languages", **languages, help="languages of DiscoPhon, such as eng (all that are there)")
+    parser.add_argument("--split", choices=discophon.SPLITS, help="split of DiscoPhon (test)")
+    parser.add_argument("--abx", action="store_true", help="add the ABX error of the units, by fastabx")
+    parser.add_argument(
+        "--labels", help="phones: file (.jsonl, .jsonl.gz, .ctm, .txt), TextGrid, or folder of TextGrids"
+    )
+    parser.add_argument("--tier", default="phones", help="tier of TextGrids (%(default)s)")
+    parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
+    parser.add_argument("--speakers", help="column of --data with the speaker (speaker_id, if it exists)")
+    parser.add_argument("--sources", nargs="+", choices=UNIT_SOURCES, help="what gives a DinoSR's units (all it has)")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers with a codebook (all)")
+    parser.add_argument(
+        "--kmeans_data", nargs="+", default=[], help="recordings to fit k-means on, not those of --data"
+    )
+    parser.add_argument("--kmeans_layers", type=int, nargs="+", default=[], help="layers for k-means units")
+    parser.add_argument(
+        "--mfccs", nargs="+", default=[], choices=list(MFCC_KINDS), help="kinds of MFCCs for k-means units"
+    )
+    parser.add_argument(
+        "--num_clusters", type=int, help="number of k-means clusters (the codebooks' size; 256 for other models)"
+    )
+    parser.add_argument("--num_samples", type=int, default=1_000, help="bootstrap samples; 0: none (%(default)s)")
+    parser.add_argument("--output_dir", required=True, help="folder for units.md, .csv, .json, .png and .pdf")
+    parser.add_argument("--smooth", action="store_true", help="smooth features for k-means, as dinosr kmeans does")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default_device, help="device of the models (%(default)s)")
+    types = list(DTYPES)
+    parser.add_argument("--dtype", default="float32", choices=types, help="precision of the models (%(default)s)")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    options = parse_options(make_parser(), argv, num_clusters=1, num_samples=0)
+    if bool(options.data) == bool(options.discophon):
+        raise ArgumentError("Give either --data with --labels, or --discophon.")
+    if options.discophon and (options.labels or options.speakers):
+        raise ArgumentError("--labels and --speakers belong to --data; DiscoPhon has its own. Leave them out.")
+    if options.data and (options.languages or options.split):
+        raise ArgumentError("--languages and --split belong to --discophon. Leave them out.")
+    if bool(options.kmeans_data) != bool(options.kmeans_layers or options.mfccs):
+        raise ArgumentError(
+            "--kmeans_data belongs to --kmeans_layers and --mfccs: give it with one of them, or leave it out."
+        )
+    return options
+
+
+# Model, kind, layers and units of recordings; the number of codes; a configuration with the frames' length.
+UnitSet = tuple[str, str, Sequence[int], Iterator[Any], int, DinoSRConfig]
+ABX_METRICS = {f"abx_{speaker}": Metric(f"ABX {speaker} speakers") for speaker in SPEAKERS}
+
+
+def extract_units(
+    name: str, source: SpeechSource, fit: SpeechSource | None, options: argparse.Namespace
+) -> Iterator[UnitSet]:
+    """Yield the units of one model, kind by kind."""
+    where = {"device": options.device, "dtype": options.dtype}
+    config = open_config(name)
+
+    def extracted(kind: str, extractor: UnitExtractor, num_codes: int, **kmeans: Any) -> UnitSet:
+        return name, kind, extractor.layers, extractor.units(source, **kmeans), num_codes, extractor.config
+
+    if has_codebooks(config):
+        model = load_model(name, **where)
+        for kind in options.sources or model.config.unit_sources:
+            layers = options.layers if options.layers and kind != "anchor" else unit_layers(model.config, kind)
+            yield extracted(kind, UnitExtractor(model, layers=layers, source=kind), model.config.num_units(kind))
+    elif not options.kmeans_layers:
+        raise ValueError(f"{name} has no codebooks. Give --kmeans_data and --kmeans_layers for k-means units.")
+    if fit is None:
+        return
+    num_clusters = num_clusters_for(name, options)
+    for layer in options.kmeans_layers:
+        extractor = load_baseline(name, layers=[layer], is_smoothed=options.smooth, **where)
+        kmeans = fit_layer_kmeans(extractor, fit, num_clusters)
+        yield extracted("k-means", extractor, num_clusters, kmeans=kmeans)
+
+
+def num_clusters_for(name: str, options: argparse.Namespace) -> int:
+    return options.num_clusters or getattr(open_config(name), "codebook_size", None) or 256
+
+
+def cluster_mfccs(source: SpeechSource, fit: SpeechSource, options: argparse.Namespace) -> Iterator[UnitSet]:
+    """Yield the k-means units of MFCCs, as many as the first model's; their layer is 0, the input."""
+    num_clusters = num_clusters_for(options.models[0], options)
+    for kind in options.mfccs:
+        units = mfcc_units(source, fit_mfcc_kmeans(fit, num_clusters, kind), kind)
+        yield "none", f"k-means on {kind} MFCCs", [0], units, num_clusters, DinoSRConfig()
+
+
+def unit_sets(source: SpeechSource, options: argparse.Namespace) -> Iterator[UnitSet]:
+    """Yield the units of all models and MFCCs, with a progress bar."""
+    fit = open_recordings(options.kmeans_data) if options.kmeans_data else None
+    parts = [extract_units(name, source, fit, options) for name in options.models]
+    if fit is not None:
+        parts.append(cluster_mfccs(source, fit, options))
+    for model, kind, layers, units, num_codes, config in chain.from_iterable(parts):
+        bar = tqdm(units, f"{model}, {kind}", len(source), disable=None, unit=" recordings")
+        yield model, kind, layers, iter(bar), num_codes, config
+
+
+def add_abx(
+    rows: Sequence[dict], source: SpeechSource, reference: Reference, units: UnitSet, options: argparse.Namespace
+) -> None:
+    """Add the ABX errors of the units to the rows of their layers."""
+    _, _, layers, found, _, config = units
+    items = triphone_items(source, reference, config)
+    with TemporaryDirectory(dir=options.output_dir, prefix=".units-") as folder:
+        write_unit_files(found, folder, layers)
+        for row, layer in zip(rows, layers, strict=True):
+            files, rate = Path(folder, f"layer-{layer}"), frame_rate(config)
+            for speaker in SPEAKERS:
+                distance = {"speaker": speaker, "distance": "identical", "device": options.device}
+                row[f"abx_{speaker}"] = abx_error(items, files, rate, **distance)
+
+
+def evaluate_on_phones(options: argparse.Namespace) -> tuple[LayerReport, list[dict]]:
+    source, reference = open_reference(
+        options.data,
+        labels=options.labels,
+        tier=options.tier,
+        step_seconds=options.step_seconds,
+        speaker_column=options.speakers,
+    )
+    seconds = sum(utterance.num_samples for utterance in source.utterances) / SAMPLING_RATE
+    print(f"{len(reference.labels):,} of {len(source):,} recordings have labels; {seconds / 60:.1f} minutes in total.")
+    rows: list[dict] = []
+    for model, kind, layers, units, num_codes, config in unit_sets(source, options):
+        kept = list(units) if options.abx else units
+        frames = {"stride": config.inputs_to_logits_ratio, "field": config.receptive_field}
+        counts = reference.count_by_speaker(kept, num_codes=num_codes, **frames)
+        own = [
+            evaluate_units(model, layer, kind, speakers, num_samples=options.num_samples)
+            for layer, speakers in zip(layers, counts, strict=True)
+        ]
+        if options.abx:
+            add_abx(own, source, reference, (model, kind, layers, iter(kept), num_codes, config), options)
+        rows += own
+    return (REPORT._replace(metrics={**REPORT.metrics, **ABX_METRICS}) if options.abx else REPORT), rows
+
+
+def evaluate_on_discophon(options: argparse.Namespace) -> tuple[LayerReport, list[dict]]:
+    benchmark = discophon.DiscoPhon(options.discophon, options.languages, options.split or "test")
+    print(f"{len(benchmark.source):,} recordings of {', '.join(benchmark.languages)}.")
+    rows: list[dict] = []
+    for model, kind, layers, units, num_codes, config in unit_sets(benchmark.source, options):
+        frames = {"num_units": num_codes, "stride": config.inputs_to_logits_ratio}
+        for layer, own in zip(layers, benchmark.evaluate(units, **frames, with_abx=options.abx), strict=True):
+            rows += [{"model": model, "layer": layer, "units": kind, **row} for row in own]
+    if benchmark.split == "test" and any(row["num_units"] == discophon.NUM_UNITS for row in rows):
+        rows += discophon.published_rows(benchmark.languages, with_abx=options.abx)
+    report, abx = discophon.REPORT, discophon.ABX_METRIC if options.abx else {}
+    return report._replace(metrics={**report.metrics, **abx}), discophon.add_means(rows)
+
+
+def run(options: argparse.Namespace) -> None:
+    name = "discophon" if options.discophon else "units"
+    claim_output_file(Path(options.output_dir, f"{name}.md"))
+    if options.discophon:
+        discophon.import_discophon()
+    if options.abx:
+        import_fastabx()
+    report, rows = (evaluate_on_discophon if options.discophon else evaluate_on_phones)(options)
+    markdown = report.markdown(rows)
+    if options.discophon:  # too many languages for curves
+        sentence = write_report(options.output_dir, name, markdown=markdown, csv=report.csv(rows), rows=rows)
+    else:
+        sentence = report.write(options.output_dir, name, rows)
+    print(markdown, sentence, sep="")
+
+
+def main(argv: Sequence[str]) -> None:
+    with command(__file__):
+        run(parse(argv))

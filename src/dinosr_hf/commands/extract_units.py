@@ -1,0 +1,155 @@
+"""
+Turn recordings into acoustic units, or into the continuous features of layers.
+
+    dinosr units runs/base my_speech --output_dir units
+    dinosr units runs/base my_speech --output_dir units --deduplicate --dtype bfloat16
+    dinosr units runs/base my_speech --output_dir features --features npy --layers 5 9
+
+Inputs are audio files (wav, flac, mp3, aiff, ...) and folders of them, or one manifest, archive or dataset. Run the
+same command again to resume after an interruption, or to add recordings. Unreadable ones are skipped and listed.
+With several GPUs, start it by `accelerate launch -m dinosr_hf.cli units`.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from ..data import SAMPLING_RATE, SpeechSource, open_recordings, open_source
+from ..inference.windowed import DTYPES
+from ..model.modeling_dinosr import UNIT_SOURCES
+from ..units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, load_model
+from ..units.corpus import FORMATS
+from ..utils.command_line import Parser, command, parse_options, program
+from ..utils.threads import set_cpu_threads
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder that pre-training wrote, or name on the Hub")
+    add("inputs", nargs="+", metavar="INPUT", help="audio files and folders; or one manifest, archive or dataset")
+    add("--output_dir", required=True, help="folder to write units or features to")
+    add("--split", help="split of the data, if it has several")
+    add("--layers", type=int, nargs="+", help="layers, counted from 1 (5; of the anchor: the last)")
+    sources = (*UNIT_SOURCES, "student_feed_forward")
+    add("--source", default="student", choices=sources, help="what gives units or features (%(default)s)")
+    add("--kmeans", help="file of dinosr kmeans, to use its clusters, layer and source")
+    add("--deduplicate", action="store_true", help="merge runs of a unit, and write durations in frames")
+    add("--format", default="jsonl", choices=FORMATS, help="format of units (%(default)s)")
+    add("--features", choices=FEATURE_FORMATS, help="write features in this format instead of units")
+    add("--batch_seconds", type=float, default=120.0, help="seconds of audio per batch (%(default)s)")
+    add("--window_seconds", type=float, default=30.0, help="seconds of audio the model sees at once (%(default)s)")
+    context = "extra audio on each side of a window, in seconds (%(default)s)"
+    add("--context_seconds", type=float, default=5.0, help=context)
+    shard = "seconds of audio per shard; a kill costs at most one shard per process (%(default)s)"
+    add("--shard_seconds", type=float, default=3600.0, help=shard)
+    add("--device", help="device of the model (the GPU of the process if there is one, else the CPU)")
+    add("--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)")
+    add("--dry_run", action="store_true", help="open model and inputs, say what would be written, and end")
+    add("--num_threads", type=int, default=0, help="CPU threads per process; 0: its share of the cores")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    return parse_options(make_parser(), argv, num_threads=0)
+
+
+class Bar:
+    """A progress bar in seconds of audio, with the speed of all processes if they are equally fast."""
+
+    def __init__(self, seconds: float, state: PartialState) -> None:
+        form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
+        quiet = None if state.is_main_process else True
+        self._bar = tqdm(total=seconds, bar_format=form, disable=quiet)
+        self._since, self._factor, self.seconds = time.perf_counter(), state.num_processes, 0.0
+
+    @property
+    def speed(self) -> float:
+        return self.seconds / (time.perf_counter() - self._since) * self._factor
+
+    def advance(self, seconds: float) -> None:
+        self.seconds += seconds
+        self._bar.set_postfix_str(f"{self.speed:,.0f} hours per hour", refresh=False)
+        self._bar.update(seconds)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def seconds_of(source: SpeechSource, indices: Sequence[int]) -> float:
+    return sum(source.utterances[index].num_samples for index in indices) / SAMPLING_RATE
+
+
+@torch.no_grad()
+def run(options: argparse.Namespace, state: PartialState) -> int:
+    """Extract units or features; return the number of recordings that could not be read."""
+    if options.split and len(options.inputs) > 1:
+        raise ValueError(f"--split needs a single input, but there are {len(options.inputs)}. Run once per input.")
+    if options.features and (options.kmeans or options.deduplicate):
+        raise ValueError("--features cannot be combined with --kmeans and --deduplicate, which are for units.")
+    source = open_source(options.inputs[0], split=options.split) if options.split else open_recordings(options.inputs)
+    kmeans = LayerKMeans.load(options.kmeans) if options.kmeans else None
+    if kmeans is not None:
+        options.layers, options.source = [kmeans.layer], kmeans.source
+    model = load_model(options.model, device=options.device or state.device, dtype=options.dtype)
+    if model.device.type == "cpu":
+        set_cpu_threads(options.num_threads, state.num_processes)
+    options.layers = options.layers or [model.config.num_hidden_layers if options.source == "anchor" else 5]
+    extractor = UnitExtractor(
+        model,
+        layers=options.layers,
+        source=options.source,
+        is_smoothed=kmeans is not None and kmeans.is_smoothed,
+        window_seconds=options.window_seconds,
+        context_seconds=options.context_seconds,
+        batch_seconds=options.batch_seconds,
+    )
+    place = {"process": state.process_index, "num_processes": state.num_processes}
+    files: FeatureFiles | UnitCorpus
+    if options.features:
+        files = FeatureFiles(options.output_dir, extractor, source, form=options.features, **place)
+    else:
+        form = {"form": options.format, "deduplicate": options.deduplicate, "shard_seconds": options.shard_seconds}
+        files = UnitCorpus(options.output_dir, extractor, source, kmeans=kmeans, **form, **place)
+    if options.dry_run:
+        if state.is_main_process:
+            print(files.plan(), "Nothing was written.")
+        return 0
+    if state.is_main_process:
+        files.open()
+    state.wait_for_everyone()
+    with files:
+        bar = Bar(seconds_of(source, files.todo()), state)
+        num_written = files.write(on_progress=bar.advance)
+        bar.close()
+        state.wait_for_everyone()
+        if isinstance(files, FeatureFiles):
+            print(f"{num_written:,} recordings, with {len(extractor.layers)} file(s) each, in {options.output_dir}")
+            return len(source.left_out) + len(extractor.unreadable)
+        if not state.is_main_process:
+            return 0
+        summary = files.finish()
+    print(
+        f"{summary['num_recordings']:,} recordings, {summary['hours']:,.2f} hours, in {len(summary['files'])} files"
+        f" of {options.output_dir}; {bar.seconds:,.1f} s of audio at {bar.speed:,.0f} hours per hour"
+    )
+    return len(summary["left_out"])
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(argv)
+    # A process that is done waits for all others, however long they take.
+    state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=30))
+    try:
+        with command(__file__):
+            num_left_out = run(options, state)
+    finally:
+        state.destroy_process_group()
+    if num_left_out:
+        print(f"{program(__file__)}: {num_left_out:,} recordings could not be read and were skipped.", file=sys.stderr)

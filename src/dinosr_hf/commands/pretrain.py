@@ -1,0 +1,39 @@
+"""
+Pre-train a DinoSR.
+
+    dinosr pretrain                                         # a tiny model on synthetic speech
+    dinosr pretrain --data my_recordings --max_steps 2000
+    dinosr pretrain base_ls960 --data my_recordings --output_dir runs/base
+
+Arguments come from a YAML file or recipe (by default tiny_cpu) and from flags, which take precedence; others have the
+paper's values. `dinosr recipes` lists the recipes. The same command resumes a run that was interrupted. With several
+GPUs, start it by `accelerate launch -m dinosr_hf.cli pretrain`.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from accelerate import PartialState
+
+from ..pretraining import RunInterrupted, TrainingStopped, parse_arguments, run
+from ..pretraining.pretraining_arguments import GROUPS
+from ..utils.command_line import Parser, command
+from ..utils.recipes import recipes
+
+
+def make_parser() -> Parser:
+    return Parser(__doc__, GROUPS)
+
+
+def main(argv: Sequence[str]) -> None:
+    logging.getLogger("dinosr_hf").setLevel(logging.INFO)
+    try:
+        with command(__file__, ValueError, OSError, ImportError, TrainingStopped):
+            arguments = parse_arguments(argv, recipes()["tiny_cpu"], description=__doc__)
+            model = run(arguments)
+    except RunInterrupted as interruption:
+        print(f"{interruption} The same command resumes from there.", file=sys.stderr)
+        sys.exit(interruption.exit_code)
+    if model is not None and PartialState().is_main_process:
+        print(f"The model is in {arguments.run.output_dir}: AutoModel.from_pretrained({arguments.run.output_dir!r}).")

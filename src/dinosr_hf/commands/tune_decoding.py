@@ -1,0 +1,125 @@
+"""
+Tune the language model weight and word score of beam search on a development set, and write decoding.json.
+
+    dinosr tune runs/recogniser librispeech/dev 4-gram.arpa.gz --trials 32
+
+Beam search outputs the words of --lexicon, by default those of the language model; with --no_lexicon the language
+model is over labels. Emissions are computed once. Prints a table of trials, and writes the best one.
+"""
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .. import DinoSRForCTC
+from ..data import SAMPLING_RATE, LabelledSource, open_labelled
+from ..data.packing import pack
+from ..recognition import load_processor
+from ..recognition.decoding import BeamSearchDecoder, DecodingOptions, GreedyDecoder
+from ..recognition.tuning import WORD_SCORES, Trial, random_pairs, tune
+from ..utils.command_line import Parser, command, parse_options
+from ..utils.files import claim_output_file
+from ..utils.model_folder import open_weights
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("model", help="folder of a recogniser")
+    add("data", help="development set: recordings with transcripts")
+    add("language_model", help="n-gram model: .arpa, .arpa.gz or KenLM binary")
+    add("--lexicon", help="file of the words that may be output (those of an ARPA language model)")
+    add("--no_lexicon", action="store_true", help="search over labels, with a language model over labels")
+    add("--column", help="column of the transcripts (the first known name)")
+    add("--split", help="split of the data, if it has several")
+    add("--output", help="file to write (decoding.json in the model's folder)")
+    add("--lm_weights", type=float, nargs="+", help="weights to try with each of --word_scores")
+    add("--word_scores", type=float, nargs="+", help="scores to try with each of --lm_weights")
+    add("--trials", type=int, default=32, help="number of random pairs, if neither is given (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the random pairs (%(default)s)")
+    add("--beam_size", type=int, default=100, help="beam size for tuning and afterwards (%(default)s; papers: 1500)")
+    threshold = "drop hypotheses this much below the best (%(default)s)"
+    add("--beam_threshold", type=float, default=DecodingOptions.beam_threshold, help=threshold)
+    add("--max_utterances", type=int, help="use only the first utterances")
+    add("--batch_seconds", type=float, default=60.0, help="seconds of audio per batch (%(default)s)")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    return parse_options(make_parser(), argv, trials=1, max_utterances=1, beam_size=1)
+
+
+@torch.inference_mode()
+def compute_emissions(
+    model: DinoSRForCTC, extractor: Any, data: LabelledSource, num_utterances: int, batch_seconds: float
+) -> list[np.ndarray]:
+    """Compute log probabilities float32 (T, V) of each utterance."""
+    emissions: dict[int, np.ndarray] = {}
+    num_samples = data.num_samples[:num_utterances]
+    by_length = sorted(range(len(num_samples)), key=num_samples.__getitem__)
+    for batch in tqdm([*pack(by_length, num_samples.__getitem__, batch_seconds * SAMPLING_RATE)], desc="emissions"):
+        audio = [data.load(index) for index in batch]
+        inputs = extractor(audio, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt").to(model.device)
+        log_probs = model(**inputs).logits.float().log_softmax(-1).cpu().numpy()
+        for index, waveform, rows in zip(batch, audio, log_probs, strict=True):
+            emissions[index] = rows[: model.config.num_frames(len(waveform))]
+    return [emissions[index] for index in sorted(emissions)]
+
+
+def pairs_of(options: argparse.Namespace) -> list[tuple[float, float]]:
+    # Without a lexicon, the word score is not used.
+    scores = (0.0, 0.0) if options.no_lexicon else WORD_SCORES
+    if options.lm_weights is None and options.word_scores is None:
+        return random_pairs(options.trials, word_scores=scores, seed=options.seed)
+    lm_weights = options.lm_weights or [DecodingOptions.lm_weight]
+    return list(itertools.product(lm_weights, options.word_scores or [DecodingOptions.word_score]))
+
+
+def row(trial: Trial) -> str:
+    return f"{trial.lm_weight:9.2f}  {trial.word_score:10.2f}  {trial.word_error_rate:15.2%}"
+
+
+def run(options: argparse.Namespace) -> None:
+    if not (options.output or Path(options.model).is_dir()):
+        raise ValueError(f"{options.model} is not a folder here, which could take the result. Give --output.")
+    output = claim_output_file(options.output or Path(options.model) / "decoding.json")
+    processor, normalization = load_processor(options.model)
+    normalize = normalization or str
+    model = open_weights(DinoSRForCTC, options.model, dtype=torch.float32).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    # Before the audio is read, so that an unsuitable language model fails at once.
+    lexicon = None if options.no_lexicon else options.lexicon or options.language_model
+    settings = DecodingOptions(
+        options.language_model, lexicon, beam_size=options.beam_size, beam_threshold=options.beam_threshold
+    )
+    decoder = BeamSearchDecoder.from_tokenizer(processor.tokenizer, model.config, options=settings)
+    data = open_labelled(options.data, column=options.column, split=options.split)
+    num_utterances = options.max_utterances or len(data.labels)
+    emissions = compute_emissions(model, processor.feature_extractor, data, num_utterances, options.batch_seconds)
+    references = data.labels[: len(emissions)]
+
+    greedy = GreedyDecoder.from_tokenizer(processor.tokenizer, model.config)
+    (without,) = tune(lambda *_: greedy, emissions, references, [(0.0, 0.0)], normalize=normalize)
+    pairs = pairs_of(options)
+    with tqdm(total=len(pairs), desc="trials") as progress:
+        trials = tune(
+            *(decoder.reweighted, emissions, references, pairs),
+            normalize=normalize,
+            on_trial=lambda trial: progress.update(),
+        )
+    best = trials[0]
+    decoder.reweighted(best.lm_weight, best.word_score).options.save(output)
+    print("lm_weight  word_score  word error rate", *map(row, itertools.islice(trials, 20)), sep="\n")
+    print(f"greedy search: {without.word_error_rate:.2%}, beam search: {best.word_error_rate:.2%}")
+    print(f"The best trial is in {output}.")
+
+
+def main(argv: Sequence[str]) -> None:
+    with command(__file__):
+        run(parse(argv))
