@@ -1,10 +1,18 @@
-"""What all tests share: no network, one thread (also in the processes they start), and where the fixtures are."""
+"""
+What all tests share: no network, one thread (also in the processes they start), a folder of their own for the code of
+models, and where the fixtures are.
+"""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="dinosr-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 import numpy as np
 import pytest

@@ -1,9 +1,8 @@
 """Kill a run again and again, above all while it saves, and start it anew until it has finished."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+import forks
 
 # Imports take seconds and a step milliseconds: one process imports, its forks run the command and are killed.
 _CODE = """
@@ -54,9 +53,7 @@ print(kills, while_saving)
 
 def run_through_kills(script: str, config: Path, out: Path, num_kills: int) -> None:
     """Run a command to its end; assert that it was killed so often, and half of that while it saved."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", _CODE, script, config, out, num_kills]
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=900)
+    done = forks.run(["-c", _CODE, script, config, out, num_kills], timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     kills, while_saving = map(int, done.stdout.split()[-2:])
     assert kills == num_kills and while_saving >= num_kills // 2

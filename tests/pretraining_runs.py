@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import forks
 from dinosr_hf.data import FolderSource
 from dinosr_hf.pretraining import parse_arguments
 
@@ -124,17 +125,22 @@ def send_at_load(monkeypatch, number, call, source=FolderSource):
     monkeypatch.setattr(source, "load", load)
 
 
-def launch(tmp_path, name, num_processes, *flags):
-    """Run the real subcommand through `accelerate launch`; return the weights, the metrics and the process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-    # Several processes on a CPU need torchrun: with --cpu, accelerate wants MPI and starts a single one.
-    command += ["--cpu"] if num_processes == 1 else ["--multi_gpu"]
-    command += ["--num_processes", str(num_processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(29500 + os.getpid() % 2000)]
-    command += ["-m", "dinosr_hf.cli", "pretrain", str(tmp_path / "tiny.yaml")]
-    command += ["--output_dir", str(tmp_path / name), *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+def launch(tmp_path, name, num_processes, *flags, through_accelerate=False):
+    """
+    Run the real subcommand in processes of its own; return the weights, the metrics and what it printed.
+
+    They are forks, which know of each other as under `accelerate launch`, or are started by that, which takes longer.
+    """
+    words = ["-m", "dinosr_hf.cli", "pretrain", tmp_path / "tiny.yaml", "--output_dir", tmp_path / name, *flags]
+    if through_accelerate:
+        # Several processes on a CPU need torchrun: with --cpu, accelerate wants MPI and starts a single one.
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--multi_gpu"]
+        command += ["--num_processes", num_processes, "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", 29500 + os.getpid() % 2000, *words]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=280)
+    else:
+        done = forks.run_in_processes(num_processes, words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{num_processes} process(es)" in done.stderr
     return load_file(tmp_path / name / "model.safetensors"), metrics_of(tmp_path / name), done

@@ -1,13 +1,11 @@
 """The demos run from the command to their results; how well they learn is documented in docs/experiments.md."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import forks
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.pretraining import parse_arguments
 from dinosr_hf.utils.model_folder import save_folder
@@ -27,13 +25,7 @@ TINY = [word for name, value in SIZES.items() for word in (f"--{name}", str(valu
 
 
 def run_demo(folder, *flags):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "demo.py"), "--output_dir", str(folder), *TINY, *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    return forks.run([ROOT / "examples" / "demo.py", "--output_dir", folder, *TINY, *flags])
 
 
 @pytest.mark.slow
@@ -78,14 +70,8 @@ def test_the_demo_of_recognition(tmp_path):
     sizes = {"max_steps": 2, "eval_steps": 2, "save_steps": 2}
     sizes |= {"synthetic_utterances": 6, "synthetic_eval_utterances": 3}
     flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, str(ROOT / "examples" / "demo_recognition.py"), "--model", str(tmp_path / "demo")]
-    done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "demo" / "recogniser"), *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    command = [ROOT / "examples" / "demo_recognition.py", "--model", tmp_path / "demo"]
+    done = forks.run([*command, "--output_dir", tmp_path / "demo" / "recogniser", *flags])
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"^\| test \| 3 \| [\d.]+% \| [\d.]+% \|$", done.stdout, re.MULTILINE)
     assert re.search(r"^Said:  (zero|one|two|three|four|five|six|seven|eight|nine)", done.stdout, re.MULTILINE)

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import forks
 from dinosr_cli import COMMANDS
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRForSequenceClassification
 from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
@@ -87,17 +87,8 @@ def test_python_in_documents_runs(folder, name):
         source = folder / entry
         shutil.copytree(source, work / entry) if source.is_dir() else shutil.copy(source, work / entry)
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_MODULES_CACHE": str(work / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_BLOCKS, name],
-        input=json.dumps(blocks(name, "python")),
-        cwd=work,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = forks.run(["-c", RUN_BLOCKS, name], text=json.dumps(blocks(name, "python")), cwd=work, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -221,7 +212,7 @@ BASH = [(f"{name}:{line}", text) for name in DOCUMENTS for line, text in blocks(
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Create `runs/tiny` and `runs/base` with the sizes that the documents assume."""
+    """Create the models, labels and Python that the commands of the documents name and look at."""
     path = tmp_path_factory.mktemp("bases")
     for name, config in (
         ("tiny", parse_arguments([], TINY).model_config()),
@@ -229,6 +220,8 @@ def bases(tmp_path_factory):
         ("base", DinoSRConfig()),
     ):
         config.save_pretrained(path / "runs" / name)
+    (path / "spidr_env" / "bin").mkdir(parents=True)
+    (path / "spidr_env" / "bin" / "python").symlink_to(sys.executable)
     (path / "phones.jsonl").write_text('{"name": "a", "phones": ["a"]}\n')
     for _, text in blocks("docs/command-line.md", "yaml"):
         (path / "units.yaml").write_text(text)

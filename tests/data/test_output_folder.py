@@ -3,8 +3,6 @@
 import errno
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import forks
 from audio_files import noise, sf
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
 from dinosr_hf.units import LayerKMeans, load_units
@@ -407,8 +406,7 @@ def test_stopped_runs_end_with_the_files_of_an_undisturbed_one(run, models, tmp_
     run(kind, inputs=inputs, out="whole")
     name, model, flags = KINDS[kind]
     words = [models / model, inputs, "--output_dir", tmp_path / "out", "--device", "cpu", "--batch_seconds", "0.01"]
-    command = [sys.executable, "-c", STOPS, name, tmp_path / "out", how, *words, *flags]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
+    done = forks.run(["-c", STOPS, name, tmp_path / "out", how, *words, *flags])
     assert done.returncode == 0, done.stderr[-3000:] + (tmp_path / "log.txt").read_text()[-3000:]
     log = (tmp_path / "log.txt").read_text()
     assert "Traceback" not in log

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import forks
 from dinosr_hf import DinoSRForCTC
 from dinosr_hf.finetuning import FinetuningArguments, LabelledCollator, SpeechTrainer
 from dinosr_hf.training.run_record import read_record
@@ -100,19 +97,8 @@ def test_mean_of_means_differs_from_one_batch(tmp_path, model, corpus, monkeypat
 
 
 def run_in_two_processes(script, *words):
-    """Run a script with torchrun; return what it wrote to stderr."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [*launch, str(ROOT / script), *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    """Run a script in two processes; return what they wrote to stderr."""
+    done = forks.run_in_processes(2, [ROOT / script, *words])
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 

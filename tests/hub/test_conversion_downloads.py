@@ -1,5 +1,6 @@
 """Checkpoints on the Hub are downloaded by name, and nothing else of their repositories."""
 
+import json
 import os
 import subprocess
 import sys
@@ -45,10 +46,25 @@ def test_without_a_connection_the_error_says_so(tmp_path):
         convert("nobody/nothing", tmp_path / "out")
 
 
-def convert_from(hub, home, *words):
+CONVERT = """
+import json, sys
+from dinosr_hf.commands.convert_checkpoint import main
+for words in json.load(sys.stdin):
+    try:
+        main(words)
+        print("end: 0")
+    except SystemExit as end:
+        print("end:", end)
+"""
+
+
+def convert_from(hub, home, *commands):
+    """Run commands in a process that reads the address of the Hub at its start; return what each ended with."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, ROOT / "examples" / "convert_checkpoint.py", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    words = json.dumps([[*map(str, command)] for command in commands])
+    command = [sys.executable, "-c", CONVERT]
+    done = subprocess.run(command, input=words, env=environment, capture_output=True, text=True, check=True)
+    return [line.removeprefix("end: ") for line in done.stdout.splitlines() if line.startswith("end: ")]
 
 
 @pytest.mark.slow
@@ -62,15 +78,18 @@ def test_a_name_downloads_the_checkpoint_and_its_configuration_alone(tmp_path):
         torch.save(state, place / ("final.pt" if folder.endswith("tiny") else "best.pt"))
         torch.save(state, place / "full_checkpoint.pt")
     with hub_server(tmp_path / "hub") as hub:
-        flat = convert_from(hub, tmp_path / "home", "coml/spidr-tiny", tmp_path / "flat")
-        asked = [request for request in hub.requests if "resolve" in request]
-        tuned = convert_from(hub, tmp_path / "home", "coml/baselines/vp20/ft-deu-1h/best.pt", tmp_path / "tuned")
-        other = convert_from(hub, tmp_path / "home", "coml/baselines", tmp_path / "other")
-        nothing = convert_from(hub, tmp_path / "home", "coml/nothing", tmp_path / "nothing")
-    assert flat.returncode == tuned.returncode == 0, flat.stderr + tuned.stderr
+        commands = [
+            ("coml/spidr-tiny", tmp_path / "flat"),
+            ("coml/baselines/vp20/ft-deu-1h/best.pt", tmp_path / "tuned"),
+            ("coml/baselines", tmp_path / "other"),
+            ("coml/nothing", tmp_path / "nothing"),
+        ]
+        flat, tuned, other, nothing = convert_from(hub, tmp_path / "home", *commands)
+        asked = [request for request in hub.requests if "spidr-tiny/resolve" in request]
+    assert flat == tuned == "0"
     assert {request.rpartition("/")[2] for request in asked} == {"final.pt", "config.json"}
     for folder in ("flat", "tuned"):
         model = DinoSRForPreTraining.from_pretrained(tmp_path / folder)
         assert model.config.head_input == "own_layer"
-    assert "coml/baselines on the Hub has no final.pt or best.pt or" in other.stderr.splitlines()[-1]
-    assert "coml/nothing is neither a file nor a model on the Hub" in nothing.stderr.splitlines()[-1]
+    assert "coml/baselines on the Hub has no final.pt or best.pt or" in other
+    assert "coml/nothing is neither a file nor a model on the Hub" in nothing

@@ -5,8 +5,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoModel
 from transformers.trainer_utils import set_seed
 
+import forks
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRModel
 from dinosr_hf.data import AudioFileError, FolderSource
 from dinosr_hf.pretraining import (
@@ -143,7 +142,7 @@ def test_model_arguments_have_types_and_defaults_of_the_configuration():
 
 
 def test_a_missing_file_is_refused():
-    with pytest.raises(ArgumentError, match=r"nowhere\.yaml is not a file"):
+    with pytest.raises(ArgumentError, match=r"nowhere\.yaml is neither a YAML file nor a recipe"):
         parse_arguments(["nowhere.yaml"], "unused")
 
 
@@ -596,9 +595,7 @@ def test_anchor_frames_that_are_counted_by_micro_batch_give_another_run(tmp_path
 
 @pytest.mark.slow
 def test_the_command_names_a_wrong_flag_in_one_line(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--learning_rat", "1"], capture_output=True, text=True
-    )
+    done = forks.run([ROOT / "examples" / "pretrain.py", "--learning_rat", "1"])
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
         "pretrain.py: learning_rat is not a known argument. The nearest is learning_rate."

@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+import forks
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.data import FolderSource
 from dinosr_hf.pretraining import (
@@ -400,12 +401,6 @@ def test_signal_handlers_are_restored(tmp_path, recordings):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
-def run_python(code, *arguments, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, **options)
-
-
 FULL_DISK = """
 import logging, resource, sys
 from dinosr_hf.pretraining import CheckpointError, find_checkpoints, parse_arguments, run
@@ -428,7 +423,7 @@ except CheckpointError as error:
 
 def test_a_full_disk_keeps_the_checkpoint_before_it_and_is_reported(tmp_path, recordings, undisturbed):
     write_config(tmp_path, data=str(recordings), output_dir=str(tmp_path / "out"), **ANCHORED, checkpoint_steps=2)
-    done = run_python(FULL_DISK, tmp_path / "tiny.yaml")
+    done = forks.run(["-c", FULL_DISK, tmp_path / "tiny.yaml"])
     assert done.returncode == 0, done.stderr[-3000:]
     # Without those of steps 4, 6 and 8 the run goes on; that the last one is missing is an error.
     for step in (4, 6, 8):
@@ -462,7 +457,7 @@ def test_resume_with_two_processes_goes_on_from_one(tmp_path, recordings):
     whole, whole_metrics, _ = launch(tmp_path, "whole", 1)
     (tmp_path / "parts").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "parts" / "checkpoint-3")
-    parts, parts_metrics, done = launch(tmp_path, "parts", 2)
+    parts, parts_metrics, done = launch(tmp_path, "parts", 2, through_accelerate=True)
     assert "is of 1 process(es), but there are 2 now" in done.stderr
     assert max((whole[name] - parts[name]).abs().max().item() for name in whole) < 1e-4
     assert parts_metrics[-1]["loss"] == pytest.approx(whole_metrics[-1]["loss"], abs=1e-4)
@@ -499,15 +494,14 @@ def test_torchrun_brings_a_run_back_whose_process_was_killed(tmp_path, recording
 def test_the_command_answers_signals_with_a_checkpoint_and_its_exit_code(tmp_path, recordings, number, code):
     out = tmp_path / "out"
     config = write_config(tmp_path, data=str(recordings), output_dir=str(out), max_steps=100_000, checkpoint_steps=0)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), str(config), "--num_workers", "2"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stderr is not None
+    process = forks.Program([ROOT / "examples" / "pretrain.py", config, "--num_workers", "2"], new_session=True)
     while not (out / "metrics.jsonl").exists():
-        assert process.poll() is None
+        assert process.is_running
+        time.sleep(0.01)
     os.killpg(process.pid, number)  # as a terminal or Slurm does: to the data loading processes as well
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == code, errors[-3000:]
+    done = process.wait()
+    errors = done.stderr
+    assert done.returncode == code, errors[-3000:]
     assert "The same command resumes from there." in errors and "Traceback" not in errors
     assert (
         read_checkpoint(find_checkpoints(out)[0]).step

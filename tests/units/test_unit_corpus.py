@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import forks
 from audio_files import noise, sf
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.analysis.segmentation import find_runs
@@ -130,15 +129,14 @@ def test_several_layers_are_columns(script, command, model_folder, folder, tmp_p
 
 def kill_when(words, out, num_shards):
     """Start a process and kill it once there are `num_shards` shards; return whether it was still running."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        until = time.monotonic() + 120
-        while process.poll() is None and len(shards_of(out)) < num_shards and time.monotonic() < until:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        printed = process.communicate()[0].decode()
-    assert len(shards_of(out)) >= num_shards, printed
-    return process.returncode == -signal.SIGKILL
+    program, until = forks.Program(words), time.monotonic() + 120
+    while program.is_running and len(shards_of(out)) < num_shards and time.monotonic() < until:
+        time.sleep(0.002)
+    if program.is_running:
+        os.kill(program.pid, signal.SIGKILL)
+    done = program.wait()
+    assert len(shards_of(out)) >= num_shards, done.stdout + done.stderr
+    return done.returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -149,7 +147,7 @@ def test_killed_run_resumes(script, command, model_folder, folder, tmp_path):
         "import os, sys, time, runpy; sync = os.fsync; os.fsync = lambda file: (time.sleep(0.05), sync(file));"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    words = [sys.executable, "-c", slow, str(SCRIPT), *command]
+    words = ["-c", slow, SCRIPT, *command]
     assert kill_when(words, out, 2)
     first = rows_of(out)
     assert 0 < len(first) < NUM_RECORDINGS
@@ -199,15 +197,7 @@ def test_units_so_far_are_written_when_interrupted(model_folder, folder, tmp_pat
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_as_one(script, command, model_folder, folder, tmp_path):
-    # Several processes on a CPU, by torchrun: with --cpu, accelerate needs MPI and starts a single process.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--multi_gpu"]
-    launch += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(29500 + os.getpid() % 2000)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "ACCELERATE_USE_CPU": "true"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        [*launch, str(SCRIPT), *command], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
+    done = forks.run_in_processes(2, [SCRIPT, *command])
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "units"
     assert {name: [row["units"]] for name, row in rows_of(out).items()} == expected_rows(model_folder, folder)

@@ -3,13 +3,12 @@
 import os
 import signal
 import stat
-import subprocess
-import sys
 
 import pytest
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
+import forks
 from dinosr_hf.analysis.plots import save_figure
 from dinosr_hf.utils.files import (
     TEMPORARY_PREFIX,
@@ -76,9 +75,8 @@ with atomic_file(sys.argv[1]) as file, atomic_folder(sys.argv[2]) as folder:
 
 def test_what_a_killed_process_leaves_is_replaced_by_the_next(tmp_path):
     file, folder = tmp_path / "a.txt", tmp_path / "folder"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for _ in range(2):  # at most one leftover of each, however often
-        done = subprocess.run([sys.executable, "-c", KILLED, file, folder], env=environment)
+        done = forks.run(["-c", KILLED, file, folder])
         assert done.returncode == -signal.SIGKILL
         assert names(tmp_path) == sorted([temporary_path(file).name, temporary_path(folder).name])
     write_atomically(file, "whole")

@@ -354,7 +354,7 @@ class Pretraining:
         if not state.is_frozen and state.model.apply_freeze(progress.step):
             state.is_frozen = True
             logger.info("Step %d: teacher, convolutions and projection are frozen from here on.", progress.step)
-            if self.accelerator.num_processes > 1:
+            if state.wrapped_model is not state.model:
                 # DDP's buckets would wait for the gradients of the frozen parameters.
                 state.wrapped_model = self.accelerator.prepare_model(state.model)
         return Update(step.epoch, learning_rate, grad_norm, decays, anchor)
