@@ -23,7 +23,7 @@ from dinosr_hf.utils.model_folder import save_folder
 from tiny import randomize, tiny_config
 
 needs_discophon = pytest.mark.skipif(
-    importlib.util.find_spec("discophon") is None, reason="discophon needs Python 3.12"
+    importlib.util.find_spec("discophon") is None, reason="discophon is not installed: it needs Python 3.12"
 )
 PITCHES = {"SIL": 0.0, "a": 1_500.0, "e": 4_000.0, "k": 300.0, "t": 600.0}
 FILES = [f"s{number // 4}-{number}" for number in range(8)]  # of two speakers
