@@ -15,7 +15,7 @@ from audio_files import datasets, sf
 from dinosr_hf.data import FolderSource, load_audio
 from dinosr_hf.data.streaming import WindowSource
 from dinosr_hf.pretraining import RunInterrupted, find_checkpoints, parse_arguments, read_checkpoint, run
-from pretraining_runs import CHANCE, assert_same_run, metrics_of, send_at_load, write_config
+from pretraining_runs import ANCHORED, assert_same_run, metrics_of, send_at_load, write_config
 
 # Half of TINY's, so that an epoch has several steps.
 STEPS = {"step_seconds": 4.0, "micro_seconds": 4.0}
@@ -167,7 +167,7 @@ def in_two_folders(folder, to):
     return [to / "small", to / "large"], {"data_weights": [3.0, 1.0], "data_temperature": 0.5}
 
 
-LONG = {**CHANCE, "max_steps": 12}
+LONG = {**ANCHORED, "max_steps": 12}
 READERS = {in_shards: WindowSource, in_archives: WindowSource, in_two_folders: FolderSource}
 
 
@@ -268,6 +268,7 @@ def test_a_stream_that_changed_under_the_checkpoint_begins_the_next_epoch(tmp_pa
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "out").mkdir()
     shutil.copytree(whole / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    shutil.copy(whole / "anchor.safetensors", tmp_path / "out")
     for path in (tmp_path / "data").glob("data/*.parquet"):
         table(listed(recordings)[:7]).to_parquet(path)
     with caplog.at_level("INFO", "dinosr_hf"):

@@ -22,7 +22,7 @@ from dinosr_hf.units.corpus import shards_of, share_of
 from dinosr_hf.utils import files
 from dinosr_hf.utils.model_folder import save_folder
 from scripts import load_command
-from tiny import randomize, tiny_config
+from tiny import randomize, tiny_config, vary_anchor
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "extract_units.py"
@@ -105,6 +105,18 @@ def test_the_script_writes_units(script, command, model_folder, folder, tmp_path
     before = {path: path.stat().st_mtime_ns for path in shards_of(out)}
     script.main(command)  # nothing to do
     assert {path: path.stat().st_mtime_ns for path in shards_of(out)} == before
+
+
+def test_the_script_writes_units_of_the_anchor(script, folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = vary_anchor(randomize(DinoSRForPreTraining(tiny_config(num_hidden_layers=3, num_anchor_labels=6))))
+    model_folder = save_folder(model.eval(), tmp_path / "anchored")
+    words = [str(model_folder), str(folder), "--output_dir", str(tmp_path / "units"), "--device", "cpu"]
+    script.main([*words, "--source", "anchor", "--num_threads", "1"])
+    rows = rows_of(tmp_path / "units")
+    assert {name: [row["units"]] for name, row in rows.items()} == expected_rows(model_folder, folder, (3,), "anchor")
+    assert len({unit for row in rows.values() for unit in row["units"]}) > 3
+    assert json.loads((tmp_path / "units" / "summary.json").read_text())["num_units"] == 6
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
