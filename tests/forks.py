@@ -18,7 +18,13 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    [f"dinosr_hf.{room}" for room in ("pretraining", "finetuning", "recognition", "units", "analysis", "hub.export")]
+    [
+        *(
+            f"dinosr_hf.{room}"
+            for room in ("pretraining", "finetuning", "recognition", "units", "analysis", "hub.export")
+        ),
+        *("datasets", "matplotlib.pyplot", "scipy.stats", "sklearn.cluster", "soundfile", "soxr"),
+    ]
 )
 
 

@@ -9,8 +9,6 @@ synthetic voices: loss, perplexity and active codewords before and after, and ho
 compared with an untrained model and k-means on MFCCs: the textbook's, and ours, tuned to be as hard to beat as we can.
 """
 
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,18 +24,12 @@ from ..analysis.model_units import LabelledSpeech, layer_tables, target_features
 from ..analysis.plots import phone_codeword_figure, save_figure
 from ..data import normalize_waveform
 from ..pretraining import PretrainingArguments, parse_arguments, synthetic_corpus
-from ..utils.command_line import Parser, check_ranges, command, program
+from ..utils.command_line import Parser, check_ranges, command
 from ..utils.files import claim_output_folder
 from ..utils.recipes import recipes
+from . import pretrain
 
 MARKER = ".dinosr-demo"  # only a folder with this file is emptied
-
-
-def run_subcommand(*words: str) -> bool:
-    """Run a subcommand in one process of its own, however Accelerate is configured; return whether it succeeded."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "dinosr_hf.cli", *words]
-    return subprocess.run(launch).returncode == 0
 
 
 def labelled_speech(arguments: PretrainingArguments, split: str, num_utterances: int) -> list[LabelledSpeech]:
@@ -117,8 +109,7 @@ def main(argv: Sequence[str]) -> None:
             flags += ["--max_steps", str(options.steps)]
         arguments = parse_arguments(flags, recipes()["tiny_cpu"])
         out = claim_output_folder(options.output_dir, MARKER)
-    if not run_subcommand("pretrain", *flags):
-        sys.exit(f"{program(__file__)}: the pre-training failed; the reason is above.")
+    pretrain.main(flags)
 
     print("\nEvaluating on held-out voices ...", flush=True)
     train, test = labelled_speech(arguments, "train", num_test), labelled_speech(arguments, "test", num_test)

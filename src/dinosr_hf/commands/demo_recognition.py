@@ -8,7 +8,6 @@ It runs `dinosr finetune`, which gets all other flags, with the recipe ctc_tiny,
 """
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,10 +16,11 @@ from transformers import pipeline
 
 from ..data.synthetic import SyntheticCorpus
 from ..recognition import SpeechRecognitionPipeline
-from ..utils.command_line import Parser, command, program
+from ..utils.command_line import Parser, command
 from ..utils.files import claim_output_folder
 from ..utils.model_folder import open_dinosr_config
-from .demo import MARKER, run_subcommand
+from . import finetune_ctc
+from .demo import MARKER
 
 
 def word_times(recognise: Callable[..., Any], corpus: SyntheticCorpus) -> tuple[float, int]:
@@ -54,8 +54,7 @@ def main(argv: Sequence[str]) -> None:
         out = claim_output_folder(options.output_dir, MARKER)
     print("\nFine-tuning on transcribed digits ...", flush=True)
     flags = ["--model", options.model, "--output_dir", str(out), *flags, "--seed", str(options.seed)]
-    if not run_subcommand("finetune", "ctc_tiny", *flags):
-        sys.exit(f"{program(__file__)}: the fine-tuning failed; the reason is above.")
+    finetune_ctc.main(["ctc_tiny", *flags])
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
 
     print("\n| held-out voices | utterances | word error rate | character error rate |\n|---|---|---|---|")

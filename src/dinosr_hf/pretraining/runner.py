@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
@@ -49,6 +49,9 @@ from .run_folder import begin_record, finished_step, recorded_run, truncate_metr
 from .scaling import Change, changes_table, scale_to_batch
 from .train_state import check_fits
 
+if TYPE_CHECKING:
+    import datasets
+
 logger = logging.getLogger(__name__)
 
 
@@ -69,12 +72,18 @@ def synthetic_corpus(data: DataArguments, *, num_utterances: int, seed: int, spl
     )
 
 
+def _speak(corpus: SyntheticCorpus) -> datasets.Dataset:
+    # In this process if there is little to say: another one needs seconds before its first utterance.
+    num_proc = min(8, os.cpu_count() or 1, len(corpus) // 32)
+    return corpus.to_dataset(num_proc=num_proc if num_proc > 1 else None)
+
+
 def _open_one(data: DataArguments, number: int, seed: int) -> SpeechSource | SpeechStream:
     name = data.data[number]
     if name == "synthetic":
         logger.info(f"Making {data.synthetic_utterances} utterances with espeak-ng.")
         corpus = synthetic_corpus(data, num_utterances=data.synthetic_utterances, seed=seed, split="train")
-        return DatasetSource(corpus.to_dataset(num_proc=min(8, os.cpu_count() or 1)))
+        return DatasetSource(_speak(corpus))
     options: dict[str, Any] = {"split": value_for(data.data_split, number), "audio_column": data.audio_column}
     options["config_name"] = value_for(data.data_config, number)
     if data.streaming:
@@ -156,7 +165,7 @@ def open_held_out(arguments: PretrainingArguments, held_out: SpeechSource | None
         # An utterance has at least about 8 seconds, so this many have eval_seconds together.
         num_utterances = math.ceil(data.eval_seconds / 8)
         corpus = synthetic_corpus(data, num_utterances=num_utterances, seed=arguments.run.seed, split="validation")
-        rows = corpus.to_dataset(num_proc=min(8, os.cpu_count() or 1))
+        rows = _speak(corpus)
         source = DatasetSource(rows)
         labels = {row["id"]: row["phones"] for row in rows.select_columns(["id", "phones"])}
     else:
