@@ -18,12 +18,14 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON (python3), WORKERS (2), TRANSFORMERS (5.17.0, for test-oldest), VENV (.venv)"
 
-# Debian's python3 has no ensurepip: there the pip that is outside installs the one inside.
+# Debian's python3 has no ensurepip: there the pip that is outside installs the one inside. What is imported is compiled
+# then, a fraction of all modules.
+unexport PYTHONDONTWRITEBYTECODE
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@echo "Installing into $(VENV) with $$($(PYTHON) --version); minutes the first time"
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(VENV)/bin/python install -qq pip; }
-	@$(VENV)/bin/python -m pip install -qq -e '.[dev]' -c $(CONSTRAINTS)
+	@$(VENV)/bin/python -m pip install -qq --no-compile -e '.[dev]' -c $(CONSTRAINTS)
 	@touch $@
 
 demo: $(INSTALLED) ## a DinoSR learns the units of synthetic speech, then to recognise it: tables, a picture, a transcript
@@ -31,7 +33,7 @@ demo: $(INSTALLED) ## a DinoSR learns the units of synthetic speech, then to rec
 	@$(VENV)/bin/python examples/demo_recognition.py
 
 test: $(INSTALLED) ## the tests, then transformers' own
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 	@$(MAKE) --no-print-directory test-hf
 
 test-hf: $(INSTALLED) ## transformers' own common tests on our classes

@@ -6,6 +6,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import resource
 import statistics
@@ -82,9 +83,21 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def processor() -> str:
+    """Return the name of the CPU, the fastest matrix instructions that it has, and the variables that forbid some."""
+    name, flags = platform.processor() or platform.machine(), set()
+    if (info := Path("/proc/cpuinfo")).exists():  # Linux
+        found = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        found = {key.strip(): value.strip() for key, value in found.items()}
+        name, flags = found.get("model name", name), set(found.get("flags", "").split())
+    fastest = next((flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags), "")
+    limits = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
+    return " ".join([name, *filter(None, [fastest]), *(f"{n}={os.environ[n]}" for n in limits if n in os.environ)])
+
+
 def headline(device: torch.device, threads: int, *packages: str, precision: str = "float32") -> str:
     """Return date, hardware, precision, and versions of Python, torch and further packages."""
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     versions += [f"{package} {importlib.metadata.version(package)}" for package in packages]
     return f"{datetime.date.today()}, {hardware}, {threads} thread(s), {precision}, {', '.join(versions)}"

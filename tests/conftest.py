@@ -25,11 +25,16 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @pytest.fixture(autouse=True)
 def fresh_process():
-    """Accelerate keeps its precision for the life of a process, and torch the threads that a run has given it."""
+    """Undo what outlives a test: Accelerate's precision, torch's threads, and variables that Accelerate reads."""
     from accelerate.state import AcceleratorState  # an optional package
 
+    before = dict(os.environ)
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(1)
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
