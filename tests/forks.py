@@ -82,8 +82,13 @@ class Program:
         self.pid = self._process.pid
 
     @property
+    def returncode(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    @property
     def is_running(self) -> bool:
-        return self._process.exitcode is None
+        return self.returncode is None
 
     def wait(self, timeout: float = 280) -> subprocess.CompletedProcess:
         """Wait for its end, and return what it left; it is killed after so many seconds."""

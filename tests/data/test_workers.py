@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import forks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 
@@ -61,7 +62,8 @@ def make_loader():
 
 
 def main():
-    received = set()
+    received, asked = set(), []
+    signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: received.add(number))
     loader = make_loader()
@@ -69,12 +71,13 @@ def main():
     steps = iter(loader)
     read = [next(steps) for _ in range(8)]
     say(f"steps {len(read)} signals {len(received)}")
-    if input() == "terminate":
-        (worker,) = multiprocessing.active_children()
-        worker.terminate()
-        worker.join(60)
-        say(f"exit code {worker.exitcode}")
-        os._exit(0)
+    while not asked:
+        time.sleep(0.01)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(60)
+    say(f"exit code {worker.exitcode}")
+    os._exit(0)
 
 
 if __name__ == "__main__":
@@ -82,45 +85,56 @@ if __name__ == "__main__":
 '''
 
 
-@pytest.fixture
-def errors(tmp_path):
-    """Return the file for stderr of a run and its workers: a pipe would stay open until the last one has exited."""
-    return tmp_path / "stderr.txt"
+class Run(forks.Program):
+    """A program in a process group of its own, whose lines are read as it prints them."""
+
+    num_read = 0
+
+    def line(self) -> str:
+        """Wait for the next line; empty if there is none and the program has ended."""
+        while True:
+            was_running = self.is_running
+            lines = self.stdout.read_text().splitlines(keepends=True)[self.num_read :]
+            if lines and lines[0].endswith("\n"):
+                self.num_read += 1
+                return lines[0]
+            if not was_running:
+                return ""
+            time.sleep(0.01)
 
 
 @pytest.fixture
-def start(tmp_path, errors):
-    """Return a function that starts a run in its own process group and waits until signals do not kill it."""
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
+def start(tmp_path):
+    """Return a function that starts Python code as a program; what is left of its group is killed at the end."""
     runs = []
 
-    def begin(loader_type: str, context: str) -> subprocess.Popen[str]:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, str(script), loader_type, context]
-        pipe = subprocess.PIPE
-        with open(errors, "w") as stderr:
-            run = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=stderr, text=True, env=environment, start_new_session=True
-            )
-        runs.append(run)
-        assert run.stdout.readline() == "ready\n", errors.read_text()
-        return run
+    def begin(code: str, *words: str) -> Run:
+        script = tmp_path / "run.py"
+        script.write_text(code)
+        runs.append(Run([script, *words], new_session=True))
+        return runs[-1]
 
     yield begin
     for run in runs:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
-        run.communicate()
+        run.wait()
+
+
+def start_steps(start, *words: str) -> Run:
+    """Start a run of steps, and wait until signals do not kill it."""
+    run = start(RUN, *words)
+    assert run.line() == "ready\n", run.stderr.read_text()
+    return run
 
 
 @contextlib.contextmanager
-def send_signals(run: subprocess.Popen[str]) -> Iterator[None]:
+def send_signals(run: Run) -> Iterator[None]:
     """Send signals to all processes of a run, many times a second."""
     over = threading.Event()
 
     def send() -> None:
-        while not over.wait(0.02) and run.poll() is None:
+        while not over.wait(0.02):
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(run.pid, number)
@@ -134,9 +148,9 @@ def send_signals(run: subprocess.Popen[str]) -> Iterator[None]:
         thread.join()
 
 
-def stuck_worker(run: subprocess.Popen[str], num_signals: int) -> int:
+def stuck_worker(run: Run, num_signals: int) -> int:
     """Wait for the eight steps and `num_signals` kinds of signals; return the process id of the stuck worker."""
-    lines = sorted([run.stdout.readline(), run.stdout.readline()])  # the worker reads ahead: in any order
+    lines = sorted([run.line(), run.line()])  # the worker reads ahead: in any order
     reading = re.fullmatch(r"reading (\d+)\n", lines[0])
     assert reading and lines[1] == f"steps 8 signals {num_signals}\n", lines
     return int(reading[1])
@@ -161,7 +175,7 @@ def is_gone_within(pid: int, seconds: float) -> bool:
     "context", ["fork", *(pytest.param(each, marks=pytest.mark.slow) for each in ("spawn", "forkserver"))]
 )
 def test_workers_ignore_signals_and_exit_with_a_killed_run(start, context):
-    run = start("step", context)
+    run = start_steps(start, "step", context)
     with send_signals(run):
         pid = stuck_worker(run, num_signals=3)
         time.sleep(0.5)
@@ -171,21 +185,21 @@ def test_workers_ignore_signals_and_exit_with_a_killed_run(start, context):
 
 
 def test_run_can_terminate_a_stuck_worker(start):
-    run = start("step", "fork")
+    run = start_steps(start, "step", "fork")
     stuck_worker(run, num_signals=0)
-    print("terminate", file=run.stdin, flush=True)
-    assert run.stdout.readline() == "exit code 0\n"
+    os.kill(run.pid, signal.SIGUSR2)
+    assert run.line() == "exit code 0\n"
 
 
-def test_plain_data_loader_is_killed_by_signals(start, errors):
-    run = start("plain", "fork")
+def test_plain_data_loader_is_killed_by_signals(start):
+    run = start_steps(start, "plain", "fork")
     with send_signals(run):
-        assert run.stdout.readline() == ""
-    assert "DataLoader worker" in errors.read_text()
+        assert run.line() == ""
+    assert "DataLoader worker" in run.stderr.read_text()
 
 
 def test_plain_data_loader_outlives_a_killed_run(start):
-    run = start("plain", "fork")
+    run = start_steps(start, "plain", "fork")
     pid = stuck_worker(run, num_signals=0)
     os.kill(run.pid, signal.SIGKILL)
     try:
@@ -216,22 +230,12 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0.0, 5.0], ids=["starting", "speaking"])
-def test_synthesis_workers_exit_with_a_terminated_run(tmp_path, after):
-    script = tmp_path / "speak.py"
-    script.write_text(SPEAK)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-    try:
-        pids = [int(pid) for pid in run.stdout.readline().split()]
-        assert len(pids) == 2
-        time.sleep(after)
-        assert all(map(is_running, pids))
-        run.terminate()
-        assert run.wait(60) == -signal.SIGTERM
-        assert all(is_gone_within(pid, seconds=60) for pid in pids)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
-        run.communicate()
+def test_synthesis_workers_exit_with_a_terminated_run(start, after):
+    run = start(SPEAK)
+    pids = [int(pid) for pid in run.line().split()]
+    assert len(pids) == 2
+    time.sleep(after)
+    assert all(map(is_running, pids))
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.line() == "" and run.returncode == -signal.SIGTERM
+    assert all(is_gone_within(pid, seconds=60) for pid in pids)
