@@ -151,6 +151,17 @@ def test_autocast_decides_the_precision(group_bytes):
         assert (low - parameter.grad).norm() <= 0.05 * parameter.grad.norm()
 
 
+@pytest.mark.parametrize("geometry", ["base", "tiny_cpu"])
+def test_autocast_is_as_exact_as_in_the_plain_layers(geometry):
+    encoder, _ = encoders(geometry)
+    encoder, input_values = encoder.float(), waveforms(2, 3000)
+    exact = usual(encoder, input_values)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, theirs = encoder(input_values), usual(encoder, input_values)
+    assert theirs.dtype == torch.bfloat16
+    assert 0 < (mine - exact).norm() < 1.5 * (theirs - exact).norm()
+
+
 def test_another_activation_goes_the_usual_way():
     encoder, _ = encoders("base", feat_extract_activation="relu")
     input_values = waveforms(2, 3000).double()
