@@ -26,7 +26,7 @@ COMMANDS = {
     **{script: (kind, f"{{model}} {words}") for script, (kind, words) in SCRIPTS.items()},
     "evaluate_units": ("pretrained", "{model} --data {data} --labels {labels} --layers 3 --output_dir {out}"),
     "evaluate_layers": ("pretrained", "{model} --data {data} --labels {labels} --layers 3 --output_dir {out}"),
-    "evaluate_abx": ("pretrained", "{model} --data {data} --layers 3 --output_dir {out}"),
+    "evaluate_abx": ("pretrained", "{model} --data {data} --labels {labels} --layers 3 --output_dir {out}"),
     "prepare_for_hub": ("recogniser", "{model} {out} --provenance {provenance}"),
     "finetune_ctc": ("pretrained", f"{FINETUNING} --model {{model}}"),
     "finetune_classification": ("pretrained", f"{FINETUNING} --model {{model}}"),
