@@ -1,6 +1,9 @@
 """The demos run from the command to their results; how well they learn is documented in docs/experiments.md."""
 
+import os
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,19 @@ def test_the_demo_prints_its_tables_and_writes_model_and_picture(tmp_path):
         assert float(cells[2]) > 0
     assert (tmp_path / "demo" / "phone_by_codeword.png").stat().st_size > 10_000
     assert (tmp_path / "demo" / "model.safetensors").exists()
+
+
+def test_a_signal_ends_the_demo_with_its_training(tmp_path):
+    flags = ["--output_dir", tmp_path / "demo", *TINY, "--max_steps", "100000", "--log_steps", "1"]
+    demo = forks.Program([ROOT / "examples" / "demo.py", *flags])
+    while not (tmp_path / "demo" / "metrics.jsonl").exists():
+        assert demo.is_running
+        time.sleep(0.01)
+    os.kill(demo.pid, signal.SIGTERM)
+    done = demo.wait()
+    assert done.returncode == 143, done.stderr[-3000:]
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("SIGTERM: stopped after step") and last.endswith("begins anew when it is run again.")
 
 
 @pytest.mark.parametrize("script", ["demo", "demo_recognition"])

@@ -4,11 +4,14 @@ Pre-train a tiny DinoSR on synthetic speech in minutes, and show the acoustic un
     dinosr demo
     dinosr demo --steps 200 --output_dir runs/short_demo
 
-It runs `dinosr pretrain`, which gets all other flags, with the recipe tiny_cpu, then evaluates the model on held-out
-synthetic voices: loss, perplexity and active codewords before and after, and how well its units tell phones apart,
-compared with an untrained model and k-means on MFCCs: the textbook's, and ours, tuned to be as hard to beat as we can.
+It trains as `dinosr pretrain` does, whose flags it has too, with the recipe tiny_cpu, then evaluates the model on
+held-out synthetic voices: loss, perplexity and active codewords before and after, and how well its units tell phones
+apart, compared with an untrained model and k-means on MFCCs: the textbook's, and ours, tuned to be as hard to beat as
+we can.
 """
 
+import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,11 +26,17 @@ from ..analysis.kmeans import fit_kmeans
 from ..analysis.model_units import LabelledSpeech, layer_tables, target_features
 from ..analysis.plots import phone_codeword_figure, save_figure
 from ..data import normalize_waveform
-from ..pretraining import PretrainingArguments, parse_arguments, synthetic_corpus
+from ..pretraining import (
+    PretrainingArguments,
+    RunInterrupted,
+    TrainingStopped,
+    parse_arguments,
+    run,
+    synthetic_corpus,
+)
 from ..utils.command_line import Parser, check_ranges, command
 from ..utils.files import claim_output_folder
 from ..utils.recipes import recipes
-from . import pretrain
 
 MARKER = ".dinosr-demo"  # only a folder with this file is emptied
 
@@ -109,7 +118,13 @@ def main(argv: Sequence[str]) -> None:
             flags += ["--max_steps", str(options.steps)]
         arguments = parse_arguments(flags, recipes()["tiny_cpu"])
         out = claim_output_folder(options.output_dir, MARKER)
-    pretrain.main(flags)
+    logging.getLogger("dinosr_hf").setLevel(logging.INFO)
+    try:
+        with command(__file__, ValueError, OSError, ImportError, TrainingStopped):
+            run(arguments)
+    except RunInterrupted as interruption:
+        print(f"{interruption} The demo begins anew when it is run again.", file=sys.stderr)
+        sys.exit(interruption.exit_code)
 
     print("\nEvaluating on held-out voices ...", flush=True)
     train, test = labelled_speech(arguments, "train", num_test), labelled_speech(arguments, "test", num_test)

@@ -3,8 +3,8 @@ Fine-tune the model of `dinosr demo` to recognise spoken digits (`make demo` run
 
     dinosr demo-recognition
 
-It runs `dinosr finetune`, which gets all other flags, with the recipe ctc_tiny, opens the folder with transformers'
-`pipeline`, and prints the error rates on held-out voices and a transcript with its word times.
+It trains as `dinosr finetune` does, whose flags it has too, with the recipe ctc_tiny, opens the folder with
+transformers' `pipeline`, and prints the error rates on held-out voices and a transcript with its word times.
 """
 
 import json
