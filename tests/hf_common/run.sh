@@ -19,7 +19,8 @@ python=${1:-$checkout/.venv/bin/python}
 shift || true
 cache=${HF_COMMON_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dinosr-hf}
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+suite=
+trap '[ -z "$suite" ] || kill "$suite" 2>/dev/null || true; rm -rf "$work"' EXIT
 mkdir -p "$cache" "$work"/{transformers,suite,home}
 
 give_up() {
@@ -49,13 +50,16 @@ cp "$here"/{*.py,*.txt} "$work/suite/"
 status=0
 (
     cd "$work/suite"
-    env -u TRANSFORMERS_TINY_MODEL_PATH -u RUN_SLOW \
-        PYTHONPATH="$work/transformers:$work/suite:$checkout/src" PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0 \
+    exec env -u TRANSFORMERS_TINY_MODEL_PATH -u RUN_SLOW \
+        PYTHONPATH="$work/transformers:$work/suite:$checkout/src" PYTHONHASHSEED=0 \
         HF_HOME="$work/home" HF_HUB_OFFLINE=1 HF_COMMON_SUMMARY="$work/summary" TRANSFORMERS_TEST_DEVICE=cpu \
         OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false TMPDIR="$work" \
         "$python" -m pytest -c /dev/null --rootdir="$work/suite" --import-mode=importlib -p no:cacheprovider \
         -q -W ignore --tb=short -o verbosity_subtests=0 --timeout=600 -n "${HF_COMMON_WORKERS:-2}" "$@"
-) || status=$?
+) &
+suite=$!
+wait "$suite" || status=$?
+suite=
 [ -f "$work/summary" ] || give_up "pytest ended with $status before any summary"
 line=$(cat "$work/summary")
 case $line in
