@@ -18,9 +18,10 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON (python3), WORKERS (2), TRANSFORMERS (5.17.0, for test-oldest), VENV (.venv)"
 
-# Debian's python3 has no ensurepip: there the pip that is outside installs the one inside. What is imported is compiled
-# then, a fraction of all modules.
+# pip compiles nothing: Python compiles a module at its first import, which most never have. It must be let to keep it.
 unexport PYTHONDONTWRITEBYTECODE
+
+# Debian's python3 has no ensurepip: there the pip that is outside installs the one inside.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@echo "Installing into $(VENV) with $$($(PYTHON) --version); minutes the first time"
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --without-pip $(VENV) && \
@@ -32,17 +33,17 @@ demo: $(INSTALLED) ## a DinoSR learns the units of synthetic speech, then to rec
 	@$(VENV)/bin/python examples/demo.py
 	@$(VENV)/bin/python examples/demo_recognition.py
 
-OTHERS = HF_COMMON_WORKERS=$(WORKERS) tests/hf_common/run.sh $(VENV)/bin/python
+HF_SUITE = HF_COMMON_WORKERS=$(WORKERS) tests/hf_common/run.sh $(VENV)/bin/python
 
-# Side by side: each leaves a fifth of two cores idle.
+# Side by side, because each leaves a fifth of two cores idle.
 test: $(INSTALLED) ## the tests, and transformers' own
-	@log=$$(mktemp); $(OTHERS) >$$log 2>&1 & other=$$!; \
+	@log=$$(mktemp); $(HF_SUITE) >$$log 2>&1 & other=$$!; \
 	trap 'kill $$other 2>/dev/null; rm -f $$log' EXIT; failed=0; \
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal || failed=1; \
 	wait $$other || failed=1; cat $$log; exit $$failed
 
 test-hf: $(INSTALLED) ## transformers' own common tests on our classes
-	@$(OTHERS)
+	@$(HF_SUITE)
 
 # The pin gives way; what the older release needs beside it, pip finds.
 $(OLDEST)/constraints.txt: constraints.txt
