@@ -137,7 +137,7 @@ def test_autocast_decides_the_precision(group_bytes):
     signal = torch.randn(2, 33)
     with torch.autocast("cpu", torch.bfloat16):
         low = convolve(modules, signal, 6, 13, group_bytes=group_bytes)
-    assert low.dtype == torch.float32  # what comes next adds to it
+    assert low.dtype == torch.float32  # norms and activations
     low.square().sum().backward()
     gradients = {}
     gradients["low"] = [parameter.grad for parameter in modules.parameters()]

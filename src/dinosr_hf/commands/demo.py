@@ -109,18 +109,17 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> None:
-    with command(__file__):
-        options, flags = make_parser().parse_known_args(argv)
-        num_test = options.test_utterances
-        check_ranges([(num_test >= 1, "test_utterances", num_test, "at least 1")])
-        flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
-        if options.steps is not None:
-            flags += ["--max_steps", str(options.steps)]
-        arguments = parse_arguments(flags, recipes()["tiny_cpu"])
-        out = claim_output_folder(options.output_dir, MARKER)
     logging.getLogger("dinosr_hf").setLevel(logging.INFO)
     try:
         with command(__file__, ValueError, OSError, ImportError, TrainingStopped):
+            options, flags = make_parser().parse_known_args(argv)
+            num_test = options.test_utterances
+            check_ranges([(num_test >= 1, "test_utterances", num_test, "at least 1")])
+            flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
+            if options.steps is not None:
+                flags += ["--max_steps", str(options.steps)]
+            arguments = parse_arguments(flags, recipes()["tiny_cpu"])
+            out = claim_output_folder(options.output_dir, MARKER)
             run(arguments)
     except RunInterrupted as interruption:
         print(f"{interruption} The demo begins anew when it is run again.", file=sys.stderr)

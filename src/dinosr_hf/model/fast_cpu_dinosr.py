@@ -423,7 +423,7 @@ class _Stack(torch.autograd.Function):
     def forward(ctx: Any, pieces: Tensor, plan: _Plan, *parameters: Any) -> Tensor:
         """Pieces (P, samples) to (P, frames, C); four parameters a layer."""
         autocast = torch.is_autocast_enabled("cpu")
-        # As autocast does it on CPUs: all in the low precision, with the norms' parameters in float32.
+        # As autocast does it: products in the low precision, norms and activations in float32.
         ctx.low = torch.get_autocast_dtype("cpu") if autocast else parameters[0].dtype
         ctx.high = torch.float32 if autocast else parameters[0].dtype
         ctx.plan = plan
@@ -435,7 +435,7 @@ class _Stack(torch.autograd.Function):
             outputs.append(output.unflatten(0, (part.shape[0], -1))[:, : plan.piece_frames])
             products += convolved
         ctx.save_for_backward(pieces, *parameters, *products)
-        return torch.cat(outputs).to(ctx.high)
+        return torch.cat(outputs)
 
     @staticmethod
     def _layers(ctx: Any, parameters: Sequence[Any]) -> list[_ConvLayer]:
@@ -456,7 +456,7 @@ class _Stack(torch.autograd.Function):
             convolved = layer.convolve(signal.to(ctx.low))
             if saves_products:
                 products.append(convolved)
-            signal = torch.ops.aten.gelu_(layer.norm(convolved)[0])
+            signal = torch.ops.aten.gelu_(layer.norm(convolved.to(ctx.high))[0])
         return products, signal
 
     @staticmethod
@@ -466,9 +466,9 @@ class _Stack(torch.autograd.Function):
         for i, (stride, eps) in enumerate(ctx.plan.strides_and_eps):
             weight, bias, norm_weight, norm_bias = parameters[4 * i : 4 * i + 4]
             bias = None if bias is None else bias.to(ctx.low)
-            convolved = nn.functional.conv1d(signal, weight.to(ctx.low), bias, stride).transpose(1, 2)
+            convolved = nn.functional.conv1d(signal, weight.to(ctx.low), bias, stride).transpose(1, 2).to(ctx.high)
             normed = nn.functional.layer_norm(convolved, convolved.shape[2:], norm_weight, norm_bias, eps)
-            signal = nn.functional.gelu(normed).transpose(1, 2)
+            signal = nn.functional.gelu(normed).to(ctx.low).transpose(1, 2)
         return signal.transpose(1, 2)[:, : ctx.plan.piece_frames].to(ctx.high)
 
     @staticmethod
@@ -488,7 +488,7 @@ class _Stack(torch.autograd.Function):
                 convolved = products[num_layers * i : num_layers * (i + 1)]
             else:
                 convolved, _ = _Stack._forward_group(ctx, layers, part, True)
-            d_output = torch.zeros_like(convolved[-1])
+            d_output = gradient.new_zeros(convolved[-1].shape)
             place = slice(ctx.plan.group * i, ctx.plan.group * i + part.shape[0])
             d_output.unflatten(0, (part.shape[0], -1))[:, : ctx.plan.piece_frames] = gradient[place]
             d_part = _Stack._backward_group(ctx, layers, part, convolved, d_output, sums)
@@ -515,24 +515,27 @@ class _Stack(torch.autograd.Function):
             if part is not None and ctx.needs_input_grad[2 + place]:
                 sums[place] = part.to(ctx.high) if sums[place] is None else sums[place].add_(part)
 
-        normed = layers[-1].norm(products[-1])
+        convolved = products[-1].to(ctx.high)
+        normed = layers[-1].norm(convolved)
         for i in reversed(range(len(layers))):
             layer, (output, mean, inverse) = layers[i], normed
             torch.ops.aten.gelu_backward.grad_input(gradient, output, grad_input=output)
-            d_convolved, d_norm_weight, d_norm_bias = layer.norm_backward(output, products[i], mean, inverse)
+            d_convolved, d_norm_weight, d_norm_bias = layer.norm_backward(output, convolved, mean, inverse)
             add(4 * i + 2, d_norm_weight)
             add(4 * i + 3, d_norm_bias)
+            d_convolved = d_convolved.to(ctx.low)
             if layer.bias is not None:
                 add(4 * i + 1, d_convolved.sum(0))
             if i > 0:
-                normed = layers[i - 1].norm(products[i - 1])
+                convolved = products[i - 1].to(ctx.high)
+                normed = layers[i - 1].norm(convolved)
                 signal = nn.functional.gelu(normed[0])
             else:
                 signal = pieces.reshape(-1, 1)
             if ctx.needs_input_grad[2 + 4 * i]:
                 add(4 * i, layer.weight_gradient(d_convolved, signal.to(ctx.low)))
             if i > 0 or ctx.needs_input_grad[0]:
-                gradient = layer.signal_gradient(d_convolved)
+                gradient = layer.signal_gradient(d_convolved).to(ctx.high)
         return gradient.view_as(pieces) if ctx.needs_input_grad[0] else None
 
 
@@ -575,7 +578,7 @@ def convolve(
         group_bytes: Size of the largest product; None: 32 MiB.
 
     Returns:
-        (B, T, C), zero in the padding; under autocast, float32 from a computation in its precision.
+        (B, T, C), zero in the padding; under autocast, float32 from products in its precision.
     """
     hop, channels_per_sample, strides_and_eps = 1, [], []
     parameters: list[Tensor | None] = []
