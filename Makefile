@@ -18,7 +18,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON (python3), WORKERS (2), TRANSFORMERS (5.17.0, for test-oldest), VENV (.venv)"
 
-# pip compiles nothing: Python compiles a module at its first import, which most never have. It must be let to keep it.
+# pip compiles no modules, as few are ever imported. Python compiles those that are, and must be free to keep the result.
 unexport PYTHONDONTWRITEBYTECODE
 
 # Debian's python3 has no ensurepip: there the pip that is outside installs the one inside.
