@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Build sdist and wheel, install the wheel into an empty environment outside of the repository, and use it there.
-# Usage: .ci/wheel.sh [PYTHON], by default that of .venv; it needs the packages build and pip.
+# Usage: .ci/wheel.sh [PYTHON], the Python to install it for, by default that of .venv, which builds it.
 set -euo pipefail
 unset PYTHONPATH PYTHONDONTWRITEBYTECODE # the processes share what the first one compiles
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
-python=$(realpath -s "${1:-$root/.venv/bin/python}")
+ours=$root/.venv/bin/python
+python=$(realpath -s "${1:-$ours}")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 
-"$python" -m build --outdir dist "$root" >build.log || { cat build.log && exit 1; }
+"$ours" -m build --outdir dist "$root" >build.log || { cat build.log && exit 1; }
 wheel=$(echo dist/*.whl)
-"$python" - "$wheel" "$root" <<'PYTHON'
+"$ours" - "$wheel" "$root" <<'PYTHON'
 import sys
 from pathlib import Path
 from zipfile import ZipFile
@@ -29,7 +30,7 @@ assert any(name.endswith(".dist-info/licenses/LICENSE") for name in found), "the
 PYTHON
 
 "$python" -m venv --without-pip env
-"$python" -m pip --python env/bin/python install -q --no-compile -c "$root/constraints.txt" "$wheel[demo]"
+"$ours" -m pip --python env/bin/python install -q --no-compile -c "$root/constraints.txt" "$wheel[demo]"
 env/bin/dinosr --help >/dev/null
 env/bin/dinosr recipes | grep -q tiny_cpu
 env/bin/dinosr demo --steps 5 --output_dir model --synthetic_utterances 6 --step_seconds 20 --test_utterances 3 \
