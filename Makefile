@@ -6,13 +6,15 @@ TRANSFORMERS ?= 5.17.0
 
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev
 OLDEST := .venv-transformers-$(TRANSFORMERS)
 NEWEST := .venv-transformers-main
+APP := .venv-gradio
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-hf test-oldest test-main docs build lint types clean
+.PHONY: help demo test test-hf test-app test-oldest test-main docs build lint types clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,7 +28,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@echo "Installing into $(VENV) with $$($(PYTHON) --version); minutes the first time"
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(VENV)/bin/python install -qq pip; }
-	@$(VENV)/bin/python -m pip install -qq --no-compile -e '.[dev]' -c $(CONSTRAINTS)
+	@$(VENV)/bin/python -m pip install -qq --no-compile -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
 	@touch $@
 
 demo: $(INSTALLED) ## a DinoSR learns the units of synthetic speech, then to recognise it: tables, a picture, a transcript
@@ -44,6 +46,15 @@ test: $(INSTALLED) ## the tests, and transformers' own
 
 test-hf: $(INSTALLED) ## transformers' own common tests on our classes
 	@$(HF_SUITE)
+
+# gradio holds back Pillow.
+$(APP)/constraints.txt: constraints.txt
+	@mkdir -p $(@D)
+	@grep -v '^pillow==' $< >$@
+
+test-app: $(APP)/constraints.txt ## the tests of the page of examples/app.py, with gradio, in an environment of its own
+	@$(MAKE) --no-print-directory $(APP)/.installed VENV=$(APP) CONSTRAINTS=$< EXTRAS=dev,app
+	@$(APP)/bin/python -m pytest -q tests/hub/test_space.py
 
 # The pin gives way; what the older release needs beside it, pip finds.
 $(OLDEST)/constraints.txt: constraints.txt
@@ -77,5 +88,5 @@ types: $(INSTALLED) ## mypy
 	$(VENV)/bin/mypy
 
 clean: ## remove the environments and caches
-	rm -rf .venv .venv-transformers-* .cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-* .cache .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -156,7 +156,7 @@ def test_without_gradio_the_command_says_what_to_install(models, monkeypatch):
 
 @pytest.fixture(scope="module")
 def client(listener):
-    """Client of a page on loopback. Gradio is no part of `dev`: `pip install -e .[app]` runs these tests too."""
+    """Client of a page on loopback. Gradio is no part of `dev`: `make test-app` runs these tests."""
     gradio_client = pytest.importorskip("gradio_client", reason="gradio is not installed")
     page = build_page(listener, "A <b> and C")
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
