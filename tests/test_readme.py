@@ -63,7 +63,7 @@ for line, code in json.load(sys.stdin):
 def folder(tmp_path_factory):
     """Create the files that the documents use: models, a language model, a recording, an authors' checkpoint."""
     path = tmp_path_factory.mktemp("documents")
-    config = parse_arguments(["--num_hidden_layers", "2"], TINY).model_config()
+    config = parse_arguments([], TINY).model_config()
     save_folder(DinoSRForPreTraining(config), path / "runs" / "tiny")
     config = DinoSRConfig(**{**config.to_diff_dict(), "use_weighted_layer_sum": True, "num_labels": 5})
     save_folder(DinoSRForSequenceClassification(config), path / "runs" / "classifier")
