@@ -221,6 +221,18 @@ def test_missing_file(tmp_path):
     assert caught.value.reason == "missing"
 
 
+def test_file_without_permission(tmp_path, monkeypatch):
+    path = tmp_path / "x.wav"
+    path.write_bytes(b"RIFF")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("dinosr_hf.data.audio.open", refuse, raising=False)  # root may read everything
+    with pytest.raises(AudioFileError, match=r"x\.wav cannot be read: Permission denied\. Check its permissions"):
+        load_audio(path)
+
+
 def test_file_of_zero_bytes(tmp_path):
     (tmp_path / "none.wav").touch()
     with pytest.raises(AudioFileError, match=r"none\.wav is empty \(0 bytes\)") as caught:

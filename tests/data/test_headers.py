@@ -263,6 +263,18 @@ def test_damaged_mp3_is_the_whole_one_without_the_damage():
     np.testing.assert_allclose(tail, load_audio(mp3(info=False))[-10_000:], atol=1e-3)
 
 
+def mp2(bit_rate, num_frames=200):
+    """Frames of silence of MPEG layer II, 1,152 samples each."""
+    index = (32, 48, 56, 64, 80, 96, 112, 128, 160, 192).index(bit_rate) + 1
+    header = bytes([0xFF, 0xFD, index << 4 | 1 << 2, 0xC0])  # 48 kHz, mono
+    return header.ljust(bit_rate * 3, b"\0") * num_frames
+
+
+def test_layer_ii_is_read_whole():
+    for data in (mp2(192, 400), mp2(64) + mp2(192)):
+        assert audio_info(data).num_samples == len(load_audio(data)) == 400 * 1152 // 3
+
+
 REFUSED = {
     "rate 1": (lambda: flac(rate=1), "its sampling rate is 1 Hz, which must be from 1,000 to 768,000"),
     "rate 2^31": (lambda: patched(encoded("WAV"), 24, struct.pack("<I", 2**31 - 1)), "its sampling rate is 2,147,483"),
@@ -276,6 +288,7 @@ REFUSED = {
     ),
     "two MP3s of two rates": (lambda: mp3() + mp3(rate=24_000), "its parts have different sampling rates"),
     "two MP3s of one and two channels": (lambda: mp3() + mp3(channels=2), "numbers of channels or layers. Convert"),
+    "MPEG layer II whose bit rate falls": (lambda: mp2(192) + mp2(64), "its bit rate falls, and libsndfile takes"),
     "AU that begins far behind its end": (
         lambda: patched(au(2 * LENGTH), 4, struct.pack(">I", 10**9)),
         "its header promises no samples, but it has 96,024 bytes. Convert it, for example with ffmpeg",

@@ -162,6 +162,19 @@ def test_manifest_equals_the_folder(folder, tmp_path, suffix, place):
         np.testing.assert_array_equal(by_manifest.load(index, 100, 2_000), by_folder.load(index, 100, 2_000))
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+def test_names_may_begin_and_end_with_spaces(tmp_path, suffix):
+    names = {" a.wav", '"b".wav', "c, d.wav ", "  e/ f.wav"} - ({"c, d.wav "} if suffix == ".tsv" else set())
+    for name in names:
+        path = tmp_path / "speech" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.linspace(-0.5, 0.5, 8_000), 16_000, format="WAV")
+    scan = scan_folder(tmp_path / "speech")
+    manifest, *_ = write_manifest(scan, tmp_path / f"list{suffix}")
+    assert len(open_source(manifest)) == len(scan.usable)
+    assert {file.name for file in scan.usable} >= {" a.wav", "  e/ f.wav"}
+
+
 def test_list_of_files_left_out(folder, tmp_path):
     bad = damage(folder)
     _, left_out = write_manifest(scan_folder(folder), tmp_path / "train.jsonl")

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
@@ -117,7 +118,7 @@ def test_one_recording_cannot_be_shared(tmp_path, recordings):
 
 @pytest.fixture
 def losses(monkeypatch):
-    """Let the held-out losses be 3, 2, 2.5, 2.6, ..., and return the steps that were evaluated."""
+    """Let the held-out losses be 3, 2, 2.5, 2.6, ..., and return a weight of the models that were evaluated."""
     plain, seen = HeldOut.evaluate, []
 
     def evaluate(self, model, accelerator=None):
@@ -179,6 +180,45 @@ def test_a_resumed_run_counts_the_evaluations_before(tmp_path, recordings, losse
     assert torch.equal(weights["dinosr.masked_spec_embed"], losses[1])
 
 
+def test_a_run_without_checkpoints_that_its_loss_ended_is_finished(tmp_path, recordings, losses):
+    run(patient(tmp_path, recordings, checkpoint_steps=0))
+    model = run(patient(tmp_path, recordings, checkpoint_steps=0))
+    assert len(losses) == 4 and torch.equal(model.dinosr.masked_spec_embed, losses[1])
+    with pytest.raises(ArgumentError, match="has a model already"):
+        run(patient(tmp_path, recordings, checkpoint_steps=0, eval_patience=3))
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path, recordings, monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    best = best_model.BestModel(tmp_path, 2, accelerator)
+    model = DinoSRForPreTraining(DinoSRConfig(**SIZES))
+    found = []
+    for step, loss in enumerate([np.nan, 3.0, np.nan, 2.0], start=1):
+        best.add(step, {"loss": loss}, model)
+        found.append(best.step)
+    assert found == [1, 2, 2, 4]
+
+
+def test_the_best_at_a_checkpoint_is_kept_while_the_run_can_go_back_to_it(tmp_path, recordings, monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    best = best_model.BestModel(tmp_path, 9, accelerator)
+    model = DinoSRForPreTraining(DinoSRConfig(**SIZES))
+
+    def kept():
+        return sorted(path.name for path in tmp_path.glob("best-*"))
+
+    best.add(1, {"loss": 3.0}, model)
+    best.add(2, {"loss": 2.5}, model)
+    assert kept() == ["best-2"]
+    (tmp_path / "checkpoint-3").mkdir()
+    best.add(4, {"loss": 2.0}, model)
+    best.add(5, {"loss": 1.5}, model)
+    assert kept() == ["best-2", "best-5"]
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    best.add(6, {"loss": 1.0}, model)
+    assert kept() == ["best-6"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -186,6 +226,7 @@ def test_a_resumed_run_counts_the_evaluations_before(tmp_path, recordings, losse
         ({"new_codebooks": True}, "new_codebooks is for training a base_model on"),
         ({"eval_patience": 3}, "eval_patience is set, but there is no held-out speech. Give eval_data or eval_share"),
         ({"eval_labels": "phones.jsonl"}, "eval_labels is set, but there is no held-out speech"),
+        ({"eval_split": "test"}, "eval_split=test is a split of eval_data, which is not set"),
         ({"eval_share": 1.0}, "eval_share=1.0 is out of range: it must be at least 0 and less than 1"),
         ({"eval_share": 0.1, "streaming": True}, "eval_share holds out recordings, which streaming does not list"),
         ({"eval_patience": -1}, "eval_patience=-1 is out of range: it must be at least 0"),

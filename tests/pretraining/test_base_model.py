@@ -77,6 +77,18 @@ def test_revival_can_start_with_the_new_run(tmp_path, base):
     assert torch.equal(model.codebooks.usage, torch.ones(2, 8))
 
 
+def test_the_teacher_can_get_a_front_end_of_its_own(tmp_path, base):
+    model = start_from(tmp_path, base, freeze_mode="copied")
+    before = DinoSRForPreTraining.from_pretrained(base).state_dict()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    copies = sorted(after.keys() - before.keys())
+    assert copies and all(
+        name.startswith(("teacher.feature_extractor.", "teacher.feature_projection.")) for name in copies
+    )
+    assert all(torch.equal(after[name], after[name.replace("teacher.", "dinosr.")]) for name in copies)
+
+
 @pytest.mark.parametrize("changes", [{"codebook_size": 6}, {"num_codebooks": 1}])
 def test_codebooks_of_other_sizes_start_anew(tmp_path, base, changes):
     model = start_from(tmp_path, base, **changes)

@@ -5,13 +5,14 @@ import json
 import logging
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from dinosr_hf.pretraining import CheckpointError, find_checkpoints, read_checkpoint, run
+from dinosr_hf.pretraining import CheckpointError, checkpoint, find_checkpoints, read_checkpoint, run
 from dinosr_hf.pretraining.train_state import check_fits
 from dinosr_hf.training.sealed_files import describe_files, read_sealed, seal
 from pretraining_runs import ANCHORED, assert_same_run, tiny_arguments
@@ -230,3 +231,14 @@ def test_other_weights_are_refused(tmp_path, recordings, out):
     arguments = tiny_arguments(tmp_path, recordings, **OPTIONS)
     with pytest.raises(CheckpointError, match=r"does not fit the model: .*Missing key"):
         check_fits(read_checkpoint(out / "checkpoint-4"), arguments, Accelerator())
+
+
+@pytest.mark.parametrize("is_available", [True, False])
+def test_random_states_of_every_kind_of_gpu_are_kept(monkeypatch, is_available):
+    given = []
+    gpu = SimpleNamespace(is_available=lambda: is_available, get_rng_state=lambda: 7, set_rng_state=given.append)
+    monkeypatch.setattr(checkpoint, "_GPUS", {"mps": gpu})
+    state = checkpoint.random_state()
+    assert state.get("mps") == (7 if is_available else None)
+    checkpoint.set_random_state({**state, "mps": 7})
+    assert given == [7] * is_available

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from dinosr_hf.finetuning import (
     ClassificationArguments,
@@ -51,8 +52,13 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 
 def test_versions_hardware_and_times_of_this_machine_are_valid(tmp_path):
     record = dataclasses.replace(
-        RECORD, versions=library_versions(), hardware=describe_hardware(2), started=time_now(), finished=time_now()
+        RECORD,
+        versions=library_versions(),
+        hardware=describe_hardware(torch.device("cpu"), 2),
+        started=time_now(),
+        finished=time_now(),
     )
+    assert record.hardware.startswith("CPU (") and record.hardware.endswith("2 process(es)")
     write_record(tmp_path, record)
     assert {"dinosr_hf", "torch", "transformers", "python"} <= set(read_record(tmp_path).versions)
 

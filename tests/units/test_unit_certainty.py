@@ -39,10 +39,10 @@ def input_values(recordings, name):
     return torch.from_numpy(normalize_waveform(recordings.load(index)))[None]
 
 
-@pytest.mark.parametrize("reference_padding", [False, True], ids=["ours", "reference"])
+@pytest.mark.parametrize("changes", [{}, {"reference_padding": True}, {"head_input": "own_layer"}], ids=str)
 @pytest.mark.parametrize(("layer", "source"), [*product((2, 3), SOURCES), (3, "anchor")])
-def test_units_equal_encode_units(recordings, layer, source, reference_padding):
-    model = tiny_model(reference_padding=reference_padding)
+def test_units_equal_encode_units(recordings, layer, source, changes):
+    model = tiny_model(**changes)
     found = {units.id: units for units in scored_units(model, recordings, layer=layer, source=source)}
     assert found.keys() == {"short.wav", "a.wav", "b.wav"}
     for name in ("a.wav", "b.wav"):

@@ -301,3 +301,4 @@ def test_flags_with_dashes_are_those_with_underscores(tmp_path):
     content = "is_loud: false\nlimit: null\n"
     assert parse(tmp_path, content, "--is-loud", "true")[0].is_loud is True
     assert explicit_names(["--is-loud=true", "--names", "a-b"], (Sound, Place)) == {"is_loud", "names"}
+    assert explicit_names(["--no-is-loud"], (Sound, Place)) == {"is_loud"}

@@ -12,7 +12,7 @@ from finetuning_runs import recognise, write_corpus, write_model
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch):
-    for name in ("OMP_NUM_THREADS", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+    for name in ("OMP_NUM_THREADS", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -26,6 +26,12 @@ def eight_cores(monkeypatch):
 )
 def test_a_process_gets_its_share_of_the_cores_or_what_is_asked_for(eight_cores, num_threads, num_processes, expected):
     assert set_cpu_threads(num_threads, num_processes) == torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize(("local", "expected"), [("1", 8), ("2", 4), ("x", 2), ("0", 8)])
+def test_processes_of_other_machines_take_no_cores(eight_cores, monkeypatch, local, expected):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert set_cpu_threads(0, 4) == expected
 
 
 @pytest.mark.parametrize(

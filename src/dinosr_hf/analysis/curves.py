@@ -78,15 +78,17 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     # A last line without an end is being written, or was when the run was killed.
     complete = text[: text.rfind("\n") + 1]
     lines: list[dict[str, Any]] = []
-    for number, row in enumerate(complete.splitlines(), start=1):
+    for row in complete.splitlines():
         try:
             line = json.loads(row)
             step = int(line["step"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            raise ValueError(f"{path}, line {number}, is not a line of metrics: an object with a step.") from None
+            continue  # half a line, from when the disk was full
         if lines and lines[-1]["step"] > step:
             lines = [earlier for earlier in lines if earlier["step"] < step]
         lines.append(line)
+    if not lines and complete.strip():
+        raise ValueError(f"{path} has no line of metrics, an object with a step. Give the output_dir of a run.")
     if not lines:
         raise ValueError(f"{path} is empty: the run has not reached its first line of metrics yet.")
     return lines

@@ -345,9 +345,13 @@ def _explain_unreadable(source: AudioInput, name: str, error: Exception) -> Audi
     if source == b"" or (isinstance(source, (str, Path)) and os.path.getsize(source) == 0):
         return AudioFileError(f"{name} is empty (0 bytes). Leave it out or download it again.", "empty")
     path = source if isinstance(source, (str, Path)) else ""
-    if (stand_in := explain_stand_in(_head(source), os.path.getsize(path) if path else None)) is not None:
+    try:
+        head = _head(source)
+    except OSError as problem:  # no permission, or a disk that fails
+        return AudioFileError(f"{name} cannot be read: {problem.strerror or problem}. Check its permissions and disk.")
+    if (stand_in := explain_stand_in(head, os.path.getsize(path) if path else None)) is not None:
         return AudioFileError(f"{name} {stand_in}")
-    if (kind := unsupported_kind(path, _head(source))) is not None:
+    if (kind := unsupported_kind(path, head)) is not None:
         return AudioFileError(f"{name} cannot be read: {how_to_convert(path, kind)}", f"unsupported {kind}")
     cause = str(getattr(error, "error_string", error)).rstrip(".") or "not enough memory"
     advice = "Convert the file, for example to flac, or leave it out."

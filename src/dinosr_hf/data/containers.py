@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 # Bytes, or the part of a file from the first to the second position.
 Piece = bytes | tuple[int, int]
@@ -376,8 +376,12 @@ def _mp3_streams(file: IO[bytes], start: int, size: int) -> Streams:
         info_frame = frames.infos[0][0]
         is_whole = len(frames.spans) == 1 and info_frame[0] == start
         return Streams([[info_frame, *frames.spans]] if frames.num == num_stated and not is_whole else [], frames.note)
-    info = [_make_info(frames)] if frames.kind.layer == 3 else []
-    return Streams([[*info, *frames.spans]], frames.note)
+    if frames.kind.layer == 3:
+        return Streams([[_make_info(frames), *frames.spans]], frames.note)
+    longest = cast(_Frame, _parse_frame(frames.first_frame, 0)).num_bytes - 4  # without padding
+    if frames.num * longest > sum(map(_length, frames.spans)):
+        raise StreamError("its bit rate falls, and libsndfile takes its length from the first frame")
+    return Streams([frames.spans], frames.note)
 
 
 class _Mp3Frames:

@@ -213,5 +213,6 @@ def _manifest(suffix: str, base: Path, files: list[ScannedFile]) -> str:
 
 def _csv(rows: Iterable[Sequence[Any]]) -> str:
     out = io.StringIO(newline="")
-    csv.writer(out, lineterminator="\n").writerows(rows)
+    # Text in quotes, because spaces at the start of a field without them do not count.
+    csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).writerows(rows)
     return out.getvalue()

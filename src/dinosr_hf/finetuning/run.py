@@ -221,7 +221,7 @@ def finetune(
             versions=library_versions(),
             started=started,
             finished=None,
-            hardware=describe_hardware(arguments.world_size),
+            hardware=describe_hardware(arguments.device, arguments.world_size),
         )
         if arguments.dry_run:
             if trainer.is_world_process_zero():

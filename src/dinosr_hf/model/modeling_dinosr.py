@@ -1450,9 +1450,12 @@ def ctc_loss(
             f"labels has the value {int(labels.max())}, but vocab_size={config.vocab_size}. Give the model the"
             " tokenizer's vocab_size."
         )
+    device = logits.device
+    if device.type == "mps":  # where torch 2.13 has no ctc_loss
+        logits, labels, num_frames = logits.cpu(), labels.cpu(), num_frames.cpu()
     is_label = labels >= 0
     with without_autocast(logits.device), torch.backends.cudnn.flags(enabled=False):
-        return nn.functional.ctc_loss(
+        loss = nn.functional.ctc_loss(
             logits.float().log_softmax(dim=-1).transpose(0, 1),
             labels.masked_fill(~is_label, config.pad_token_id or 0),
             num_frames,
@@ -1461,6 +1464,7 @@ def ctc_loss(
             reduction=config.ctc_loss_reduction,
             zero_infinity=config.ctc_zero_infinity,
         )
+    return loss.to(device)
 
 
 class DinoSRForCTC(DinoSRPreTrainedModel):  # trf-ignore: TRF057

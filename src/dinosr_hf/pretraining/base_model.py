@@ -19,9 +19,11 @@ logger = logging.getLogger(__name__)
 def _with_new_anchor(name: str, config: DinoSRConfig) -> DinoSRForPreTraining:
     """Load a pre-training checkpoint, but for the anchor's head."""
     plain = DinoSRConfig(**{**config.to_dict(), "num_anchor_labels": 0})
-    # The use of codewords is counted only where some are revived, which may begin with this run.
+    # The use of codewords is counted only where some are revived, and the teacher has a front end of its own only if
+    # `freeze_mode` says so; both may begin with this run.
+    may_lack = r"codebooks\.usage$|teacher\.feature_(extractor|projection)\."
     options: dict[str, Any] = {"config": plain, "dtype": torch.float32}
-    base = open_weights(DinoSRForPreTraining, name, may_lack=r"codebooks\.usage$", **options)
+    base = open_weights(DinoSRForPreTraining, name, may_lack=may_lack, **options)
     if not config.num_anchor_labels:
         return base
     model = DinoSRForPreTraining(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..model.modeling_dinosr import DinoSRForPreTraining
+from ..training.resume import find_checkpoints, step_of
 from ..utils.files import remove
 from ..utils.model_folder import open_weights, save_folder
 from .run_folder import read_evaluations
@@ -25,6 +27,8 @@ class BestModel:
     """
     Keeps the model of the lowest held-out loss in the folder `best-STEP` of a run, and says when the run should end.
 
+    It also keeps the one that was the best at each checkpoint that there is, from which the run may be resumed.
+
     The losses are in `metrics.jsonl`, which a resumed run reads again. All processes make it and call its methods
     together.
     """
@@ -37,25 +41,41 @@ class BestModel:
     @property
     def step(self) -> int:
         """Step of the lowest loss so far; 0: none was measured."""
-        return min(self._evaluations, key=lambda step: (self._evaluations[step]["loss"], step), default=0)
+        return self._lowest(max(self._evaluations, default=0))
+
+    def _lowest(self, last_step: int) -> int:
+        """Return the step of the lowest loss up to a step, where one that is no number is the highest; 0: none."""
+
+        def order(step: int) -> tuple[float, int]:
+            loss = float(self._evaluations[step]["loss"])
+            return (math.inf if math.isnan(loss) else loss, step)
+
+        return min((step for step in self._evaluations if step <= last_step), key=order, default=0)
 
     @property
     def is_over(self) -> bool:
         """Whether the loss has not been lower for as many evaluations as the run's patience."""
         return sum(step > self.step for step in self._evaluations) >= self._patience
 
+    def ended_at(self, step: int) -> bool:
+        """Return whether the run was over when it had been evaluated after a step, its last."""
+        return self.is_over and max(self._evaluations) == step
+
     def has(self, step: int) -> bool:
         """Return whether there was an evaluation after a step."""
         return step in self._evaluations
 
     def add(self, step: int, figures: Mapping[str, Any], model: DinoSRForPreTraining) -> None:
-        """Add an evaluation, and keep the model if its loss is the lowest so far."""
+        """Add an evaluation, and keep the model if its loss is the lowest so far, beside those of the checkpoints."""
         self._evaluations[step] = figures
-        if self.step == step and self._accelerator.is_main_process:
+        if not self._accelerator.is_main_process:
+            return
+        if self.step == step:
             save_folder(model, self._path(step))
-            for other in self._folder.glob(f"{PREFIX}*"):
-                if other != self._path(step):
-                    remove(other)
+        starts = [step, *map(step_of, find_checkpoints(self._folder))]  # the run may go on from any of them
+        kept = {self._path(self._lowest(start)) for start in starts}
+        for other in set(self._folder.glob(f"{PREFIX}*")) - kept:
+            remove(other)
 
     def restore(self, step: int, model: DinoSRForPreTraining) -> Mapping[str, Any]:
         """Load the kept model's weights into the model of a step, unless that is the best; return its figures."""

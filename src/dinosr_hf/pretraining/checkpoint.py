@@ -37,6 +37,7 @@ from .manifest import FORMAT, MANIFEST, PROCESS_FILE, TRAINING_FILE, Manifest, r
 logger = logging.getLogger(__name__)
 
 REMOVED_PREFIX = ".removed-"
+_GPUS: dict[str, Any] = {"cuda": torch.cuda, "mps": torch.mps}  # which have random states of their own
 
 
 class Checkpoint(NamedTuple):
@@ -56,7 +57,7 @@ def random_state() -> dict[str, Any]:
     numpy_state: Any = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    return state | {name: module.get_rng_state() for name, module in _GPUS.items() if module.is_available()}
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
@@ -64,8 +65,9 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    for name, module in _GPUS.items():
+        if name in state and module.is_available():
+            module.set_rng_state(state[name])
 
 
 def _remove(path: Path) -> None:

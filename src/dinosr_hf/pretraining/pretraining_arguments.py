@@ -190,7 +190,7 @@ class DataArguments:
         "Share of the recordings of `data` (the first, if there are several) that are held out for evaluation and not"
         " trained on, unless eval_data is given.",
     )
-    eval_split: str | None = argument(None, "Split of the held-out speech.")
+    eval_split: str | None = argument(None, "Split of eval_data.")
     eval_labels: str | None = argument(
         None, "Phone labels of the held-out speech (.jsonl, .ctm, a folder of TextGrids); synthetic has its own."
     )
@@ -430,6 +430,11 @@ def _check(arguments: PretrainingArguments) -> None:
             raise ArgumentError(
                 f"{name} is set, but there is no held-out speech. Give eval_data or eval_share as well."
             )
+    if data.eval_split is not None and data.eval_data is None:
+        raise ArgumentError(
+            f"eval_split={data.eval_split} is a split of eval_data, which is not set. Give eval_data, which may be the"
+            " same dataset as data."
+        )
     if data.eval_share and data.eval_data is None and data.streaming:
         raise ArgumentError("eval_share holds out recordings, which streaming does not list. Give eval_data instead.")
     for name in ("new_codebooks", "fit_heads_steps"):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelerate import Accelerator
+
 from ..data import SAMPLING_RATE, MixedSource, SpeechSource, SpeechStream
 from ..training import run_record
 from ..training.run_record import RunRecord
@@ -124,7 +126,7 @@ def _describe_data(data: DataArguments, source: SpeechSource | SpeechStream) -> 
 
 
 def begin_record(
-    arguments: PretrainingArguments, source: SpeechSource | SpeechStream, *, num_processes: int, is_resumed: bool
+    arguments: PretrainingArguments, source: SpeechSource | SpeechStream, accelerator: Accelerator, *, is_resumed: bool
 ) -> RunRecord:
     """Write `run.json` of a run that is about to train; a resumed run keeps its start time."""
     output_dir = Path(arguments.run.output_dir)
@@ -140,7 +142,7 @@ def begin_record(
         versions=run_record.library_versions(),
         started=started,
         finished=None,
-        hardware=run_record.describe_hardware(num_processes),
+        hardware=run_record.describe_hardware(accelerator.device, accelerator.num_processes),
     )
     run_record.write_record(output_dir, record)
     return record

@@ -39,12 +39,13 @@ from ..utils.model_folder import open_dinosr_config, open_weights
 from ..utils.threads import set_cpu_threads
 from .anchor_making import open_anchor
 from .base_model import initial_model
+from .best_model import BestModel
 from .checkpoint import Checkpoint, checkpoint_to_resume, remove_leftovers
 from .feed import StepFeed
 from .held_out import HeldOut
 from .loop import Pretraining
 from .plan import RunPlan, describe_left_out, plan_figure
-from .pretraining_arguments import DataArguments, PretrainingArguments, value_for
+from .pretraining_arguments import DataArguments, PretrainingArguments, RunArguments, value_for
 from .run_folder import begin_record, finished_step, recorded_run, truncate_metrics
 from .scaling import Change, changes_table, scale_to_batch
 from .train_state import check_fits
@@ -292,14 +293,20 @@ def _resume(arguments: PretrainingArguments, accelerator: Accelerator) -> Checkp
     return checkpoint
 
 
-def _finished_model(output_dir: Path, checkpoint: Checkpoint | None, max_steps: int) -> DinoSRForPreTraining | None:
+def _finished_model(
+    options: RunArguments, checkpoint: Checkpoint | None, accelerator: Accelerator
+) -> DinoSRForPreTraining | None:
     """
     Return the model of a run that is finished; None if the run is to go on, or to write its model again.
 
     Raises `ArgumentError` if without a checkpoint a model would be lost.
     """
+    output_dir, max_steps = Path(options.output_dir), options.max_steps
     record = recorded_run(output_dir) if checkpoint is None else None
     last_step = finished_step(output_dir)
+    is_patient = bool(last_step and options.eval_patience)
+    if is_patient and BestModel(output_dir, options.eval_patience, accelerator).ended_at(last_step):
+        max_steps = last_step
     if record is not None and record.finished is not None:
         last_step = max(last_step, record.steps)  # finished.json may be damaged
     if last_step < max_steps:
@@ -316,14 +323,17 @@ def _finished_model(output_dir: Path, checkpoint: Checkpoint | None, max_steps: 
             raise
         logger.warning(f"{error} It is written again from {checkpoint.path.name}.")
         return None
-    logger.info("This run is finished. To train on, raise max_steps; to start another, give another output_dir.")
+    logger.info(
+        "This run is finished. To train on, raise max_steps, or eval_patience if that ended it; to start another, give"
+        " another output_dir."
+    )
     return cast(DinoSRForPreTraining, model)
 
 
 def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRForPreTraining:
     options, output_dir = arguments.run, Path(arguments.run.output_dir)
     checkpoint = _resume(arguments, accelerator)
-    finished = _finished_model(output_dir, checkpoint, options.max_steps)
+    finished = _finished_model(options, checkpoint, accelerator)
     accelerator.wait_for_everyone()  # before files change that the others have just looked at
     if finished is not None:
         return finished
@@ -344,8 +354,7 @@ def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRF
         write_atomically(output_dir / "arguments.yaml", arguments.to_yaml())
         last_step = checkpoint.step if checkpoint else 0
         truncate_metrics(output_dir, last_step, is_last=last_step >= options.max_steps)
-        num_processes, is_resumed = accelerator.num_processes, checkpoint is not None
-        record = begin_record(arguments, source, num_processes=num_processes, is_resumed=is_resumed)
+        record = begin_record(arguments, source, accelerator, is_resumed=checkpoint is not None)
     if options.trackers:
         items = public_values(arguments.to_dict()).items()  # trackers take plain values only
         plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in items}

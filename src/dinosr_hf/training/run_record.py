@@ -66,10 +66,12 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def describe_hardware(num_processes: int = 1) -> str:
+def describe_hardware(device: torch.device, num_processes: int = 1) -> str:
     """Describe the hardware: the device of this process, times the number of processes."""
-    if torch.cuda.is_available():
-        return f"{num_processes} x {torch.cuda.get_device_name()}"
+    if device.type == "cuda":
+        return f"{num_processes} x {torch.cuda.get_device_name(device)}"
+    if device.type == "mps":
+        return f"GPU of an Apple {platform.machine()}, {num_processes} process(es)"
     return f"CPU ({platform.machine()}), {os.cpu_count()} cores, {num_processes} process(es)"
 
 

@@ -329,9 +329,12 @@ def scored_units(
     check_unit_layers(model.config, [layer], source)
     number = layer - model.config.codebook_layers[0]
     head = model.anchor_head if source == "anchor" else model.heads[number]
-    # The heads are on top of the student's last layer.
-    feature_layer = layer if source == "teacher" else model.config.num_hidden_layers
-    features_of = "teacher" if source == "teacher" else "student"
+    feature_layer, features_of = layer, "teacher"
+    # CODEPATH: "own_layer" for SpidR's checkpoints, "last_layer" for all others; the anchor's head is on the last.
+    if source == "student" and model.config.head_input == "own_layer":
+        features_of = "student_feed_forward"
+    elif source != "teacher":
+        feature_layer, features_of = model.config.num_hidden_layers, "student"
     extractor = UnitExtractor(model, layers=[feature_layer], source=features_of, batch_seconds=batch_seconds)
     for name, features in extractor.features(recordings, on_progress=on_progress):
         codes, scores = [], []

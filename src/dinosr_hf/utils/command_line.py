@@ -230,14 +230,16 @@ def _file_and_flags(
     return known, {} if path is None else read_yaml(Path(path), known), flags
 
 
-def _flag_names(flags: Sequence[str]) -> set[str]:
-    return {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
+def _flag_names(flags: Sequence[str], known: Sequence[str]) -> set[str]:
+    """Return the names of the arguments that flags set: of --no_revive it is revive."""
+    names = {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
+    return {name if name in known else name.removeprefix("no_") for name in names}
 
 
 def explicit_names(argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None = None) -> set[str]:
     """Return the names of the arguments that a command line which `parse_groups` accepts sets, by file or flag."""
-    _, from_file, flags = _file_and_flags(argv, groups, default_config)
-    return {*from_file, *_flag_names(flags)}
+    known, from_file, flags = _file_and_flags(argv, groups, default_config)
+    return {*from_file, *_flag_names(flags, known)}
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -314,7 +316,7 @@ def parse_groups(
         for spec in dataclasses.fields(group):
             _check_value(spec.name, getattr(group, spec.name))
     _refuse_rest(rest, known)
-    for key in from_file.keys() - _flag_names(flags):
+    for key in from_file.keys() - _flag_names(flags, known):
         if from_file[key] in (None, []):  # which words cannot express
             _set_empty(next(group for group in parsed if hasattr(group, key)), key, from_file[key])
     return parsed

@@ -22,8 +22,9 @@ def set_cpu_threads(num_threads: int, num_processes: int = 1) -> int:
     Set the number of threads that torch computes with in this process, and return it.
 
     0 is what OMP_NUM_THREADS says; without it, the share of the cores that this process may run on, which
-    `num_processes` on this machine share. A 1 that `accelerate launch` or `torchrun` may have set does not count: they
-    do so by themselves. Raises `ValueError` for numbers out of range.
+    `num_processes` share, or those of them on this machine, if LOCAL_WORLD_SIZE says how many. A 1 that `accelerate
+    launch` or `torchrun` may have set does not count: they do so by themselves. Raises `ValueError` for numbers out of
+    range.
     """
     if not 0 <= num_threads <= MAX_THREADS:
         raise ValueError(
@@ -34,5 +35,7 @@ def set_cpu_threads(num_threads: int, num_processes: int = 1) -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows
         cores = os.cpu_count() or 1
+    if (local := os.environ.get("LOCAL_WORLD_SIZE", "")).isdecimal():
+        num_processes = max(1, min(int(local), num_processes))
     torch.set_num_threads(num_threads or _threads_of_environment() or max(1, cores // num_processes))
     return torch.get_num_threads()
