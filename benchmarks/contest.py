@@ -111,6 +111,18 @@ def require_spidr(peers: Collection[str], size: str) -> None:
         sys.exit("spidr is not installed: pip install spidr (Python 3.12 or newer), or remove it from --peers.")
 
 
+_ATEN = torch.ops.aten
+_FORMULAS = {
+    **flop_registry,
+    # Which torch's registry lacks: the product in place, and attention on CPUs.
+    _ATEN.addmm_: flop_registry[_ATEN.addmm],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
 class CountOperations(TorchDispatchMode):
     """`FlopCounterMode` without its hooks on all modules, which switch the model's fast forms off."""
 
@@ -118,7 +130,7 @@ class CountOperations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        if count := flop_registry.get(function._overloadpacket):
+        if count := _FORMULAS.get(function._overloadpacket):
             self.total += count(*args, **(kwargs or {}), out_val=output)
         return output
 

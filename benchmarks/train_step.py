@@ -212,6 +212,8 @@ def profile_parts(step: Callable[[], None]) -> dict[str, float]:
         step()
     times: dict[str, float] = dict.fromkeys([*PARTS, "other"], 0.0)
     for event in profile.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel, whose time its operator has too
         own = event.self_device_time_total if is_cuda else event.self_cpu_time_total
         words = event.key.lower().removeprefix("aten::").strip("_")
         part = next(

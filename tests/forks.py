@@ -32,6 +32,7 @@ def _become(
     words: Sequence[str], environment: Mapping[str, str], work: str, files: Sequence[Path], is_new_session: bool
 ) -> None:
     """Be the program that `python WORDS` would be, with these files as stdin, stdout and stderr."""
+    multiprocessing.set_start_method(None, force=True)  # that of Python, not the one that this fork was made by
     if is_new_session:
         os.setsid()
     for number, (file, flags) in enumerate(zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):

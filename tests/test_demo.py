@@ -10,7 +10,9 @@ import pytest
 
 import forks
 from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf.commands.demo import MARKER
 from dinosr_hf.pretraining import parse_arguments
+from dinosr_hf.utils.files import claim_output_folder
 from dinosr_hf.utils.model_folder import save_folder
 from scripts import load_command
 from tiny import tiny_config
@@ -68,6 +70,23 @@ def test_the_demo_refuses_a_folder_of_something_else(tmp_path, script):
         with pytest.raises(SystemExit, match=rf"{script}\.py: .* has files of something else"):
             demo.main([*flags, "--output_dir", str(folder)])
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("script", ["demo", "demo_recognition"])
+def test_an_earlier_demo_is_kept_by_a_plan_and_by_a_wrong_flag(tmp_path, monkeypatch, capsys, script):
+    monkeypatch.chdir(tmp_path)
+    save_folder(DinoSRForPreTraining(tiny_config()), tmp_path / "model")
+    earlier = Path("runs", "demo") if script == "demo" else Path("runs", "demo", "recogniser")
+    for folder in (earlier, Path("mine")):
+        (claim_output_folder(folder, MARKER) / "kept").touch()
+    flags = ["--synthetic_utterances", "6"]
+    if script == "demo_recognition":
+        flags += ["--model", str(tmp_path / "model"), "--synthetic_eval_utterances", "3"]
+    demo = load_command(script)
+    with pytest.raises(SystemExit, match="learning_rat"):
+        demo.main([*flags, "--output-dir", "mine", "--learning_rat", "1"])
+    demo.main([*flags, "--output-dir", "mine", "--dry_run", "true"])
+    assert (earlier / "kept").exists() and Path("mine", "kept").exists()
 
 
 def test_the_demo_of_recognition_names_a_missing_model(tmp_path):

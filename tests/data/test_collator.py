@@ -180,3 +180,4 @@ def test_read_only_waveforms():
     waveform = ITEMS[0][1].copy()
     waveform.flags.writeable = False  # as Arrow hands them out
     PretrainingCollator(CONFIG, seed=0, normalize=False)([Item("a", waveform, 0)])["input_values"].mul_(2)
+    np.testing.assert_array_equal(waveform, ITEMS[0][1])

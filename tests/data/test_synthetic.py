@@ -22,6 +22,7 @@ from dinosr_hf.data import _espeak, synthetic
 from dinosr_hf.data._grammar import GRAMMARS
 from dinosr_hf.data.audio import SAMPLING_RATE
 from dinosr_hf.data.synthetic import LANGUAGES, SILENCE, SPLITS, SyntheticCorpus
+from light_imports import LIGHT_IMPORTS
 
 
 def assert_same_row(row: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -40,17 +41,9 @@ def zero_crossings(samples: np.ndarray) -> float:
 
 
 def run_script(tmp_path: Path, code: str) -> str:
-    """Return the output of a script in a new process that imports only this module, not torch (for speed)."""
-    folder = Path(synthetic.__file__).parent
-    prelude = f"""
-import sys, types
-for name, path in (("dinosr_hf", {str(folder.parent)!r}), ("dinosr_hf.data", {str(folder)!r})):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [path]
-from dinosr_hf.data.synthetic import SyntheticCorpus
-"""
+    """Return the output of a script in a new process, which has `SyntheticCorpus`."""
     script = tmp_path / "script.py"
-    script.write_text(prelude + code, encoding="utf-8")
+    script.write_text(f"{LIGHT_IMPORTS}{code}", encoding="utf-8")
     return subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True).stdout.strip()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import forks
+from light_imports import LIGHT_IMPORTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 
@@ -208,12 +209,10 @@ def test_plain_data_loader_outlives_a_killed_run(start):
         os.kill(pid, signal.SIGKILL)
 
 
-SPEAK = '''
-"""Make more speech than the test has time for, in two processes, whose ids are printed."""
-
+SPEAK = f"""
+# Makes more speech than the test has time for, in two processes, whose ids are printed.
+{LIGHT_IMPORTS}
 import multiprocessing, threading, time
-
-from dinosr_hf.data.synthetic import SyntheticCorpus
 
 
 def print_workers():
@@ -225,11 +224,11 @@ def print_workers():
 if __name__ == "__main__":
     threading.Thread(target=print_workers).start()
     SyntheticCorpus(num_utterances=100_000).to_dataset(num_proc=2)
-'''
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [0.0, 5.0], ids=["starting", "speaking"])
+@pytest.mark.parametrize("after", [0.0, 2.0], ids=["starting", "speaking"])
 def test_synthesis_workers_exit_with_a_terminated_run(start, after):
     run = start(SPEAK)
     pids = [int(pid) for pid in run.line().split()]

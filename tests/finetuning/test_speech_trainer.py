@@ -361,7 +361,10 @@ def test_compiled_models_are_unfrozen(tmp_path, corpus):
     model = write_model(tmp_path / "model", num_hidden_layers=1, num_codebooks=1)  # each layer takes seconds to trace
     watch = Watch()
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    graphs = torch._dynamo.utils.counters
+    graphs.clear()
     recognise(model, corpus, tmp_path / "out", freeze_steps=1, max_steps=2, on_trainer=watch, **compiled)
+    assert graphs["stats"]["unique_graphs"] > 0
     recognise(model, corpus, tmp_path / "plain", freeze_steps=1, max_steps=2)
     assert_equal_weights(weights(tmp_path / "out"), weights(tmp_path / "plain"), 1e-6)
     layer = "encoder.layers.0.attention.q_proj.weight"
@@ -379,10 +382,13 @@ def test_compiled_models_are_unfrozen(tmp_path, corpus):
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type=.*has no effect.*schedule"),
         ({"warmup_steps": 4}, "warmup_steps=4 has no effect.*warmup_share"),
         ({"step_seconds": 0}, "step_seconds=0 is out of range"),
+        ({"push_to_hub": True}, "push_to_hub=True has no effect: publish the finished folder with dinosr publish"),
+        ({"fsdp": "full_shard"}, "fsdp splits the weights, and evaluation and saving need them whole"),
+        ({"deepspeed": "zero.json"}, "deepspeed splits the weights"),
         ({"hold_share": 0.7, "warmup_share": 0.5}, "hold_share=0.7 is out of range"),
         ({"schedule": "linear"}, "schedule=linear is out of range: it must be one of tri_stage"),
     ],
-    ids=["batch", "accumulation", "scheduler", "warmup", "step", "hold", "schedule"],
+    ids=["batch", "accumulation", "scheduler", "warmup", "step", "push", "fsdp", "deepspeed", "hold", "schedule"],
 )
 def test_invalid_arguments_are_refused(changes, message):
     with pytest.raises(ArgumentError, match=message):

@@ -13,7 +13,14 @@ from transformers import AutoProcessor, Data2VecAudioConfig, Data2VecAudioForCTC
 
 from conftest import FIXTURES
 from dinosr_hf import DinoSRConfig, DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
-from dinosr_hf.hub.conversion import ConversionError, convert, convert_to_fairseq, statistics_table, unit_statistics
+from dinosr_hf.hub.conversion import (
+    ConversionError,
+    convert,
+    convert_to_fairseq,
+    convert_to_spidr,
+    statistics_table,
+    unit_statistics,
+)
 from dinosr_hf.hub.conversion.fairseq import config_from_fairseq, settings_notes
 from scripts import load_command
 from tiny import tiny_config
@@ -237,6 +244,25 @@ def test_a_model_without_convolutions_has_no_authors_layout(tmp_path):
     assert not (tmp_path / "back.pt").exists()
 
 
+NO_PLACE = [
+    ("fairseq", {"layer_norm_eps": 1e-2}),
+    ("fairseq", {"freeze_mode": "shared"}),
+    ("fairseq", {"num_conv_pos_embeddings": 1}),
+    ("spidr", {"hidden_act": "relu"}),
+    *((layout, {"feat_extract_activation": "relu"}) for layout in ("fairseq", "spidr")),
+    *((layout, {"conv_pos_kernel_size": 2}) for layout in ("fairseq", "spidr")),
+]
+
+
+@pytest.mark.parametrize(("layout", "change"), NO_PLACE, ids=str)
+def test_what_another_layout_cannot_say_is_refused(tmp_path, layout, change):
+    DinoSRForPreTraining(tiny_config(**change)).save_pretrained(tmp_path / "model")
+    write = convert_to_fairseq if layout == "fairseq" else convert_to_spidr
+    with pytest.raises(ConversionError, match=rf"{next(iter(change))}=.* has no place in .* layout"):
+        write(tmp_path / "model", tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
 def test_an_encoder_has_no_authors_layout(tmp_path):
     convert(CHECKPOINT, tmp_path / "encoder", as_="model")
     with pytest.raises(ValueError, match=r"is a DinoSRModel\. The authors' layout needs"):
@@ -392,6 +418,8 @@ def test_the_script_converts_verifies_and_goes_back(tmp_path, make_audio, capsys
         assert 1 <= perplexity <= active <= 16
         assert f"{layer:5}  {perplexity:10.1f}  {active:6}" in output
     script.main([str(tmp_path / "out"), str(tmp_path / "back.pt"), "--to", "fairseq"])
+    with pytest.raises(SystemExit, match="--to takes only a folder and a file"):
+        script.main([str(tmp_path / "out"), str(tmp_path / "x.pt"), "--to", "spidr", "--num_attention_heads", "3"])
     assert (tmp_path / "back.pt").is_file()
 
 

@@ -228,13 +228,10 @@ def test_all_models_but_the_pretraining_model_can_be_exported():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "front_end"),
-    [(name, "conv") for name in OUTPUTS if name != "DinoSRForCTC"]
-    + [("DinoSRModel", "log_mel"), ("DinoSRForSequenceClassification", "log_mel")],
-)
-def test_other_models_are_exported(tmp_path, name, front_end):
+@pytest.mark.parametrize("name", [name for name in OUTPUTS if name != "DinoSRForCTC"])
+def test_other_models_are_exported(tmp_path, name):
     weighted = {"use_weighted_layer_sum": True} if "Classification" in name else {}
+    front_end = "log_mel" if name == "DinoSRForSequenceClassification" else "conv"
     config = tiny_config(feature_encoder=front_end, **CHANGES, **weighted)
     model = randomize(getattr(dinosr_hf, name)(config))
     export_onnx(model, tmp_path / "onnx", processor=feature_extractor())
@@ -394,8 +391,9 @@ def test_benchmark_prints_a_table_and_refuses_a_wrong_network(tmp_path, capsys, 
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.slow
-def test_script_writes_both_folders_and_compares(folders, tmp_path, capsys, speech):
+def test_script_writes_both_folders_and_compares(folders, tmp_path, capsys, speech, monkeypatch):
+    network = folders / "onnx" / "model.onnx"
+    monkeypatch.setattr(export, "_export_network", lambda model, output, file: shutil.copy(network, file))
     for number, wave in enumerate(speech[:2]):
         soundfile.write(tmp_path / f"{number}.wav", wave * 0.5, 16_000)
     script, files = load_command("export_onnx"), [str(tmp_path / f"{number}.wav") for number in range(2)]

@@ -10,7 +10,7 @@ from dinosr_hf import (
     DinoSRForSequenceClassification,
     DinoSRForXVector,
 )
-from dinosr_hf.model.modeling_dinosr import DinoSRMarginLoss, mean_and_deviation_over_time
+from dinosr_hf.model.modeling_dinosr import DinoSRMarginLoss, mean_and_deviation_over_time, mean_over_time
 from tiny import deterministic_config, padded, randomize, tiny_config, waveforms
 from tolerances import LOSSES, SAME_ARITHMETIC
 
@@ -223,6 +223,23 @@ def test_too_short_for_the_time_delay_layers_is_refused():
     assert model(waveforms(1, shortest)).embeddings.shape == (1, 8)
     with pytest.raises(ValueError, match="input_values makes 8 frames, but the time-delay layers need 9"):
         model(waveforms(1, shortest - 20))
+
+
+def test_an_utterance_of_a_batch_that_is_too_short_is_refused():
+    model = head(DinoSRForXVector)
+    shortest = next(n for n in range(400) if model.config.num_frames(n) == 9)
+    model(*padded([waveforms(1, length)[0] for length in (801, shortest)]))
+    with pytest.raises(ValueError, match="input_values makes 8 frames, but the time-delay layers need 9"):
+        model(*padded([waveforms(1, length)[0] for length in (801, shortest - 20)]))
+
+
+def test_pooling_does_not_overflow_in_half_precision():
+    features = (torch.randn(2, 4_000, 3, generator=torch.Generator().manual_seed(0)) * 6 + 22).half()
+    mask = torch.arange(4_000) < torch.tensor([[4_000], [3_900]])
+    for pool in (mean_over_time, mean_and_deviation_over_time):
+        found = pool(features, mask)
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found.float(), pool(features.float(), mask), atol=2e-2, rtol=0)
 
 
 def test_mean_and_deviation_of_valid_frames():

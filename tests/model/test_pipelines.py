@@ -14,6 +14,7 @@ from audio_files import noise, sf
 from dinosr_hf import DinoSRForCTC
 from dinosr_hf.recognition import SpeechRecognitionPipeline
 from dinosr_hf.recognition.decoding import GreedyDecoder
+from dinosr_hf.recognition.text import make_processor
 from recognisers import save_models
 
 CLASSES = [AutomaticSpeechRecognitionPipeline, SpeechRecognitionPipeline]
@@ -114,6 +115,20 @@ def test_times_of_words(folder, ours):
     chunked = ours(wave, return_timestamps="word", chunk_length_s=1.0)
     assert [chunk["timestamp"] for chunk in chunked["chunks"]] == times  # one chunk
     assert ours(np.zeros(400, dtype=np.float32), return_timestamps="word")["chunks"] is not None
+
+
+def test_phones_are_words(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "phones")
+    vocabulary = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
+    make_processor(vocabulary, "phonemes").save_pretrained(tmp_path / "phones")
+    recognise = pipeline(TASK, model=str(tmp_path / "phones"), pipeline_class=SpeechRecognitionPipeline)
+    wave = noise(2_000)
+    found = recognise(wave, return_timestamps="word")
+    assert found["text"].split() == [chunk["text"] for chunk in found["chunks"]] and len(found["chunks"]) > 3
+    decoder = GreedyDecoder.from_tokenizer(recognise.tokenizer, recognise.model.config)
+    (expected,) = decoder.decode(logits_of(recognise, wave).log_softmax(-1).numpy())
+    times = [chunk["timestamp"] for chunk in found["chunks"]]
+    np.testing.assert_allclose(times, [word[1:] for word in expected.words], atol=1e-9)
 
 
 def test_files_and_their_bytes(ours, tmp_path):

@@ -161,6 +161,18 @@ def test_a_wrapped_layer_is_used_and_gets_a_gradient(name, is_padded):
     torch.testing.assert_close(model(values, mask).last_hidden_state, before)
 
 
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_lora_in_checkpointed_layers_is_trained(is_reentrant):
+    values, mask = batch(True)
+    adapted = get_peft_model(build().train(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2)).double()
+    adapted.enable_input_require_grads()  # as PEFT and `Trainer` do
+    adapted.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+    adapted(values, mask).last_hidden_state.sum().backward()
+    names = [name for name, parameter in adapted.named_parameters() if "lora_B" in name]
+    assert names and all(adapted.get_parameter(name).grad.abs().max() > 0 for name in names)
+    adapted.base_model.model.disable_input_require_grads()
+
+
 LORA = {
     "convolutions": (r".*conv_layers\.\d\.conv", {}),
     "positional_convolutions": (r".*pos_conv_embed\.layers\.\d\.conv", {"r": 4}),

@@ -14,7 +14,9 @@ import soundfile
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoFeatureExtractor, AutoModel
 from transformers.trainer_utils import set_seed
 
@@ -228,8 +230,9 @@ def test_the_same_seed_gives_the_same_run(tmp_path, recordings):
 
 def test_gradient_checkpointing_and_clipping(tmp_path, recordings):
     plain, _ = trained(tmp_path, recordings, "plain")
-    checkpointed, _ = trained(tmp_path, recordings, "checkpointed", gradient_checkpointing=True)
-    assert largest_difference(plain, checkpointed) < 1e-5
+    model = run(tiny_arguments(tmp_path, recordings, gradient_checkpointing=True))
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert largest_difference(plain, model.state_dict()) < 1e-5
     clipped, metrics = trained(tmp_path, recordings, "clipped", max_grad_norm=1e-4)
     assert largest_difference(plain, clipped) > 1e-6
     assert all(line["grad_norm"] > 1e-4 for line in metrics)
@@ -241,7 +244,10 @@ def test_a_compiled_model_gives_the_same_run(tmp_path, recordings):
     plain, _ = trained(tmp_path, recordings, "plain", **small)
     # Traced and differentiated as for inductor, whose C++ takes minutes.
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    graphs = torch._dynamo.utils.counters
+    graphs.clear()
     traced, _ = trained(tmp_path, recordings, "traced", **small, **compiled)
+    assert graphs["stats"]["unique_graphs"] > 0
     assert largest_difference(plain, traced) < 1e-5
     with pytest.raises(ArgumentError, match=r"torch_compile_backend=nothing is unknown.*inductor"):
         tiny_arguments(tmp_path, recordings, torch_compile=True, torch_compile_backend="nothing")
@@ -250,7 +256,9 @@ def test_a_compiled_model_gives_the_same_run(tmp_path, recordings):
 def test_bf16_keeps_weights_and_codebooks_in_float32(tmp_path, recordings):
     state, metrics = trained(tmp_path, recordings, "bf16", mixed_precision="bf16")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-    assert metrics[-1]["loss"] == pytest.approx(trained(tmp_path, recordings, "fp32")[1][-1]["loss"], abs=0.05)
+    AcceleratorState._reset_state(reset_partial_state=True)  # or it stays at bf16
+    loss = trained(tmp_path, recordings, "fp32")[1][-1]["loss"]
+    assert metrics[-1]["loss"] == pytest.approx(loss, abs=0.05) and metrics[-1]["loss"] != loss
 
 
 def test_freeze_stops_the_front_end_in_mid_run(tmp_path, recordings):
@@ -461,7 +469,7 @@ def test_several_data_are_mixed(tmp_path, recordings, caplog):
     with caplog.at_level("INFO", "dinosr_hf"):
         path = write_config(tmp_path, data=[str(one), str(other)], data_weights=[1, 2], output_dir=str(tmp_path / "o"))
         run(parse_arguments([str(path)], "unused"))
-    assert re.search(r"\bone\b.*\bother\b", caplog.text, re.DOTALL)
+    assert re.search(r"\bone\b.* weight 1:.*\bother\b.* weight 2:", caplog.text, re.DOTALL)
     assert metrics_of(tmp_path / "o")[-1]["step"] == 4
 
 
@@ -502,7 +510,9 @@ def test_user_errors_are_named(tmp_path, recordings, changes, message):
 
 def test_trackers_get_the_metrics(tmp_path, recordings):
     trained(tmp_path, recordings, "run", trackers=["tensorboard"], max_steps=2)
-    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    written = EventAccumulator(str(tmp_path / "run" / "dinosr")).Reload().Scalars("loss")
+    assert [event.step for event in written] == [1, 2]
+    assert [event.value for event in written] == pytest.approx([line["loss"] for line in metrics_of(tmp_path / "run")])
 
 
 EIGHT = {"adam_epsilon": 1e-3, "freeze_teacher_step": 3, "max_steps": 8, "step_seconds": 8.0, "batching": "pad"}

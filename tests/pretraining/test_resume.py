@@ -53,6 +53,23 @@ def undisturbed(tmp_path_factory, recordings):
     return folder / "out"
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, recordings):
+    """The same run with a checkpoint of each step."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(tiny_arguments(folder, recordings, **ANCHORED, checkpoint_steps=1, keep_checkpoints=20))
+    return folder / "out"
+
+
+def back_at(step, finished, out):
+    """Copy a finished run as it would be after a kill when its last checkpoint was of a step."""
+    shutil.copytree(finished, out)
+    for path in find_checkpoints(out):
+        if read_checkpoint(path).step > step:
+            shutil.rmtree(path)
+    (out / "finished.json").unlink()
+
+
 # An epoch has 3 steps of 4 or 5 recordings: in its middle, at its end, in the next one.
 @pytest.mark.parametrize("call", [0, 6, 13, 30])
 def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(tmp_path, recordings, undisturbed, monkeypatch, call):
@@ -69,25 +86,19 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(tmp_path, recordings, und
 
 
 @pytest.mark.parametrize("step", [2, 3, 5])
-def test_every_checkpoint_leads_to_the_same_end(tmp_path, recordings, undisturbed, step, caplog):
+def test_every_checkpoint_leads_to_the_same_end(tmp_path, recordings, undisturbed, finished, step, caplog):
     arguments = tiny_arguments(tmp_path, recordings, **ANCHORED, checkpoint_steps=1, keep_checkpoints=20)
-    run(arguments)
-    for path in find_checkpoints(tmp_path / "out"):
-        if read_checkpoint(path).step > step:
-            shutil.rmtree(path)
-    (tmp_path / "out" / "finished.json").unlink()
+    back_at(step, finished, tmp_path / "out")
     with caplog.at_level("INFO", "dinosr_hf"):
         run(arguments)
     assert f"Resuming from {tmp_path / 'out' / f'checkpoint-{step}'}: step {step} of 10" in caplog.text
     assert_same_run(tmp_path / "out", undisturbed)
 
 
-def test_without_its_random_states_a_resumed_run_differs(tmp_path, recordings, undisturbed, monkeypatch):
+def test_without_its_random_states_a_resumed_run_differs(tmp_path, recordings, undisturbed, finished, monkeypatch):
     # negative control of the tests above
     arguments = tiny_arguments(tmp_path, recordings, **ANCHORED, checkpoint_steps=5)
-    run(arguments)
-    shutil.rmtree(tmp_path / "out" / "checkpoint-10")
-    (tmp_path / "out" / "finished.json").unlink()
+    back_at(5, finished, tmp_path / "out")
     monkeypatch.setattr("dinosr_hf.pretraining.checkpoint.set_random_state", lambda _: None)
     run(arguments)
     with pytest.raises(AssertionError):
@@ -135,12 +146,6 @@ def test_a_checkpoint_names_versions_arguments_and_files(tmp_path, recordings):
     assert set(manifest["files"]) >= {"model.safetensors", "training_state.pt", "process_states.pt", "config.json"}
 
 
-def finished_run(tmp_path, recordings):
-    arguments = tiny_arguments(tmp_path, recordings, **ANCHORED, checkpoint_steps=3, keep_checkpoints=9)
-    run(arguments)
-    return arguments, tmp_path / "out"
-
-
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -164,15 +169,15 @@ def flip_a_bit(path):
     ids=["truncated", "changed", "incomplete", "unfinished", "half-manifest", "other-program"],
 )
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(
-    tmp_path, recordings, undisturbed, caplog, damage, message
+    tmp_path, recordings, undisturbed, finished, caplog, damage, message
 ):
-    arguments, out = finished_run(tmp_path, recordings)
+    out = tmp_path / "out"
+    back_at(10, finished, out)
     damage(out / "checkpoint-10")
-    (out / "finished.json").unlink()
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(out / "checkpoint-10")
     with caplog.at_level("INFO", "dinosr_hf"):
-        run(arguments)
+        run(tiny_arguments(tmp_path, recordings, **ANCHORED, checkpoint_steps=3, keep_checkpoints=9))
     assert "Checkpoint refused: " in caplog.text and "checkpoint-10" in caplog.text
     assert f"Resuming from {out / 'checkpoint-9'}" in caplog.text
     assert_same_run(out, undisturbed)

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 import pytest
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, Wav2Vec2CTCTokenizer
 
 from dinosr_hf.data import LabelledSource, SpeechSource, Utterance
 from dinosr_hf.finetuning import Recognition, RecognitionArguments
@@ -170,6 +170,28 @@ def test_training_transcripts_cause_no_warning(caplog):
     task = recognition("hello moon")
     task.targets(labelled("hello moon"))
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+@pytest.mark.parametrize("delimiter", [" ", "|"])
+def test_delimiter_and_labels_of_several_characters_are_the_tokenizer_s(tmp_path, delimiter):
+    labels = ["<pad>", "<s>", "</s>", "<unk>", delimiter, "a", "b", "c", "h", "ch"]
+    (tmp_path / "vocab.json").write_text(json.dumps({label: number for number, label in enumerate(labels)}))
+    tokenizer = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), word_delimiter_token=delimiter)
+    (found,), dropped = encode(["ab chab hc"], tokenizer)
+    assert found.tolist() == [5, 6, 4, 9, 5, 6, 4, 8, 7] and not dropped
+    assert tokenizer.decode(found, group_tokens=False) == "ab chab hc"
+    # The reason why `encode` is not the tokenizer's own; when this fails, it can be.
+    assert tokenizer("ab chab hc").input_ids != found.tolist()
+
+
+def test_the_audio_settings_of_a_foreign_processor_are_not_taken(tmp_path):
+    processor = make_processor(build_vocabulary(["hi"]))
+    processor.feature_extractor.do_normalize = processor.feature_extractor.return_attention_mask = False
+    processor.save_pretrained(tmp_path)
+    task = recognition("hi", processor=str(tmp_path))
+    task.save(tmp_path / "out")
+    extractor = AutoProcessor.from_pretrained(tmp_path / "out").feature_extractor
+    assert extractor.do_normalize and extractor.return_attention_mask
 
 
 def test_characters_outside_the_vocabulary_count_as_errors(tmp_path):

@@ -36,7 +36,8 @@ def make_parser() -> Parser:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parse_options(make_parser(), argv, num_attention_heads=1)
-    if options.to and (options.as_ or options.verify or options.dictionary or options.config or options.license):
+    others = ("as_", "verify", "dictionary", "config", "license", "num_attention_heads", "objective")
+    if options.to and any(getattr(options, name) for name in others):
         raise ArgumentError("--to takes only a folder and a file. Leave out the other flags.")
     return options
 

@@ -34,7 +34,7 @@ from ..pretraining import (
     run,
     synthetic_corpus,
 )
-from ..utils.command_line import Parser, check_ranges, command
+from ..utils.command_line import Parser, check_ranges, command, with_underscores
 from ..utils.files import claim_output_folder
 from ..utils.recipes import recipes
 
@@ -112,13 +112,16 @@ def main(argv: Sequence[str]) -> None:
     logging.getLogger("dinosr_hf").setLevel(logging.INFO)
     try:
         with command(__file__, ValueError, OSError, ImportError, TrainingStopped):
-            options, flags = make_parser().parse_known_args(argv)
+            options, flags = make_parser().parse_known_args(with_underscores(argv))
             num_test = options.test_utterances
             check_ranges([(num_test >= 1, "test_utterances", num_test, "at least 1")])
             flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
             if options.steps is not None:
                 flags += ["--max_steps", str(options.steps)]
             arguments = parse_arguments(flags, recipes()["tiny_cpu"])
+            if arguments.run.dry_run:
+                run(arguments)
+                return
             out = claim_output_folder(options.output_dir, MARKER)
             run(arguments)
     except RunInterrupted as interruption:

@@ -9,6 +9,7 @@ transformers' `pipeline`, and prints the error rates on held-out voices and a tr
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import pipeline
 
 from ..data.synthetic import SyntheticCorpus
 from ..recognition import SpeechRecognitionPipeline
-from ..utils.command_line import Parser, command
+from ..utils.command_line import Parser, command, parse_groups, with_underscores
 from ..utils.files import claim_output_folder
 from ..utils.model_folder import open_dinosr_config
 from . import finetune_ctc
@@ -49,12 +50,18 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str]) -> None:
     with command(__file__):
-        options, flags = make_parser().parse_known_args(argv)
+        options, flags = make_parser().parse_known_args(with_underscores(argv))
+        flags = ["ctc_tiny", *flags, "--model", options.model, "--seed", str(options.seed)]
+        flags += ["--output_dir", options.output_dir]
         open_dinosr_config(options.model)
-        out = claim_output_folder(options.output_dir, MARKER)
+        *_, arguments = parse_groups(flags, finetune_ctc.GROUPS)
+        if not arguments.dry_run:
+            claim_output_folder(options.output_dir, MARKER)
     print("\nFine-tuning on transcribed digits ...", flush=True)
-    flags = ["--model", options.model, "--output_dir", str(out), *flags, "--seed", str(options.seed)]
-    finetune_ctc.main(["ctc_tiny", *flags])
+    finetune_ctc.main(flags)
+    if arguments.dry_run:
+        return
+    out = Path(options.output_dir)
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
 
     print("\n| held-out voices | utterances | word error rate | character error rate |\n|---|---|---|---|")

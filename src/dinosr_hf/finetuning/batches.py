@@ -190,7 +190,12 @@ class LengthBatchSampler(list[list[int]]):
 
 
 def make_loader(
-    dataset: LabelledDataset, sampler: StepBatchSampler | LengthBatchSampler, min_samples: int, num_workers: int
+    dataset: LabelledDataset,
+    sampler: StepBatchSampler | LengthBatchSampler,
+    min_samples: int,
+    num_workers: int,
+    *,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """Return a loader of the batches of `sampler`, padded by `LabelledCollator(min_samples)`."""
     return DataLoader(
@@ -198,5 +203,5 @@ def make_loader(
         batch_sampler=sampler,
         collate_fn=LabelledCollator(min_samples),
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
     )

@@ -32,6 +32,7 @@ from ..recognition.timing import measure_emission_delay, store_emission_delay
 from ..training.shared_arguments import argument
 from ..utils.command_line import ArgumentError
 from ..utils.extras import import_extra
+from ..utils.model_folder import feature_extractor
 from .task import Task
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Recognition(Task):
                     f"processor={error} Without processor, the vocabulary is built from the training transcripts."
                 ) from error
             self.normalization = self._processor_normalization(known)
+            self.processor.feature_extractor = feature_extractor()  # the training does what ours does
         else:
             vocabulary = build_vocabulary(map(self.normalization, train.labels), self.normalization.units)
             self.processor = make_processor(vocabulary, self.normalization.units)

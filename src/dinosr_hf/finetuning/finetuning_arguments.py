@@ -145,6 +145,7 @@ _NO_EFFECT = {
         *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     ),
     "the task decides which checkpoint is the best. Remove it": ("metric_for_best_model", "greater_is_better"),
+    "publish the finished folder with dinosr publish instead": ("push_to_hub",),
     "SpeechTrainer has its own batches, losses and evaluation. Remove it": (
         *("auto_find_batch_size", "label_smoothing_factor", "train_sampling_strategy", "length_column_name"),
         *("data_seed", "dataloader_drop_last", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
@@ -199,6 +200,12 @@ class FinetuningArguments(TrainingArguments):
                 (self.freeze_steps >= 0, "freeze_steps", self.freeze_steps, "at least 0"),
             ]
         )
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") in ("true", "1"):
+                raise ArgumentError(
+                    f"{name} splits the weights, and evaluation and saving need them whole. Start one process per GPU"
+                    " without it: `accelerate launch --multi_gpu`."
+                )
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (self.use_cpu or not torch.accelerator.is_available()):

@@ -150,7 +150,9 @@ class SpeechTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).config
 
     def _make_loader(self, dataset: LabelledDataset, sampler: StepBatchSampler | LengthBatchSampler) -> DataLoader:
-        return make_loader(dataset, sampler, self.config.receptive_field, self.args.dataloader_num_workers)
+        pin_memory = self.args.dataloader_pin_memory and torch.cuda.is_available()
+        num_workers = self.args.dataloader_num_workers
+        return make_loader(dataset, sampler, self.config.receptive_field, num_workers, pin_memory=pin_memory)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of this process's part of each step, which Accelerate does not need to split."""
@@ -306,8 +308,6 @@ class SpeechTrainer(Trainer):
         if self.args.should_save:
             best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
             rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(path))
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint. Raises `CheckpointError` if a file of it is not what was written."""

@@ -859,6 +859,15 @@ class DinoSRPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
         # as the pre-training model, which copies the student to the teacher. It respects weights that were loaded.
         super()._initialize_weights(module, is_custom_code=False)
 
+    def enable_input_require_grads(self) -> None:
+        """Let gradients reach the adapters in checkpointed layers, as PEFT asks for where all else is frozen."""
+
+        def require_grad(module: nn.Module, inputs: tuple) -> None:
+            inputs[0].requires_grad_(True)
+
+        encoders = [module for module in self.modules() if isinstance(module, DinoSREncoder)]
+        self._require_grads_hooks = [encoder.register_forward_pre_hook(require_grad) for encoder in encoders]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, DinoSRLinear | DinoSRPositionalConv):
@@ -1432,7 +1441,7 @@ def mask_padding_logits(config: DinoSRConfig, logits: torch.Tensor, num_frames: 
     """
     blank = logits.new_full((config.vocab_size,), -1e4)  # trf-ignore: TRF032 (float16 has this number too)
     blank[config.pad_token_id or 0] = 0.0
-    is_frame = torch.arange(logits.shape[1], device=logits.device) < num_frames[:, None]
+    is_frame = torch.arange(logits.shape[1], device=logits.device) < num_frames.to(logits.device)[:, None]
     return torch.where(is_frame[..., None], logits, blank)
 
 
@@ -1452,7 +1461,8 @@ def ctc_loss(
         )
     device = logits.device
     if device.type == "mps":  # where torch 2.13 has no ctc_loss
-        logits, labels, num_frames = logits.cpu(), labels.cpu(), num_frames.cpu()
+        logits = logits.cpu()
+    labels, num_frames = labels.to(logits.device), num_frames.to(logits.device)
     is_label = labels >= 0
     with without_autocast(logits.device), torch.backends.cudnn.flags(enabled=False):
         loss = nn.functional.ctc_loss(
@@ -1556,18 +1566,21 @@ def mean_over_time(features: torch.Tensor, frame_mask: torch.Tensor | None) -> t
     """Average (B, T, C) over valid frames, bool (B, T) or None for all, to (B, C)."""
     if frame_mask is None:
         return features.mean(dim=1)
-    total = features.masked_fill(~frame_mask[..., None], 0.0).sum(dim=1)
-    return total / frame_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    frame_mask = frame_mask.to(features.device)
+    total = features.masked_fill(~frame_mask[..., None], 0.0).sum(dim=1, dtype=torch.float32)  # float16 has no room
+    return (total / frame_mask.sum(dim=1, keepdim=True).clamp(min=1)).to(features.dtype)
 
 
 def mean_and_deviation_over_time(features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
     """Mean and standard deviation of (B, T, C) over valid frames, bool (B, T) or None for all, to (B, 2 C)."""
+    dtype, features = features.dtype, features.float()
     mean = mean_over_time(features, frame_mask)
     if frame_mask is None:
-        frame_mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        frame_mask = torch.ones(features.shape[:2], dtype=torch.bool)
+    frame_mask = frame_mask.to(features.device)
     squares = (features - mean[:, None]).square().masked_fill(~frame_mask[..., None], 0.0).sum(dim=1)
     variance = squares / (frame_mask.sum(dim=1, keepdim=True) - 1).clamp(min=1)
-    return torch.cat([mean, (variance + 1e-12).sqrt()], dim=-1)
+    return torch.cat([mean, (variance + 1e-12).sqrt()], dim=-1).to(dtype)
 
 
 class DinoSRForSequenceClassification(DinoSRClassifier):  # trf-ignore: TRF057
@@ -1688,13 +1701,17 @@ class DinoSRTimeDelayLayers(nn.ModuleList):
         spans = zip(config.tdnn_kernel, config.tdnn_dilation, strict=True)
         self.num_frames_lost = sum(dilation * (kernel - 1) for kernel, dilation in spans)
 
+    def check_length(self, num_frames: int) -> None:
+        """Raise `ValueError` if no frame is left of an utterance."""
+        if num_frames <= self.num_frames_lost:
+            raise ValueError(
+                f"input_values makes {num_frames} frames, but the time-delay layers need {self.num_frames_lost + 1}."
+                " Give longer utterances, or lower tdnn_kernel or tdnn_dilation."
+            )
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, T, C) to (B, T - num_frames_lost, C); raises `ValueError` if no frame is left."""
-        if features.shape[1] <= self.num_frames_lost:
-            raise ValueError(
-                f"input_values makes {features.shape[1]} frames, but the time-delay layers need"
-                f" {self.num_frames_lost + 1}. Give longer utterances, or lower tdnn_kernel or tdnn_dilation."
-            )
+        self.check_length(features.shape[1])
         hidden_states = features.transpose(1, 2)
         for layer in self:
             hidden_states = layer(hidden_states)
@@ -1760,6 +1777,8 @@ class DinoSRForXVector(DinoSRClassifier):  # trf-ignore: TRF057
         features, outputs = self._encode(input_values, attention_mask, **kwargs)
         frame_mask = self._frame_mask(attention_mask, features.shape[1])
         if frame_mask is not None:
+            if not torch.compiler.is_compiling():
+                self.tdnn.check_length(int(frame_mask.sum(dim=1).min()))
             frame_mask = frame_mask[:, self.tdnn.num_frames_lost :]
         delayed = self.tdnn(self.projector(features))
         embeddings = self.feature_extractor(mean_and_deviation_over_time(delayed, frame_mask))

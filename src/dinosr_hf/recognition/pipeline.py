@@ -16,6 +16,7 @@ from ..data import SAMPLING_RATE, load_audio
 from ..data.audio import Samples
 from ..model.configuration_dinosr import DinoSRConfig
 from .decoding import GreedyDecoder
+from .text import units_of
 
 
 def _mono(samples: Any) -> np.ndarray:
@@ -82,9 +83,16 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
             own = int(output.pop("num_frames"))  # without padding
             total, left, right = output.get("stride") or (own, 0, 0)
             num_frames += len(range(own)[left : total - right])
-        result = super().postprocess(outputs, decoder_kwargs, return_timestamps, *args, **kwargs)
+        tokenizer = cast(Any, self.tokenizer)
+        # Each phone is a word, for which transformers' tokenizer of phones knows only "char".
+        is_phones = return_timestamps == "word" and units_of(tokenizer) == "phonemes"
+        kind = "char" if is_phones else return_timestamps
+        result = super().postprocess(outputs, decoder_kwargs, kind, *args, **kwargs)
+        if is_phones:
+            special = set(tokenizer.all_special_tokens)
+            result["chunks"] = [chunk for chunk in result["chunks"] if chunk["text"] not in special]
         if return_timestamps == "word" and result["chunks"]:
-            tokenizer, config = cast(Any, self.tokenizer), cast(DinoSRConfig, self.model.config)
+            config = cast(DinoSRConfig, self.model.config)
             decoder = GreedyDecoder.from_tokenizer(tokenizer, config)
             spans = np.array([chunk["timestamp"] for chunk in result["chunks"]]) / decoder.frame_seconds
             first, end = spans.round().astype(int).T

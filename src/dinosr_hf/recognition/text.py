@@ -178,7 +178,17 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizer) -> tuple[list[n
     known_labels: dict[str, Any] = tokenizer.get_vocab()
     # Vocabularies of earlier releases may have phones in another Unicode form.
     vocabulary = {visible_text(label): index for label, index in known_labels.items()} | known_labels
-    spelled = [labels_of(text, units_of(tokenizer)) for text in texts]
+    if units_of(tokenizer) == "phonemes":
+        spelled = [text.split() for text in texts]
+    else:
+        delimiter = tokenizer.word_delimiter_token or " "
+        labels = vocabulary.keys() - {*tokenizer.all_special_tokens, ""} | {delimiter}
+        # Always the longest label that fits, as the tokenizer does; but that loses spaces beside labels of several
+        # characters. What no label fits is dropped, by characters.
+        pattern = regex.compile(
+            "|".join([*map(regex.escape, sorted(labels, key=len, reverse=True)), "."]), regex.DOTALL
+        )
+        spelled = [pattern.findall(text.replace(" ", delimiter)) for text in texts]
     dropped = Counter(label for labels in spelled for label in labels if label not in vocabulary)
     known = ([vocabulary[label] for label in labels if label in vocabulary] for labels in spelled)
     return [np.array(indices, dtype=np.int64) for indices in known], dropped

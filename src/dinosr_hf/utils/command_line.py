@@ -202,7 +202,7 @@ def _as_flags(key: str, value: Any) -> list[str]:
     return [f"--{key}={json.dumps(value) if isinstance(value, Mapping) else value}"]
 
 
-def _with_underscores(words: Sequence[str]) -> list[str]:
+def with_underscores(words: Sequence[str]) -> list[str]:
     """Return the words of a command line with flags as `--output_dir`, however they were typed."""
     parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
     return [f"--{name[2:].replace('-', '_')}{sign}{value}" if name else value for name, sign, value in parts]
@@ -221,7 +221,7 @@ def _file_and_flags(
 ) -> tuple[list[str], dict[str, Any], list[str]]:
     """Return the known keys, the content of the file, and the flags."""
     known = [spec.name for group in groups for spec in dataclasses.fields(group) if spec.init]
-    path, flags = default_config, _with_underscores(argv)
+    path, flags = default_config, with_underscores(argv)
     if flags and not flags[0].startswith("-"):
         name = flags.pop(0)
         if (path := find_recipe(name)) is None:
@@ -260,7 +260,7 @@ def parse_options(parser: Parser, argv: Sequence[str], **least: int) -> argparse
     If the first word ends in .yaml, it is a file of arguments. `least` has the least value of the options that need
     one, by name.
     """
-    words = _with_underscores(argv)
+    words = with_underscores(argv)
     try:
         if words and words[0].endswith((".yaml", ".yml")):
             parser.set_defaults_from(Path(words.pop(0)))

@@ -298,8 +298,11 @@ def to_fairseq(model: DinoSRForPreTraining) -> dict[str, Any]:
     """
     config = model.config
     needed: dict[str, Any] = {"feature_encoder": "conv", "head_input": "last_layer", "ema_schedule": "linear"}
-    needed |= {"freeze_front_end_step": None}
-    check_has_place(config, "the authors' layout", needed)
+    needed |= {"freeze_front_end_step": None, "layer_norm_eps": 1e-5, "feat_extract_activation": "gelu"}
+    if config.freeze_mode != "copied":
+        needed["freeze_mode"] = "frozen"
+    least = {"conv_pos_kernel_size": 3, "num_conv_pos_embeddings": 2}
+    check_has_place(config, "the authors' layout", needed, least)
     layers = list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
     settings = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items() if ours != "conv_layers"}
     settings |= {"_name": "dinosr", "conv_feature_layers": str(layers), **SUPPORTED}

@@ -234,8 +234,13 @@ def build(model_class: type[Model], config: DinoSRConfig, weights: Sequence[Weig
     return model.eval()
 
 
-def check_has_place(config: DinoSRConfig, layout: str, needed: Mapping[str, Any]) -> None:
-    """Raise `ConversionError` if a field has not the value that is needed for a model to fit another layout."""
+def check_has_place(config: DinoSRConfig, layout: str, needed: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    """Raise `ConversionError` if a field has not the value, or the least one, that another layout has a place for."""
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise ConversionError(
+                f"{name}={getattr(config, name)} has no place in {layout}, where it is at least {value}."
+            )
     for name, value in needed.items():
         if getattr(config, name) != value:
             raise ConversionError(

@@ -264,7 +264,8 @@ def to_spidr(model: DinoSRForPreTraining) -> tuple[dict[str, Any], dict[str, Any
         needed |= {"ema_schedule": "exponential", "freeze_teacher_step": None}
     else:
         needed |= {"ema_schedule": "linear", "freeze_front_end_step": None}
-    check_has_place(config, "spidr's layout", needed)
+    needed |= {"layer_norm_eps": 1e-5, "feat_extract_activation": "gelu", "hidden_act": "gelu"}
+    check_has_place(config, "spidr's layout", needed, {"conv_pos_kernel_size": 3})
     fields = FIELDS | OBJECTIVE_FIELDS[objective]
     settings = {theirs: getattr(config, ours) for theirs, ours in fields.items() if ours != "conv_layers"} | SUPPORTED
     layers = zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
