@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import torch
 from accelerate import Accelerator
-from contest import model_config
+from contest import headline, model_config
 from safetensors.torch import load_file
 
 from dinosr_hf import DinoSRForPreTraining
@@ -82,7 +82,8 @@ def main(argv: Sequence[str]) -> None:
             num_bytes = sum(file.stat().st_size for file in path.iterdir())
     stall, total = statistics.median(stalls), statistics.median(totals)
     size = f"{options.size}, {num_bytes / 1e6:,.0f} MB a checkpoint"
-    print(f"{size}, medians of {options.repeats}, torch {torch.__version__}")
+    print(headline(torch.device("cpu"), torch.get_num_threads()))
+    print(f"{size}, medians of {options.repeats}")
     print("| training stands still, s | files take, s | share |\n|---|---|---|")
     print(f"| {stall:.3f} | {total:.3f} | {stall / total:.2f} |")
 

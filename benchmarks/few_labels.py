@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from contest import headline
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # Of about 2.3 s each.
@@ -58,6 +60,7 @@ def word_error_rate(out: Path, flags: Sequence[str | Path]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     folder = Path(options.output_dir)
+    print(headline(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.get_num_threads()))
     print("| labels | start | " + " | ".join(f"seed {seed}" for seed in options.seeds) + " | mean |")
     print("|---|---|" + "---|" * (len(options.seeds) + 1))
     for labels, num_utterances in UTTERANCES.items():

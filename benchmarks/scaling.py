@@ -58,6 +58,8 @@ def rank_step(rank: int, world_size: int, port: int, options: argparse.Namespace
     os.environ |= dict(zip(ENVIRONMENT, ("127.0.0.1", str(port), str(rank), str(world_size)), strict=True))
     device = choose_device(max(1, options.threads // world_size))
     if device.type == "cuda":
+        if torch.cuda.device_count() < world_size:
+            sys.exit(f"{world_size} processes need as many GPUs. Leave the axis processes out of --axes.")
         torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     share = copy.copy(options)

@@ -10,13 +10,13 @@ measured unless a stream of a single step gives the units of the whole recording
 """
 
 import argparse
-import platform
 import sys
 from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
 import torch
+from contest import headline
 
 from dinosr_hf.data import SAMPLING_RATE, DatasetSource, SpeechSource, open_recordings
 from dinosr_hf.data.synthetic import SyntheticCorpus
@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
             print(
                 f"| {context:g} | {lookahead:g} | {delay:.2f} | {'yes' if known else 'no'} | {figures} |", flush=True
             )
-    print(f"\ntorch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
+    print(f"\n{headline(torch.device('cpu'), torch.get_num_threads())}")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,9 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_relative_import_files
 
-import dinosr_hf
-
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "dinosr_hf"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
 # From the bottom up. An import points to a lower layer or stays within its room.
 LAYERS = (
@@ -83,7 +80,6 @@ EXTRAS = [
 ]
 
 MAX_SOURCE_LINES = 650
-MAX_EXAMPLE_LINES = 150
 
 
 def room_of(file: Path) -> str:
@@ -178,24 +174,6 @@ def find_violations(file: Path, source: str) -> list[str]:
     return [f"{file.relative_to(PACKAGE)}: {violation}" for violation in found]
 
 
-def example_violations(source: str) -> list[str]:
-    """Return the violations of a script of examples/, which must be short and use public names only."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        private = []
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "dinosr_hf":
-            private = [name for name in [*node.module.split("."), *(a.name for a in node.names)] if name[0] == "_"]
-            if node.module == "dinosr_hf":
-                private += [alias.name for alias in node.names if alias.name not in vars(dinosr_hf)]
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) != "self":
-            private = [node.attr] if re.match(r"_(?!_)", node.attr) else []
-        if private:
-            found.append(f"`{ast.unparse(node)}`: {', '.join(private)} is not public")
-    if len(source.splitlines()) > MAX_EXAMPLE_LINES:
-        found.append(f"{len(source.splitlines())} lines are more than {MAX_EXAMPLE_LINES}")
-    return found
-
-
 def uses_torch_distributed(source: str) -> bool:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed"):
@@ -216,11 +194,6 @@ def test_package_follows_the_rules():
 
 def test_every_file_has_a_layer():
     assert {room_of(file) for file in SOURCES} <= set(LAYER)
-
-
-def test_examples_follow_the_rules():
-    found = [f"{file.name}: {line}" for file in EXAMPLES for line in example_violations(file.read_text())]
-    assert found == []
 
 
 def test_one_module_uses_torch_distributed():
@@ -295,21 +268,6 @@ def test_checker_finds_violations(file, source, message):
 @pytest.mark.parametrize(("file", "source"), GOOD_SOURCES.values(), ids=GOOD_SOURCES)
 def test_checker_accepts_valid_sources(file, source):
     assert find_violations(PACKAGE / file, source) == []
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "from dinosr_hf.data._espeak import speak",
-        "from dinosr_hf.model.modeling_dinosr import _numpy_generator",
-        "from dinosr_hf import NoSuchName",
-        "model._frame_mask(x)",
-        "x = 1\n" * (MAX_EXAMPLE_LINES + 1),
-    ],
-    ids=["private_module", "private_name", "unknown_name", "private_attribute", "too_long"],
-)
-def test_example_checker_finds_violations(source):
-    assert example_violations(source)
 
 
 @pytest.mark.parametrize(
