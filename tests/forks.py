@@ -5,6 +5,7 @@ For programs that need none of it to be imported anew; what is read from the env
 OMP_NUM_THREADS, is that of the tests.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -32,6 +33,7 @@ def _become(
     words: Sequence[str], environment: Mapping[str, str], work: str, files: Sequence[Path], is_new_session: bool
 ) -> None:
     """Be the program that `python WORDS` would be, with these files as stdin, stdout and stderr."""
+    gc.freeze()  # what the fork inherits is looked through by no collection, which would copy its memory
     multiprocessing.set_start_method(None, force=True)  # that of Python, not the one that this fork was made by
     if is_new_session:
         os.setsid()

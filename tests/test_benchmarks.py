@@ -50,9 +50,8 @@ def rows(printed):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line[:1] == "|"]
 
 
-def test_train_step_prints_a_table(capsys):
-    # Here contestants run in their own processes, as for users.
-    load_script("benchmarks/train_step.py").main([*QUICK, "--seconds", "0.5"])
+def test_train_step_prints_a_table(load_in_process, capsys):
+    load_in_process("benchmarks/train_step.py").main([*QUICK, "--seconds", "0.5"])
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__}" in printed
     for name in ("ours", "eager"):
@@ -369,8 +368,8 @@ def test_learning_reports_unequal_times(learning, capsys, monkeypatch):
 
 def test_checkpoint_stall_prints_a_table(capsys):
     load_script("benchmarks/checkpoint_stall.py").main(["--repeats", "1"])
-    header, _, _, row = capsys.readouterr().out.splitlines()
-    assert header.startswith("tiny, ") and re.fullmatch(r"\| [\d.]+ \| [\d.]+ \| 0\.\d\d \|", row)
+    _, size, _, _, row = capsys.readouterr().out.splitlines()
+    assert size.startswith("tiny, ") and re.fullmatch(r"\| [\d.]+ \| [\d.]+ \| 0\.\d\d \|", row)
 
 
 def test_checkpoint_stall_refuses_other_weights(monkeypatch):
