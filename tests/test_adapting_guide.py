@@ -63,7 +63,7 @@ def convert(words):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_each_command_of_the_guide_runs(place, monkeypatch):
+def test_each_command_of_the_guide_runs(place):
     done = []
     for command in COMMANDS:
         words = shlex.split(command)

@@ -317,7 +317,7 @@ def test_learning_trains_spidr_in_another_python(learning, tmp_path, capsys, mon
     assert result["validation"]["student, layer 2"]["pnmi"] == 0 and result["hours"] > 0
 
 
-def test_learning_needs_spidr(learning, tmp_path):
+def test_learning_needs_spidr(learning):
     with pytest.raises(SystemExit, match=r"--spidr_python=no/python cannot be run: No such file"):
         learning.run("--spidr_python", "no/python")
     with pytest.raises(SystemExit, match=r"spidr is not installed for --spidr_python=.*pip install spidr"):

@@ -60,7 +60,7 @@ def test_a_subcommand_is_called_as_the_user_typed_it(name, monkeypatch, capsys):
     assert text.startswith(f"usage: dinosr {name} ") and f"    dinosr {name}" in text
 
 
-def test_errors_name_the_subcommand(monkeypatch, tmp_path):
+def test_errors_name_the_subcommand(monkeypatch):
     assert last_words(monkeypatch, "kmeans", "m", "d", "--output", "a.txt") == (
         "dinosr kmeans: --output must end in .safetensors."
     )

@@ -73,7 +73,7 @@ def test_the_demo_refuses_a_folder_of_something_else(tmp_path, script):
 
 
 @pytest.mark.parametrize("script", ["demo", "demo_recognition"])
-def test_an_earlier_demo_is_kept_by_a_plan_and_by_a_wrong_flag(tmp_path, monkeypatch, capsys, script):
+def test_an_earlier_demo_is_kept_by_a_plan_and_by_a_wrong_flag(tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
     save_folder(DinoSRForPreTraining(tiny_config()), tmp_path / "model")
     earlier = Path("runs", "demo") if script == "demo" else Path("runs", "demo", "recogniser")

@@ -313,7 +313,7 @@ def words_for(corpus, *models):
     return [*map(str, models), "--data", str(corpus / "speech"), *labels]
 
 
-def test_the_script_evaluates_the_anchor(corpus, trained, anchored, tmp_path, capsys):
+def test_the_script_evaluates_the_anchor(corpus, trained, anchored, tmp_path):
     script = load_command("evaluate_units")
     words = [*words_for(corpus, anchored), "--output_dir", str(tmp_path)]
     script.main([*words, "--layers", "2"])

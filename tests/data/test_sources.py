@@ -120,7 +120,7 @@ def test_dataset_after_select_filter_and_format(tmp_path):
     np.testing.assert_array_equal(source.load(1), noise(1_600))
 
 
-def test_skipped_rows_are_counted(tmp_path, caplog):
+def test_skipped_rows_are_counted(caplog):
     structs = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     values = [{"bytes": b"no audio", "path": None}, {"bytes": None, "path": None}, {"bytes": flac(900), "path": None}]
     table = pa.table({"audio": pa.array([*values, None], structs), "id": ["bad", "none", "good", "null"]})
@@ -139,7 +139,7 @@ def test_skipped_rows_are_counted(tmp_path, caplog):
     np.testing.assert_array_equal(source.load(0), noise(700))
 
 
-def test_dataset_row_that_cannot_be_read_is_named(tmp_path):
+def test_dataset_row_that_cannot_be_read_is_named():
     data = flac(50_000)
     table = pa.table({"audio": [data[: len(data) // 2]], "id": ["utterance-7"]})
     source = DatasetSource(datasets.Dataset(table))

@@ -144,7 +144,7 @@ def test_stream_resumes_from_any_window(make, seed, tmp_path):
             last.close()
 
 
-def test_resume_does_not_read_earlier_rows(tmp_path):
+def test_resume_does_not_read_earlier_rows():
     read = []
 
     def rows(parts):
@@ -251,7 +251,7 @@ def test_rows_stay_together_whatever_the_window(seconds, tmp_path):
     assert [last - first for first, last in pairwise([*starts, NUM_ROWS])] == [len(w.source) for w in windows]
 
 
-def test_one_window_is_read_ahead(tmp_path):
+def test_one_window_is_read_ahead():
     taken = []
 
     def rows():

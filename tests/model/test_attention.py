@@ -77,7 +77,7 @@ def test_the_mean_over_dropouts_is_attention_without():
     torch.testing.assert_close(torch.stack(drawn).mean(0), right, atol=0.08, rtol=0)
 
 
-def test_low_precision_is_near(monkeypatch):
+def test_low_precision_is_near():
     outputs = {}
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [one.to(torch.bfloat16).to(dtype).requires_grad_() for one in frames()]

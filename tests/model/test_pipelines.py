@@ -155,7 +155,7 @@ def test_rates_that_are_no_numbers(ours, rate):
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050])
-def test_other_rates(ours, tmp_path, rate):
+def test_other_rates(ours, rate):
     wave = noise(rate // 8)
     text = ours(soxr.resample(wave, rate, 16_000, quality="HQ"))["text"]
     given = {"array": wave, "sampling_rate": rate}

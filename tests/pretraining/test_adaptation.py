@@ -188,7 +188,7 @@ def test_a_run_without_checkpoints_that_its_loss_ended_is_finished(tmp_path, rec
         run(patient(tmp_path, recordings, checkpoint_steps=0, eval_patience=3))
 
 
-def test_a_loss_that_is_no_number_is_never_the_best(tmp_path, recordings, monkeypatch):
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     accelerator = Accelerator(cpu=True)
     best = best_model.BestModel(tmp_path, 2, accelerator)
     model = DinoSRForPreTraining(DinoSRConfig(**SIZES))
@@ -199,7 +199,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(tmp_path, recordings, monkey
     assert found == [1, 2, 2, 4]
 
 
-def test_the_best_at_a_checkpoint_is_kept_while_the_run_can_go_back_to_it(tmp_path, recordings, monkeypatch):
+def test_the_best_at_a_checkpoint_is_kept_while_the_run_can_go_back_to_it(tmp_path):
     accelerator = Accelerator(cpu=True)
     best = best_model.BestModel(tmp_path, 9, accelerator)
     model = DinoSRForPreTraining(DinoSRConfig(**SIZES))

@@ -604,7 +604,7 @@ def test_anchor_frames_that_are_counted_by_micro_batch_give_another_run(tmp_path
 
 
 @pytest.mark.slow
-def test_the_command_names_a_wrong_flag_in_one_line(tmp_path):
+def test_the_command_names_a_wrong_flag_in_one_line():
     done = forks.run([ROOT / "examples" / "pretrain.py", "--learning_rat", "1"])
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (

@@ -136,7 +136,7 @@ def test_script_writes_the_best_trial(recogniser, script, capsys):
     assert rates == sorted(rates) and rates[0] < rates[-1]
 
 
-def test_script_without_a_lexicon(recogniser, script, capsys, tmp_path):
+def test_script_without_a_lexicon(recogniser, script, tmp_path):
     arguments = [str(recogniser / name) for name in ("model", "dev", "labels.arpa")]
     script.main(
         [*arguments, "--no_lexicon", "--trials", "3", "--max_utterances", "2", "--output", str(tmp_path / "d.json")]

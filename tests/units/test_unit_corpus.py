@@ -107,7 +107,7 @@ def test_the_script_writes_units(script, command, model_folder, folder, tmp_path
     assert {path: path.stat().st_mtime_ns for path in shards_of(out)} == before
 
 
-def test_the_script_writes_units_of_the_anchor(script, folder, tmp_path, capsys):
+def test_the_script_writes_units_of_the_anchor(script, folder, tmp_path):
     torch.manual_seed(0)
     model = vary_anchor(randomize(DinoSRForPreTraining(tiny_config(num_hidden_layers=3, num_anchor_labels=6))))
     model_folder = save_folder(model.eval(), tmp_path / "anchored")
