@@ -303,6 +303,7 @@ def check_pretraining(options: argparse.Namespace, device: torch.device) -> None
         run = Path(folder) / "run"
         words = ["--data", *options.data, "--synthetic_utterances", 200, "--output_dir", run, "--max_steps", steps]
         words += ["--checkpoint_steps", 2 * logged, "--log_steps", logged]
+        words += ["--num_workers", 6 if device.type == "cuda" else 1]  # a step takes a worker longer than a GPU
         words += ["--mixed_precision", "fp16" if device.type == "cuda" else "bf16"]
         command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), str(CONFIGS / recipe), *map(str, words)]
         first = subprocess.Popen(command, stdout=subprocess.DEVNULL)

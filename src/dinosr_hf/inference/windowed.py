@@ -247,7 +247,10 @@ class WindowedInference:
         """Compute the rows of a batch of windows, and yield the recordings that are complete with them."""
         readable = [task for task, wave in zip(tasks, waves, strict=True) if wave is not None]
         if readable:
-            computed = compute([wave for wave in waves if wave is not None])
+            # TF32, which convolutions use on GPUs by default, moves frames to other units.
+            now = torch.backends.cudnn
+            with now.flags(now.enabled, now.benchmark, now.benchmark_limit, now.deterministic, allow_tf32=False):
+                computed = compute([wave for wave in waves if wave is not None])
             for (recording, window, *_), rows in zip(readable, computed, strict=True):
                 if recording.is_unreadable:
                     continue

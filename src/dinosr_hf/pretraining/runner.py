@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, set_seed
 
 from ..analysis import read_alignments
 from ..analysis.plots import save_figure
@@ -205,8 +205,9 @@ def _make_accelerator(arguments: PretrainingArguments) -> Accelerator:
             mixed_precision=options.mixed_precision,
             log_with=options.trackers or None,
             project_dir=options.output_dir,
-            # The others wait while the main process scans the recordings, and NCCL's default limit is ten minutes.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=3))],
+            # The others wait while the main process scans the recordings and makes labels of an anchor, which may take
+            # many hours, and NCCL's default limit is ten minutes.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=30))],
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ArgumentError(
@@ -302,8 +303,10 @@ def _finished_model(
     Raises `ArgumentError` if without a checkpoint a model would be lost.
     """
     output_dir, max_steps = Path(options.output_dir), options.max_steps
-    record = recorded_run(output_dir) if checkpoint is None else None
-    last_step = finished_step(output_dir)
+    found: list[Any] = [None, 0]
+    if accelerator.is_main_process:  # others may see an older state of a shared disk
+        found = [recorded_run(output_dir) if checkpoint is None else None, finished_step(output_dir)]
+    record, last_step = broadcast_object_list(found)
     is_patient = bool(last_step and options.eval_patience)
     if is_patient and BestModel(output_dir, options.eval_patience, accelerator).ended_at(last_step):
         max_steps = last_step
