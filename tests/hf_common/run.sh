@@ -5,7 +5,7 @@
 #
 # PYTHON (.venv/bin/python by default) decides the version of transformers; the tests are those of its sdist, which pip
 # downloads once. Prints, last,
-#   hf-common-suite: 1051 passed, 0 failed, 674 skipped
+#   hf-common-suite: 1048 passed, 0 failed, 674 skipped
 # and exits 0 only where tests ran and none failed.
 #
 #   HF_COMMON_CACHE    where the sdist is kept (dinosr-hf in XDG_CACHE_HOME or ~/.cache); put one there to work offline

@@ -162,12 +162,6 @@ def test_answers_are_of_a_model_that_says_something(here):
 
 
 @pytest.mark.slow
-def test_folder_where_the_package_is_not(other_python, models, here, tmp_path):
-    there = ask_there(other_python, f"{models / 'someone'}/", tmp_path, HF_HUB_OFFLINE="1")
-    assert_same_answers(there, here)
-
-
-@pytest.mark.slow
 def test_hub_where_the_package_is_not(other_python, models, here, tmp_path):
     with hub_server(models) as hub:
         there = ask_there(other_python, "someone/", tmp_path, HF_ENDPOINT=hub.url)

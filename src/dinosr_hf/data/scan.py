@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -206,13 +206,13 @@ def _manifest(suffix: str, base: Path, files: list[ScannedFile]) -> str:
         for file in files
     ]
     if suffix == ".csv":
-        return _csv([columns, *rows])
+        # Text in quotes: `csv_rows` drops the spaces at the start of a field without them.
+        return _csv([columns, *rows], csv.QUOTE_NONNUMERIC)
     # With escapes for names that are not UTF-8.
     return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
 
 
-def _csv(rows: Iterable[Sequence[Any]]) -> str:
+def _csv(rows: Iterable[Sequence[Any]], quoting: Literal[0, 2] = csv.QUOTE_MINIMAL) -> str:
     out = io.StringIO(newline="")
-    # Text in quotes, because spaces at the start of a field without them do not count.
-    csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).writerows(rows)
+    csv.writer(out, lineterminator="\n", quoting=quoting).writerows(rows)
     return out.getvalue()
