@@ -38,7 +38,7 @@ from ..utils.files import write_atomically
 from ..utils.text_files import read_json
 from ..utils.visible_text import visible_text
 from .language_models import SPECIAL_WORDS, check_language_model_file, flashlight, load_language_model, read_lexicon
-from .text import units_of
+from .text import label_pattern, units_of
 from .timing import stored_emission_delay
 
 logger = logging.getLogger(__name__)
@@ -446,8 +446,8 @@ class BeamSearchDecoder(CTCDecoder):
             raise ValueError("The lexicon is empty. Give the words that may be output, or no lexicon.")
         self._index_of = {label: index for index, label in self._readable.items()}
         alike = {visible_text(label): index for label, index in self._index_of.items()} | self._index_of
-        longest_first = sorted((label for index, label in self._readable.items() if index != delimiter), key=len)[::-1]
-        self._label_pattern = re.compile("|".join(map(re.escape, filter(None, longest_first))))
+        spellable = (label for index, label in self._readable.items() if index != delimiter)
+        self._label_pattern = re.compile(label_pattern(spellable))
         spelled: dict[tuple[int, ...], dict[str, None]] = defaultdict(dict)
         failed: dict[str, None] = {}
         for word, labels in entries:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 import unicodedata
 from collections import Counter
@@ -169,6 +170,11 @@ def units_of(tokenizer: PreTrainedTokenizer) -> str:
     return "phonemes" if isinstance(tokenizer, Wav2Vec2PhonemeCTCTokenizer) else "characters"
 
 
+def label_pattern(labels: Iterable[str]) -> str:
+    """Return a regular expression for any of the labels, the longest that fits first."""
+    return "|".join(map(re.escape, sorted(filter(None, labels), key=len, reverse=True)))
+
+
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizer) -> tuple[list[np.ndarray], Counter[str]]:
     """
     Encode normalised transcripts as labels, int64 (L,) each, without those that the vocabulary lacks.
@@ -182,12 +188,10 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizer) -> tuple[list[n
         spelled = [text.split() for text in texts]
     else:
         delimiter = tokenizer.word_delimiter_token or " "
-        labels = vocabulary.keys() - {*tokenizer.all_special_tokens, ""} | {delimiter}
+        labels = vocabulary.keys() - {*tokenizer.all_special_tokens} | {delimiter}
         # Always the longest label that fits, as the tokenizer does; but that loses spaces beside labels of several
         # characters. What no label fits is dropped, by characters.
-        pattern = regex.compile(
-            "|".join([*map(regex.escape, sorted(labels, key=len, reverse=True)), "."]), regex.DOTALL
-        )
+        pattern = re.compile(f"{label_pattern(labels)}|.", re.DOTALL)
         spelled = [pattern.findall(text.replace(" ", delimiter)) for text in texts]
     dropped = Counter(label for labels in spelled for label in labels if label not in vocabulary)
     known = ([vocabulary[label] for label in labels if label in vocabulary] for labels in spelled)
