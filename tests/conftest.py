@@ -4,6 +4,7 @@ models, and where the fixtures are.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -21,6 +22,12 @@ import torch
 torch.set_num_threads(1)
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_collection_finish():
+    """Look for garbage more rarely, and not among what was imported: it took a fifth of some tests' time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ part of it was skipped; else skipped if it was skipped as a whole; else passed.
 """
 
 import fnmatch
+import gc
 import os
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if is_listed(item.nodeid, DESELECT)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    # as in tests/conftest.py
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -197,7 +197,8 @@ class Overfit(TrainingTesterMixin):
     model_class = None
     model_tester = None
     variant = ""
-    training_overfit_learning_rate = 5e-3
+    training_overfit_learning_rate = 2e-2
+    training_overfit_steps = 100
 
     def setUp(self):
         self.model_tester = DinoSRModelTester(self, self.training_overfit_batch_size, self.variant)

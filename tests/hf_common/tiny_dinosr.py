@@ -49,7 +49,7 @@ TINY_VALUES: dict[str, Any] = {
     "conv_stride": (4, 4, 4),
     "conv_kernel": (8, 8, 8),
     "conv_bias": False,
-    "num_conv_pos_embeddings": 5,
+    "num_conv_pos_embeddings": 2,
     "conv_pos_kernel_size": 19,
     "num_conv_pos_embedding_groups": 2,
     "num_codebooks": 2,
