@@ -1,11 +1,12 @@
 """
 Run Python programs in forks of a process that has imported what takes seconds: torch, transformers, the package.
 
-For programs that need none of it to be imported anew; what is read from the environment at import, such as HF_HOME and
-OMP_NUM_THREADS, is that of the tests.
+For programs that need none of it to be imported anew; what is read from the environment at import, such as
+OMP_NUM_THREADS, is that of the tests. What huggingface_hub reads is read again.
 """
 
 import gc
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -16,6 +17,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import huggingface_hub
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -42,6 +45,8 @@ def _become(
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
+    importlib.reload(huggingface_hub.constants)
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
     os.chdir(work)
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     if words[0] == "-c":

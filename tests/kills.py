@@ -21,7 +21,9 @@ while not record.exists() or '"finished": null' in record.read_text():
         os.dup2(output, 1), os.dup2(output, 2)
         script.main([config])
         os._exit(0)
-    newest = lambda: max([int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")], default=0)
+    names = lambda: os.listdir(out) if out.exists() else []
+    newest = lambda: max([int(name.split("-")[1]) for name in names() if name.startswith("checkpoint-")], default=0)
+    saves = lambda: any(name.startswith(".unfinished-") for name in names())
     # The first kills are before there is any checkpoint, and most of all while one is being written.
     wanted, at_a_save = (newest() + 1 if kills > 1 else 0), kills % 3 != 2
     delay = chance.random() * (0.005 if at_a_save else 0.05)
@@ -30,12 +32,11 @@ while not record.exists() or '"finished": null' in record.read_text():
         if pid:
             assert status == 0, log.read_text()[-3000:]
             break
-        saving = any(out.glob(".unfinished-*"))
-        if kills < num_kills and out.exists() and newest() >= wanted and (saving or not at_a_save):
+        if kills < num_kills and out.exists() and newest() >= wanted and (not at_a_save or saves()):
             time.sleep(delay)
             os.kill(child, signal.SIGSTOP)  # so that what is seen is what is killed
             os.waitpid(child, os.WUNTRACED)
-            is_saving = any(out.glob(".unfinished-*"))
+            is_saving = saves()
             if at_a_save and not is_saving:  # too late: at the next one, and at once
                 delay = 0
                 os.kill(child, signal.SIGCONT)
@@ -45,7 +46,7 @@ while not record.exists() or '"finished": null' in record.read_text():
             os.waitpid(child, 0)
             kills += 1
             break
-        time.sleep(0.0005)
+        time.sleep(0.002)
     assert starts < 60
 print(kills, while_saving)
 """

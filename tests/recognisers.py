@@ -35,7 +35,9 @@ def save_models(folder: Path) -> dict[str, torch.nn.Module]:
     """Write `recogniser`, `classifier` and `pretrained` into a folder, and return them by these names."""
     torch.manual_seed(0)
     models = {
-        "recogniser": DinoSRForCTC(tiny_config(vocab_size=len(LABELS), pad_token_id=0)),
+        "recogniser": DinoSRForCTC(
+            tiny_config(vocab_size=len(LABELS), pad_token_id=0, num_hidden_layers=1, num_codebooks=1)
+        ),
         "classifier": DinoSRForSequenceClassification(tiny_config(num_labels=3)),
         "pretrained": DinoSRForPreTraining(tiny_config()),
     }

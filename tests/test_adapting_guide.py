@@ -5,12 +5,11 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
+import forks
 from conftest import FIXTURES
 from dinosr_hf import DinoSRForPreTraining
 from hub_server import hub_server
@@ -54,10 +53,11 @@ def place(tmp_path, recordings, monkeypatch):
 
 
 def convert(words):
-    """Run the conversion in a process of its own, which reads the address of the Hub at its start."""
+    """Run the conversion in a process of its own, which has the address of the Hub."""
     with hub_server(ROOT.joinpath(os.getcwd(), "hub")) as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": os.path.abspath("home"), "HF_HUB_OFFLINE": "0"}
-        subprocess.run([sys.executable, *words], check=True, env=environment, capture_output=True)
+        done = forks.run(words, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
     shutil.copytree("runs/base", "runs/small")  # stands for a run of small.yaml
 
 

@@ -357,7 +357,8 @@ def test_accumulation_keeps_a_pass_below_micro_seconds(tmp_path, model, step_sec
 
 
 @pytest.mark.slow
-def test_compiled_models_are_unfrozen(tmp_path, corpus):
+def test_compiled_models_are_unfrozen(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", 1)  # another length would be traced again
     model = write_model(tmp_path / "model", num_hidden_layers=1, num_codebooks=1)  # each layer takes seconds to trace
     watch = Watch()
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}

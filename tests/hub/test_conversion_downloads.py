@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+import forks
 from conftest import FIXTURES
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.hub.conversion import ConversionError, convert
@@ -59,11 +58,11 @@ for words in json.load(sys.stdin):
 
 
 def convert_from(hub, home, *commands):
-    """Run commands in a process that reads the address of the Hub at its start; return what each ended with."""
+    """Run commands in a process that has the address of the Hub; return what each ended with."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
     words = json.dumps([[*map(str, command)] for command in commands])
-    command = [sys.executable, "-c", CONVERT]
-    done = subprocess.run(command, input=words, env=environment, capture_output=True, text=True, check=True)
+    done = forks.run(["-c", CONVERT], text=words, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
     return [line.removeprefix("end: ") for line in done.stdout.splitlines() if line.startswith("end: ")]
 
 

@@ -372,19 +372,19 @@ def test_compiled_recogniser_has_the_same_output():
 
 
 @pytest.mark.slow
-def test_benchmark_prints_a_table_and_refuses_a_wrong_network(tmp_path, capsys, monkeypatch):
+def test_benchmark_prints_a_table_and_refuses_a_wrong_network(folders, tmp_path, capsys, monkeypatch):
     benchmark = load_script("benchmarks/deploy.py")
-
-    def export_and_keep(model, folder):
-        shutil.copytree(export_onnx(model, folder), tmp_path / "kept")
-
-    monkeypatch.setattr(benchmark, "export_onnx", export_and_keep)
+    benchmark.save_model("tiny", tmp_path / "tiny")
+    own = TorchModel(tmp_path / "tiny")
+    assert own.processor.tokenizer.vocab_size == own.config.vocab_size == 32
+    # another model, which is exported already
+    monkeypatch.setattr(benchmark, "save_model", lambda size, folder: shutil.copytree(folders / "torch", folder))
+    monkeypatch.setattr(benchmark, "export_onnx", lambda model, folder: shutil.copytree(folders / "onnx", folder))
     quick = ["--seconds", "0.5", "--repeats", "1"]
     benchmark.main(quick)
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__}" in printed
     assert re.search(r"^\| onnx int8 \|( [\d.]+ \|){5} [\d.e-]+ \| [\d.]+% \|$", printed, re.MULTILINE)
-    monkeypatch.setattr(benchmark, "export_onnx", lambda model, folder: shutil.copytree(tmp_path / "kept", folder))
     monkeypatch.setattr(benchmark, "TOLERANCE", -1.0)
     with pytest.raises(SystemExit, match=r"Nothing was timed: .* differs from torch's by"):
         benchmark.main(quick)

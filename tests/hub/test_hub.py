@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yam
 from test_run_record import RECORD
 from transformers import pipeline
 
+import forks
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
 from dinosr_hf.hub import Dataset, build_card, prepare, push, read_provenance
 from dinosr_hf.hub.card import METRIC_NAMES, build_results, code, redact_paths, render_card
@@ -449,8 +448,7 @@ def test_a_recogniser_needs_a_tokenizer_of_its_size(provenance_and_record, tmp_p
 def run_script(*flags, work, **environment):
     kept = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     kept |= {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(work / "home"), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, SCRIPT, *flags]
-    return subprocess.run(command, env=kept | environment, cwd=work, capture_output=True, text=True, timeout=240)
+    return forks.run([SCRIPT, *flags], env=kept | environment, cwd=work)
 
 
 @pytest.fixture(scope="module")

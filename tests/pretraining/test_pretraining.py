@@ -239,7 +239,8 @@ def test_gradient_checkpointing_and_clipping(tmp_path, recordings):
 
 
 def test_a_compiled_model_gives_the_same_run(tmp_path, recordings):
-    small = {"max_steps": 3, "num_hidden_layers": 1, "num_codebooks": 1}  # each layer takes seconds to trace
+    # Each layer takes seconds to trace, and each length.
+    small = {"max_steps": 3, "num_hidden_layers": 1, "num_codebooks": 1, "min_seconds": 0.9, "max_seconds": 0.9}
     small |= {"anchor": "mfcc", "anchor_end_weight": 1.0, "anchor_end_step": 2}
     plain, _ = trained(tmp_path, recordings, "plain", **small)
     # Traced and differentiated as for inductor, whose C++ takes minutes.

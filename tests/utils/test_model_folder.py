@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+import forks
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
 from dinosr_hf.data import SAMPLING_RATE
 from dinosr_hf.hub.conversion.layout import read_settings
@@ -94,8 +93,8 @@ def test_a_name_that_is_no_folder_is_looked_up_on_the_hub(tmp_path):
     code = "import sys; from dinosr_hf.utils.model_folder import open_config; [*map(open_config, sys.argv[1:])]"
     with hub_server(tmp_path) as hub:
         places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", code, "runs/tiny", "runs/nothing"]  # the first opens, the second does not
-        done = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True)
+        # the first opens, the second does not
+        done = forks.run(["-c", code, "runs/tiny", "runs/nothing"], env={**os.environ, **places})
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ValueError: runs/nothing is neither a folder nor a model on the Hub. Give a folder")
 
