@@ -32,7 +32,7 @@ PYTHON
 "$python" -m venv --without-pip env
 "$ours" -m pip --python env/bin/python install -q --no-compile -c "$root/constraints.txt" "$wheel[demo]"
 env/bin/dinosr --help >/dev/null
-env/bin/dinosr recipes | grep -q tiny_cpu
+[[ $(env/bin/dinosr recipes) == *tiny_cpu* ]]
 env/bin/dinosr demo --steps 5 --output_dir model --synthetic_utterances 6 --step_seconds 20 --test_utterances 3 \
 	--codebook_size 16 --num_threads 1
 env/bin/python - <<'PYTHON'

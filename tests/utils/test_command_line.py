@@ -196,11 +196,12 @@ def test_a_terminal_that_shows_everything_is_left_as_it_is(monkeypatch):
     assert stream.buffer.getvalue().decode("utf-8") == "é 日 😀\n"
 
 
+@pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize("errors", [(), (ArgumentError,)], ids=["usual errors", "arguments alone"])
-def test_a_reader_that_has_gone_ends_a_script_without_a_word(monkeypatch, capfd, errors):
+def test_a_reader_that_has_gone_ends_a_script_without_a_word(monkeypatch, capfd, errors, buffering):
     read, write = os.pipe()
     os.close(read)
-    with open(write, "w") as stream:
+    with io.TextIOWrapper(open(write, "wb", buffering), write_through=buffering == 0) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         with pytest.raises(SystemExit) as end, command("say.py", *errors):
             print("transcripts")

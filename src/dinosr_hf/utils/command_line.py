@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import select
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,7 +64,19 @@ def _drops_output() -> bool:
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
-    return False
+    return _has_no_reader()
+
+
+def _has_no_reader() -> bool:
+    """Return whether stdout is a pipe whose reader has gone: with PYTHONUNBUFFERED nothing is left that could fail."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    pipe = select.poll()
+    try:
+        pipe.register(sys.stdout.fileno(), 0)
+    except OSError:  # no file, as in notebooks
+        return False
+    return any(event & select.POLLERR for _, event in pipe.poll(0))
 
 
 def program(script: str | os.PathLike) -> str:
