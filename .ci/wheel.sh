@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
 # Build sdist and wheel, install the wheel into an empty environment outside of the repository, and use it there.
-# Usage: .ci/wheel.sh [PYTHON], the Python to install it for, by default that of .venv, which builds it.
+# Usage: .ci/wheel.sh [PYTHON], the Python to build and to install it with (python3).
 set -euo pipefail
 unset PYTHONPATH PYTHONDONTWRITEBYTECODE # the processes share what the first one compiles
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
-ours=$root/.venv/bin/python
-python=$(realpath -s "${1:-$ours}")
+python=$(realpath -s "$(command -v "${1:-python3}")")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 
-"$ours" -m build --outdir dist "$root" >build.log || { cat build.log && exit 1; }
+make_environment() { # its folder, what to install
+	"$python" -m venv --without-pip "$1"
+	"$python" -m pip --python "$1/bin/python" install -q --no-compile -c "$root/constraints.txt" "$2"
+}
+make_environment tools build
+tools/bin/python -m build --outdir dist "$root" >build.log || { cat build.log && exit 1; }
 wheel=$(echo dist/*.whl)
-"$ours" - "$wheel" "$root" <<'PYTHON'
+"$python" - "$wheel" "$root" <<'PYTHON'
 import sys
 from pathlib import Path
 from zipfile import ZipFile
@@ -29,8 +33,7 @@ assert not others, f"the wheel has {sorted(others)}"
 assert any(name.endswith(".dist-info/licenses/LICENSE") for name in found), "the wheel lacks its licence"
 PYTHON
 
-"$python" -m venv --without-pip env
-"$ours" -m pip --python env/bin/python install -q --no-compile -c "$root/constraints.txt" "$wheel[demo]"
+make_environment env "$wheel[demo]"
 env/bin/dinosr --help >/dev/null
 [[ $(env/bin/dinosr recipes) == *tiny_cpu* ]]
 env/bin/dinosr demo --steps 5 --output_dir model --synthetic_utterances 6 --step_seconds 20 --test_utterances 3 \
