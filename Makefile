@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON (python3), WORKERS (3), TRANSFORMERS (5.17.0, for test-oldest), VENV (.venv)"
+	@echo "Variables: PYTHON (python3), WORKERS (3, for test), TRANSFORMERS (5.17.0, for test-oldest), VENV (.venv)"
 
 # pip compiles no modules, as few are ever imported. Python compiles those that are, and must be free to keep the result.
 unexport PYTHONDONTWRITEBYTECODE
