@@ -46,7 +46,7 @@ while not record.exists() or '"finished": null' in record.read_text():
             os.waitpid(child, 0)
             kills += 1
             break
-        time.sleep(0.002)
+        time.sleep(0.001)
     assert starts < 60
 print(kills, while_saving)
 """

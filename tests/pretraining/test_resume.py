@@ -442,7 +442,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_it_and_is_reported(tmp_path, re
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twenty_kills_end_with_the_weights_of_an_undisturbed_run(tmp_path, recordings):
-    options = {**ANCHORED, "max_steps": 50, "log_steps": 7}
+    options = {**ANCHORED, "max_steps": 80, "log_steps": 7}
     (tmp_path / "killed").mkdir()
     (tmp_path / "whole").mkdir()
     run(tiny_arguments(tmp_path / "whole", recordings, **options, checkpoint_steps=0))
