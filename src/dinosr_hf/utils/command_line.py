@@ -68,7 +68,7 @@ def _drops_output() -> bool:
 
 
 def _has_no_reader() -> bool:
-    """Return whether stdout is a pipe whose reader has gone: with PYTHONUNBUFFERED nothing is left that could fail."""
+    """Return whether stdout is a pipe whose reader has gone. Without a buffer, a flush would not tell."""
     if not hasattr(select, "poll"):  # Windows
         return False
     pipe = select.poll()
