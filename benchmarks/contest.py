@@ -97,10 +97,15 @@ def processor() -> str:
 
 def headline(device: torch.device, threads: int, *packages: str, precision: str = "float32") -> str:
     """Return date, hardware, precision, and versions of Python, torch and further packages."""
+    return f"{datetime.date.today()}, {describe_machine(device, threads, *packages, precision=precision)}"
+
+
+def describe_machine(device: torch.device, threads: int, *packages: str, precision: str = "float32") -> str:
+    """Return the headline without its date."""
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     versions += [f"{package} {importlib.metadata.version(package)}" for package in packages]
-    return f"{datetime.date.today()}, {hardware}, {threads} thread(s), {precision}, {', '.join(versions)}"
+    return f"{hardware}, {threads} thread(s), {precision}, {', '.join(versions)}"
 
 
 def require_spidr(peers: Collection[str], size: str) -> None:

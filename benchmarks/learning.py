@@ -19,8 +19,8 @@ defaults. The paper's convolutions have 2/3 as many channels as the model is wid
 
 Layer and kind of unit are those with the highest PNMI on the validation speakers; the table is of the test speakers.
 Nothing is trained unless the evaluation gives the phones themselves a PNMI of 1 and a constant unit 0, and all three
-parts have different speakers, as far as a column speaker_id tells. A finished run is only read; one with other data or
-another recipe is replaced.
+parts have different speakers, as far as a column speaker_id tells. A finished run is only read; one with other data,
+another recipe or another machine is replaced. So a contest can be stopped, and goes on with the same command.
 
 spidr (`pip install spidr`; licence CC BY-NC 4.0) needs Python 3.12, as may be in an environment of its own:
 
@@ -28,6 +28,7 @@ spidr (`pip install spidr`; licence CC BY-NC 4.0) needs Python 3.12, as may be i
 """
 
 import argparse
+import datetime
 import json
 import os
 import statistics
@@ -43,7 +44,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
-from contest import CONFIGS, SAMPLING_RATE, choose_device, headline
+from contest import CONFIGS, SAMPLING_RATE, choose_device, describe_machine
 
 from dinosr_hf import DinoSRConfig
 from dinosr_hf.analysis.alignment import frame_labels
@@ -65,7 +66,8 @@ PRETRAIN = CONFIGS.parent / "pretrain.py"
 SPIDR_CONTESTANT = Path(__file__).parent / "spidr_contestant.py"
 MARKER = ".learning"  # only a folder with this file is emptied
 CONTESTANTS = ("ours", "ours-spidr", "paper", "spidr-dinosr", "spidr", *(f"mfcc-{kind}" for kind in MFCC_KINDS))
-# Settings of spidr_base.yaml that are SpidR's objective; its decay is for 400,000 steps.
+SPIDR_RECIPE = CONFIGS / "spidr_base.yaml"
+# Its settings that are SpidR's objective; its decay is for 400,000 steps.
 SPIDR_OBJECTIVE = ("head_input", "teacher_init", "attention_init", "qkv_bias", "layerdrop", "mask_min_spans")
 # Steps of a timing run; the first third is slower.
 NUM_TIMED = 30
@@ -240,7 +242,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def with_spidr_objective(settings: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe with the objective of SpidR."""
-    objective = read_recipe(CONFIGS / "spidr_base.yaml")
+    objective = read_recipe(SPIDR_RECIPE)
     return settings | {name: objective[name] for name in SPIDR_OBJECTIVE}
 
 
@@ -353,7 +355,11 @@ def run_spidr(
     finally:
         process.kill()
         process.wait()
-    found: dict[str, Any] = {"minutes": result["seconds"] / 60, "hours": result["audio_seconds"] / 3600}
+    found: dict[str, Any] = {
+        "minutes": result["seconds"] / 60,
+        "hours": result["audio_seconds"] / 3600,
+        "versions": result["versions"],
+    }
     names = [f"student, layer {layer}" for layer in config.codebook_layers]
     if objective == "dinosr":  # its teacher has units too, which spidr does not return
         convert(folder / "checkpoint.pt", folder / "model", config=folder / "config.json")
@@ -398,6 +404,10 @@ RUNNERS = {
 # The contest
 
 
+def machine_of(options: argparse.Namespace) -> str:
+    return describe_machine(choose_device(options.threads), options.threads, "transformers", "scikit-learn")
+
+
 def folder_of(name: str, seed: int, options: argparse.Namespace) -> Path:
     return options.output_dir / f"{name}-{options.minutes:g}min-{seed}"
 
@@ -407,7 +417,11 @@ def result_of(name: str, seed: int, options: argparse.Namespace, parts: Mapping[
     folder = folder_of(name, seed, options)
     path = folder / "result.json"
     kept = ("train", "validation", "test", "labels", "minutes", "threads")
-    settings = {key: getattr(options, key) for key in kept} | {"recipe": options.recipe.read_text(encoding="utf-8")}
+    settings = {key: getattr(options, key) for key in kept} | {
+        "recipes": [path.read_text(encoding="utf-8") for path in (options.recipe, SPIDR_RECIPE)],
+        "spidr_python": options.spidr_python if name.startswith("spidr") else None,
+        "machine": machine_of(options),
+    }
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["settings"] == settings:
@@ -449,7 +463,7 @@ def unequal_times(results: Mapping[str, Sequence[Mapping[str, Any]]], options: a
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     require_spidr(options)
-    device = choose_device(options.threads)
+    machine = machine_of(options)
     parts = {
         split: Part(*open_reference(getattr(options, split), labels=options.labels))
         for split in ("validation", "test")
@@ -463,7 +477,9 @@ def main(argv: Sequence[str]) -> None:
             units, figures = choose(own[-1])
             print(f"{name}, seed {seed}: PNMI {figures['pnmi']:.3f} ({units})", file=sys.stderr, flush=True)
     num_frames = max(choose(own[0])[1]["num_frames"] for own in results.values())
-    print(headline(device, options.threads, "transformers", "scikit-learn"))
+    print(f"{datetime.date.today()}, {machine}")
+    for versions in sorted({result["versions"] for own in results.values() for result in own if "versions" in result}):
+        print(f"spidr's own: {versions}")
     print(
         f"{options.minutes:g} minutes each; seeds {', '.join(map(str, options.seeds))}; {num_frames:,} test frames\n"
     )

@@ -11,7 +11,9 @@ import time
 
 STARTED = time.perf_counter()
 
+import importlib.metadata  # noqa: E402
 import json  # noqa: E402
+import platform  # noqa: E402
 import sys  # noqa: E402
 from dataclasses import asdict, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -113,7 +115,11 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps({"model": asdict(config)}), encoding="utf-8")
     for split, file in settings["recordings"].items():
         write_units(model, Path(file), folder / f"{split}.npz")
-    print(json.dumps({"seconds": startup + times[-1], "audio_seconds": audio, "num_steps": num_steps}), flush=True)
+    versions = (
+        f"spidr {importlib.metadata.version('spidr')}, Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    result = {"seconds": startup + times[-1], "audio_seconds": audio, "num_steps": num_steps, "versions": versions}
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -301,16 +302,23 @@ def test_learning_prints_a_table(learning, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(learning, "RUNNERS", dict.fromkeys(learning.CONTESTANTS, lambda *_: sys.exit("run anew")))
     with pytest.raises(SystemExit, match="run anew"):
         learning.run(*contestants, "--threads", "2")
+    monkeypatch.setattr(learning, "describe_machine", lambda *_: "another machine")
+    with pytest.raises(SystemExit, match="run anew"):
+        learning.run(*contestants)
 
 
 def test_learning_trains_spidr_in_another_python(learning, tmp_path, capsys, monkeypatch):
     (tmp_path / "modules" / "spidr").mkdir(parents=True)
     for name, text in {"__init__.py": "", **FAKE_SPIDR}.items():
         (tmp_path / "modules" / "spidr" / name).write_text(re.sub(r"(?m)^ {8}", "", text))
+    (tmp_path / "modules" / "spidr-1.2.3.dist-info").mkdir()
+    (tmp_path / "modules" / "spidr-1.2.3.dist-info" / "METADATA").write_text("Name: spidr\nVersion: 1.2.3\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     monkeypatch.setattr(learning, "TIME_TOLERANCE", 1e9)
     learning.run("--contestants", "spidr", "--minutes", "0.06")
-    (line,) = rows(capsys.readouterr().out)[2:]
+    printed = capsys.readouterr().out
+    assert f"spidr's own: spidr 1.2.3, Python {platform.python_version()}, torch {torch.__version__}\n" in printed
+    (line,) = rows(printed)[2:]
     # The higher of the two layers has a unit every 0.2 s, as phones, and the lower always the same.
     assert line[:2] == ["spidr", "student, layer 3"] and float(line[2]) > 0.5 and line[4] == "6"
     result = json.loads((tmp_path / "runs" / "spidr-0.06min-0" / "result.json").read_text())["result"]
