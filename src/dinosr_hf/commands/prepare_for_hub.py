@@ -2,7 +2,7 @@
 Prepare the folder of a run for the Hub, and upload it with --push.
 
     dinosr publish runs/tiny hub/tiny --provenance provenance.yaml
-    dinosr publish runs/tiny hub/tiny --provenance provenance.yaml --push
+    dinosr publish runs/tiny hub/tiny-2 --provenance provenance.yaml --push
 
 The card is rendered from the run's record and from a provenance file with what a run cannot know (docs/publishing.md).
 A new repository is private unless you give --public.
