@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..model import modeling_dinosr
 from ..model.configuration_dinosr import DinoSRConfig
+from ..recognition.text import TextNormalization
 from ..training.run_record import RECORD_NAME, RunRecord
 from ..utils.files import atomic_folder
 from ..utils.model_folder import feature_extractor, open_dinosr_config, open_weights, opening
@@ -102,15 +103,15 @@ def prepare(
     Write the model of a run to a folder for the Hub, atomically, and return its path.
 
     It has the weights as safetensors, the configuration with all heads, the model's code, the feature extractor or
-    processor, the card as README.md, and results on benchmarks in `.eval_results/`, but no other files of the run. It
-    is loaded once before it appears.
+    processor, a recogniser's text normalisation, the card as README.md, and results on benchmarks in `.eval_results/`,
+    but no other files of the run. It is loaded once before it appears.
 
     Args:
         folder: Path to the folder in which the run saved its model.
         out: Path to the folder to write; new or empty.
         provenance: Facts that the record lacks; `read_provenance` returns both.
         record: Record of the run.
-        include: Paths of further files to copy, such as a description of the text normalisation.
+        include: Paths of further files to copy, such as a recogniser's decoding.json.
 
     Raises:
         ValueError: If `out` has files, the model does not fit the record's task, a recogniser has no tokenizer or one
@@ -134,10 +135,13 @@ def prepare(
         # Do not publish the local path that the tokenizer was read from.
         tokenizer.name_or_path = ""
         tokenizer.init_kwargs.pop("name_or_path", None)
+    normalization = TextNormalization.load(folder)
     card, results = build_card(record, provenance, model), build_results(record, provenance)
     with atomic_folder(out) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
+        if normalization is not None:
+            normalization.save(temporary)
         card.save(temporary / "README.md")
         for name, content in results.items():
             (temporary / EVAL_RESULTS_FOLDER).mkdir(exist_ok=True)

@@ -54,6 +54,10 @@ class Dataset:
         return given[-len(own) :] == own
 
 
+# Fields of text, in which YAML may have read a number, such as a dataset that is named by its year.
+_TEXTS = ("repo_id", "license", "license_name", "base_model", "name", "id", "config", "title")
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Where a model comes from and what may be done with it."""
@@ -101,7 +105,7 @@ def read_provenance(
     run = content.pop("run", None)
     if isinstance(run, Mapping):  # YAML reads times as datetime
         run = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in run.items()}
-    content |= {name: value for name, value in given.items() if value is not None}
+    content = _with_texts(content | {name: value for name, value in given.items() if value is not None})
     refuse_unknown(given, known, "field", where="read_provenance")
     record = read_record(folder) if run is None else record_of(run, f"`run` of {path}")
     datasets, problems = _read_datasets(content.get("datasets"))
@@ -111,6 +115,12 @@ def read_provenance(
         lines = "\n".join(f"- {line}" for line in problems)
         raise ValueError(f"The card of {folder} cannot be written. Missing or invalid ({where}):\n{lines}")
     return Provenance(**{**content, "datasets": datasets}), record
+
+
+def _with_texts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with numbers as text where text belongs."""
+    is_number = {name: isinstance(value, int | float) and name in _TEXTS for name, value in values.items()}
+    return {name: str(value) if is_number[name] else value for name, value in values.items()}
 
 
 def _name_error(name: Any) -> str | None:
@@ -149,12 +159,16 @@ def _find_problems(content: Mapping[str, Any], record: RunRecord) -> Iterator[st
 
 def _read_datasets(entries: Any) -> tuple[list[Dataset], list[str]]:
     """Return the datasets that have a name, and what is wrong with the entries."""
-    datasets, problems = [], []
+    datasets: list[Dataset] = []
+    problems: list[str] = []
+    if not isinstance(entries, list | None):
+        return datasets, [f"datasets: {entries!r} is not {REQUIRED['datasets']}"]
     known = [field.name for field in dataclasses.fields(Dataset)]
     for number, entry in enumerate(entries or (), start=1):
         if not isinstance(entry, Mapping) or not entry.get("name"):
             problems.append(f"datasets: entry {number} has no name")
             continue
+        entry = _with_texts(entry)
         refuse_unknown(entry, known, "field", where=f"datasets: {entry['name']}")
         if not entry.get("license"):
             problems.append(f"datasets: {entry['name']} has no license, the licence of the data")
@@ -162,6 +176,14 @@ def _read_datasets(entries: Any) -> tuple[list[Dataset], list[str]]:
             problems.append(f"datasets: id of {entry['name']}: {error}")
         if entry.get("task_id") and not (entry.get("id") and isinstance(entry["task_id"], str)):
             problems.append(f"datasets: {entry['name']} has task_id, which must be text, beside the benchmark's id")
+        hours = entry.get("hours")
+        if not isinstance(hours, int | float | None) or isinstance(hours, bool):
+            problems.append(f"datasets: hours of {entry['name']} is {hours!r}, which is no number")
+        problems += [
+            f"datasets: {name} of an entry is {entry[name]!r}, which is no text"
+            for name in _TEXTS
+            if not isinstance(entry.get(name), str | None)
+        ]
         datasets.append(Dataset(**{"license": "", **entry}))
     return datasets, problems
 

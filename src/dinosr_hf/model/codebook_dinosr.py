@@ -142,6 +142,10 @@ class OnlineCodebooks(nn.Module):
             half_norms = codewords.square().sum(dim=-1)[:, None, :] / 2  # (N, 1, V)
             return torch.baddbmm(half_norms, targets.float(), codewords.mT, beta=-1).argmax(dim=-1)
 
+    def forward(self, targets: torch.Tensor, codebooks: Sequence[int] | None = None) -> torch.Tensor:
+        """Do what `assign` does, with the module's hooks: those of off-loaded weights bring them to the device."""
+        return self.assign(targets, codebooks)
+
     @torch.no_grad()
     def accumulate(self, targets: torch.Tensor, codes: torch.Tensor) -> None:
         """

@@ -854,6 +854,10 @@ class DinoSRPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
     # A pre-training checkpoint loads into every head without a report of these.
     _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^codebooks\.", r"^heads\.", r"^anchor_head\."]
 
+    def __init__(self, config: DinoSRConfig, *args: Any, **kwargs: Any) -> None:
+        config.validate_architecture()  # `from_pretrained` sets overrides without a look at them
+        super().__init__(config, *args, **kwargs)
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside of transformers, `_init_weights` would not see modules without parameters of their own, such
         # as the pre-training model, which copies the student to the teacher. It respects weights that were loaded.
@@ -1141,7 +1145,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
                     masked = masked & frame_mask
                 masked_frames = masked.flatten().nonzero()[:, 0]
             targets = targets.flatten(1, 2).index_select(1, masked_frames)  # (N, M, D)
-            codes = self.codebooks.assign(targets)
+            codes = self.codebooks(targets)
             if self.training:
                 self.codebooks.accumulate(targets, codes)
             head_inputs = student.feed_forward_outputs if has_own_inputs else (student.last_hidden_state,)
@@ -1416,7 +1420,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         """
         first = self.config.codebook_layers[0]
         numbers = [layer - first for layer in check_layers(self.config, layers, with_codebooks=True)]
-        return self.codebooks.assign(targets.flatten(1, -2), numbers).view(targets.shape[:-1])
+        return self.codebooks(targets.flatten(1, -2), numbers).view(targets.shape[:-1])
 
 
 # Heads
@@ -1439,7 +1443,7 @@ def mask_padding_logits(config: DinoSRConfig, logits: torch.Tensor, num_frames: 
 
     Transformers' pipeline and tokenizers do not leave padding out; so a batch is decoded as its utterances one by one.
     """
-    blank = logits.new_full((config.vocab_size,), -1e4)  # trf-ignore: TRF032 (float16 has this number too)
+    blank = logits.new_full((logits.shape[-1],), -1e4)  # trf-ignore: TRF032 (float16 has this number too)
     blank[config.pad_token_id or 0] = 0.0
     is_frame = torch.arange(logits.shape[1], device=logits.device) < num_frames.to(logits.device)[:, None]
     return torch.where(is_frame[..., None], logits, blank)
@@ -1451,8 +1455,8 @@ def ctc_loss(
     """
     Compute connectionist temporal classification in nats and float32, reduced as `ctc_loss_reduction` says.
 
-    Logits (B, T, vocab_size), labels int64 (B, L), negative where there is none, and numbers of valid frames int64
-    (B,) to a scalar. Raises `ValueError` if a label is not below `vocab_size`.
+    Logits (B, T, vocab_size), labels int64 (B, L), negative where there is none, wherever that is, and numbers of
+    valid frames int64 (B,) to a scalar. Raises `ValueError` if a label is not below `vocab_size`.
     """
     if not torch.compiler.is_compiling() and labels.numel() and labels.max() >= config.vocab_size:
         raise ValueError(
@@ -1464,10 +1468,11 @@ def ctc_loss(
         logits = logits.cpu()
     labels, num_frames = labels.to(logits.device), num_frames.to(logits.device)
     is_label = labels >= 0
+    first = (~is_label).long().argsort(dim=-1, stable=True)  # the labels of a row before what is none
     with without_autocast(logits.device), torch.backends.cudnn.flags(enabled=False):
         loss = nn.functional.ctc_loss(
             logits.float().log_softmax(dim=-1).transpose(0, 1),
-            labels.masked_fill(~is_label, config.pad_token_id or 0),
+            labels.masked_fill(~is_label, config.pad_token_id or 0).gather(-1, first),
             num_frames,
             is_label.sum(dim=-1),
             blank=config.pad_token_id or 0,

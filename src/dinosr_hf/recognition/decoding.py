@@ -35,6 +35,7 @@ from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import argument_errors, check_ranges, refuse_unknown
 from ..utils.digests import file_digest, value_digest
 from ..utils.files import write_atomically
+from ..utils.model_folder import find_file
 from ..utils.text_files import read_json
 from ..utils.visible_text import visible_text
 from .language_models import SPECIAL_WORDS, check_language_model_file, flashlight, load_language_model, read_lexicon
@@ -147,6 +148,23 @@ class DecodingOptions:
         return options
 
 
+def find_decoding(name: str | Path) -> DecodingOptions | None:
+    """
+    Read the `decoding.json` of a recogniser in a folder or on the Hub; None: there is none.
+
+    The language model and lexicon that it names come from there as well. Raises `ValueError` for an invalid file or
+    option.
+    """
+    file = find_file(name, "decoding.json")
+    if file is None:
+        return None
+    options = DecodingOptions.load(file)
+    for path in filter(None, (options.language_model, options.lexicon)):
+        if Path(path).is_relative_to(file.parent):
+            find_file(name, Path(path).relative_to(file.parent).as_posix())  # downloads it
+    return options
+
+
 class _WordSpan(NamedTuple):
     """A word, and the first and last frame of its labels."""
 
@@ -231,7 +249,7 @@ class CTCDecoder(ABC):
             "lowercase": getattr(tokenizer, "do_lower_case", False),  # phoneme tokenizers have no such attribute
             "frame_seconds": config.inputs_to_logits_ratio / SAMPLING_RATE,
             "first_center": config.receptive_field / 2 / SAMPLING_RATE,
-            "delay_seconds": stored_emission_delay(tokenizer, config),
+            "delay_seconds": stored_emission_delay(tokenizer),
         }
         return cls(labels, **{**arguments, **options})
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from ..utils.command_line import argument_errors
 from ..utils.files import write_atomically
-from ..utils.model_folder import feature_extractor, open_config, opening
+from ..utils.model_folder import feature_extractor, find_file, open_config, opening
 from ..utils.text_files import read_json
 from ..utils.visible_text import remove_invisible, visible_text
 
@@ -103,10 +103,14 @@ class TextNormalization:
         write_atomically(Path(folder, NORMALIZATION_FILE), json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> Self | None:
-        """Read what `save` wrote, or return None if there is no file. Raises `ValueError` for an invalid file."""
-        file = Path(folder, NORMALIZATION_FILE)
-        if not file.is_file():
+    def load(cls, name: str | os.PathLike) -> Self | None:
+        """
+        Read what `save` wrote, in a model's folder or on the Hub; None if there is no file.
+
+        Raises `ValueError` for an invalid file.
+        """
+        file = find_file(name, NORMALIZATION_FILE)
+        if file is None:
             return None
         with argument_errors(f"{file} is not a text normalisation. Remove or replace it: ", (TypeError, ValueError)):
             normalization = cls(**read_json(file))
@@ -182,7 +186,7 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizer) -> tuple[list[n
     Returns the labels, and the number of times that each label that is not in the vocabulary was dropped.
     """
     known_labels: dict[str, Any] = tokenizer.get_vocab()
-    # Vocabularies of earlier releases may have phones in another Unicode form.
+    # Vocabularies of other programs may have phones in another Unicode form.
     vocabulary = {visible_text(label): index for label, index in known_labels.items()} | known_labels
     if units_of(tokenizer) == "phonemes":
         spelled = [text.split() for text in texts]

@@ -18,7 +18,15 @@ from ..model.modeling_dinosr import DinoSRForCTC
 from ..utils.command_line import MAX_NUMBER
 from ..utils.digests import model_digest
 from ..utils.model_folder import open_weights
-from .decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions, GreedyDecoder, Hypothesis, TimedWord
+from .decoding import (
+    BeamSearchDecoder,
+    CTCDecoder,
+    DecodingOptions,
+    GreedyDecoder,
+    Hypothesis,
+    TimedWord,
+    find_decoding,
+)
 from .text import load_processor
 
 
@@ -161,7 +169,7 @@ class Transcriber:
         Load a recogniser that fine-tuning wrote, from its folder or by its name on the Hub.
 
         `dtype` is "float32", "bfloat16" or "float16"; `seconds` are further arguments of the class. The decoder is
-        beam search with the `DecodingOptions` in the file `decoding`, by default `decoding.json` in the folder if it
+        beam search with the `DecodingOptions` in the file `decoding`, by default the model's `decoding.json` if it
         exists; else, or if `greedy` is set, greedy search. Raises `ValueError` if the folder is not a recogniser's or
         an argument is invalid, `ImportError` for beam search without flashlight-text.
         """
@@ -172,10 +180,10 @@ class Transcriber:
         processor, _ = load_processor(folder)
         options: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "advice": "Give a fine-tuned recogniser."}
         model = open_weights(DinoSRForCTC, folder, **options)
-        file = Path(folder, "decoding.json") if decoding is None else Path(decoding)
-        decoder = None
-        if not greedy and (decoding is not None or file.is_file()):
-            found = DecodingOptions.load(file)
+        decoder = found = None
+        if not greedy:
+            found = find_decoding(folder) if decoding is None else DecodingOptions.load(decoding)
+        if found is not None:
             decoder = BeamSearchDecoder.from_tokenizer(processor.tokenizer, model.config, options=found)
         return cls(model, processor, decoder, **seconds)
 

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from transformers.utils import logging as transformers_logging
@@ -33,14 +39,26 @@ class FolderTokenizer(Wav2Vec2CTCTokenizer):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Wav2Vec2CTCTokenizer:
         """Read the vocabulary of a folder or a Hub repository. Raises `ArgumentError` if it has none."""
-        place: dict[str, Any] = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
-        if not has_file(pretrained_model_name_or_path, "vocab.json", **place):
+        options = ("revision", "token", "cache_dir", "local_files_only")
+        place: dict[str, Any] = {name: kwargs[name] for name in options if name in kwargs}
+        file = "/".join(filter(None, (kwargs.get("subfolder"), "vocab.json")))
+        if not has_file(pretrained_model_name_or_path, file, **place):
             raise ArgumentError(
                 f"{pretrained_model_name_or_path} has no tokenizer: vocab.json is not there. Pre-training writes none:"
                 " fine-tune the model with CTC (docs/fine-tuning.md), and give the folder of that run. If a recogniser"
                 " was saved without its tokenizer, add it with `processor.save_pretrained(folder)`."
             )
         return Wav2Vec2CTCTokenizer.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def find_file(name: str | os.PathLike, file: str) -> Path | None:
+    """Return the path of a file of a model, in a folder or on the Hub; None if the model has no such file."""
+    if Path(name).is_dir():
+        return path if (path := Path(name, file)).is_file() else None
+    try:
+        return Path(hf_hub_download(str(name), file))
+    except EntryNotFoundError:
+        return None
 
 
 # What loading a model or its processor reads in a folder; the code of a model is not among them.
