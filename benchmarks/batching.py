@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
         f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {options.workers} worker(s), Python"
         f" {platform.python_version()}, torch {torch.__version__}"
     )
-    hours = sum(utterance.num_samples for utterance in source.utterances) / SAMPLING_RATE / 3600
+    hours = source.seconds / 3600
     print(
         f"{options.data or 'synthetic'}: {len(source):,} utterances, {hours:.2f} h; steps of {options.step_seconds:g}"
         f" s, micro-batches of {options.micro_seconds:g} s, {options.epochs} epochs of each in turn\n"

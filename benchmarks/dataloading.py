@@ -177,13 +177,13 @@ def main(argv: Sequence[str]) -> None:
     device = choose_device(options.threads)
     if options.data:
         source: SpeechSource = open_source(options.data)
-        hours = sum(utterance.num_samples for utterance in source.utterances) / SAMPLING_RATE / 3600
+        hours = source.seconds / 3600
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         if not options.data:
             corpus = SyntheticCorpus(num_utterances=options.utterances, seed=0, split="train", num_texts=(1, 6))
             source = FolderSource(corpus.export(place / "corpus"))
-            hours = sum(utterance.num_samples for utterance in source.utterances) / SAMPLING_RATE / 3600
+            hours = source.seconds / 3600
         forms = store(source, place)
         if found := find_errors(forms):
             sys.exit("Nothing was timed: " + "; ".join(found[:3]))

@@ -383,8 +383,7 @@ def run_mfcc(
     num_clusters = parse_arguments([str(options.recipe)], options.recipe).model_config().codebook_size
     since, train = time.perf_counter(), open_recordings(options.train)
     kmeans = fit_mfcc_kmeans(train, num_clusters, kind, seed=seed)
-    seconds = sum(utterance.num_samples for utterance in train.utterances) / SAMPLING_RATE
-    found: dict[str, Any] = {"minutes": (time.perf_counter() - since) / 60, "hours": seconds / 3600}
+    found: dict[str, Any] = {"minutes": (time.perf_counter() - since) / 60, "hours": train.seconds / 3600}
     for split, part in parts.items():
         name = f"k-means on {kind} MFCCs"
         found[split] = figures_by_layer(part, [name], mfcc_units(part.source, kmeans, kind), num_clusters)

@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
         study = Study(options, source)
         study.check()
         early = round(5 * SAMPLING_RATE / study.model.config.inputs_to_logits_ratio)
-        seconds = sum(utterance.num_samples for utterance in study.recordings.utterances) / SAMPLING_RATE
+        seconds = study.recordings.seconds
         print(f"\n{source}, layer {options.layer}, {len(study.recordings)} recordings, {seconds:.0f} s\n")
         print("| window, s | context, s | same units, % | at seams, % |\n|---|---|---|---|")
         for window, context in product(options.windows, options.contexts):

@@ -5,11 +5,12 @@ import logging
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from dinosr_hf.data import AudioFileError, LabelledSource, SpeechSource, Utterance
 from dinosr_hf.data.packing import pack_evenly
 from dinosr_hf.finetuning import LabelledCollator, LabelledDataset, LengthBatchSampler, StepBatchSampler
-from dinosr_hf.finetuning.batches import Example, make_loader
+from dinosr_hf.finetuning.batches import Example
 
 GENERATOR = np.random.default_rng(7)
 LENGTHS = GENERATOR.integers(800, 9_000, 103).tolist()
@@ -210,7 +211,7 @@ def test_batch_without_readable_utterances_is_a_silent_row(examples):
 def test_loader_returns_the_batches_of_its_sampler(num_workers):
     data = dataset(9, broken=[3])
     own = sampler(4, lengths=data.num_samples, step_samples=2_000)
-    found = list(make_loader(data, own, 40, num_workers))
+    found = list(DataLoader(data, batch_sampler=own, collate_fn=LabelledCollator(40), num_workers=num_workers))
     assert len(found) == len(own)
     for batch, wanted in zip(found, own, strict=True):
         read = [index for index in wanted if index != 3]

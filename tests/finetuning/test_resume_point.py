@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from dinosr_hf.finetuning import Recognition
-from dinosr_hf.finetuning.resume_point import read_checkpoint
+from dinosr_hf.finetuning.resume_point import read_checkpoint, write_manifest
 from dinosr_hf.training.resume import CheckpointError
 from dinosr_hf.training.run_record import read_record
 from dinosr_hf.utils.command_line import ArgumentError
@@ -209,13 +209,10 @@ def test_files_that_were_not_written_with_a_checkpoint_are_not_loaded(interrupte
         read_checkpoint(checkpoint)
 
 
-def test_a_checkpoint_of_an_earlier_version_is_used_with_a_warning(model, corpus, uninterrupted, interrupted, caplog):
-    for number in (3, 4):
-        (interrupted / f"checkpoint-{number}" / "checkpoint.json").unlink()
-    truncate(interrupted / "checkpoint-4" / "model.safetensors")
+def test_a_checkpoint_without_its_manifest_is_passed_over(model, corpus, uninterrupted, interrupted, caplog):
+    (interrupted / "checkpoint-4" / "checkpoint.json").unlink()
     recognise(model, corpus, interrupted, **OPTIONS)
-    assert "checkpoint-4 has a truncated file" in caplog.text
-    assert "checkpoint-3 has no checkpoint.json: that its files are what was written cannot be checked" in caplog.text
+    assert "checkpoint-4 has no checkpoint.json: it is unfinished, or from another program." in caplog.text
     assert_same_model(interrupted, uninterrupted)
 
 
@@ -296,8 +293,9 @@ def test_a_damaged_record_is_written_again(model, corpus, uninterrupted, interru
 def test_checkpoints_of_unknown_runs_are_refused(model, corpus, interrupted):
     record = interrupted / "run.json"
     content = json.loads(record.read_text())
-    for number in (3, 4):  # as an earlier version wrote them: without a record of their own
+    for number in (3, 4):  # without a record of their own
         (interrupted / f"checkpoint-{number}" / "checkpoint.json").unlink()
+        write_manifest(interrupted / f"checkpoint-{number}", None)
     record.write_text(json.dumps({**content, "task": "audio-classification"}))
     with pytest.raises(ArgumentError, match="has a run of the task audio-classification"):
         recognise(model, corpus, interrupted, **OPTIONS)

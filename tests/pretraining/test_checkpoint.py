@@ -1,7 +1,6 @@
 """What of a checkpoint is checked before a run goes on from it: each bit of each file, and that it can be restored."""
 
 import contextlib
-import json
 import logging
 import random
 import shutil
@@ -12,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from dinosr_hf.pretraining import CheckpointError, checkpoint, find_checkpoints, read_checkpoint, run
+from dinosr_hf.pretraining import CheckpointError, checkpoint, read_checkpoint, run
 from dinosr_hf.pretraining.train_state import check_fits
 from dinosr_hf.training.sealed_files import describe_files, read_sealed, seal
 from pretraining_runs import ANCHORED, assert_same_run, tiny_arguments
@@ -36,14 +35,11 @@ def out(tmp_path, finished):
     return tmp_path / "out"
 
 
-def rewrite_manifest(checkpoint, change, *, is_sealed=True):
-    """Change the content of checkpoint.json, and write it as the program would, or as version 1 of it did."""
+def rewrite_manifest(checkpoint, change):
+    """Change the content of checkpoint.json, and write it as the program would."""
     content = read_sealed(checkpoint / "checkpoint.json")
     change(content)
-    if not is_sealed:
-        content["format"] = 1
-        content.get("feed", {}).pop("contents", None)
-    (checkpoint / "checkpoint.json").write_text(seal(content) if is_sealed else json.dumps(content))
+    (checkpoint / "checkpoint.json").write_text(seal(content))
 
 
 def test_no_flipped_bit_and_no_cut_of_any_file_goes_unnoticed(out):
@@ -93,9 +89,8 @@ def test_no_flipped_bit_and_no_cut_of_any_file_goes_unnoticed(out):
           for name in ("../config.json", "/etc/passwd", "a/b", "..", "", "a\0b")),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("is_sealed", [True, False], ids=["format 2", "format 1"])
-def test_each_value_of_the_manifest_is_checked(out, change, message, is_sealed):
-    rewrite_manifest(out / "checkpoint-4", change, is_sealed=is_sealed)
+def test_each_value_of_the_manifest_is_checked(out, change, message):
+    rewrite_manifest(out / "checkpoint-4", change)
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(out / "checkpoint-4")
 
@@ -109,17 +104,8 @@ def test_a_manifest_of_another_kind_is_refused(out, text):
 
 def test_formats_of_other_versions_are_named(out):
     rewrite_manifest(out / "checkpoint-4", lambda content: content.update(format=3))
-    with pytest.raises(CheckpointError, match=r"has format 3, but this version reads formats 1 and 2\."):
+    with pytest.raises(CheckpointError, match=r"has format 3, but this version reads format 2\."):
         read_checkpoint(out / "checkpoint-4")
-
-
-def test_a_checkpoint_of_format_1_is_resumed_with_a_warning(tmp_path, recordings, finished, out, caplog):
-    for path in find_checkpoints(out):
-        rewrite_manifest(path, lambda content: content["monitor"].pop("codebook_losses"), is_sealed=False)
-    shutil.rmtree(out / "checkpoint-4")
-    run(tiny_arguments(tmp_path, recordings, **OPTIONS))
-    assert "checkpoint-3/checkpoint.json is of format 1, which has no digest of itself" in caplog.text
-    assert_same_run(out, finished)
 
 
 def test_a_folder_of_another_step_is_refused(out):

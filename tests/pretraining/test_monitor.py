@@ -171,15 +171,6 @@ def test_a_loss_of_the_anchor_far_above_that_of_guessing_is_reported():
     assert "loss of the anchor is above 6.0 (2 times that of guessing among 20 labels): unmasked frames at" in warning
 
 
-def test_a_state_from_before_losses_were_watched_is_taken():
-    before, after = monitor_of(), monitor_of()
-    news_of(before, *[COLLAPSES] * 3)
-    state = {key: watches for key, watches in before.state_dict().items() if "losses" not in key}
-    after.load_state_dict(state)
-    assert after.standing() == before.standing() != []
-    assert news_of(after, *[{**COLLAPSES, "codebook_losses": [9.0, 9.0]}] * 3, first_step=4)[-1]
-
-
 def test_nan_counts_as_below_the_bound():
     *_, last = news_of(monitor_of(), *[{"feature_variation": math.nan}] * 3)
     assert "at a value that is not finite since step 1" in last[0]

@@ -85,11 +85,6 @@ def test_delay_is_subtracted_from_times():
         assert times(delay_seconds=delay) == sorted(times(delay_seconds=delay))
 
 
-def config_of_earlier_releases(delay):
-    """A configuration that has the delay, as config.json of earlier releases does: unknown keys become attributes."""
-    return DinoSRConfig.from_dict({**tiny_config(vocab_size=5, pad_token_id=1).to_dict(), "emission_delay": delay})
-
-
 @pytest.mark.parametrize("units", ["characters", "phonemes"])
 def test_delay_is_saved_with_the_processor(tmp_path, units):
     processor = make_processor({label: index for index, label in enumerate(["<pad>", "a", "|", "<unk>"])}, units)
@@ -103,24 +98,14 @@ def test_delay_is_saved_with_the_processor(tmp_path, units):
     assert GreedyDecoder.from_tokenizer(tokenizer, config, delay_seconds=0.0).delay_seconds == 0.0
 
 
-def test_delay_of_earlier_releases_is_read_from_the_configuration(tmp_path):
-    tokenizer, config = tokenizer_of(tmp_path, LABELS), config_of_earlier_releases(0.12)
-    config.save_pretrained(tmp_path)
-    assert stored_emission_delay(tokenizer, DinoSRConfig.from_pretrained(tmp_path)) == 0.12
-    assert GreedyDecoder.from_tokenizer(tokenizer, config).delay_seconds == 0.12
-    store_emission_delay(tokenizer, 0.0)  # a later fine-tuning
-    assert GreedyDecoder.from_tokenizer(tokenizer, config).delay_seconds == 0.0
-
-
 def test_delay_out_of_range_raises(tmp_path):
     tokenizer = tokenizer_of(tmp_path, LABELS)
     store_emission_delay(tokenizer, 2.0)
     with pytest.raises(ValueError, match=r"emission_delay=2.0 in .* must be at least -1 and at most 1"):
-        stored_emission_delay(tokenizer, DinoSRConfig())
+        stored_emission_delay(tokenizer)
 
 
-@pytest.mark.parametrize("where", ["tokenizer", "configuration"])
-def test_transcriber_and_pipeline_subtract_the_stored_delay(tmp_path, where):
+def test_transcriber_and_pipeline_subtract_the_stored_delay(tmp_path):
     save_models(tmp_path)
     wave = np.random.default_rng(0).standard_normal(8_000).astype(np.float32)
 
@@ -135,7 +120,7 @@ def test_transcriber_and_pipeline_subtract_the_stored_delay(tmp_path, where):
         return [word.start for word in transcript.words], [chunk["timestamp"][0] for chunk in chunks]
 
     before = starts()
-    file = tmp_path / "recogniser" / {"tokenizer": "tokenizer_config.json", "configuration": "config.json"}[where]
+    file = tmp_path / "recogniser" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "emission_delay": 0.02}))
     for late, early in zip(before, starts(), strict=True):
         inside = [number for number, start in enumerate(late) if 0.05 < start < 0.4]
@@ -163,7 +148,7 @@ def test_fine_tuning_measures_the_delay(late):
     config = DinoSRConfig(**task.config_changes())
 
     def delay():
-        return stored_emission_delay(task.processor.tokenizer, config)
+        return stored_emission_delay(task.processor.tokenizer)
 
     assert delay() == 0
     letter, delimiter = (task.processor.tokenizer.convert_tokens_to_ids(label) for label in ("a", "|"))

@@ -101,7 +101,7 @@ def test_the_script_writes_units(script, command, model_folder, folder, tmp_path
     summary = json.loads((out / "summary.json").read_text())
     assert summary["num_recordings"] == NUM_RECORDINGS and summary["num_units"] == 7 and summary["left_out"] == {}
     assert summary["files"] == [shard.name for shard in shards_of(out)] and len(summary["files"]) > 5
-    assert re.search(r"23 recordings, 0.00 hours, .* s of audio at [\d,]+ hours per hour", capsys.readouterr().out)
+    assert re.search(r"23 recordings, 0.00 hours, .* s of audio, [\d,.]+ times real time", capsys.readouterr().out)
     before = {path: path.stat().st_mtime_ns for path in shards_of(out)}
     script.main(command)  # nothing to do
     assert {path: path.stat().st_mtime_ns for path in shards_of(out)} == before

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..data import SpeechSource
 from ..data.collator import utterance_generator
 from ..model.configuration_dinosr import DinoSRConfig
+from ..utils.command_line import argument_errors
 from ..utils.extras import import_extra
 from .alignment import frame_labels
 from .kmeans import fit_kmeans
@@ -122,7 +123,7 @@ def draw_frames(
     share = min(1.0, max_frames / max(1, total))
     kept: list[LayerFrames] = []
     for name, features in extractor.features(recordings.source, indices=indices):
-        try:
+        with argument_errors(f"{name}: "):
             labels = frame_labels(
                 reference.labels[name],
                 len(features),
@@ -130,8 +131,6 @@ def draw_frames(
                 stride=config.inputs_to_logits_ratio,
                 field=config.receptive_field,
             )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
         drawn = utterance_generator(seed, 0, name, "frames of layers").random(len(features)) < share
         if drawn.any():
             speakers, names = (np.full(drawn.sum(), text) for text in (reference.speakers[name], name))

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..data import SAMPLING_RATE
-from ..utils.command_line import check_ranges
+from ..utils.command_line import argument_errors, check_ranges
 from ..utils.visible_text import visible_text
 from .alignment import FIELD, SILENCE, STRIDE, Labels, frame_labels, match_labels, visible_labels
 from .quality import UnitQuality, contingency
@@ -203,10 +203,8 @@ class Reference:
             layers = layers or [{} for _ in codes]
             labels, speaker = self.labels[recording], self.speakers[recording]
             for counts, row in zip(layers, codes, strict=True):
-                try:
+                with argument_errors(f"{recording}: "):
                     own = count_units(row, labels, self.phones, num_codes=num_codes, **frames)
-                except ValueError as error:
-                    raise ValueError(f"{recording}: {error}") from error
                 counts[speaker] = counts[speaker] + own if speaker in counts else own
         if not layers:
             raise ValueError("No recording with labels was evaluated. Were all of them unreadable?")

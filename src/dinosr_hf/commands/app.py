@@ -12,11 +12,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ..hub.space import Listener, build_page
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.extras import import_extra
+from ._shared import add_device
 
 
 def make_parser() -> Parser:
@@ -24,8 +23,7 @@ def make_parser() -> Parser:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder of a model, or its name on the Hub")
     longest = "seconds of the longest recording to accept (%(default)s)"
     parser.add_argument("--max_seconds", type=float, default=30.0, help=longest)
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default_device, help="device of the models (%(default)s)")
+    add_device(parser, "models")
     return parser
 
 

@@ -13,18 +13,21 @@ we can.
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import set_seed
 
-from .. import DinoSRForPreTraining, perplexity, sample_span_mask
+from .. import DinoSRForPreTraining, sample_span_mask
 from ..analysis import UnitQuality, frame_labels, unit_quality
 from ..analysis.baselines import mfcc
 from ..analysis.kmeans import fit_kmeans
 from ..analysis.model_units import LabelledSpeech, layer_tables, target_features
 from ..analysis.plots import phone_codeword_figure, save_figure
+from ..analysis.reports import markdown_table
 from ..data import normalize_waveform
 from ..pretraining import (
     PretrainingArguments,
@@ -34,6 +37,7 @@ from ..pretraining import (
     run,
     synthetic_corpus,
 )
+from ..pretraining.metrics import MetricSums
 from ..utils.command_line import Parser, check_ranges, command, with_underscores
 from ..utils.files import claim_output_folder
 from ..utils.recipes import recipes
@@ -53,25 +57,15 @@ def labelled_speech(arguments: PretrainingArguments, split: str, num_utterances:
 
 
 @torch.no_grad()
-def held_out_loss(model: DinoSRForPreTraining, speech: list[LabelledSpeech]) -> tuple[float, float, float, float]:
-    """Return loss, target and prediction perplexity, and active codewords on held-out speech with fixed masks."""
-    config, total, frames = model.config, 0.0, 0
-    codes: Any = 0
-    predictions: Any = 0
-    generator = np.random.default_rng(0)
+def held_out_metrics(model: DinoSRForPreTraining, speech: list[LabelledSpeech]) -> dict[str, Any]:
+    """Return the metrics of a run, see `MetricSums.compute`, on held-out speech with fixed masks."""
+    config, generator = model.config, np.random.default_rng(0)
+    sums = MetricSums(config.num_codebooks, config.codebook_size, model.device)
     for waveform, labels in speech:
         mask = sample_span_mask((1, len(labels)), config.mask_prob, config.mask_length, generator=generator)
         output = model(torch.from_numpy(waveform)[None], mask_time_indices=torch.from_numpy(mask))
-        total += output.loss.item() * output.num_masked_frames.item()
-        frames += output.num_masked_frames.item()
-        codes, predictions = codes + output.code_counts, predictions + output.prediction_sums
-    active = (codes > 0).sum(dim=1).double().mean().item()
-    return total / frames, perplexity(codes).mean().item(), perplexity(predictions).mean().item(), active
-
-
-def best_layer(qualities: list[UnitQuality]) -> int:
-    """Return the index of the codebook with the highest PNMI."""
-    return max(range(len(qualities)), key=lambda layer: qualities[layer].pnmi)
+        sums.add(output, len(waveform), 0)
+    return sums.compute(torch.clone)
 
 
 def evaluate_model(
@@ -79,7 +73,7 @@ def evaluate_model(
 ) -> tuple[UnitQuality, np.ndarray, list[str], int]:
     """Return test quality, table and phones of the codebook that is best on the validation split, and its layer."""
     tables, _ = layer_tables(model, validation)
-    best = best_layer([UnitQuality.from_table(table) for table in tables])
+    best = max(range(len(tables)), key=lambda layer: UnitQuality.from_table(tables[layer]).pnmi)
     tables, phones = layer_tables(model, test)
     return UnitQuality.from_table(tables[best]), tables[best], phones, model.config.codebook_layers[best]
 
@@ -108,6 +102,52 @@ def make_parser() -> Parser:
     return parser
 
 
+def evaluate(arguments: PretrainingArguments, out: Path, num_test: int) -> None:
+    """Print how the model in a folder does on held-out voices, and draw its units."""
+    print("\nEvaluating on held-out voices ...", flush=True)
+    train, test = labelled_speech(arguments, "train", num_test), labelled_speech(arguments, "test", num_test)
+    validation = labelled_speech(arguments, "validation", max(1, num_test // 2))
+    trained = DinoSRForPreTraining.from_pretrained(out).eval()
+    set_seed(arguments.run.seed)
+    untrained = DinoSRForPreTraining(arguments.model_config()).eval()
+    config, num_codes = trained.config, trained.config.codebook_size
+
+    headings = ["held-out speech", "loss (nats)", "target perplexity", "prediction perplexity", "active codewords"]
+    lines = []
+    for name, model in (("at the start", untrained), ("at the end", trained)):
+        metrics = held_out_metrics(model, test)
+        perplexities = (f"{metrics[f'{kind}_perplexity']:.1f}" for kind in ("target", "prediction"))
+        active = f"{metrics['active_codewords']:.1f} of {num_codes}"
+        lines.append([name, f"{metrics['loss']:.3f}", *perplexities, active])
+    print(f"\n{markdown_table(headings, lines)}")
+
+    quality, table, phones, layer = evaluate_model(trained, validation, test)
+    first, _, _, first_layer = evaluate_model(untrained, validation, test)
+
+    def untrained_features(waveform: np.ndarray) -> np.ndarray:
+        return target_features(untrained, waveform)[-1].numpy()
+
+    def cepstra(tuned: bool) -> Callable[[np.ndarray], np.ndarray]:
+        return partial(mfcc, field=config.receptive_field, tuned=tuned)
+
+    rows = {
+        f"DinoSR, layer {layer}": quality,
+        f"untrained model, layer {first_layer}": first,
+        "k-means on the untrained model": evaluate_kmeans(untrained_features, num_codes, train, test),
+        "k-means on textbook MFCCs": evaluate_kmeans(cepstra(tuned=False), num_codes, train, test),
+        "k-means on tuned MFCCs": evaluate_kmeans(cepstra(tuned=True), num_codes, train, test),
+    }
+    num_frames = sum(len(labels) for _, labels in test)
+    headings = [f"units (at most {num_codes}), {num_frames:,} frames", "phone purity", "PNMI", "units in use"]
+    lines = [
+        [name, f"{row.phone_purity:.3f}", f"{row.pnmi:.3f}", str(row.num_active_codes)] for name, row in rows.items()
+    ]
+    print(markdown_table(headings, lines))
+    title = f"P(phone | codeword), layer {layer}, held-out synthetic voices"
+    picture = save_figure(phone_codeword_figure(table, phones, title=title), out / "phone_by_codeword.png")
+    print(f"The picture is {picture}. The model is in {out}.")
+
+
 def main(argv: Sequence[str]) -> None:
     logging.getLogger("dinosr_hf").setLevel(logging.INFO)
     try:
@@ -127,45 +167,4 @@ def main(argv: Sequence[str]) -> None:
     except RunInterrupted as interruption:
         print(f"{interruption} The demo begins anew when it is run again.", file=sys.stderr)
         sys.exit(interruption.exit_code)
-
-    print("\nEvaluating on held-out voices ...", flush=True)
-    train, test = labelled_speech(arguments, "train", num_test), labelled_speech(arguments, "test", num_test)
-    validation = labelled_speech(arguments, "validation", max(1, num_test // 2))
-    trained = DinoSRForPreTraining.from_pretrained(out).eval()
-    set_seed(options.seed)
-    untrained = DinoSRForPreTraining(arguments.model_config()).eval()
-
-    print("\n| held-out speech | loss (nats) | target perplexity | prediction perplexity | active codewords |")
-    print("|---|---|---|---|---|")
-    for name, model in (("at the start", untrained), ("at the end", trained)):
-        loss, target, prediction, active = held_out_loss(model, test)
-        print(
-            f"| {name} | {loss:.3f} | {target:.1f} | {prediction:.1f} | {active:.1f} of {model.config.codebook_size} |"
-        )
-
-    num_codes = trained.config.codebook_size
-    quality, table, phones, layer = evaluate_model(trained, validation, test)
-    first, _, _, first_layer = evaluate_model(untrained, validation, test)
-
-    def untrained_features(waveform: np.ndarray) -> np.ndarray:
-        return target_features(untrained, waveform)[-1].numpy()
-
-    def cepstra(tuned: bool) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda waveform: mfcc(waveform, field=trained.config.receptive_field, tuned=tuned)
-
-    num_frames = sum(len(labels) for _, labels in test)
-    print(f"\n| units (at most {num_codes}), {num_frames:,} frames | phone purity | PNMI | units in use |")
-    print("|---|---|---|---|")
-    rows = {
-        f"DinoSR, layer {layer}": quality,
-        f"untrained model, layer {first_layer}": first,
-        "k-means on the untrained model": evaluate_kmeans(untrained_features, num_codes, train, test),
-        "k-means on textbook MFCCs": evaluate_kmeans(cepstra(tuned=False), num_codes, train, test),
-        "k-means on tuned MFCCs": evaluate_kmeans(cepstra(tuned=True), num_codes, train, test),
-    }
-    for name, row in rows.items():
-        print(f"| {name} | {row.phone_purity:.3f} | {row.pnmi:.3f} | {row.num_active_codes} |")
-    figure = phone_codeword_figure(
-        table, phones, title=f"P(phone | codeword), layer {layer}, held-out synthetic voices"
-    )
-    print(f"\nThe picture is {save_figure(figure, out / 'phone_by_codeword.png')}. The model is in {out}.")
+    evaluate(arguments, out, num_test)

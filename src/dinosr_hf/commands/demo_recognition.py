@@ -7,7 +7,6 @@ It trains as `dinosr finetune` does, whose flags it has too, with the recipe ctc
 transformers' `pipeline`, and prints the error rates on held-out voices and a transcript with its word times.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from typing import Any
 import numpy as np
 from transformers import pipeline
 
+from ..analysis.reports import markdown_table
 from ..data.synthetic import SyntheticCorpus
 from ..recognition import SpeechRecognitionPipeline
+from ..training.run_record import read_record
 from ..utils.command_line import Parser, command, parse_groups, with_underscores
 from ..utils.files import claim_output_folder
 from ..utils.model_folder import open_dinosr_config
@@ -62,11 +63,12 @@ def main(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         return
     out = Path(options.output_dir)
-    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
-
-    print("\n| held-out voices | utterances | word error rate | character error rate |\n|---|---|---|---|")
-    for figure in record["evaluation"]:
-        print(f"| {figure['split']} | {figure['num_utterances']} | {figure['wer']:.1%} | {figure['cer']:.1%} |")
+    lines = [
+        [result["split"], str(result["num_utterances"]), f"{result['wer']:.1%}", f"{result['cer']:.1%}"]
+        for result in read_record(out).evaluation
+    ]
+    headings = ["held-out voices", "utterances", "word error rate", "character error rate"]
+    print(f"\n{markdown_table(headings, lines)}", end="")
 
     recognise: Any = pipeline(
         "automatic-speech-recognition", str(out), pipeline_class=SpeechRecognitionPipeline, trust_remote_code=False

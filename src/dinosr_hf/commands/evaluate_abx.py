@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from ..analysis.abx import (
     SPEAKERS,
     abx_error,
@@ -27,13 +25,13 @@ from ..analysis.abx import (
     write_unit_files,
 )
 from ..analysis.reports import csv_table, markdown_table, write_report
-from ..analysis.speech import open_reference
 from ..data import SpeechSource
-from ..inference.windowed import DTYPES
 from ..units import FeatureFiles, UnitExtractor, has_codebooks, load_baseline, load_model
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file, write_atomically
 from ..utils.model_folder import open_config
+from ._evaluation import add_labels, add_networks, open_labelled_speech
+from ._shared import add_device, add_dtype
 
 
 def make_parser() -> Parser:
@@ -42,21 +40,10 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--data", required=True, help="folder, table, manifest or dataset to evaluate on; or: synthetic"
     )
-    parser.add_argument(
-        "--labels", help="phones: file (.jsonl, .jsonl.gz, .ctm, .txt), TextGrid, or folder of TextGrids"
-    )
-    parser.add_argument("--tier", default="phones", help="tier of TextGrids (%(default)s)")
-    parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
-    parser.add_argument("--speakers", help="column of --data with the speaker (speaker_id, if it exists)")
+    add_labels(parser)
     parser.add_argument("--silence", nargs="+", default=["SIL"], help="labels that are not phones (SIL)")
     parser.add_argument("--layers", type=int, nargs="+", default=[5], help="layers, counted from 1 (5)")
-    parser.add_argument(
-        "--sources",
-        nargs="+",
-        default=["student"],
-        choices=["student", "teacher"],
-        help="networks of a DinoSR whose features to evaluate (student)",
-    )
+    add_networks(parser)
     parser.add_argument(
         "--distances",
         nargs="+",
@@ -71,14 +58,8 @@ def make_parser() -> Parser:
     parser.add_argument("--max_x_across", type=int, default=5, help=other)
     parser.add_argument("--items_only", action="store_true", help="write triphones.item, and evaluate nothing")
     parser.add_argument("--output_dir", required=True, help="folder for triphones.item, abx.md, abx.csv and abx.json")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of the models (%(default)s)",
-    )
-    parser.add_argument(
-        "--dtype", default="float32", choices=list(DTYPES), help="precision of the models (%(default)s)"
-    )
+    add_device(parser, "models")
+    add_dtype(parser, "models")
     return parser
 
 
@@ -122,8 +103,7 @@ def report(rows: Sequence[dict], out: Path) -> None:
 def run(options: argparse.Namespace) -> None:
     if not options.items_only:
         import_fastabx()
-    columns = {"tier": options.tier, "step_seconds": options.step_seconds, "speaker_column": options.speakers}
-    source, reference = open_reference(options.data, labels=options.labels, **columns)
+    source, reference = open_labelled_speech(options.data, options)
     out = claim_output_file(Path(options.output_dir, "abx.md")).parent
     rows = []
     for number, name in enumerate(options.models):

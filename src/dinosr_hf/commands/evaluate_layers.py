@@ -14,16 +14,15 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ..analysis.layers import REPORT, Recordings, check_disjoint_speakers, draw_frames, evaluate_layer
-from ..analysis.speech import open_reference
-from ..inference.windowed import DTYPES
 from ..units import UnitExtractor, has_codebooks, load_baseline, load_model
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
+from ._evaluation import add_labels, add_networks, open_labelled_speech
+from ._shared import add_device, add_dtype
 
 
 def make_parser() -> Parser:
@@ -33,18 +32,9 @@ def make_parser() -> Parser:
         "--data", required=True, help="folder, table, manifest or dataset to evaluate on; or: synthetic"
     )
     parser.add_argument("--fit_data", help="data of other speakers to fit on (half of the speakers of --data)")
-    parser.add_argument("--labels", help="phones of both: file (.jsonl, .jsonl.gz, .ctm, .txt, .TextGrid) or folder")
-    parser.add_argument("--tier", default="phones", help="tier of TextGrids (%(default)s)")
-    parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
-    parser.add_argument("--speakers", help="column of the data with the speaker (speaker_id, if it exists)")
+    add_labels(parser)
     parser.add_argument("--layers", type=int, nargs="+", help="layers, counted from 1 (all)")
-    parser.add_argument(
-        "--sources",
-        nargs="+",
-        default=["student"],
-        choices=["student", "teacher"],
-        help="networks of a DinoSR whose features to evaluate (student)",
-    )
+    add_networks(parser)
     parser.add_argument("--num_clusters", type=int, default=100, help="number of k-means clusters (%(default)s)")
     parser.add_argument(
         "--max_frames",
@@ -54,24 +44,13 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of speakers, frames and k-means (%(default)s)")
     parser.add_argument("--output_dir", required=True, help="folder for layers.md, .csv, .json, .png and .pdf")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of the models (%(default)s)",
-    )
-    parser.add_argument(
-        "--dtype", default="float32", choices=list(DTYPES), help="precision of the models (%(default)s)"
-    )
+    add_device(parser, "models")
+    add_dtype(parser, "models")
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parse_options(make_parser(), argv, num_clusters=1, max_frames=1)
-
-
-def open_recordings(name: str, options: argparse.Namespace) -> Recordings:
-    columns = {"tier": options.tier, "step_seconds": options.step_seconds, "speaker_column": options.speakers}
-    return Recordings.with_labels(*open_reference(name, labels=options.labels, **columns))
 
 
 def open_extractors(name: str, options: argparse.Namespace) -> Iterator[tuple[str, UnitExtractor]]:
@@ -89,9 +68,9 @@ def open_extractors(name: str, options: argparse.Namespace) -> Iterator[tuple[st
 
 def run(options: argparse.Namespace) -> None:
     claim_output_file(Path(options.output_dir, "layers.md"))
-    held_out = open_recordings(options.data, options)
+    held_out = Recordings.with_labels(*open_labelled_speech(options.data, options))
     if options.fit_data:
-        fit = open_recordings(options.fit_data, options)
+        fit = Recordings.with_labels(*open_labelled_speech(options.fit_data, options))
         check_disjoint_speakers(fit, held_out)
     else:
         fit, held_out = held_out.split(options.seed)

@@ -19,7 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from ..analysis import discophon
@@ -28,16 +27,16 @@ from ..analysis.baselines import MFCC_KINDS
 from ..analysis.mfcc_units import fit_mfcc_kmeans, mfcc_units
 from ..analysis.model_units import unit_layers
 from ..analysis.reports import LayerReport, Metric, write_report
-from ..analysis.speech import open_reference
 from ..analysis.unit_evaluation import REPORT, Reference, evaluate_units
-from ..data import SAMPLING_RATE, SpeechSource, open_recordings
-from ..inference.windowed import DTYPES
+from ..data import SpeechSource, open_recordings
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import UNIT_SOURCES
 from ..units import UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
 from ..utils.command_line import ArgumentError, Parser, command, parse_options
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
+from ._evaluation import add_labels, open_labelled_speech
+from ._shared import add_device, add_dtype
 
 
 def make_parser() -> Parser:
@@ -49,12 +48,7 @@ def make_parser() -> Parser:
     parser.add_argument("--languages", **languages, help="languages of DiscoPhon, such as eng (all that are there)")
     parser.add_argument("--split", choices=discophon.SPLITS, help="split of DiscoPhon (test)")
     parser.add_argument("--abx", action="store_true", help="add the ABX error of the units, by fastabx")
-    parser.add_argument(
-        "--labels", help="phones: file (.jsonl, .jsonl.gz, .ctm, .txt), TextGrid, or folder of TextGrids"
-    )
-    parser.add_argument("--tier", default="phones", help="tier of TextGrids (%(default)s)")
-    parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
-    parser.add_argument("--speakers", help="column of --data with the speaker (speaker_id, if it exists)")
+    add_labels(parser)
     parser.add_argument("--sources", nargs="+", choices=UNIT_SOURCES, help="what gives a DinoSR's units (all it has)")
     parser.add_argument("--layers", type=int, nargs="+", help="layers with a codebook (all)")
     parser.add_argument(
@@ -70,10 +64,8 @@ def make_parser() -> Parser:
     parser.add_argument("--num_samples", type=int, default=1_000, help="bootstrap samples; 0: none (%(default)s)")
     parser.add_argument("--output_dir", required=True, help="folder for units.md, .csv, .json, .png and .pdf")
     parser.add_argument("--smooth", action="store_true", help="smooth features for k-means, as dinosr kmeans does")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default_device, help="device of the models (%(default)s)")
-    types = list(DTYPES)
-    parser.add_argument("--dtype", default="float32", choices=types, help="precision of the models (%(default)s)")
+    add_device(parser, "models")
+    add_dtype(parser, "models")
     return parser
 
 
@@ -162,15 +154,9 @@ def add_abx(
 
 
 def evaluate_on_phones(options: argparse.Namespace) -> tuple[LayerReport, list[dict]]:
-    source, reference = open_reference(
-        options.data,
-        labels=options.labels,
-        tier=options.tier,
-        step_seconds=options.step_seconds,
-        speaker_column=options.speakers,
-    )
-    seconds = sum(utterance.num_samples for utterance in source.utterances) / SAMPLING_RATE
-    print(f"{len(reference.labels):,} of {len(source):,} recordings have labels; {seconds / 60:.1f} minutes in total.")
+    source, reference = open_labelled_speech(options.data, options)
+    minutes = source.seconds / 60
+    print(f"{len(reference.labels):,} of {len(source):,} recordings have labels; {minutes:.1f} minutes in total.")
     rows: list[dict] = []
     for model, kind, layers, units, num_codes, config in unit_sets(source, options):
         kept = list(units) if options.abx else units

@@ -12,21 +12,19 @@ With several GPUs, start it by `accelerate launch -m dinosr_hf.cli units`.
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
-from ..data import SAMPLING_RATE, SpeechSource, open_recordings, open_source
-from ..inference.windowed import DTYPES
+from ..data import open_recordings, open_source
 from ..model.modeling_dinosr import UNIT_SOURCES
 from ..units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, load_model
 from ..units.corpus import FORMATS
 from ..utils.command_line import Parser, command, parse_options, program
 from ..utils.threads import set_cpu_threads
+from ._shared import AudioBar, add_dtype
 
 
 def make_parser() -> Parser:
@@ -50,7 +48,7 @@ def make_parser() -> Parser:
     shard = "seconds of audio per shard; a kill costs at most one shard per process (%(default)s)"
     add("--shard_seconds", type=float, default=3600.0, help=shard)
     add("--device", help="device of the model (the GPU of the process if there is one, else the CPU)")
-    add("--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)")
+    add_dtype(parser)
     add("--dry_run", action="store_true", help="open model and inputs, say what would be written, and end")
     add("--num_threads", type=int, default=0, help="CPU threads per process; 0: its share of the cores")
     return parser
@@ -58,32 +56,6 @@ def make_parser() -> Parser:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parse_options(make_parser(), argv, num_threads=0)
-
-
-class Bar:
-    """A progress bar in seconds of audio, with the speed of all processes if they are equally fast."""
-
-    def __init__(self, seconds: float, state: PartialState) -> None:
-        form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
-        quiet = None if state.is_main_process else True
-        self._bar = tqdm(total=seconds, bar_format=form, disable=quiet)
-        self._since, self._factor, self.seconds = time.perf_counter(), state.num_processes, 0.0
-
-    @property
-    def speed(self) -> float:
-        return self.seconds / (time.perf_counter() - self._since) * self._factor
-
-    def advance(self, seconds: float) -> None:
-        self.seconds += seconds
-        self._bar.set_postfix_str(f"{self.speed:,.0f} hours per hour", refresh=False)
-        self._bar.update(seconds)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def seconds_of(source: SpeechSource, indices: Sequence[int]) -> float:
-    return sum(source.utterances[index].num_samples for index in indices) / SAMPLING_RATE
 
 
 @torch.no_grad()
@@ -125,9 +97,9 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
         files.open()
     state.wait_for_everyone()
     with files:
-        bar = Bar(seconds_of(source, files.todo()), state)
-        num_written = files.write(on_progress=bar.advance)
-        bar.close()
+        to_do = source.seconds_of(files.todo())
+        with AudioBar(to_do, num_processes=state.num_processes, is_shown=state.is_main_process) as bar:
+            num_written = files.write(on_progress=bar.advance)
         state.wait_for_everyone()
         if isinstance(files, FeatureFiles):
             print(f"{num_written:,} recordings, with {len(extractor.layers)} file(s) each, in {options.output_dir}")
@@ -137,7 +109,7 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
         summary = files.finish()
     print(
         f"{summary['num_recordings']:,} recordings, {summary['hours']:,.2f} hours, in {len(summary['files'])} files"
-        f" of {options.output_dir}; {bar.seconds:,.1f} s of audio at {bar.speed:,.0f} hours per hour"
+        f" of {options.output_dir}; {bar}"
     )
     return len(summary["left_out"])
 

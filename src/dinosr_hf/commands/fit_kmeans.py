@@ -11,16 +11,13 @@ frames, 100 minutes of speech, take up to three minutes of one core. Needs sciki
 import argparse
 from collections.abc import Sequence
 
-import torch
-from tqdm import tqdm
-
 from ..analysis.kmeans import MAX_FRAMES
-from ..data import SAMPLING_RATE, open_recordings
-from ..inference.windowed import DTYPES
+from ..data import open_recordings
 from ..model.modeling_dinosr import SOURCES
 from ..units import UnitExtractor, fit_layer_kmeans, load_model
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file
+from ._shared import AudioBar, add_device, add_dtype
 
 
 def make_parser() -> Parser:
@@ -37,9 +34,8 @@ def make_parser() -> Parser:
     add("--max_frames", type=int, default=MAX_FRAMES, help="number of frames to fit on, drawn at random (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the draw and of k-means (%(default)s)")
     add("--batch_seconds", type=float, default=120.0, help="seconds of audio per batch (%(default)s)")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=default_device, help="device of the model (%(default)s)")
-    add("--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)")
+    add_device(parser)
+    add_dtype(parser)
     return parser
 
 
@@ -62,15 +58,14 @@ def run(options: argparse.Namespace) -> None:
         is_smoothed=options.smooth,
         batch_seconds=options.batch_seconds,
     )
-    total = sum(utterance.num_samples for utterance in source.utterances) / SAMPLING_RATE
-    with tqdm(total=total, unit=" s of audio", disable=None) as bar:
+    with AudioBar(source.seconds) as bar:
         kmeans = fit_layer_kmeans(
             extractor,
             source,
             options.num_clusters,
             max_frames=options.max_frames,
             seed=options.seed,
-            on_progress=bar.update,
+            on_progress=bar.advance,
         )
     print(kmeans.save(options.output))
 

@@ -12,16 +12,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from ..analysis import read_alignments
 from ..analysis.inspection import AUDIO_FORMATS, CodewordInspector, render_page
 from ..data import SAMPLING_RATE, open_recordings, open_source
-from ..inference.windowed import DTYPES
 from ..units import load_model, scored_units
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file, write_atomically
+from ._shared import AudioBar, add_device, add_dtype
 
 # Meaning of a unit's score, by source.
 SCORES = {"student": "probability", "teacher": "distance", "anchor": "probability"}
@@ -50,14 +47,8 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--title", help="title of the page")
     parser.add_argument("--batch_seconds", type=float, default=120.0, help="seconds of audio in a batch (%(default)s)")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of the model (%(default)s)",
-    )
-    parser.add_argument(
-        "--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)"
-    )
+    add_device(parser)
+    add_dtype(parser)
     return parser
 
 
@@ -82,22 +73,21 @@ def run(options: argparse.Namespace) -> None:
         num_moments=options.num_moments,
         **frames,
     )
-    seconds = sum(utterance.num_samples for utterance in recordings.utterances) / SAMPLING_RATE
-    with tqdm(total=seconds, unit=" s of audio", disable=None) as bar:
+    with AudioBar(recordings.seconds) as bar:
         for units in scored_units(
             model,
             recordings,
             layer=layer,
             source=options.source,
             batch_seconds=options.batch_seconds,
-            on_progress=bar.update,
+            on_progress=bar.advance,
         ):
             inspector.add(*units)
     facts = {
         "model": options.model,
         "data": " ".join(filter(None, [options.data, options.split])),
         "labels": options.labels or "none",
-        "hours": f"{seconds / 3600:.2f}",
+        "hours": f"{recordings.seconds / 3600:.2f}",
         "frames a second": f"{SAMPLING_RATE / frames['stride']:g}",
     }
     page = render_page(

@@ -12,19 +12,14 @@ greedy search. Exits with 1 if a recording cannot be read.
 
 import argparse
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import torch
-from tqdm import tqdm
-
-from ..data import SAMPLING_RATE, SpeechSource, open_recordings
+from ..data import SpeechSource, open_recordings
 from ..data.output_folder import describe_recordings
-from ..inference.windowed import DTYPES
 from ..recognition import FORMATS, Transcriber, Transcript, TranscriptFiles, output_paths
 from ..utils.command_line import Parser, command, parse_options, program
+from ._shared import AudioBar, add_device, add_dtype
 
 
 def make_parser() -> Parser:
@@ -45,33 +40,13 @@ def make_parser() -> Parser:
     add("--context_seconds", type=float, default=5.0, help=context)
     pause = "seconds without a letter after which a word ends (%(default)s)"
     add("--pause_seconds", type=float, default=0.3, help=pause)
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=default_device, help="device of the model (%(default)s)")
-    add("--dtype", default="float32", choices=list(DTYPES), help="precision of the model (%(default)s)")
+    add_device(parser)
+    add_dtype(parser)
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parse_options(make_parser(), argv)
-
-
-@contextmanager
-def progress_bar(source: SpeechSource, indices: Sequence[int]) -> Iterator[Callable[[float], None]]:
-    """Show a progress bar with the speed in times real time; yields a function that adds seconds of audio."""
-    total = sum(source.utterances[index].num_samples for index in indices) / SAMPLING_RATE
-    since, seconds = time.perf_counter(), 0.0
-    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
-    with tqdm(total=total, bar_format=form, disable=None) as bar:
-
-        def advance(amount: float) -> None:
-            nonlocal seconds
-            seconds += amount
-            bar.set_postfix_str(f"{seconds / (time.perf_counter() - since):.1f} times real time", refresh=False)
-            bar.update(amount)
-
-        yield advance
-    elapsed = time.perf_counter() - since
-    print(f"{seconds:,.1f} s of audio in {elapsed:,.1f} s, {seconds / elapsed:.1f} times real time", file=sys.stderr)
 
 
 def print_in_order(transcripts: dict[str, Transcript], source: SpeechSource, form: str) -> None:
@@ -89,8 +64,9 @@ def write_files(files: TranscriptFiles) -> None:
         if num_kept := len(files.recordings) - len(indices):
             kept = f"{num_kept:,} of {len(files.recordings):,} transcripts are in {files.folder} already"
             print(f"{kept}. --overwrite makes them anew.", file=sys.stderr)
-        with progress_bar(files.recordings, indices) as advance:
-            files.write(on_progress=advance)
+        with AudioBar(files.recordings.seconds_of(indices)) as bar:
+            files.write(on_progress=bar.advance)
+        print(bar, file=sys.stderr)
 
 
 def run(options: argparse.Namespace) -> list[str]:
@@ -123,8 +99,9 @@ def run(options: argparse.Namespace) -> list[str]:
         print(describe_recordings(source), "Their transcripts go to stdout.")
         return []
     else:
-        with progress_bar(source, range(len(source))) as advance:
-            transcripts = {found.id: found for found in transcriber.transcribe(source, on_progress=advance)}
+        with AudioBar(source.seconds) as bar:
+            transcripts = {found.id: found for found in transcriber.transcribe(source, on_progress=bar.advance)}
+        print(bar, file=sys.stderr)
         print_in_order(transcripts, source, options.format)
     return [*source.left_out.values(), *("unreadable" for _ in transcriber.unreadable)]
 

@@ -31,16 +31,15 @@ _PHONEME_EVENTS, _PHONEME_IPA, _DONT_EXIT = 0x0001, 0x0002, 0x8000
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 _POSITION_CHARACTER = 1
 _CHARS_UTF8 = 1
-_EVENT_END, _EVENT_WORD, _EVENT_PHONEME = 0, 1, 7
+_EVENT_END, _EVENT_PHONEME = 0, 7
 
 
 class Event(NamedTuple):
-    """A word or a phone in the synthesiser's waveform."""
+    """A phone in the synthesiser's waveform."""
 
-    kind: str  # "word" or "phone"
     sample: int  # its beginning, in samples at ESPEAK_RATE
     text_position: int  # index of the character of the text where its word begins
-    name: str  # IPA, empty for a pause and for a word
+    name: str  # IPA, empty for a pause
 
 
 class _EventId(ctypes.Union):
@@ -115,7 +114,7 @@ def synthesize(
     text: str, *, voice: str, pitch: int, pitch_range: int, rate: int, volume: int, seed: int
 ) -> tuple[np.ndarray, list[Event]]:
     """
-    Speak a text: int16 samples (S,) at `ESPEAK_RATE`, and words and phones in order of time.
+    Speak a text: int16 samples (S,) at `ESPEAK_RATE`, and phones in order of time.
 
     `voice` is a language and a variant, as "en+m3"; `pitch` 0 to 99 (50 is the variant's own, 0 and 99 an octave below
     and above), as `pitch_range` (0 is monotone); `rate` 80 to 450 words per minute; `volume` 0 to 200 % (from about 50
@@ -132,9 +131,7 @@ def synthesize(
             if item.type == _EVENT_PHONEME:
                 # Eight bytes, with a zero byte at the end only if the name is shorter.
                 name = bytes(item.id.string).split(b"\0")[0].decode("utf-8", errors="ignore")
-                events.append(Event("phone", item.sample, item.text_position - 1, name))
-            elif item.type == _EVENT_WORD:
-                events.append(Event("word", item.sample, item.text_position - 1, ""))
+                events.append(Event(item.sample, item.text_position - 1, name))
             index += 1
         return 0  # continue
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ..utils.names import printable_name, unique_names
-from .audio import AudioFileError, AudioInput, Samples, about, audio_info, load_audio, require
+from .audio import SAMPLING_RATE, AudioFileError, AudioInput, Samples, about, audio_info, load_audio, require
 from .finding import find_audio
 from .label_text import label_text
 from .transcript_files import read_transcripts
@@ -80,6 +80,15 @@ class SpeechSource(ABC):
     def left_out(self) -> dict[str, str]:
         """Reason for each id in `skipped`, without hidden files, which are copies or no recordings."""
         return {name: reason for reason, names in self.skipped.items() if reason != "hidden" for name in names}
+
+    @property
+    def seconds(self) -> float:
+        """Length of all utterances together."""
+        return self.seconds_of(range(len(self)))
+
+    def seconds_of(self, indices: Iterable[int]) -> float:
+        """Return the length of some utterances together."""
+        return sum(self.utterances[index].num_samples for index in indices) / SAMPLING_RATE
 
     def _set_utterances(self, names: Iterable[str], lengths: Iterable[int | AudioFileError], name: str) -> None:
         """

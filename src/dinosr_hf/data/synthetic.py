@@ -152,7 +152,7 @@ def _phone_segments(samples: np.ndarray, events: list[Event]) -> tuple[list[_Spa
     """
     is_silent = samples == 0
     starts: list[tuple[str, int, int]] = [(SILENCE, 0, -1)]
-    for event in _without_nameless_sounds(is_silent, [event for event in events if event.kind == "phone"]):
+    for event in _without_nameless_sounds(is_silent, events):
         silence = _silent_run(is_silent, event.sample)
         begin = event.sample - silence
         if not event.name:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ..data import SAMPLING_RATE, AudioFileError, LabelledSource, normalize_waveform
 from ..data.audio import require
@@ -187,21 +187,3 @@ class LengthBatchSampler(list[list[int]]):
     def __init__(self, num_samples: Sequence[int], *, micro_samples: int, rank: int = 0, world_size: int = 1) -> None:
         share = sorted(range(len(num_samples)), key=num_samples.__getitem__, reverse=True)[rank::world_size]
         super().__init__(pack(share, num_samples.__getitem__, micro_samples))
-
-
-def make_loader(
-    dataset: LabelledDataset,
-    sampler: StepBatchSampler | LengthBatchSampler,
-    min_samples: int,
-    num_workers: int,
-    *,
-    pin_memory: bool = False,
-) -> DataLoader:
-    """Return a loader of the batches of `sampler`, padded by `LabelledCollator(min_samples)`."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=LabelledCollator(min_samples),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-    )

@@ -5,12 +5,10 @@ The defaults are the paper's protocol for 100 hours (wav2vec 2.0's configuration
 comment says why not.
 """
 
-# ruff: noqa: RUF009  (a function call as a default: `_list_argument` returns a field)
-
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,27 +17,23 @@ from transformers import TrainingArguments
 from ..model.configuration_dinosr import DinoSRConfig
 from ..training.restarts import separate_restarts
 from ..training.shared_arguments import argument, shared_argument, shared_rules
-from ..utils.command_line import ArgumentError, check_ranges
-
-
-def _list_argument(default: list[str], text: str) -> Any:
-    return field(default_factory=default.copy, metadata={"help": text})
+from ..utils.command_line import ArgumentError, argument_errors, check_ranges
 
 
 @dataclass
 class LabelledDataArguments:
     """Recordings with labels. Raises `ArgumentError` if a value is out of range."""
 
-    train_data: list[str] = _list_argument(
+    train_data: list[str] = argument(
         ["synthetic"],
         "Training data, one or more of: a folder with metadata.csv (or LibriSpeech's .trans.txt files), a table (.csv,"
         " .jsonl), a manifest (.tsv and .wrd), a dataset on this machine or on the Hub; or `synthetic`: speech that"
         " espeak-ng generates.",
     )
-    eval_data: list[str] = _list_argument(
+    eval_data: list[str] = argument(
         [], "Data that selects the best checkpoint; if not given, eval_split of train_data."
     )
-    test_data: list[str] = _list_argument([], "Data for the final evaluation; if not given, test_split of train_data.")
+    test_data: list[str] = argument([], "Data for the final evaluation; if not given, test_split of train_data.")
     train_split: str | None = argument(None, "Split of train_data, if it has several.")
     eval_split: str | None = argument(None, "Split of eval_data; synthetic: validation.")
     test_split: str | None = argument(None, "Split of test_data; synthetic: test.")
@@ -54,7 +48,7 @@ class LabelledDataArguments:
     synthetic_eval_utterances: int = argument(50, "Number of synthetic utterances of validation, and of test.")
     synthetic_speakers: int = argument(40, "Number of synthetic training speakers; evaluation has 40 others.")
     synthetic_text: str = argument("sentences", "What synthetic speakers say.", ["sentences", "digits", "mixed"])
-    synthetic_languages: list[str] = _list_argument(["en"], "Languages of synthetic speech: en, de, es, fr, it.")
+    synthetic_languages: list[str] = argument(["en"], "Languages of synthetic speech: en, de, es, fr, it.")
     synthetic_noise: bool = argument(False, "Whether synthetic speech has rooms, microphones and noise.")
 
     def __post_init__(self) -> None:
@@ -106,7 +100,7 @@ class InitialModelArguments:
     mask_feature_min_masks: int | None = _config_field()
     lora_rank: int = argument(0, "Rank of low-rank adapters (PEFT) to train beside the head; 0: train all weights.")
     lora_alpha: int = argument(16, "Scale of the adapters, which is divided by their rank.")
-    lora_targets: list[str] = _list_argument(
+    lora_targets: list[str] = argument(
         ["q_proj", "v_proj"], "Names of the layers with adapters: q_proj, k_proj, v_proj, out_proj, ..."
     )
 
@@ -118,10 +112,8 @@ class InitialModelArguments:
             ]
         )
         changes = self.config_changes()
-        try:
+        with argument_errors():
             DinoSRConfig(**changes)  # checks the ranges
-        except ValueError as error:
-            raise ArgumentError(str(error)) from error
         without_effect = [name for name in changes if name != "final_dropout"]
         if self.lora_rank:
             without_effect.append("lora_rank")

@@ -17,8 +17,8 @@ from transformers import set_seed
 from ..data import SAMPLING_RATE, LabelledSource
 from ..model.configuration_dinosr import DinoSRConfig
 from ..training.resume import lock_output_folder
-from ..training.run_record import RunRecord, describe_hardware, library_versions, public_values, time_now, write_record
-from ..utils.command_line import ArgumentError
+from ..training.run_record import RunRecord, describe_hardware, public_values, time_now, write_record
+from ..utils.command_line import ArgumentError, argument_errors
 from ..utils.model_folder import save_folder
 from ..utils.threads import set_cpu_threads
 from .batches import LabelledDataset
@@ -73,11 +73,9 @@ def _make_trainer(
     if arguments.device.type == "cpu":
         set_cpu_threads(arguments.num_threads, arguments.world_size)
     check_initial_model(start)  # before the data, which can take long
-    try:
+    with argument_errors(kinds=(ValueError, OSError)):
         splits = open_splits(data, arguments.seed)
         task.prepare(splits.train)
-    except (ValueError, OSError) as error:
-        raise ArgumentError(str(error)) from error
     model: Any = load_model(task.model_class, start, task.config_changes())
     train = _training_set(splits.train, task, model.config, data, arguments.seed)
     evaluation, test = (
@@ -216,11 +214,7 @@ def finetune(
             arguments=given,
             base_model=None if start.from_scratch else start.model,
             data=[{**trained_on, "utterances": len(train), "unreadable": 0}],
-            steps=0,
-            evaluation=[],
-            versions=library_versions(),
             started=started,
-            finished=None,
             hardware=describe_hardware(arguments.device, arguments.world_size),
         )
         if arguments.dry_run:

@@ -32,7 +32,7 @@ from ..training.run_record import RunRecord
 from ..training.schedules import make_schedule
 from ..utils.command_line import ArgumentError
 from ..utils.files import flush_to_disk, remove, temporary_path
-from .batches import LabelledDataset, LengthBatchSampler, StepBatchSampler, make_loader
+from .batches import LabelledCollator, LabelledDataset, LengthBatchSampler, StepBatchSampler
 from .finetuning_arguments import FinetuningArguments
 from .resume_point import read_manifest, write_manifest
 
@@ -150,9 +150,13 @@ class SpeechTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).config
 
     def _make_loader(self, dataset: LabelledDataset, sampler: StepBatchSampler | LengthBatchSampler) -> DataLoader:
-        pin_memory = self.args.dataloader_pin_memory and torch.cuda.is_available()
-        num_workers = self.args.dataloader_num_workers
-        return make_loader(dataset, sampler, self.config.receptive_field, num_workers, pin_memory=pin_memory)
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=LabelledCollator(self.config.receptive_field),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of this process's part of each step, which Accelerate does not need to split."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..analysis import Labels, Segment, read_alignments
 from ..analysis.alignment import SILENCE, STRIDE
@@ -12,6 +12,9 @@ from ..analysis.alignment_files import SUFFIXES
 from ..data.finding import find_files
 from ..utils.command_line import ArgumentError, argument_errors
 from ..utils.model_folder import open_config
+
+if TYPE_CHECKING:
+    from .pretraining_arguments import DataArguments, ModelArguments, RunArguments
 
 MFCC = "mfcc"
 NONE = "none"
@@ -29,7 +32,7 @@ class AnchorWeights(NamedTuple):
         return {"anchor_weight": self.weight, "anchor_unmasked_share": self.unmasked_share}
 
 
-def anchor_weights_at(options: Any, step: int) -> AnchorWeights | None:
+def anchor_weights_at(options: RunArguments, step: int) -> AnchorWeights | None:
     """Return the weights of the update that follows `step` completed ones, from `RunArguments`; None: no anchor."""
     if options.anchor is None:
         return None
@@ -80,7 +83,7 @@ def anchor_label_names(labels: Mapping[str, Labels]) -> list[str]:
     return sorted(set(names()))
 
 
-def settle_anchor(model: Any, data: Any, run: Any, defaults: Mapping[str, Any]) -> None:
+def settle_anchor(model: ModelArguments, data: DataArguments, run: RunArguments, defaults: Mapping[str, Any]) -> None:
     """
     Set `num_anchor_labels` if the anchor determines it, and check what `_RANGES` cannot.
 
@@ -127,14 +130,18 @@ def settle_anchor(model: Any, data: Any, run: Any, defaults: Mapping[str, Any]) 
 
 
 def _refuse(
-    names: Collection[str], run: Any, defaults: Mapping[str, Any], reason: str, way_out: str = "set another --anchor"
+    names: Collection[str],
+    run: RunArguments,
+    defaults: Mapping[str, Any],
+    reason: str,
+    way_out: str = "set another --anchor",
 ) -> None:
     for name in names:
         if (value := getattr(run, name)) != defaults[name]:
             raise ArgumentError(f"{name}={value} is set, but {reason}. Leave {name} out, or {way_out}.")
 
 
-def _settle_label_file(model: Any, path: str) -> None:
+def _settle_label_file(model: ModelArguments, path: str) -> None:
     num_labels = len(anchor_label_names(read_anchor_labels(path)))
     if model.num_anchor_labels not in (0, num_labels):
         raise ArgumentError(
@@ -144,7 +151,7 @@ def _settle_label_file(model: Any, path: str) -> None:
     model.num_anchor_labels = num_labels
 
 
-def check_mfcc_frames(run: Any, stride: int) -> None:
+def check_mfcc_frames(run: RunArguments, stride: int) -> None:
     """Raise `ArgumentError` if the anchor is of MFCCs, which come at one rate, and the model has another."""
     if run.anchor == MFCC and stride != STRIDE:
         raise ArgumentError(

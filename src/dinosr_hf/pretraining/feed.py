@@ -144,8 +144,7 @@ class StepFeed:
         self._epoch, self._window, self._step = state["epoch"], state["window"], state["step"]
         self._stream_state = state["stream_state"]
         changed = [] if state["fingerprint"] == self.fingerprint else ["the recordings"]
-        plan = {"speed_change": 0.0} | state["plan"]  # which checkpoints from before this option lack
-        changed += [name for name, value in self._plan_options().items() if plan.get(name) != value]
+        changed += [name for name, value in self._plan_options().items() if state["plan"].get(name) != value]
         if changed:
             self._epoch, self._window, self._step, self._stream_state = self._epoch + 1, 0, 0, None
             logger.warning(

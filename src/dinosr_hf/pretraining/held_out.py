@@ -26,6 +26,7 @@ from ..data.collator import utterance_hash
 from ..data.packing import pack
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForPreTraining
+from ..utils.command_line import argument_errors
 from .metrics import MetricSums
 
 logger = logging.getLogger(__name__)
@@ -132,10 +133,8 @@ class HeldOut:
             if utterance_id not in names:
                 continue
             own, num_frames = labels[names[utterance_id]], config.num_frames(num_samples)
-            try:
+            with argument_errors(f"The labels of the held-out utterance {utterance_id!r}: "):
                 whole = frame_labels(own, num_frames, step_seconds=step_seconds, stride=stride, field=field)
-            except ValueError as error:
-                raise ValueError(f"The labels of the held-out utterance {utterance_id!r}: {error}") from error
             phones[utterance_id] = whole[: config.num_frames(part.num_samples)]
         return phones
 

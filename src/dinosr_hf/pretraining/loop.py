@@ -69,18 +69,11 @@ class FrameCounts(NamedTuple):
 class StepTotals(NamedTuple):
     """What the processes found in a step before its forward pass, summed over all of them."""
 
-    masked_frames: int  # these three are the fields of `FrameCounts`
-    anchor_masked: int
-    anchor_unmasked: int
+    frames: FrameCounts  # that the step's losses are means over
     skipped_files: int
     utterances: int
     save_requests: int
     stop_requests: int
-
-    @property
-    def frames(self) -> FrameCounts:
-        """The frames that the step's losses are means over."""
-        return FrameCounts(self.masked_frames, self.anchor_masked, self.anchor_unmasked)
 
 
 class Update(NamedTuple):
@@ -194,9 +187,8 @@ class Pretraining:
     The model is a fresh or pre-trained one of `arguments.model_config()`, and the accelerator's own gradient
     accumulation must be off: steps are cut into micro-batches by `micro_seconds`. `held_out` is evaluated on every
     `eval_steps`; `anchor` is the one that the arguments name, see `open_anchor`; `record` is completed at the end, by
-    the main process. Raises `ArgumentError` if the
-    processes do not see the same recordings, and `CheckpointError` if the checkpoint to resume from does not fit the
-    model.
+    the main process. Raises `ArgumentError` if the processes do not see the same recordings, and `CheckpointError` if
+    the checkpoint to resume from does not fit the model.
     """
 
     def __init__(
@@ -248,7 +240,7 @@ class Pretraining:
                     self._answer_signals(is_stop=totals.stop_requests > 0)
                 self._count_recordings(step, totals)
                 state.feed.advance()  # from here on a checkpoint comes after this step
-                update = self._train_step(step, totals.frames) if totals.masked_frames else None
+                update = self._train_step(step, totals.frames) if totals.frames.masked else None
                 if update is None:  # no recording could be read, or the gradient was not finite
                     continue
                 bar.update()
@@ -268,25 +260,18 @@ class Pretraining:
         masks = [batch.inputs["mask_time_indices"] for batch in step.micro_batches]
         counts = [FrameCounts.of(batch.inputs) for batch in step.micro_batches]
         num_skipped = sum(len(batch.skipped) for batch in step.micro_batches)
-        own = StepTotals(
-            masked_frames=sum(count.masked for count in counts),
-            anchor_masked=sum(count.anchor_masked for count in counts),
-            anchor_unmasked=sum(count.anchor_unmasked for count in counts),
-            skipped_files=num_skipped,
-            utterances=num_skipped + sum(int(mask.any(dim=-1).sum()) for mask in masks),
-            save_requests=int(self.signals.save),
-            stop_requests=int(self.signals.stop > 0),
-        )
-        if self.accelerator.num_processes == 1:
-            return own
-        return StepTotals(*self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum").tolist())
+        num_utterances = num_skipped + sum(int(mask.any(dim=-1).sum()) for mask in masks)
+        frames = [sum(column) for column in zip(*counts, strict=True)]
+        own = [*frames, num_skipped, num_utterances, int(self.signals.save), int(self.signals.stop > 0)]
+        if self.accelerator.num_processes > 1:
+            own = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum").tolist()
+        return StepTotals(FrameCounts(*own[:3]), *own[3:])
 
     def _answer_signals(self, is_stop: bool) -> None:
         """Save, or save and stop: a signal to any process is answered by all of them."""
-        if not is_stop:
-            self._checkpoint()
-            return
         self._checkpoint()
+        if not is_stop:
+            return
         self.state.writer.wait()
         step = self.state.progress.step
         path = Path(self.options.output_dir) / f"checkpoint-{step}"

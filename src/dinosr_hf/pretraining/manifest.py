@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import types
 from collections.abc import Iterator
@@ -13,13 +12,9 @@ from typing import Annotated, Any, TypedDict, cast, get_args, get_origin, get_ty
 
 from ..training.resume import CheckpointError, find_checkpoints, step_of
 from ..training.sealed_files import read_sealed
-from ..utils.text_files import read_json
 from .monitor import Watch
 
-logger = logging.getLogger(__name__)
-
 MANIFEST = "checkpoint.json"
-# Format 1 had no digest of checkpoint.json itself, and its feed no `contents`.
 FORMAT = 2
 TRAINING_FILE, PROCESS_FILE = "training_state.pt", "process_states.pt"
 
@@ -113,42 +108,16 @@ def _fields(kind: Any) -> dict[str, Any] | None:
     return get_type_hints(kind, include_extras=True) if is_known else None
 
 
-def _unsealed(file: Path) -> dict[str, Any] | None:
-    """Return the content of a manifest of format 1, completed; None if it is none."""
-    try:
-        content = read_json(file)
-    except (ValueError, OSError):
-        return None
-    if not isinstance(content, dict) or content.get("format") != 1 or "sha256" in content:
-        return None
-    if isinstance(content.get("feed"), dict):
-        content["feed"] = {"contents": {}, **content["feed"]}
-    return {"anchor": None, **content}
-
-
 def read_manifest(folder: Path) -> Manifest:
     """
     Read and check the `checkpoint.json` of a checkpoint.
 
-    One of format 1 is read with a warning: it does not vouch for itself. Raises `CheckpointError` if it is missing,
-    damaged or changed, of an unknown format, or inconsistent.
+    Raises `CheckpointError` if it is missing, damaged or changed, of another format, or inconsistent.
     """
     file = folder / MANIFEST
-    try:
-        content = read_sealed(file)
-    except CheckpointError:
-        unsealed = _unsealed(file)
-        if unsealed is None:
-            raise
-        content = unsealed
-        logger.warning(
-            f"{file} is of format 1, which has no digest of itself: its values are checked, but a changed one may go"
-            " unnoticed. The next checkpoint has a digest."
-        )
-    if content.get("format") not in (1, FORMAT):
-        raise CheckpointError(
-            f"{file} has format {content.get('format')}, but this version reads formats 1 and {FORMAT}."
-        )
+    content = read_sealed(file)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{file} has format {content.get('format')}, but this version reads format {FORMAT}.")
     problems = list(_problems(content, Manifest, MANIFEST)) or list(_contradictions(folder, cast(Manifest, content)))
     if problems:
         raise CheckpointError(f"{file} is not what this program writes: {'; '.join(problems[:3])}.")

@@ -192,14 +192,10 @@ class CollapseMonitor:
         return {key: [asdict(watch) for watch in watches] for key, watches in self._watches.items()}
 
     def load_state_dict(self, state: Mapping[str, list[dict[str, Any]]]) -> None:
-        """
-        Go on from another monitor's state; a figure that it lacks, as of an earlier version, is watched from now on.
-
-        Raises `ValueError` if it is of other figures or codebooks.
-        """
+        """Go on from another monitor's state; raise `ValueError` if it is of other figures or codebooks."""
         own, given = ({key: len(group) for key, group in groups.items()} for groups in (self._watches, state))
-        if not given.items() <= own.items():
+        if given != own:
             raise ValueError(
                 f"The state is of {given}, but this monitor watches {own}. Give a state of a run of the same model."
             )
-        self._watches |= {key: [Watch(**watch) for watch in watches] for key, watches in state.items()}
+        self._watches = {key: [Watch(**watch) for watch in watches] for key, watches in state.items()}

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
-from ..data import SAMPLING_RATE, MixedSource, SpeechSource, SpeechStream
+from ..data import MixedSource, SpeechSource, SpeechStream
 from ..training import run_record
 from ..training.run_record import RunRecord
 from ..training.sealed_files import read_sealed, seal
@@ -118,8 +118,7 @@ def _describe_data(data: DataArguments, source: SpeechSource | SpeechStream) -> 
     for number, (name, one) in enumerate(zip(data.data, sources, strict=True)):
         hours = num_utterances = None
         if isinstance(one, SpeechSource):
-            hours = sum(utterance.num_samples for utterance in one.utterances) / SAMPLING_RATE / 3600
-            num_utterances = len(one)
+            hours, num_utterances = one.seconds / 3600, len(one)
         split = value_for(data.data_split, number)
         described.append({"name": name, "split": split, "hours": hours, "utterances": num_utterances})
     return described
@@ -137,11 +136,7 @@ def begin_record(
         arguments=arguments.to_dict(),
         base_model=arguments.run.base_model,
         data=_describe_data(arguments.data, source),
-        steps=0,
-        evaluation=[],
-        versions=run_record.library_versions(),
         started=started,
-        finished=None,
         hardware=run_record.describe_hardware(accelerator.device, accelerator.num_processes),
     )
     run_record.write_record(output_dir, record)

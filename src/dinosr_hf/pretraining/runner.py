@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, set_seed
@@ -330,7 +330,7 @@ def _finished_model(
         "This run is finished. To train on, raise max_steps, or eval_patience if that ended it; to start another, give"
         " another output_dir."
     )
-    return cast(DinoSRForPreTraining, model)
+    return model
 
 
 def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRForPreTraining:
@@ -373,8 +373,7 @@ def _describe(model: DinoSRForPreTraining, source: SpeechSource | SpeechStream, 
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     amount = "a stream"
     if isinstance(source, SpeechSource):
-        hours = sum(utterance.num_samples for utterance in source.utterances) / SAMPLING_RATE / 3600
-        amount = f"{hours:.2f} h in {len(source):,} utterances"
+        amount = f"{source.seconds / 3600:.2f} h in {len(source):,} utterances"
     logger.info(
         f"{num_parameters:,} parameters to train; {amount}; {accelerator.num_processes} process(es) on"
         f" {accelerator.device.type}, precision {accelerator.mixed_precision}."

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 
 from ..data import SpeechSource, SpeechStream
-from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..training.resume import CheckpointError
 from ..training.run_record import public_values
@@ -122,9 +121,7 @@ def check_fits(checkpoint: Checkpoint, arguments: PretrainingArguments, accelera
     What is not in the model, such as random states and loss scale, is really changed.
     """
     config, options = arguments.model_config(), arguments.run
-    # Checkpoints from before an option lack it.
-    saved = _architecture(DinoSRConfig().to_dict()) | checkpoint.manifest["architecture"]
-    now = _architecture(config.to_dict())
+    saved, now = checkpoint.manifest["architecture"], _architecture(config.to_dict())
     differing = [
         f"{name} {saved.get(name)} instead of {value}" for name, value in now.items() if saved.get(name) != value
     ]

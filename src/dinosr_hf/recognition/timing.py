@@ -29,13 +29,9 @@ def store_emission_delay(tokenizer: Any, seconds: float) -> None:
     tokenizer.init_kwargs[_SETTING] = seconds
 
 
-def stored_emission_delay(tokenizer: Any, config: Any) -> float:
-    """
-    Return a recogniser's emission delay in seconds, 0 if none was measured; `ValueError` if it is beyond 1 s.
-
-    Earlier releases kept it in the model's configuration, which is read if the tokenizer's settings have none.
-    """
-    delay = tokenizer.init_kwargs.get(_SETTING, getattr(config, _SETTING, 0.0))
+def stored_emission_delay(tokenizer: Any) -> float:
+    """Return a recogniser's emission delay in seconds, 0 if none was measured; `ValueError` if it is beyond 1 s."""
+    delay = tokenizer.init_kwargs.get(_SETTING, 0.0)
     if not -1 <= delay <= 1:
         raise ValueError(f"emission_delay={delay} in tokenizer_config.json must be at least -1 and at most 1 second.")
     return float(delay)

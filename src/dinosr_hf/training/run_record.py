@@ -9,7 +9,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,29 +32,6 @@ METRICS = (
 )
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run did."""
-
-    task: str  # one of `TASKS`
-    arguments: dict[str, Any]  # all of them, in plain types
-    base_model: str | None  # folder or Hub name; None: random weights
-    # `name` as given; `split` or None; `hours` of audio and number of `utterances`, None for a stream.
-    data: list[dict[str, Any]]
-    steps: int  # optimizer updates
-    # Results at the end: `dataset`, `split` or None, `num_utterances`, and any of `METRICS`.
-    evaluation: list[dict[str, Any]]
-    versions: dict[str, str]  # of the libraries; at least of dinosr_hf, torch and transformers
-    started: str  # ISO 8601 with time zone
-    finished: str | None  # None while the run is going on
-    hardware: str
-
-
-def time_now() -> str:
-    """Return the time in the format of `started` and `finished`: UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def library_versions() -> dict[str, str]:
     """Return the versions of Python, of this package and of the libraries that determine a run, if installed."""
     versions = {"python": platform.python_version()}
@@ -64,6 +41,30 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run did."""
+
+    task: str  # one of `TASKS`
+    arguments: dict[str, Any]  # all of them, in plain types
+    base_model: str | None  # folder or Hub name; None: random weights
+    # `name` as given; `split` or None; `hours` of audio and number of `utterances`, None for a stream.
+    data: list[dict[str, Any]]
+    steps: int = 0  # optimizer updates
+    # Results at the end: `dataset`, `split` or None, `num_utterances`, and any of `METRICS`.
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    # Of the libraries; at least of dinosr_hf, torch and transformers.
+    versions: dict[str, str] = field(default_factory=library_versions)
+    started: str  # ISO 8601 with time zone
+    finished: str | None = None  # None while the run is going on
+    hardware: str
+
+
+def time_now() -> str:
+    """Return the time in the format of `started` and `finished`: UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def describe_hardware(device: torch.device, num_processes: int = 1) -> str:
@@ -169,7 +170,7 @@ def _is_list_of(value: Any, required: Mapping[str, Any], optional: Mapping[str, 
 
 
 def _problems(content: Mapping[str, Any], is_finished: bool) -> Iterator[str]:
-    known = [field.name for field in dataclasses.fields(RunRecord)]
+    known = [each.name for each in dataclasses.fields(RunRecord)]
     missing = [name for name in sorted(known) if name not in content]
     yield from (f"{name} is not a known field" for name in content if name not in known)
     yield from (f"{name} is missing" for name in missing)

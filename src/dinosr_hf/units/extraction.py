@@ -344,7 +344,7 @@ def scored_units(
                 assert head is not None
                 chunk_scores, chunk_codes = head(rows.to(model.dtype)).float().softmax(dim=-1).max(dim=-1)
             else:
-                chunk_codes = model.codebooks.assign(rows[None], [number])[0]
+                chunk_codes = model.codebooks(rows[None], [number])[0]
                 distances = rows - model.codebooks.codewords[number][chunk_codes]
                 chunk_scores = -distances.square().mean(dim=-1).sqrt()
             codes.append(chunk_codes.cpu().numpy())

@@ -244,7 +244,7 @@ def _file_and_flags(
 
 
 def _flag_names(flags: Sequence[str], known: Sequence[str]) -> set[str]:
-    """Return the names of the arguments that flags set: of --no_revive it is revive."""
+    """Return the names of the arguments that flags set: of --no_streaming it is streaming."""
     names = {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
     return {name if name in known else name.removeprefix("no_") for name in names}
 

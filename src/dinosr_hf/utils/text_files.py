@@ -244,6 +244,8 @@ def _delimiter(header: str) -> str:
 
 def _check_names(names: list[str], path: str | os.PathLike, number: int) -> None:
     # pandas writes its index as a first column without a name.
+    if not names:
+        raise ValueError(f"{os.fspath(path)}, line {number}: no column has a name. Name them in the first line.")
     wrong = next((name for place, name in enumerate(names) if names.count(name) > 1 or (not name and place)), None)
     if wrong is not None:
         problem = f"the column name {wrong!r} occurs twice" if wrong else "a column has no name"
@@ -264,6 +266,21 @@ def _swallows(row: list[str], names: list[str], delimiter: str) -> str | None:
         if line_break and first.count(delimiter) >= len(row) - 1 - place and last.count(delimiter) >= place:
             return names[place]
     return None
+
+
+def _read_rows(reader: Any, path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of the first line, and the fields, of each row that has any text."""
+    while True:
+        number = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            advice = "Close each quote, put quotes around a text with separators or quotes, and double those in it."
+            raise ValueError(f"{os.fspath(path)}, line {number}: {_problem(error)}. {advice}") from None
+        if row is None:
+            return
+        if any(row):
+            yield number, row
 
 
 def csv_rows(
@@ -293,25 +310,15 @@ def csv_rows(
         skipinitialspace=True,
         strict=True,
     )
-    names: list[str] = []
-    while True:
-        number = reader.line_num + 1
+    rows = _read_rows(reader, path)
+    if (header := next(rows, None)) is None:
+        return
+    names = [visible_text(name) for name in header[1]]
+    while names and not names[-1]:
+        names.pop()
+    _check_names(names, path, header[0])
+    for number, row in rows:
         where = f"{os.fspath(path)}, line {number}"
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            advice = "Close each quote, put quotes around a text with separators or quotes, and double those in it."
-            raise ValueError(f"{where}: {_problem(error)}. {advice}") from None
-        if row is None:
-            return
-        if not any(row):
-            continue
-        if not names:
-            names = [visible_text(name) for name in row]
-            while not names[-1]:
-                names.pop()
-            _check_names(names, path, number)
-            continue
         while len(row) > len(names) and not row[-1]:
             row.pop()
         if len(row) != len(names):

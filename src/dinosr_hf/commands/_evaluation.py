@@ -1,0 +1,30 @@
+"""Flags of the commands that evaluate against phones."""
+
+import argparse
+
+from ..analysis.speech import open_reference
+from ..analysis.unit_evaluation import Reference
+from ..data import SpeechSource
+from ..utils.command_line import Parser
+
+
+def add_labels(parser: Parser) -> None:
+    """Add the flags of `open_labelled_speech`."""
+    add = parser.add_argument
+    add("--labels", help="phones: file (.jsonl, .jsonl.gz, .ctm, .txt), TextGrid, or folder of TextGrids")
+    add("--tier", default="phones", help="tier of TextGrids (%(default)s)")
+    add("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
+    add("--speakers", help="column of the data with the speaker (speaker_id, if it exists)")
+
+
+def add_networks(parser: Parser) -> None:
+    """Add --sources, for features."""
+    networks = ["student", "teacher"]
+    text = "networks of a DinoSR whose features to evaluate (student)"
+    parser.add_argument("--sources", nargs="+", default=["student"], choices=networks, help=text)
+
+
+def open_labelled_speech(name: str, options: argparse.Namespace) -> tuple[SpeechSource, Reference]:
+    """Open recordings and their phones, by the flags of `add_labels`."""
+    columns = {"tier": options.tier, "step_seconds": options.step_seconds, "speaker_column": options.speakers}
+    return open_reference(name, labels=options.labels, **columns)

@@ -1,0 +1,55 @@
+"""What several commands have in common: flags, and a progress bar in seconds of audio."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+import torch
+from tqdm import tqdm
+
+from ..inference.windowed import DTYPES
+from ..utils.command_line import Parser
+
+
+def add_device(parser: Parser, what: str = "model") -> None:
+    """Add --device."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help=f"device of the {what} (%(default)s)")
+
+
+def add_dtype(parser: Parser, what: str = "model") -> None:
+    """Add --dtype."""
+    parser.add_argument(
+        "--dtype", default="float32", choices=list(DTYPES), help=f"precision of the {what} (%(default)s)"
+    )
+
+
+class AudioBar:
+    """A progress bar in seconds of audio, with the speed of all processes if they are equally fast."""
+
+    def __init__(self, total: float, *, num_processes: int = 1, is_shown: bool = True) -> None:
+        form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}{postfix}]"
+        self._bar = tqdm(total=total, bar_format=form, disable=None if is_shown else True)
+        self._since, self._num_processes, self.seconds = time.perf_counter(), num_processes, 0.0
+
+    def __enter__(self) -> AudioBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def __str__(self) -> str:
+        return f"{self.seconds:,.1f} s of audio, {self._speed:,.1f} times real time"
+
+    @property
+    def _speed(self) -> float:
+        return self.seconds / (time.perf_counter() - self._since) * self._num_processes
+
+    def advance(self, seconds: float) -> None:
+        """Count seconds of audio."""
+        self.seconds += seconds
+        self._bar.set_postfix_str(f"{self._speed:,.1f} times real time", refresh=False)
+        self._bar.update(seconds)
