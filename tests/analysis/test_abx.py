@@ -12,7 +12,7 @@ from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 from dinosr_hf.analysis import Reference, Segment
 from dinosr_hf.analysis import abx as abx_module
 from dinosr_hf.analysis.abx import (
-    Item,
+    Triphone,
     abx_error,
     cosine_distance,
     frame_rate,
@@ -58,9 +58,9 @@ def reference():
 
 def test_items_are_triphones_between_silences():
     assert triphone_items(RECORDINGS, reference(), DinoSRConfig()) == [
-        Item("ann/1", "0.1000", "0.4000", "a", "k", "t", "ann"),
-        Item("bob 2", "0.0000", "0.3000", "a", "k", "t", "bob 2.flac"),
-        Item("bob 2", "0.1000", "0.9000", "t", "a", "s", "bob 2.flac"),
+        Triphone("ann/1", "0.1000", "0.4000", "a", "k", "t", "ann"),
+        Triphone("bob 2", "0.0000", "0.3000", "a", "k", "t", "bob 2.flac"),
+        Triphone("bob 2", "0.1000", "0.9000", "t", "a", "s", "bob 2.flac"),
     ]
     with pytest.raises(ValueError, match=r"no triphone in 2 recordings.* without SIL, a between"):
         triphone_items(RECORDINGS, reference(), DinoSRConfig(), silence=["SIL", "a"])
@@ -118,7 +118,7 @@ def test_unit_files_have_the_layout_of_feature_files(tmp_path):
         np.testing.assert_array_equal(found, row[:, None])
 
 
-ITEM = Item("u", "0.0000", "0.0800", "a", "k", "t", "ann")
+ITEM = Triphone("u", "0.0000", "0.0800", "a", "k", "t", "ann")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def save_tokens(folder, tokens):
     items = []
     for number, (phone, speaker, frames) in enumerate(tokens):
         np.save(folder / f"u{number}.npy", np.asarray(frames))
-        items.append(Item(f"u{number}", "0.0000", "0.0800", phone, "k", "t", speaker))
+        items.append(Triphone(f"u{number}", "0.0000", "0.0800", phone, "k", "t", speaker))
     return items
 
 

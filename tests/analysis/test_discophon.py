@@ -12,7 +12,7 @@ import torch
 from audio_files import sf
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.analysis import discophon
-from dinosr_hf.analysis.abx import Item, items_text
+from dinosr_hf.analysis.abx import Triphone, items_text
 from dinosr_hf.analysis.alignment_files import read_alignments
 from dinosr_hf.analysis.discophon import DiscoPhon, add_means, parts_of, published_rows
 from dinosr_hf.analysis.unit_evaluation import Reference
@@ -54,7 +54,7 @@ def write_part(folder, language, split="test"):
         for (first, start, _), (middle, *_), (last, _, end) in zip(segments, segments[1:], segments[2:], strict=False):
             times = (f"{start / 100:.4f}", f"{end / 100:.4f}")
             if "SIL" not in (first, middle, last):
-                items.append(Item(file, *times, middle, first, last, file.partition("-")[0]))
+                items.append(Triphone(file, *times, middle, first, last, file.partition("-")[0]))
         samples = np.concatenate(samples) + 0.01 * generator.standard_normal(160 * time)
         sf.write(everything / f"{file}.wav", np.clip(samples, -0.9, 0.9), 16_000)
         (audio / f"{file}.wav").symlink_to(everything / f"{file}.wav")

@@ -33,7 +33,7 @@ DISTANCES = ("angular", "cosine", "euclidean", "identical")
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
 
 
-class Item(NamedTuple):
+class Triphone(NamedTuple):
     """A phone between two others."""
 
     file: str  # path of its features below their folder, without suffix
@@ -66,7 +66,7 @@ def _frames_of_item(onset: str, offset: str, rate: Decimal) -> tuple[int, int]:
 
 def triphone_items(
     recordings: SpeechSource, reference: Reference, config: DinoSRConfig, *, silence: Sequence[str] = (SILENCE,)
-) -> list[Item]:
+) -> list[Triphone]:
     """
     Cut all triphones of recordings, as ZeroSpeech does: from the start of a phone to the end of the second after it.
 
@@ -86,7 +86,7 @@ def triphone_items(
             onset, offset = f"{first.start:.4f}", f"{last.end:.4f}"
             begin, end = _frames_of_item(onset, offset, rate)
             if 0 <= begin < end <= num_frames and not set(silence) & set(labels):
-                items.append(Item(file, onset, offset, *labels, reference.speakers[name]))
+                items.append(Triphone(file, onset, offset, *labels, reference.speakers[name]))
     if not items:
         raise ValueError(
             f"There is no triphone in {len(reference.labels):,} recordings with labels: none has three phones in a row"
@@ -95,7 +95,7 @@ def triphone_items(
     return items
 
 
-def items_text(items: Iterable[Item]) -> str:
+def items_text(items: Iterable[Triphone]) -> str:
     """Format a `.item` file: column names and items, separated by spaces, quoted where needed."""
     return csv_table(COLUMNS, items, delimiter=" ")
 
@@ -134,7 +134,7 @@ def import_fastabx() -> Any:
 
 
 def abx_error(
-    items: Sequence[Item],
+    items: Sequence[Triphone],
     features: str | Path,
     rate: Decimal,
     *,

@@ -47,7 +47,7 @@ REPORT = LayerReport(
 ABX_METRIC = {"abx": Metric("ABX")}
 
 
-class Part(NamedTuple):
+class LanguageSplit(NamedTuple):
     """A split of a language."""
 
     language: str
@@ -64,7 +64,7 @@ def import_discophon(module: str = "discophon.evaluate") -> Any:
     return import_extra(module, "discophon", "DiscoPhon (with Python 3.12 or newer)")
 
 
-def parts_of(recordings: SpeechSource) -> dict[str, tuple[Part, str]]:
+def parts_of(recordings: SpeechSource) -> dict[str, tuple[LanguageSplit, str]]:
     """
     Return the part of each recording, and its name there, by id: they are in folders such as `audio/eng/test`.
 
@@ -75,7 +75,7 @@ def parts_of(recordings: SpeechSource) -> dict[str, tuple[Part, str]]:
     for index, (name, _) in enumerate(recordings.utterances):
         path = Path(os.path.abspath(recordings.path(index))) if isinstance(recordings, FolderSource) else Path(name)
         folders = path.parts[-3:-1]
-        part = Part(*folders) if len(folders) == 2 else Part("", "")
+        part = LanguageSplit(*folders) if len(folders) == 2 else LanguageSplit("", "")
         if part.language not in LANGUAGES or part.split not in splits:
             raise ValueError(
                 f"{path} is not in a folder of DiscoPhon, audio/LANGUAGE/SPLIT, which tells its language and split."
@@ -239,7 +239,7 @@ class DiscoPhon:
         """Compute the ABX error of units, as DiscoPhon does; its leaderboard has the mean of both."""
         items = self.folder / "item" / f"triphone-{language}-{self.split}.item"
         with TemporaryDirectory() as folder:
-            file = Path(folder, Part(language, self.split).units_file)
+            file = Path(folder, LanguageSplit(language, self.split).units_file)
             file.write_text("".join(units_line(name, own) for name, own in units.items()), encoding="utf-8")
             errors = discrete_abx(items, file, frequency=Decimal(1_000) / step)
         within, across = errors["within_speaker"], errors["across_speaker"]

@@ -32,7 +32,7 @@ _REQUIRED = ("trainer_state.json", "*.safetensors", "optimizer*", "scheduler.pt"
 _LOADED = (".safetensors", ".bin", ".pt", ".pth", ".json")
 
 
-class Checkpoint(NamedTuple):
+class TrainerCheckpoint(NamedTuple):
     """A checkpoint that was found complete, and the record of its run, if it has one."""
 
     path: Path
@@ -68,12 +68,12 @@ def read_manifest(path: Path) -> RunRecord | None:
         raise CheckpointError(str(error)) from error
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> TrainerCheckpoint:
     """Open a checkpoint; raise `CheckpointError` if a file is missing, or not what was written."""
     for pattern in _REQUIRED:
         if not any(path.glob(pattern)):
             raise CheckpointError(f"{path} has no {pattern}: it is incomplete, or not of a fine-tuning run.")
-    return Checkpoint(path, read_manifest(path))
+    return TrainerCheckpoint(path, read_manifest(path))
 
 
 def _has_model(folder: Path) -> bool:

@@ -47,7 +47,7 @@ class Heard(NamedTuple):
     units: NDArray[np.int64] | None  # (T,); None: there is no pre-trained model
 
 
-class _Recording(SpeechSource):
+class _HeardSource(SpeechSource):
     """A recording in memory."""
 
     def __init__(self, samples: NDArray[np.float32]) -> None:
@@ -126,7 +126,7 @@ class Listener:
         Raises `ValueError` if there is no file, or it is not audio, silent, too short or too long.
         """
         samples = self._load(file)
-        source, words, units = _Recording(samples), None, None
+        source, words, units = _HeardSource(samples), None, None
         if self._recogniser is not None:
             (transcript,) = self._recogniser.transcribe(source)
             words = transcript.words

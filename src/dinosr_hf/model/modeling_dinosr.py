@@ -1122,39 +1122,26 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
                 "anchor_labels are given without mask_time_indices, but in evaluation mode there is no loss without a"
                 " mask. Give both, or neither."
             )
-        has_own_inputs = self.config.head_input == "own_layer"
         student = self.dinosr(
             input_values,
             attention_mask,
             mask_time_indices=mask_time_indices,
-            feed_forward_layers=self.config.codebook_layers if has_own_inputs else (),
+            feed_forward_layers=self.config.codebook_layers if self.config.head_input == "own_layer" else (),
             **kwargs,
         )
         output = DinoSRForPreTrainingOutput()
         if mask_time_indices is not None:
+            shape = student.extract_features.shape[:2]
+            if anchor_labels is not None:
+                check_anchor_labels(self.config, anchor_labels, shape)
+            frame_mask = self._frame_mask(attention_mask, shape[1])
+            if masked_frames is None:
+                masked = mask_time_indices.to(student.extract_features.device, torch.bool)
+                masked = masked if frame_mask is None else masked & frame_mask
+                masked_frames = masked.flatten().nonzero()[:, 0]
             for_student_only = ("output_hidden_states", "output_attentions")
             teacher_kwargs = {name: value for name, value in kwargs.items() if name not in for_student_only}
-            features = student.extract_features
-            if anchor_labels is not None:
-                check_anchor_labels(self.config, anchor_labels, features.shape[:2])
-            frame_mask = self._frame_mask(attention_mask, features.shape[1])
-            targets, target_energies = self._targets(input_values, features, frame_mask, **teacher_kwargs)
-            if masked_frames is None:
-                masked = mask_time_indices.to(targets.device, torch.bool)
-                if frame_mask is not None:
-                    masked = masked & frame_mask
-                masked_frames = masked.flatten().nonzero()[:, 0]
-            targets = targets.flatten(1, 2).index_select(1, masked_frames)  # (N, M, D)
-            codes = self.codebooks(targets)
-            if self.training:
-                self.codebooks.accumulate(targets, codes)
-            head_inputs = student.feed_forward_outputs if has_own_inputs else (student.last_hidden_state,)
-            predictors = [features.flatten(0, 1).index_select(0, masked_frames) for features in head_inputs]  # (M, D)
-            pairs = zip(self.heads, cycle(predictors), strict=False)  # one for each head, or the same for all
-            logits = torch.stack([head(features) for head, features in pairs])  # (N, M, V)
-            output = masked_prediction_losses(logits, codes)
-            output.target_energies = target_energies
-            output.feature_energies = energy_sums(features, frame_mask)
+            output = self._score_masked(input_values, student, frame_mask, masked_frames, **teacher_kwargs)
             if anchor_labels is not None:
                 scored = self._score_anchor(student.last_hidden_state, anchor_labels, mask_time_indices, frame_mask)
                 output.anchor_losses, output.num_anchor_frames, output.num_anchor_hits = scored
@@ -1163,6 +1150,29 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         output.last_hidden_state = student.last_hidden_state
         output.hidden_states = student.hidden_states
         output.attentions = student.attentions
+        return output
+
+    def _score_masked(
+        self,
+        input_values: torch.Tensor,
+        student: DinoSRModelOutput,
+        frame_mask: torch.Tensor | None,
+        masked_frames: torch.Tensor,
+        **kwargs: Any,
+    ) -> DinoSRForPreTrainingOutput:
+        """Predict the codewords that the teacher's layers fall on; losses and statistics of the M masked frames."""
+        assert student.extract_features is not None and student.last_hidden_state is not None
+        targets, target_energies = self._targets(input_values, student.extract_features, frame_mask, **kwargs)
+        targets = targets.flatten(1, 2).index_select(1, masked_frames)  # (N, M, D)
+        codes = self.codebooks(targets)
+        if self.training:
+            self.codebooks.accumulate(targets, codes)
+        head_inputs = student.feed_forward_outputs or (student.last_hidden_state,)
+        predictors = [states.flatten(0, 1).index_select(0, masked_frames) for states in head_inputs]  # (M, D)
+        pairs = zip(self.heads, cycle(predictors), strict=False)  # one for each head, or the same for all
+        output = masked_prediction_losses(torch.stack([head(states) for head, states in pairs]), codes)  # (N, M, V)
+        output.target_energies = target_energies
+        output.feature_energies = energy_sums(student.extract_features, frame_mask)
         return output
 
     @torch.no_grad()

@@ -76,7 +76,7 @@ class Refused(Exception):
     """Why a file is not opened."""
 
 
-def require(condition: bool, problem: str) -> None:
+def expect(condition: bool, problem: str) -> None:
     """Raise `Refused` with a problem unless a condition holds."""
     if not condition:
         raise Refused(problem)
@@ -129,7 +129,7 @@ class PickleCheck:
                 items, stack[-number:] = stack[-number:], []
             match opcode.name:
                 case "BINPUT" | "LONG_BINPUT":
-                    require(arg <= self.counts["steps"], "it numbers its values so that they may collide")
+                    expect(arg <= self.counts["steps"], "it numbers its values so that they may collide")
                     memo[arg] = stack[-1]
                 case "BINGET" | "LONG_BINGET":
                     stack.append(memo[arg])
@@ -163,9 +163,9 @@ class PickleCheck:
                     raise Refused(f"its pickle has the step {name}, which no checkpoint needs")
 
     def _add_keys(self, target: Value, keys: list[Any]) -> None:
-        require(target.kind == "dict", "it puts entries into what is no dictionary")
+        expect(target.kind == "dict", "it puts entries into what is no dictionary")
         is_plain = all(isinstance(key, str | int | float | None) for key in keys)
-        require(is_plain, "it has a dictionary whose keys are not text or numbers")
+        expect(is_plain, "it has a dictionary whose keys are not text or numbers")
         # Text is hashed with a random seed; of numbers, all but small integers can be chosen to collide.
         unusual = [key for key in keys if not isinstance(key, str) and not (_are_counts(key) and key < 2**16)]
         self.count("large or fractional numbers as keys", len(unusual))
@@ -174,31 +174,31 @@ class PickleCheck:
     def _set_state(self, target: Value, state: Any) -> None:
         self.count("calls")
         is_metadata = target.kind == "dict" and state.kind == "dict" and state.length <= MAX_LENGTH  # torch copies it
-        require(target.kind == "object" or is_metadata, "it fills in what is no object")
+        expect(target.kind == "object" or is_metadata, "it fills in what is no object")
 
     def _find(self, arg: str) -> Value:
         self.count("calls")
         name = arg.replace(" ", ".", 1)
         name = PYTHON_2.get(name, name.replace("__builtin__.", "builtins.", 1))
-        require(name in KNOWN, f"it asks for {name[:100]}, which is neither a tensor nor a plain container")
+        expect(name in KNOWN, f"it asks for {name[:100]}, which is neither a tensor nor a plain container")
         return Value(name)
 
     def _storage(self, tag: str, function: Value, key: str, _: str, length: int, *view: None) -> Value:
         self.count("calls")
         is_usual = tag == "storage" and isinstance(key, str) and _are_counts(length) and view in ((), (None,))
-        require(is_usual, "it describes a storage that cannot be")
+        expect(is_usual, "it describes a storage that cannot be")
         num_bytes = length * ITEM_SIZES[function.kind]
         if key not in self.claims:
             free = self.free_bytes if self.storages is None else self.storages.get(key, 0)
-            require(num_bytes <= free, f"it claims a tensor of {num_bytes:,} bytes, but has {free:,} for it")
+            expect(num_bytes <= free, f"it claims a tensor of {num_bytes:,} bytes, but has {free:,} for it")
             self.free_bytes -= num_bytes
         claim = function.kind, length
-        require(self.claims.setdefault(key, claim) == claim, "it describes a storage in two ways")
+        expect(self.claims.setdefault(key, claim) == claim, "it describes a storage in two ways")
         return Value("storage", length)
 
     def _call(self, function: Value, args: tuple[Any, ...]) -> Value:
         self.count("calls")
-        require(isinstance(args, tuple) and len(args) <= MAX_LENGTH, "it makes a call that no checkpoint needs")
+        expect(isinstance(args, tuple) and len(args) <= MAX_LENGTH, "it makes a call that no checkpoint needs")
         match (function.kind, *args):
             case ("torch._utils._rebuild_tensor_v2", Value("storage", size), offset, tuple(shape), tuple(steps), _, _):
                 _check_tensor(size, offset, shape, steps)
@@ -215,9 +215,9 @@ class PickleCheck:
 
 
 def _check_tensor(length: int, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
-    require(len(shape) <= MAX_LENGTH, f"it describes a tensor of {len(shape):,} dimensions")
+    expect(len(shape) <= MAX_LENGTH, f"it describes a tensor of {len(shape):,} dimensions")
     is_possible = len(shape) == len(stride) and _are_counts(offset, *shape, *stride)
-    require(is_possible, "it describes a tensor that cannot be")
+    expect(is_possible, "it describes a tensor that cannot be")
     last = offset + sum((count - 1) * step for count, step in zip(shape, stride, strict=True))
     # The second condition refuses one number that is repeated over gigabytes.
     if (size := math.prod(shape)) and (last >= length or size > length):
@@ -237,10 +237,10 @@ def _check_end(stream: BinaryIO, num_bytes: int) -> tuple[int, int]:
     num_end_bytes = 22
     if tail[-42:-38] == b"PK\x06\x07":  # of the records for large archives
         num_end_bytes = 98
-        require(struct.unpack("<4sLQL", tail[-42:-22])[2] == num_bytes - num_end_bytes, NOT_TORCH)
+        expect(struct.unpack("<4sLQL", tail[-42:-22])[2] == num_bytes - num_end_bytes, NOT_TORCH)
         *_, count, size, start = struct.unpack("<4sQ2H2L4Q", tail[-98:-42])
-    require(comment == 0 and start + size + num_end_bytes == num_bytes, NOT_TORCH)
-    require(size <= MAX_DIRECTORY_BYTES, f"the directory of its archive has more than {MAX_DIRECTORY_BYTES:,} bytes")
+    expect(comment == 0 and start + size + num_end_bytes == num_bytes, NOT_TORCH)
+    expect(size <= MAX_DIRECTORY_BYTES, f"the directory of its archive has more than {MAX_DIRECTORY_BYTES:,} bytes")
     return count, start
 
 
@@ -252,11 +252,11 @@ def _check_zip(stream: BinaryIO, num_bytes: int) -> None:
         is_stored = all(entry.compress_type == 0 and entry.compress_size == entry.file_size for entry in entries)
         # torch's reader of archives ignores the case of names, and does not look for one that begins later.
         is_unique = len({entry.filename.lower() for entry in entries}) == len(entries) == count
-        require(len(pickles) == 1 and is_stored and is_unique and entries[0].header_offset == 0, NOT_TORCH)
+        expect(len(pickles) == 1 and is_stored and is_unique and entries[0].header_offset == 0, NOT_TORCH)
         ends = [*(entry.header_offset for entry in entries[1:]), end]
         is_apart = all(e.header_offset + e.file_size < after for e, after in zip(entries, ends, strict=True))
-        require(is_apart, "parts of its archive overlap")
-        require(pickles[0].file_size <= MAX_PICKLE_BYTES, f"its pickle has more than {MAX_PICKLE_BYTES:,} bytes")
+        expect(is_apart, "parts of its archive overlap")
+        expect(pickles[0].file_size <= MAX_PICKLE_BYTES, f"its pickle has more than {MAX_PICKLE_BYTES:,} bytes")
         folder = pickles[0].filename.removesuffix("data.pkl") + "data/"
         sizes = {entry.filename.removeprefix(folder): entry.file_size for entry in entries}
         PickleCheck(num_bytes, sizes).follow(io.BytesIO(archive.read(pickles[0])))
@@ -271,10 +271,10 @@ def _check_legacy(stream: BinaryIO, num_bytes: int) -> None:
         check = PickleCheck(num_bytes)
     else:
         raise Refused("it can be read as a tar archive too, which torch tries first")
-    require(check.follow(start) == LEGACY_MAGIC, "it is not what torch.save writes")
+    expect(check.follow(start) == LEGACY_MAGIC, "it is not what torch.save writes")
     *_, keys = [check.follow(start) for _ in ("version", "system", "content", "keys of the storages")]
     is_list = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
-    require(is_list and check.claims.keys() <= set(keys), "it lacks storages that it describes")
+    expect(is_list and check.claims.keys() <= set(keys), "it lacks storages that it describes")
 
 
 @contextmanager

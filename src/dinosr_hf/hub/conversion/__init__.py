@@ -38,7 +38,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # Model class and task of each architecture.
-ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], str]] = {
+CLASSES: dict[str, tuple[type[PreTrainedModel], str]] = {
     "pretraining": (DinoSRForPreTraining, "feature-extraction"),
     "model": (DinoSRModel, "feature-extraction"),
     "ctc": (DinoSRForCTC, "automatic-speech-recognition"),
@@ -123,13 +123,13 @@ def convert(
         raise ValueError(f"as_={as_!r} does not apply to this checkpoint ({layout.name}). Choose {choices}.")
     if as_ == "model" and layout.architecture != "model":
         layout = layout.encoder_only()
-    model = build(ARCHITECTURES[layout.architecture][0], layout.config, layout.weights)
+    model = build(CLASSES[layout.architecture][0], layout.config, layout.weights)
     for note in layout.notes:
         logger.warning("To check: %s.", note)
     if layout.unused:
         logger.warning("Not used: %s.", "; ".join(f"{name} ({reason})" for name, reason in layout.unused.items()))
     processor = feature_extractor() if layout.vocabulary is None else make_processor(layout.vocabulary)
-    pipeline_tag, tags = ARCHITECTURES[layout.architecture][1], ["dinosr", "speech", "audio"]
+    pipeline_tag, tags = CLASSES[layout.architecture][1], ["dinosr", "speech", "audio"]
     metadata = ModelCardData(license=license, library_name="transformers", pipeline_tag=pipeline_tag, tags=tags)
     card = render_card(metadata, model, title=Path(file).name, layout=layout)
     with atomic_folder(out_dir) as temporary:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...utils.pickle_check import STAND_INS, PickleCheck, check_torch_file, refusing, require
+from ...utils.pickle_check import STAND_INS, PickleCheck, check_torch_file, expect, refusing
 
 MAX_DEPTH = 50
 
@@ -44,7 +44,7 @@ SAFE_GLOBALS: list[Any] = [
 def _plain(value: Any, check: PickleCheck, depth: int = 0) -> Any:
     """Return containers, values and tensors alone: configurations become dictionaries and lists."""
     check.count("values")  # shared ones as often as they are referred to
-    require(depth <= MAX_DEPTH, f"it nests containers more than {MAX_DEPTH} deep, or in themselves")
+    expect(depth <= MAX_DEPTH, f"it nests containers more than {MAX_DEPTH} deep, or in themselves")
     if isinstance(value, StandIn):
         state = value.state if isinstance(value.state, dict) else {}
         return _plain(state if value.entry is None else state.get(value.entry), check, depth + 1)
