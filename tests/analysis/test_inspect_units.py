@@ -3,8 +3,10 @@
 import re
 import shutil
 
+import numpy as np
 import pytest
 
+from audio_files import sf
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.utils.model_folder import save_folder
 from inspections import write_recordings
@@ -59,6 +61,20 @@ def test_labels_may_be_those_of_an_unreadable_recording(folder, tmp_path):
     unreadable.unlink()
     SCRIPT.main([str(folder / "model"), str(speech), "--output", str(tmp_path / "page.html"), *flags])
     assert "AA" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_labels_of_a_recording_that_cannot_be_read_are_not_said_to_have_a_wrong_name(folder, tmp_path):
+    speech = shutil.copytree(folder / "speech", tmp_path / "speech")
+    sf.write(speech / "a.wav", np.full(8_000, np.nan), 16_000, subtype="FLOAT")
+    flags = ["--labels", str(folder / "phones.jsonl"), "--layer", "2", "--device", "cpu"]
+    with pytest.raises(SystemExit, match=r"No recording with labels, such as 'a\.wav', is as long as a frame"):
+        SCRIPT.main([str(folder / "model"), str(speech), "--output", str(tmp_path / "page.html"), *flags])
+
+
+def test_the_anchor_of_a_model_without_one_is_refused(folder, tmp_path):
+    save_folder(DinoSRForPreTraining(tiny_config()), tmp_path / "model")
+    with pytest.raises(SystemExit, match="source='anchor' is unknown to this model: it was made with num_anchor_lab"):
+        SCRIPT.main([str(tmp_path / "model"), *options(folder, "--source", "anchor", "--device", "cpu")[1:]])
 
 
 def test_the_script_reports_left_out_moments(folder, capsys):

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..analysis import read_alignments
 from ..analysis.inspection import AUDIO_FORMATS, CodewordInspector, render_page
 from ..data import SAMPLING_RATE, open_recordings, open_source
+from ..model.modeling_dinosr import check_unit_layers
 from ..units import load_model, scored_units
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file, write_atomically
@@ -63,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
     words = read_alignments(options.words, tier="words") if options.words else None
     model = load_model(options.model, device=options.device, dtype=options.dtype)
     layer = options.layer or (model.config.num_hidden_layers if options.source == "anchor" else 5)
+    check_unit_layers(model.config, [layer], options.source)
     frames = {"stride": model.config.inputs_to_logits_ratio, "field": model.config.receptive_field}
     inspector = CodewordInspector(
         model.config.num_units(options.source),

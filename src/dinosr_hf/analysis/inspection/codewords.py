@@ -231,6 +231,11 @@ class CodewordInspector:
             name, message = next(iter(self._bad_labels.items()))
             raise ValueError(f"No labels fit their recording. Those of {name!r}: {message}")
         named = next(iter(self._labels), "nothing")
+        if self._is_matched and self._labels:
+            raise ValueError(
+                f"No recording with labels, such as {named!r}, is as long as a frame and could be read. Give labels of"
+                " others."
+            )
         raise ValueError(
             f"None of {self._num_recordings:,} recordings has labels. The labels are named like {named!r}: they"
             " must be named by the recordings' ids, or by their files' names with or without suffix."
