@@ -11,6 +11,7 @@ import pytest
 
 from dinosr_hf.data import MixedSource, SpeechSource, Utterance, plan_epoch
 from dinosr_hf.data.collator import utterance_generator
+from dinosr_hf.data.mixture import JoinedSource, PartialSource
 
 
 class Tones(SpeechSource):
@@ -143,6 +144,15 @@ def test_mixture_reads_its_sources():
         assert mixture.utterances[index] == (f"{name}/{own}.wav", source.utterances[own].num_samples)
         np.testing.assert_array_equal(mixture.load(index, 3, 50), source.load(own, 3, 50))
         np.testing.assert_array_equal(mixture.load(index), source.load(own))
+
+
+def test_a_part_knows_the_others_of_its_source():
+    source = SOURCES[1]
+    first, second = PartialSource(source, [0, 3, 39]), PartialSource(source, [5])
+    assert set(first.others) == {"x.wav"} | {f"{k}.wav" for k in range(40)} - {"0.wav", "3.wav", "39.wav"}
+    assert set(PartialSource(first, [1]).others) == {"0.wav", "39.wav", *first.others}
+    joined = JoinedSource([second, SOURCES[2], first], ["a/", "b/", "c/"])
+    assert joined.others == [*(f"a/{name}" for name in second.others), *(f"c/{name}" for name in first.others)]
 
 
 def test_description():

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from audio_files import write
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
-from dinosr_hf.pretraining import ArgumentError, best_model, open_data, parse_arguments, run
+from dinosr_hf.pretraining import ArgumentError, best_model, open_data, open_held_out, parse_arguments, run
+from dinosr_hf.pretraining.anchor_making import make_anchor
 from dinosr_hf.pretraining.base_model import initial_model
 from dinosr_hf.pretraining.held_out import HeldOut
 from dinosr_hf.pretraining.plan import RunPlan
@@ -105,6 +109,28 @@ def test_of_several_data_the_first_is_held_out_from(tmp_path, recordings):
         name for name, _ in second.utterances
     }
     assert len(first) + len(held_out) == len(second)
+
+
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["alone", "mixed"])
+def test_a_bare_name_of_labels_is_not_the_other_part_s(tmp_path, recordings, is_mixed):
+    """Two speakers number their recordings alike, and only one of a number is held out."""
+    twins, labels = tmp_path / "twins", tmp_path / "labels.jsonl"
+    for number in range(6):
+        for speaker in ("ann", "bob"):
+            write(twins / speaker / f"n{number}.wav", 16_000 + number)
+    data = [str(twins), str(recordings)] if is_mixed else str(twins)
+    options = {"data": data, "eval_share": 0.4, "anchor": str(labels), "eval_labels": str(labels)}
+    labels.write_text(json.dumps({"name": "nobody", "phones": ["A"] * 101}))
+    training, held_out = open_data(tiny_arguments(tmp_path, twins, **options).data, seed=0)
+    stems = Counter(Path(utterance.id).stem for utterance in held_out.utterances)
+    alone = next(stem for stem, count in sorted(stems.items()) if count == 1)
+    labels.write_text(json.dumps({"name": alone, "phones": ["A"] * 101}))
+    arguments = tiny_arguments(tmp_path, twins, **options)
+    message = rf"The labels of '{alone}' fit two recordings, '(twins/)?(ann|bob)/{alone}\.wav' and "
+    with pytest.raises(ArgumentError, match=message):
+        make_anchor(arguments, training, torch.device("cpu"))
+    with pytest.raises(ArgumentError, match=message):
+        open_held_out(arguments, held_out)
 
 
 def test_one_recording_cannot_be_shared(tmp_path, recordings):

@@ -70,4 +70,4 @@ def open_reference(
         counts = f"{speakers.count(None):,} of {len(speakers):,} recordings have no speaker"
         logger.warning("%s, and each of them counts as a speaker of its own.", counts)
     ids = [utterance.id for utterance in source.utterances]
-    return source, Reference(ids, found, speakers=speakers, step_seconds=step_seconds, others=source.left_out)
+    return source, Reference(ids, found, speakers=speakers, step_seconds=step_seconds, others=source.others)

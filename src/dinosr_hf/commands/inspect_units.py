@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
         model.config.num_units(options.source),
         labels=labels,
         words=words,
-        recordings=[*(utterance.id for utterance in recordings.utterances), *recordings.left_out],
+        recordings=[*(utterance.id for utterance in recordings.utterances), *recordings.others],
         step_seconds=options.step_seconds,
         num_moments=options.num_moments,
         **frames,

@@ -22,6 +22,11 @@ class PartialSource(SpeechSource):
         self._source, self._indices = source, list(indices)
         self.utterances, self.skipped = [source.utterances[index] for index in indices], source.skipped
 
+    @property
+    def others(self) -> list[str]:
+        own = {utterance.id for utterance in self.utterances}
+        return [*(name for name, _ in self._source.utterances if name not in own), *self._source.others]
+
     def load(self, index: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
         return self._source.load(self._indices[index], start, num_samples)
 
@@ -51,13 +56,18 @@ class JoinedSource(SpeechSource):
 
     def __init__(self, sources: Sequence[SpeechSource], prefixes: Sequence[str] | None = None) -> None:
         self.sources = list(sources)
-        prefixes = [f"{number}:" for number in range(len(sources))] if prefixes is None else prefixes
+        self._prefixes = [f"{number}:" for number in range(len(sources))] if prefixes is None else prefixes
         self._firsts = [0, *accumulate(map(len, sources))]  # index of the first utterance of each source, and the end
         self.utterances, self.skipped = [], {}
-        for prefix, source in zip(prefixes, sources, strict=True):
+        for prefix, source in zip(self._prefixes, sources, strict=True):
             self.utterances += (Utterance(prefix + name, num_samples) for name, num_samples in source.utterances)
             for reason, ids in source.skipped.items():
                 self.skipped.setdefault(reason, []).extend(prefix + name for name in ids)
+
+    @property
+    def others(self) -> list[str]:
+        pairs = zip(self._prefixes, self.sources, strict=True)
+        return [prefix + name for prefix, source in pairs for name in source.others]
 
     def load(self, index: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
         number = int(np.searchsorted(self._firsts, index, side="right")) - 1

@@ -82,6 +82,11 @@ class SpeechSource(ABC):
         return {name: reason for reason, names in self.skipped.items() if reason != "hidden" for name in names}
 
     @property
+    def others(self) -> list[str]:
+        """Ids of further recordings of the same data, whose labels may be among those of the utterances."""
+        return list(self.left_out)
+
+    @property
     def seconds(self) -> float:
         """Length of all utterances together."""
         return self.seconds_of(range(len(self)))

@@ -169,7 +169,7 @@ def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> Trac
     labels = read_anchor_labels(path)
     numbers = {name: number for number, name in enumerate(anchor_label_names(labels))}
     field = config.receptive_field
-    names = match_labels([utterance.id for utterance in source.utterances], labels, others=source.left_out)
+    names = match_labels([utterance.id for utterance in source.utterances], labels, others=source.others)
     tracks: dict[str, NDArray[np.unsignedinteger]] = {}
     for utterance_id, num_samples in source.utterances:
         if utterance_id not in names or num_samples < field:
