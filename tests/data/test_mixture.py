@@ -11,7 +11,7 @@ import pytest
 
 from dinosr_hf.data import MixedSource, SpeechSource, Utterance, plan_epoch
 from dinosr_hf.data.collator import utterance_generator
-from dinosr_hf.data.mixture import JoinedSource, PartialSource
+from dinosr_hf.data.mixture import JoinedSource, PartialSource, hold_out
 
 
 class Tones(SpeechSource):
@@ -153,6 +153,31 @@ def test_a_part_knows_the_others_of_its_source():
     assert set(PartialSource(first, [1]).others) == {"0.wav", "39.wav", *first.others}
     joined = JoinedSource([second, SOURCES[2], first], ["a/", "b/", "c/"])
     assert joined.others == [*(f"a/{name}" for name in second.others), *(f"c/{name}" for name in first.others)]
+
+
+def held(names: list[str], share: float) -> set[str]:
+    source = Tones(0, 100)
+    source.utterances = [Utterance(name, 100) for name in names]
+    training, held_out = hold_out(source, share)
+    assert sorted([*training.utterances, *held_out.utterances]) == sorted(source.utterances)
+    return {utterance.id for utterance in held_out.utterances}
+
+
+def test_whether_a_recording_is_held_out_does_not_depend_on_the_others():
+    names = [f"{number}.wav" for number in range(2_000)]
+    all_held = held(names, 0.1)
+    assert 160 < len(all_held) < 240  # three standard deviations
+    assert held(names[::-1], 0.1) == all_held and held(names, 0.3) > all_held
+    for number in (50, 60, 100, 120, 777):
+        assert held(names[:number], 0.1) == all_held & set(names[:number])
+
+
+def test_at_least_one_recording_is_held_out_and_one_is_not():
+    names = [f"{number}.wav" for number in range(20)]
+    (one,) = held(names, 1e-9)
+    assert held(names[::-1], 1e-9) == {one} and {one} <= held(names, 0.2)
+    with pytest.raises(ValueError, match=r"A share of 0\.999 of 20 recordings leaves none to train on\. Give more"):
+        held(names, 0.999)
 
 
 def test_description():

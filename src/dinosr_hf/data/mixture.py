@@ -37,18 +37,21 @@ class PartialSource(SpeechSource):
 
 def hold_out(source: SpeechSource, share: float) -> tuple[PartialSource, PartialSource]:
     """
-    Split off a share of the utterances, at least one; return the others, and those. The ids alone decide which.
+    Split off about a share of the utterances, at least one; return the others, and those.
 
-    Raises `ValueError` if no utterance would be left.
+    Of each utterance its id alone decides, so adding others changes nothing for it, except that an utterance is no
+    longer held out if it was only so that there is one. Raises `ValueError` if no utterance would be left.
     """
-    num_held = max(1, round(share * len(source)))
-    if num_held >= len(source):
+    hashes = [utterance_hash(0, 0, utterance.id, "held out") for utterance in source.utterances]
+    limit = max(int(share * 2**128), min(hashes) + 1)
+    held = [index for index, own in enumerate(hashes) if own < limit]
+    if len(held) == len(source):
         raise ValueError(
             f"A share of {share:g} of {len(source)} recordings leaves none to train on. Give more recordings or a"
             " smaller share."
         )
-    order = sorted(range(len(source)), key=lambda index: utterance_hash(0, 0, source.utterances[index].id, "held out"))
-    return PartialSource(source, sorted(order[num_held:])), PartialSource(source, sorted(order[:num_held]))
+    kept = [index for index, own in enumerate(hashes) if own >= limit]
+    return PartialSource(source, kept), PartialSource(source, held)
 
 
 class JoinedSource(SpeechSource):

@@ -187,8 +187,8 @@ class DataArguments:
     )
     eval_share: float = argument(
         0.0,
-        "Share of the recordings of `data` (the first, if there are several) that are held out for evaluation and not"
-        " trained on, unless eval_data is given.",
+        "About the share of the recordings of `data` (the first, if there are several) that are held out for"
+        " evaluation and not trained on, unless eval_data is given.",
     )
     eval_split: str | None = argument(None, "Split of eval_data.")
     eval_labels: str | None = argument(
