@@ -206,6 +206,19 @@ def test_a_resumed_run_counts_the_evaluations_before(tmp_path, recordings, losse
     assert torch.equal(weights["dinosr.masked_spec_embed"], losses[1])
 
 
+@pytest.mark.parametrize("is_other_speech", [True, False], ids=["speech", "masks"])
+def test_evaluations_of_another_held_out_set_do_not_count(tmp_path, recordings, losses, is_other_speech):
+    run(patient(tmp_path, recordings, max_steps=3))
+    other = shutil.copytree(recordings, tmp_path / "other", ignore=shutil.ignore_patterns("*.mp3"))
+    run(patient(tmp_path, recordings, **({"eval_data": str(other)} if is_other_speech else {"mask_length": 5})))
+    assert [line["step"] for line in metrics_of(tmp_path / "out") if "eval_loss" in line] == [1, 2, 3, 4, 5, 6]
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(weights["dinosr.masked_spec_embed"], losses[3])  # a loss of 2.6, after one of 2
+    assert [path.name for path in (tmp_path / "out").glob("best*")] == ["best-4"]
+    run(patient(tmp_path, recordings))  # finished, whatever it is evaluated on
+    assert len(losses) == 6
+
+
 def test_a_run_without_checkpoints_that_its_loss_ended_is_finished(tmp_path, recordings, losses):
     run(patient(tmp_path, recordings, checkpoint_steps=0))
     model = run(patient(tmp_path, recordings, checkpoint_steps=0))

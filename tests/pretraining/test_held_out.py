@@ -176,6 +176,20 @@ def test_the_choice_is_of_whole_utterances_and_does_not_depend_on_their_order():
     assert other["loss"] != pytest.approx(figures["loss"], rel=1e-4)
 
 
+def test_the_digest_is_of_what_the_loss_depends_on():
+    model = model_in_training()
+    digest = held_out(model).digest
+    turned = MemorySource(dict(reversed(LENGTHS.items())))
+    for same in (held_out(model, turned), held_out(model, batch_seconds=1.0, labels=labels_of())):
+        assert same.digest == digest
+    sources = [MemorySource({**LENGTHS, "b/4.flac": 701}), MemorySource({f"x/{name}": 990 for name in LENGTHS})]
+    others = [held_out(model, source) for source in sources]
+    others += [held_out(model, limit_seconds=0.12), held_out(model, max_seconds=0.12), held_out(model, seed=1)]
+    others += [held_out(model_in_training(**{name: 4})) for name in ("mask_length", "mask_min_spans")]
+    others.append(held_out(model_in_training(mask_prob=0.5)))
+    assert len({digest, *(other.digest for other in others)}) == 9
+
+
 def test_phone_purity_is_over_all_frames_of_the_teacher():
     model = model_in_training()
     figures = held_out(model, labels=labels_of()).evaluate(model)

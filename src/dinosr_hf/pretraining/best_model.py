@@ -29,14 +29,20 @@ class BestModel:
 
     It also keeps the one that was the best at each checkpoint that there is, from which the run may be resumed.
 
-    The losses are in `metrics.jsonl`, which a resumed run reads again. All processes make it and call its methods
+    The losses are in `metrics.jsonl`, which a resumed run reads again. Only those of one held-out set are comparable
+    and count: `eval_set`, the `HeldOut.digest`; None: that of the last. All processes make it and call its methods
     together.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, patience: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, output_dir: str | os.PathLike, patience: int, accelerator: Accelerator, eval_set: str | None = None
+    ) -> None:
         self._folder, self._patience, self._accelerator = Path(output_dir), patience, accelerator
-        found = [read_evaluations(output_dir) if accelerator.is_main_process else []]
-        self._evaluations: dict[int, Mapping[str, Any]] = dict(broadcast_object_list(found)[0])
+        found = [read_evaluations(output_dir) if accelerator.is_main_process else {}]
+        evaluations: dict[int, Mapping[str, Any]] = broadcast_object_list(found)[0]
+        if evaluations and eval_set is None:
+            eval_set = evaluations[max(evaluations)].get("set")
+        self._evaluations = {step: own for step, own in evaluations.items() if own.get("set") == eval_set}
 
     @property
     def step(self) -> int:

@@ -27,6 +27,7 @@ from ..data.packing import pack
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..utils.command_line import argument_errors
+from ..utils.digests import value_digest
 from .metrics import MetricSums
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,9 @@ class HeldOut:
         step_seconds: Seconds between labels, if they are one a step; they must be of whole recordings.
         seed: Seed of choice and masks. Keep the default to compare runs of different seeds.
 
+    Attributes:
+        digest: Of the utterances, their parts and their masks: losses are comparable where it is the same.
+
     Raises:
         ValueError: If no utterance is long enough to be masked, none has labels, or labels do not fit their audio.
     """
@@ -85,6 +89,8 @@ class HeldOut:
         self.seconds_taken = 0.0  # by the last evaluation
         parts = self._choose(seed, int(limit_seconds * SAMPLING_RATE), int(max_seconds * SAMPLING_RATE))
         parts.sort(key=lambda part: (-part.num_samples, part.index))
+        used = sorted((*source.utterances[part.index], part.num_samples) for part in parts)
+        self.digest = value_digest([used, seed, config.mask_prob, config.mask_length, config.mask_min_spans])
         self._batches = list(pack(parts, lambda part: part.num_samples, int(batch_seconds * SAMPLING_RATE)))
         collator = PretrainingCollator(config, seed=seed)
         self._dataset = StepDataset(source, self._batches, collator, 0, 1, parts[0].num_samples)

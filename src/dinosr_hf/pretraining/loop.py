@@ -206,7 +206,7 @@ class Pretraining:
         self.record = record
         self.best: BestModel | None = None
         if held_out is not None and self.options.eval_patience:
-            self.best = BestModel(self.options.output_dir, self.options.eval_patience, accelerator)
+            self.best = BestModel(self.options.output_dir, self.options.eval_patience, accelerator, held_out.digest)
         self.schedule = make_schedule(arguments.run)
         self.signals = SignalWatch()
         self.state = make_train_state(model, source, arguments, accelerator, checkpoint, anchor)
@@ -433,7 +433,8 @@ class Pretraining:
         # ValueErrors are raised from sums over all processes: in all of them alike.
         with _may_fail(f"Step {step} could not be evaluated", ValueError):
             figures = held_out.evaluate(self.state.model, self.accelerator)
-            self._write_metrics({"step": step} | {f"eval_{name}": value for name, value in figures.items()})
+            line = {"step": step, "eval_set": held_out.digest}
+            self._write_metrics(line | {f"eval_{name}": value for name, value in figures.items()})
             shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float))
             logger.info(f"Step {step}, held out: {shown}.")
             self.state.progress.interval_seconds -= held_out.seconds_taken  # not training time
