@@ -25,7 +25,8 @@ from dinosr_hf.units import UnitExtractor
 from pretraining_runs import metrics_of, tiny_arguments
 
 CPU = torch.device("cpu")
-TRACKS = {"a": np.array([3, 1, 4, 1, 5], np.uint8), "ü/b.flac": np.array([2, 6], np.uint8)}
+EMPTY = np.array([], np.uint8)  # of a recording without labels
+TRACKS = {"a": np.array([3, 1, 4, 1, 5], np.uint8), "no": EMPTY, "ü/b.flac": np.array([2, 6], np.uint8), "none": EMPTY}
 
 
 def track_anchor(**changes):
@@ -82,7 +83,8 @@ def test_labels_are_at_the_same_place_of_the_recording_at_any_speed(speed):
 
 
 def test_recordings_without_a_track_have_no_labels():
-    assert track_anchor()(part("unknown", 1040)).tolist() == [-100] * 3
+    for name in ("unknown", "no"):
+        assert track_anchor()(part(name, 1040)).tolist() == [-100] * 3
 
 
 @pytest.mark.parametrize("is_tuned", [True, False], ids=["tuned", "textbook"])
@@ -111,7 +113,7 @@ def test_a_stored_anchor_gives_the_same_labels(tmp_path, anchor):
     for again in (load_anchor(tmp_path), pickle.loads(pickle.dumps(anchor))):
         assert type(again) is type(anchor) and again.num_labels == anchor.num_labels
         assert anchor_digest(again) == anchor_digest(anchor)
-        for name in ("a", "ü/b.flac", "c"):
+        for name in ("a", "ü/b.flac", "no", "none", "c"):
             assert again(part(name, start=300)).tolist() == anchor(part(name, start=300)).tolist()
     assert anchor_digest(mfcc_anchor(seed=1)) != anchor_digest(mfcc_anchor())
     assert anchor_digest(track_anchor(stride=160)) != anchor_digest(track_anchor())
@@ -388,6 +390,32 @@ def test_a_resumed_run_makes_its_anchor_again_or_refuses_another(tmp_path, recor
     assert run(again) is not None
     assert f"{file} is missing" in caplog.text and "It was made again instead" in caplog.text
     assert file.read_bytes() == good
+
+
+@pytest.mark.filterwarnings("ignore:All .* utterances together")
+def test_a_resumed_run_tells_of_recordings_that_its_anchor_does_not_know(files, recordings, caplog):
+    def resumed(max_steps, data):
+        caplog.clear()
+        options = {"checkpoint_steps": 2, "max_steps": max_steps, "anchor": str(files / "labels.jsonl")}
+        run(tiny_arguments(files, speech, data=data, **options))
+        return [text for text in caplog.messages if "anchor" in text]
+
+    speech = files / "speech"
+    speech.mkdir()
+    for name in ("01.flac", "02.ogg", "03.mp3"):  # the last has no labels
+        shutil.copy(recordings / name, speech)
+    assert resumed(2, str(speech)) == resumed(4, str(speech)) == []
+    for name in ("00.wav", "04.wav"):
+        shutil.copy(recordings / name, speech)
+    (warning,) = resumed(6, str(speech))
+    assert re.match(r"2 of 5 recordings, such as 00\.wav, are unknown to .* base_model=.*checkpoint-4\.$", warning)
+    message = r"data: none of 20 recordings has labels .* like speech/00\.wav, .* like 01\.flac\. .*checkpoint-6\.$"
+    with pytest.raises(ArgumentError, match=message):
+        resumed(8, [str(speech), str(recordings)])
+    for name in ("01.flac", "02.ogg"):
+        (speech / name).unlink()
+    with pytest.raises(ArgumentError, match="data: none of 3 recordings has labels"):  # and it knows one
+        resumed(8, str(speech))
 
 
 def test_a_run_from_another_folder_s_checkpoint_takes_its_anchor_along(tmp_path, recordings):

@@ -95,11 +95,11 @@ class TrackAnchor:
     Labels of whole recordings, made before, of which a frame gets the one with the nearest centre.
 
     Label `k` of a track is centred on sample `stride * k + field / 2` of its recording, frame `i` of the model's
-    features on `model_stride * i + model_field / 2` of its part, at the part's speed. Recordings without a track get
-    no labels.
+    features on `model_stride * i + model_field / 2` of its part, at the part's speed. Recordings without a track, or
+    with an empty one, get no labels.
     """
 
-    tracks: Mapping[str, NDArray[np.unsignedinteger]]  # by utterance id, none empty
+    tracks: Mapping[str, NDArray[np.unsignedinteger]]  # by utterance id; empty: known when they were made, unlabelled
     num_labels: int
     stride: int
     field: int
@@ -108,7 +108,7 @@ class TrackAnchor:
 
     def __call__(self, part: Part) -> NDArray[np.int64]:
         track = self.tracks.get(part.utterance_id)
-        if track is None:
+        if track is None or not len(track):
             return np.full(part.num_frames, NO_LABEL)
         centres = part.start + part.centres(self.model_stride, self.model_field)
         return _at_centres(track, centres, stride=self.stride, field=self.field)

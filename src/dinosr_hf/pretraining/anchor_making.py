@@ -45,8 +45,11 @@ def open_anchor(
     """
     Return the anchor of a run, from the file in its folder, which the main process writes first; None if it has none.
 
+    Warns of recordings that came after it was made.
+
     Raises:
-        ArgumentError: If an anchor cannot be made of the arguments and recordings.
+        ArgumentError: If an anchor cannot be made of the arguments and recordings, or that of a resumed run has labels
+            of none of them.
         CheckpointError: If the anchor that a checkpoint was trained with is another one, or is missing and cannot be
             made again.
     """
@@ -68,7 +71,10 @@ def open_anchor(
             else:
                 made = _anchor_of(checkpoint, arguments, source, accelerator.device)
             save_anchor(made, output_dir)
-        return load_anchor(output_dir)
+        anchor = load_anchor(output_dir)
+    if checkpoint is not None and isinstance(anchor, TrackAnchor) and isinstance(source, SpeechSource):
+        _compare_recordings(anchor, source, checkpoint)
+    return anchor
 
 
 def _check_same_anchor(checkpoint: Checkpoint, arguments: PretrainingArguments) -> None:
@@ -106,6 +112,24 @@ def _anchor_of(
                 logger.warning(f"{error} It was made again instead, from the same recordings, with the same labels.")
                 return made
         raise
+
+
+def _compare_recordings(anchor: TrackAnchor, source: SpeechSource, checkpoint: Checkpoint) -> None:
+    """Warn of recordings that the anchor does not know; raise `ArgumentError` if it has labels of none."""
+    ids = [utterance.id for utterance in source.utterances]
+    advice = f"start another run in another output_dir with base_model={checkpoint.path}."
+    if not any(len(anchor.tracks.get(utterance_id, ())) for utterance_id in ids):
+        known = next(utterance_id for utterance_id, track in anchor.tracks.items() if len(track))
+        raise ArgumentError(
+            f"data: none of {len(ids):,} recordings has labels of the anchor, which was made when the run began: their"
+            f" ids are like {ids[0]}, those with labels like {known}. Give the data of then (of several, the name of"
+            f" each is part of the ids), or {advice}"
+        )
+    if new := [utterance_id for utterance_id in ids if utterance_id not in anchor.tracks]:
+        logger.warning(
+            f"{len(new):,} of {len(ids):,} recordings, such as {new[0]}, are unknown to the anchor, which was made"
+            f" when the run began: they are trained on without its labels. To have them labelled, {advice}"
+        )
 
 
 def make_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechStream, device: torch.device) -> Anchor:
@@ -162,6 +186,21 @@ def _in_random_order(source: SpeechSource, min_samples: int, seed: int) -> list[
     return sorted(usable, key=lambda index: utterance_hash(seed, 0, utterances[index].id, "anchor"))
 
 
+def _small(labels: list[int] | NDArray[np.int64], num_labels: int) -> NDArray[np.unsignedinteger]:
+    """Store labels in as few bytes as they need."""
+    return np.asarray(labels).astype(np.min_scalar_type(num_labels))
+
+
+def _no_tracks(source: SpeechSource, num_labels: int) -> dict[str, NDArray[np.unsignedinteger]]:
+    """Return an empty track for each recording, by which a resumed run knows those without labels from new ones."""
+    return dict.fromkeys((utterance.id for utterance in source.utterances), _small([], num_labels))
+
+
+def _check_tracks(tracks: Mapping[str, NDArray[np.unsignedinteger]]) -> None:
+    if not any(map(len, tracks.values())):
+        raise ArgumentError("No recording with labels is as long as a frame. Give longer recordings.")
+
+
 def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> TrackAnchor:
     """Turn the labels of a file into tracks."""
     config, path = arguments.model_config(), arguments.run.anchor
@@ -170,7 +209,7 @@ def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> Trac
     numbers = {name: number for number, name in enumerate(anchor_label_names(labels))}
     field = config.receptive_field
     names = match_labels([utterance.id for utterance in source.utterances], labels, others=source.others)
-    tracks: dict[str, NDArray[np.unsignedinteger]] = {}
+    tracks = _no_tracks(source, len(numbers))
     for utterance_id, num_samples in source.utterances:
         if utterance_id not in names or num_samples < field:
             continue
@@ -181,19 +220,9 @@ def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> Trac
             every = "Labels that are not segments must come every 0.01 s."
             raise ArgumentError(f"{utterance_id}: {error} {every}") from error
         tracks[utterance_id] = _small([numbers[label] for label in own], len(numbers))
-    logger.info(f"{len(tracks):,} of {len(source):,} recordings have labels.")
+    logger.info(f"{sum(len(track) > 0 for track in tracks.values()):,} of {len(source):,} recordings have labels.")
     _check_tracks(tracks)
     return TrackAnchor(tracks, len(numbers), _LABEL_STRIDE, field, config.inputs_to_logits_ratio, field)
-
-
-def _check_tracks(tracks: Mapping[str, NDArray[np.unsignedinteger]]) -> None:
-    if not tracks:
-        raise ArgumentError("No recording with labels is as long as a frame. Give longer recordings.")
-
-
-def _small(labels: list[int] | NDArray[np.int64], num_labels: int) -> NDArray[np.unsignedinteger]:
-    """Store labels in as few bytes as they need."""
-    return np.asarray(labels).astype(np.min_scalar_type(num_labels))
 
 
 def _model_anchor(arguments: PretrainingArguments, source: SpeechSource, device: torch.device) -> TrackAnchor:
@@ -214,7 +243,9 @@ def _model_anchor(arguments: PretrainingArguments, source: SpeechSource, device:
     logger.info(f"Labelling {len(source):,} recordings with layer {options.anchor_layer} of {options.anchor}.")
     kmeans = fit_layer_kmeans(extractor, source, num_labels, seed=options.seed)
     units = extractor.units(source, kmeans=kmeans)
-    tracks = {utterance_id: _small(codes[0], num_labels) for utterance_id, codes in units if codes.shape[1]}
+    tracks = _no_tracks(source, num_labels) | {
+        utterance_id: _small(codes[0], num_labels) for utterance_id, codes in units
+    }
     _check_tracks(tracks)
     stride, field = extractor.config.inputs_to_logits_ratio, extractor.config.receptive_field
     return TrackAnchor(tracks, num_labels, stride, field, config.inputs_to_logits_ratio, config.receptive_field)
