@@ -298,6 +298,13 @@ def test_recordings_without_a_frame_leave_no_anchor(files):
         made(files, folder, anchor=str(files / "a.jsonl"))
 
 
+def test_more_labels_of_a_model_than_frames_are_refused(files, recordings):
+    options = {"anchor": str(files / "model"), "anchor_layer": 1, "num_anchor_labels": 5_000}
+    message = r"anchor=.*model: num_anchor_labels=5000 is more than the 1,\d+ frames .* Lower num_anchor_labels"
+    with pytest.raises(ArgumentError, match=message):
+        made(files, recordings, **options)
+
+
 def test_labels_of_a_model_are_clusters_of_its_layer(files, recordings):
     arguments = tiny_arguments(files, recordings, anchor=str(files / "model"), anchor_layer=1, num_anchor_labels=5)
     source = FolderSource(recordings)

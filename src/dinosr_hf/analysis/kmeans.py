@@ -52,7 +52,7 @@ def fit_kmeans(features: ArrayLike, num_clusters: int, seed: int, *, max_frames:
     if not 1 <= num_clusters <= num_frames:
         raise ValueError(
             f"num_clusters={num_clusters}, but must be at least 1 and at most the number of frames, {num_frames:,}."
-            " Lower num_clusters, raise max_frames or give more speech."
+            " Lower num_clusters, or fit on more frames."
         )
     if len(frames) > max_frames:
         frames = frames[np.sort(np.random.default_rng(seed).choice(len(frames), max_frames, replace=False))]

@@ -171,13 +171,17 @@ def _mfcc_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechS
             num_frames += len(features[-1])
         if num_frames >= MAX_MFCC_FRAMES:
             break
+    _check_num_frames(num_frames, num_labels)
+    kmeans = fit_kmeans(np.concatenate(features)[:MAX_MFCC_FRAMES], num_labels, seed)
+    return MfccAnchor(kmeans, config.receptive_field, is_tuned)
+
+
+def _check_num_frames(num_frames: int, num_labels: int) -> None:
     if num_frames < num_labels:
         raise ArgumentError(
             f"num_anchor_labels={num_labels} is more than the {num_frames:,} frames of the recordings. Lower"
             " num_anchor_labels, or give more speech."
         )
-    kmeans = fit_kmeans(np.concatenate(features)[:MAX_MFCC_FRAMES], num_labels, seed)
-    return MfccAnchor(kmeans, config.receptive_field, is_tuned)
 
 
 def _in_random_order(source: SpeechSource, min_samples: int, seed: int) -> list[int]:
@@ -240,12 +244,11 @@ def _model_anchor(arguments: PretrainingArguments, source: SpeechSource, device:
     else:
         layers = [options.anchor_layer]
         extractor = load_baseline(options.anchor, layers=layers, device=device, is_smoothed=True)
+    _check_num_frames(sum(int(extractor.config.num_frames(length)) for _, length in source.utterances), num_labels)
     logger.info(f"Labelling {len(source):,} recordings with layer {options.anchor_layer} of {options.anchor}.")
     kmeans = fit_layer_kmeans(extractor, source, num_labels, seed=options.seed)
-    units = extractor.units(source, kmeans=kmeans)
-    tracks = _no_tracks(source, num_labels) | {
-        utterance_id: _small(codes[0], num_labels) for utterance_id, codes in units
-    }
+    tracks = _no_tracks(source, num_labels)
+    tracks |= {name: _small(codes[0], num_labels) for name, codes in extractor.units(source, kmeans=kmeans)}
     _check_tracks(tracks)
     stride, field = extractor.config.inputs_to_logits_ratio, extractor.config.receptive_field
     return TrackAnchor(tracks, num_labels, stride, field, config.inputs_to_logits_ratio, config.receptive_field)
