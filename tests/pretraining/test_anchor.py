@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import BertConfig
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.analysis import frame_labels
@@ -278,9 +279,25 @@ def test_label_names_include_silence_where_segments_leave_gaps():
     assert anchor_label_names({"a": ["b"], "c": []}) == ["SIL", "b"]
 
 
-def test_labels_of_other_recordings_are_refused(files, recordings):
-    with pytest.raises(ArgumentError, match=r"others\.jsonl: None of 15 recordings has labels\. They are named like"):
-        made(files, recordings, anchor=str(files / "others.jsonl"))
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("others.jsonl", {}, r"None of 15 recordings has labels\. They are named like"),
+        ("model", {"anchor_layer": 3}, r"layer=3 does not exist\. Layers of this model: 1, 2\."),
+        (
+            "model",
+            {"anchor_layer": 1, "num_anchor_labels": 5_000},
+            r"num_anchor_labels=5000 is more than the 1,\d+ frames of the recordings\. Lower num_anchor_labels",
+        ),
+        ("bert", {"anchor_layer": 1}, r".*/bert is a bert; supported are hubert,"),
+    ],
+    ids=["other-recordings", "no-such-layer", "few-frames", "no-speech-model"],
+)
+def test_an_anchor_that_cannot_be_made_is_refused_by_a_dry_run_too(files, recordings, name, options, message, dry_run):
+    BertConfig().save_pretrained(files / "bert")
+    with pytest.raises(ArgumentError, match=f"anchor=.*{name}: {message}"):
+        run(tiny_arguments(files, recordings, anchor=str(files / name), dry_run=dry_run, **options))
 
 
 def test_labels_that_do_not_fit_their_audio_name_the_recording(files, recordings):
@@ -296,13 +313,6 @@ def test_recordings_without_a_frame_leave_no_anchor(files):
     (files / "a.jsonl").write_text(json.dumps({"name": "a", "phones": ["x"]}))
     with pytest.raises(ArgumentError, match=r"No recording with labels is as long as a frame\. Give longer"):
         made(files, folder, anchor=str(files / "a.jsonl"))
-
-
-def test_more_labels_of_a_model_than_frames_are_refused(files, recordings):
-    options = {"anchor": str(files / "model"), "anchor_layer": 1, "num_anchor_labels": 5_000}
-    message = r"anchor=.*model: num_anchor_labels=5000 is more than the 1,\d+ frames .* Lower num_anchor_labels"
-    with pytest.raises(ArgumentError, match=message):
-        made(files, recordings, **options)
 
 
 def test_labels_of_a_model_are_clusters_of_its_layer(files, recordings):

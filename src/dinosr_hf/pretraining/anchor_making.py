@@ -13,13 +13,15 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from ..analysis import frame_labels, match_labels
+from ..analysis import Labels, frame_labels, match_labels
 from ..analysis.baselines import MFCC_KINDS, NUM_MFCCS
 from ..analysis.kmeans import KMeans, fit_kmeans
 from ..data import SAMPLING_RATE, AudioFileError, SpeechSource, SpeechStream
 from ..data.collator import utterance_hash
+from ..model.modeling_dinosr import check_layers
 from ..training.resume import CheckpointError
 from ..units import UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
+from ..units.baseline_models import baseline_config
 from ..utils.command_line import ArgumentError, argument_errors
 from ..utils.model_folder import open_config
 from .anchor import Anchor, MfccAnchor, TrackAnchor, anchor_digest, load_anchor, save_anchor
@@ -145,6 +147,19 @@ def make_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechSt
         return _model_anchor(arguments, source, device)
 
 
+def check_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechStream) -> None:
+    """Raise `ArgumentError` where `make_anchor` would, as far as labels, configuration and lengths tell."""
+    name = arguments.run.anchor
+    if name is None or anchor_kind(name) == "mfcc":
+        return
+    assert isinstance(source, SpeechSource)  # `settle_anchor` refuses streams
+    with argument_errors(f"anchor={name}: ", (OSError, ValueError)):
+        if anchor_kind(name) == "labels":
+            _match_labels(read_anchor_labels(name), source)
+        else:
+            _check_model(arguments, source)
+
+
 def _mfcc_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechStream) -> MfccAnchor:
     """Cluster the MFCCs of random recordings, of a stream's first window, cropped as for training."""
     num_labels, seed = arguments.model.num_anchor_labels, arguments.run.seed
@@ -205,6 +220,10 @@ def _check_tracks(tracks: Mapping[str, NDArray[np.unsignedinteger]]) -> None:
         raise ArgumentError("No recording with labels is as long as a frame. Give longer recordings.")
 
 
+def _match_labels(labels: Mapping[str, Labels], source: SpeechSource) -> dict[str, str]:
+    return match_labels([utterance.id for utterance in source.utterances], labels, others=source.others)
+
+
 def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> TrackAnchor:
     """Turn the labels of a file into tracks."""
     config, path = arguments.model_config(), arguments.run.anchor
@@ -212,7 +231,7 @@ def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> Trac
     labels = read_anchor_labels(path)
     numbers = {name: number for number, name in enumerate(anchor_label_names(labels))}
     field = config.receptive_field
-    names = match_labels([utterance.id for utterance in source.utterances], labels, others=source.others)
+    names = _match_labels(labels, source)
     tracks = _no_tracks(source, len(numbers))
     for utterance_id, num_samples in source.utterances:
         if utterance_id not in names or num_samples < field:
@@ -229,6 +248,16 @@ def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> Trac
     return TrackAnchor(tracks, len(numbers), _LABEL_STRIDE, field, config.inputs_to_logits_ratio, field)
 
 
+def _check_model(arguments: PretrainingArguments, source: SpeechSource) -> None:
+    """Raise `ValueError` unless the anchor is a model with the layer, and the recordings have enough of its frames."""
+    options = arguments.run
+    assert options.anchor is not None and options.anchor_layer is not None
+    config = baseline_config(options.anchor)
+    check_layers(config, [options.anchor_layer], with_codebooks=False)
+    num_frames = sum(int(config.num_frames(num_samples)) for _, num_samples in source.utterances)
+    _check_num_frames(num_frames, arguments.model.num_anchor_labels)
+
+
 def _model_anchor(arguments: PretrainingArguments, source: SpeechSource, device: torch.device) -> TrackAnchor:
     """
     Cluster a layer of a model, and label all recordings.
@@ -238,13 +267,13 @@ def _model_anchor(arguments: PretrainingArguments, source: SpeechSource, device:
     """
     options, num_labels, config = arguments.run, arguments.model.num_anchor_labels, arguments.model_config()
     assert options.anchor is not None and options.anchor_layer is not None
+    _check_model(arguments, source)
     if has_codebooks(open_config(options.anchor)):
         model = load_model(options.anchor, device=device)
         extractor = UnitExtractor(model, layers=[options.anchor_layer], is_smoothed=True)
     else:
         layers = [options.anchor_layer]
         extractor = load_baseline(options.anchor, layers=layers, device=device, is_smoothed=True)
-    _check_num_frames(sum(int(extractor.config.num_frames(length)) for _, length in source.utterances), num_labels)
     logger.info(f"Labelling {len(source):,} recordings with layer {options.anchor_layer} of {options.anchor}.")
     kmeans = fit_layer_kmeans(extractor, source, num_labels, seed=options.seed)
     tracks = _no_tracks(source, num_labels)

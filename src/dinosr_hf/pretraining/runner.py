@@ -37,7 +37,7 @@ from ..utils.command_line import ArgumentError, argument_errors
 from ..utils.files import write_atomically
 from ..utils.model_folder import open_dinosr_config, open_weights
 from ..utils.threads import set_cpu_threads
-from .anchor_making import open_anchor
+from .anchor_making import check_anchor, open_anchor
 from .base_model import initial_model
 from .best_model import BestModel
 from .checkpoint import Checkpoint, checkpoint_to_resume, remove_leftovers
@@ -259,6 +259,7 @@ def _dry_run(arguments: PretrainingArguments, changes: Sequence[Change], acceler
     with argument_errors("", (ValueError, OSError)), accelerator.main_process_first():
         source, held_out = open_data(arguments.data, seed)
         open_held_out(arguments, held_out)
+    check_anchor(arguments, source)
     if arguments.run.base_model is not None:
         with argument_errors("base_model="):
             open_dinosr_config(arguments.run.base_model)

@@ -15,6 +15,7 @@ from ..utils.model_folder import open_config, open_weights, opening
 from .extraction import UnitExtractor
 
 BASELINES = ("hubert", "wav2vec2", "data2vec-audio", "wavlm", DinoSRConfig.model_type)
+_ADVICE = "Give a folder with a model and its feature extractor."
 
 
 def _frames_config(config: Any) -> DinoSRConfig:
@@ -23,6 +24,18 @@ def _frames_config(config: Any) -> DinoSRConfig:
     values: dict[str, Any] = {name: getattr(config, name) for name in shape}
     values["feature_encoder"] = getattr(config, "feature_encoder", "conv")  # only a DinoSR has another
     return DinoSRConfig(**values, num_attention_heads=1, num_codebooks=1)
+
+
+def baseline_config(name: str | Path) -> DinoSRConfig:
+    """
+    Return a configuration with the layers, sizes and frames of a model of one of the types in `BASELINES`.
+
+    `name` is its folder or its name on the Hub. Raises `ValueError` for a model of another type.
+    """
+    config = open_config(name, _ADVICE)
+    if config.model_type not in BASELINES:
+        raise ValueError(f"{name} is a {config.model_type}; supported are {', '.join(BASELINES)}.")
+    return _frames_config(config)
 
 
 class BaselineExtractor(UnitExtractor):
@@ -74,15 +87,11 @@ def load_baseline(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
-    advice = "Give a folder with a model and its feature extractor."
-    config = open_config(name, advice)
-    if config.model_type not in BASELINES:
-        raise ValueError(f"{name} is a {config.model_type}; supported are {', '.join(BASELINES)}.")
-    _frames_config(config)  # before memory is taken for a model that cannot be
-    with opening(name, advice):
+    baseline_config(name)  # before memory is taken for a model that cannot be
+    with opening(name, _ADVICE):
         extractor: Any = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     # Released encoders lack what only masks need.
-    options: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "advice": advice}
+    options: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "advice": _ADVICE}
     model = open_weights(AutoModel, name, may_lack="masked_spec_embed$", **options)
     normalizes = bool(extractor.do_normalize)
     return BaselineExtractor(model, layers=layers, normalizes=normalizes, is_smoothed=is_smoothed)
