@@ -223,8 +223,11 @@ def test_a_stream_says_what_it_leaves_out(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (["a.flac", "b.wav"], r"a\.tar cannot be streamed: The TAR archives .* Leave streaming out, to read archives"),
-        (["a.flac", "a.flac"], r"a\.tar cannot be streamed: Duplicate field .* Leave streaming out, to read"),
+        (
+            ["a.flac", "b.wav"],
+            r"a\.tar cannot be read by datasets: The TAR archives .* Leave streaming out, to read",
+        ),
+        (["a.flac", "a.flac"], r"a\.tar cannot be read by datasets: Duplicate field .* Leave streaming out, to read"),
         (["a.flac", "caf\udce9.flac"], r"a\.tar cannot .*: the name caf\\xe9\.flac in it is not UTF-8, which"),
     ],
     ids=["kinds", "repeated", "Latin-1"],

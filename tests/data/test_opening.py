@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from audio_files import dataset_of, datasets, manifest, noise, small_corpus, write
+from audio_files import dataset_of, datasets, flac, manifest, noise, pa, small_corpus, write
 from dinosr_hf.data import (
     FolderSource,
     ManifestSource,
@@ -20,6 +20,8 @@ from dinosr_hf.data import (
     open_source,
     open_stream,
 )
+
+parquet = pytest.importorskip("pyarrow.parquet")
 
 
 @pytest.fixture
@@ -72,6 +74,78 @@ def test_open_parquet(tmp_path, monkeypatch):
     np.testing.assert_allclose(source.load(2), noise(3_000), rtol=0, atol=2**-15)
     with pytest.raises(ValueError, match=r"split=None: .*parquet has the splits train, test"):
         open_source(folder)
+
+
+def columns(num_rows: int, **others):
+    return pa.table({"audio": pa.array([flac(1_600)] * num_rows, pa.binary()), **others})
+
+
+OPENED = pytest.mark.parametrize(
+    "opened",
+    [lambda path: open_source(path).utterances, lambda path: read(open_stream(path))],
+    ids=["source", "stream"],
+)
+
+
+def write_shards(folder, *tables):
+    folder.mkdir()
+    for number, table in enumerate(tables):
+        parquet.write_table(table, folder / f"{number}.parquet")
+    return folder
+
+
+@OPENED
+@pytest.mark.parametrize("sizes", [(0, 2), (2, 0, 1)])
+def test_shards_without_rows_do_no_harm(tmp_path, monkeypatch, opened, sizes):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_shards(tmp_path / "shards", *(columns(size) for size in sizes))
+    assert opened(folder) == [(str(number), 1_600) for number in range(sum(sizes))]
+
+
+@OPENED
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ([columns(1), columns(1, text=["a"])], r"there are 1 new columns \(\{'text'\}\)"),
+        ([columns(1, id=[1]), columns(1, id=["a"])], "Failed to parse string: 'a' as a scalar of type int64"),
+        ([columns(1, id=["a"]), columns(1, id=[[1]])], "Couldn't cast array of type list<.*int64> to string"),
+    ],
+    ids=["columns", "id", "list"],
+)
+def test_shards_that_do_not_fit_together_are_named(tmp_path, monkeypatch, opened, tables, message):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    advice = "Check that its files are whole, have the same columns, of the same types, and that each split has rows"
+    with pytest.raises(ValueError, match=rf"^\S+/shards cannot be read by datasets: {message}\. {advice}\.$"):
+        opened(write_shards(tmp_path / "shards", *tables))
+
+
+@OPENED
+def test_parquet_without_rows_is_named(tmp_path, monkeypatch, opened):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_shards(tmp_path / "shards", columns(0))
+    with pytest.raises(
+        ValueError, match=r"^\S+/0\.parquet (cannot be .* each split has rows\.|has no rows from row 0)"
+    ):
+        opened(folder / "0.parquet")
+
+
+@OPENED
+@pytest.mark.parametrize("kind", ["pages", "footer", "arrow"])
+def test_damage_within_a_dataset_is_named(tmp_path, monkeypatch, opened, kind):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    if kind == "arrow":
+        datasets.Dataset(columns(2)).save_to_disk(tmp_path / "shards")
+    else:
+        write_shards(tmp_path / "shards", columns(2))
+    file = next(path for suffix in ("parquet", "arrow") for path in (tmp_path / "shards").glob(f"*.{suffix}"))
+    content = bytearray(file.read_bytes())
+    start = len(content) - 100 if kind == "footer" else 4
+    content[start : start + 60] = b"\xff" * 60
+    file.write_bytes(content)
+    with pytest.raises(
+        (ValueError, OSError), match=r"^\S+/shards cannot be read by datasets: .* Check that its files"
+    ):
+        opened(tmp_path / "shards")
 
 
 def test_open_hub_name(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import glob
 import logging
 import re
-import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from .audio import require
 from .finding import AUDIO_SUFFIXES, COMPRESSED_SUFFIXES, UNSUPPORTED_SUFFIXES, find_files, has_suffix, literal_paths
 from .manifests import TABLE_SUFFIXES, TableSource, open_tsv
 from .parquet_folders import has_configurations, parquet_splits
-from .sources import DatasetSource, FileSource, FolderSource, SpeechSource
+from .sources import DatasetSource, FileSource, FolderSource, SpeechSource, dataset_errors
 from .streaming import SpeechStream
 
 logger = logging.getLogger(__name__)
@@ -55,21 +54,19 @@ def _is_pattern(name: str) -> bool:
 
 
 def _load_dataset(*arguments: Any, split: str | None, what: str, **options: Any) -> Any:
-    """Call `datasets.load_dataset`; explain failures because of a missing split or torchcodec."""
+    """Call `datasets.load_dataset`; explain failures because of damaged files, a missing split or torchcodec."""
     datasets = require("datasets")
+    if arguments == ("parquet",):
+        options["batch_size"] = 1_000  # the default, the rows of a file's first group, is refused if it has none
     try:
-        loaded = datasets.load_dataset(*arguments, split=split, **options)
+        with dataset_errors(what):
+            loaded = datasets.load_dataset(*arguments, split=split, **options)
     except datasets.exceptions.DatasetGenerationError as error:
-        if not isinstance(error.__cause__, ImportError):
-            raise
         problem = f"{what}: datasets cannot prepare this dataset without torchcodec"
         download = "`hf download --repo-type dataset NAME --local-dir FOLDER`"
         raise ValueError(
             f"{problem}. Download its files ({download}) and give that folder, or use streaming."
         ) from error
-    except (tarfile.TarError, RecursionError) as error:  # of headers that lead to headers
-        problem = f"{what}: an archive of this dataset cannot be read ({error})"
-        raise ValueError(f"{problem}. Download it again, or use another dataset.") from error
     return _choose_split(loaded, None, what)
 
 
@@ -88,7 +85,9 @@ def _choose_split(dataset: Any, split: str | None, what: str) -> Any:
 def _open_dataset(path: Path, name: str, split: str | None, config_name: str | None, **options: Any) -> Any:
     """Open a folder of `save_to_disk`, parquet, or a dataset on the Hub."""
     if _is_saved_dataset(path):
-        return _choose_split(require("datasets").load_from_disk(name), split, name)
+        with dataset_errors(name):
+            dataset = require("datasets").load_from_disk(name)
+        return _choose_split(dataset, split, name)
     if path.is_dir():
         if not has_configurations(path):
             return _load_dataset("parquet", data_files=parquet_splits(path), split=split, what=name, **options)
@@ -255,7 +254,7 @@ def open_stream(
             dataset = _load_dataset("webdataset", data_files=files, split=None, what=name, streaming=True)
         except ValueError as error:
             advice = "Leave streaming out, to read archives of any members in place."
-            raise ValueError(f"{name} cannot be streamed: {error} {advice}") from error
+            raise ValueError(f"{error} {advice}") from error
         dataset = _choose_split(dataset, split, name)
     elif path.exists() and _PARQUET not in contents and (path.is_dir() or not has_suffix(name, ".parquet")):
         rule = "streaming is for datasets (on the Hub, parquet, WebDataset archives, save_to_disk)"
@@ -264,7 +263,7 @@ def open_stream(
     else:
         _warn_of_others(path, _PARQUET, contents)
         dataset = _open_dataset(path, name, split, config_name, streaming=True)
-    return SpeechStream(dataset, audio_column, window_seconds=window_seconds, shuffle_seed=seed)
+    return SpeechStream(dataset, audio_column, window_seconds=window_seconds, shuffle_seed=seed, name=name)
 
 
 def open_recordings(names: Sequence[str | Path]) -> SpeechSource:

@@ -6,10 +6,13 @@ Headers are read once, audio when it is asked for; nothing is decoded to disk. `
 
 import logging
 import os
+import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -215,6 +218,33 @@ class FileSource(FolderSource):
         self._set_files(root, [Path(file).relative_to(root).as_posix() for file in files], "The files")
         if hidden:
             self.skipped["hidden"] = sorted(map(printable_name, set(hidden)))
+
+
+@contextmanager
+def dataset_errors(name: str) -> Iterator[None]:
+    """
+    Raise errors of `datasets` in the body as one line that begins with the data's name and says what must hold.
+
+    An `OSError` stays one, others become a `ValueError`. What does not exist, cannot be reached or needs a package
+    that is not installed is raised as it is.
+    """
+    failed = require("datasets").exceptions.DatasetGenerationError
+    try:
+        yield
+    except (
+        *(failed, ValueError, TypeError, NotImplementedError, OSError),
+        *(tarfile.TarError, RecursionError),  # of headers that lead to headers
+    ) as error:
+        cause = (error.__cause__ if isinstance(error, failed) else None) or error
+        if isinstance(error, FileNotFoundError | ConnectionError) or isinstance(cause, ImportError):
+            raise
+        explain = getattr(cause, "details", cause.__str__)  # of a CastError: the columns that are not the same
+        reason = printable_name(shorten(explain(), 1_000)).rstrip(".")
+        rule = (
+            "Check that its files are whole, have the same columns, of the same types, and that each split has rows."
+        )
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{name} cannot be read by datasets: {reason}. {rule}") from error
 
 
 def check_dataset(dataset: Any, class_name: str) -> None:

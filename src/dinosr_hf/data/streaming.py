@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import tarfile
 import threading
 import time
 import weakref
@@ -16,7 +15,16 @@ import numpy as np
 
 from .audio import SAMPLING_RATE, AudioFileError, Samples, about, audio_info, require
 from .finding import is_hidden
-from .sources import SpeechSource, StoredSource, check_column, check_dataset, kind_of_audio, row_id, stored_audio
+from .sources import (
+    SpeechSource,
+    StoredSource,
+    check_column,
+    check_dataset,
+    dataset_errors,
+    kind_of_audio,
+    row_id,
+    stored_audio,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +120,7 @@ class SpeechStream:
         num_open_shards: Number of shards to read in turn, if they are shuffled. Each holds a row group of parquet in
             memory.
         sampling_rate: Sampling rate of lists of floats, Hz; required for them, and for them only.
+        name: Name of the dataset in messages.
 
     Raises `ValueError` if the dataset is of another kind, is split among processes, lacks the column or has something
     else in it, or a number is out of range, and `ImportError` if `datasets` is not installed.
@@ -126,6 +135,7 @@ class SpeechStream:
         shuffle_seed: int | None = None,
         num_open_shards: int = 4,
         sampling_rate: int | None = None,
+        name: str = "The stream",
     ) -> None:
         check_dataset(dataset, "IterableDataset")
         if getattr(dataset, "_distributed", None) is not None:
@@ -139,7 +149,7 @@ class SpeechStream:
             raise ValueError(f"num_open_shards={num_open_shards} must be at least 1.")
         self.audio_column = audio_column
         self._window_samples = int(window_seconds * SAMPLING_RATE)
-        self._sampling_rate = sampling_rate
+        self._sampling_rate, self._name = sampling_rate, name
         columns = dataset.column_names
         if columns is not None:  # else they are known with the first row
             check_column(audio_column, columns)
@@ -166,9 +176,11 @@ class SpeechStream:
                 `first_window` are read and dropped.
 
         Raises:
-            ValueError: If the state is of another window, epoch or window length; while reading, if the stream has no
-                utterances or lacks the column, or is not the one that the state is from (`StreamChangedError`).
-            OSError: While reading, if a file that the stream names cannot be downloaded, after several attempts.
+            ValueError: If the state is of another window, epoch or window length; while reading, if `datasets` cannot
+                read the stream, it has no utterances or lacks the column, or is not the one that the state is from
+                (`StreamChangedError`).
+            OSError: While reading, if a file of the stream is damaged, or one that it names cannot be downloaded,
+                after several attempts.
         """
         wanted = {"epoch": epoch, "window": first_window, "window_samples": self._window_samples}
         for name, value in wanted.items():
@@ -243,8 +255,13 @@ class SpeechStream:
         if stop.is_set():
             return
         if not rows and index == 0:
-            raise ValueError(f"The stream has no rows from row {begin.row:,} of epoch {epoch} on.")
+            raise ValueError(f"{self._name} has no rows from row {begin.row:,} of epoch {epoch} on.")
         yield window(len(rows))
+
+    def _tables(self, dataset: Any) -> Iterator[Any]:
+        """Yield the rows of a dataset; errors of `datasets` get the stream's name."""
+        with dataset_errors(self._name):
+            yield from dataset
 
     def _rows(self, epoch: int, begin: _Position, stop: threading.Event) -> Iterator[tuple[_Row, _Position]]:
         """Yield the rows from a position on, each with the position after it."""
@@ -253,7 +270,7 @@ class SpeechStream:
         dataset.set_epoch(epoch)
         if begin.state is not None:
             dataset.load_state_dict(begin.state)
-        tables = enumerate(dataset, 0 if begin.state is None else begin.row)
+        tables = enumerate(self._tables(dataset), 0 if begin.state is None else begin.row)
         pool = ThreadPoolExecutor(_THREADS, "stream")
         ahead: deque[tuple[Future[_Row], _Position]] = deque()
         try:
@@ -278,9 +295,6 @@ class SpeechStream:
                 " filter, rename_column, ...). Give it as load_dataset returns it, with audio_column for the column's"
                 " name; or install torchcodec."
             ) from error
-        except (tarfile.TarError, RecursionError) as error:  # of headers that lead to headers
-            problem = f"An archive of the stream cannot be read ({error})"
-            raise ValueError(f"{problem}. Download it again, or leave it out.") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
