@@ -55,7 +55,7 @@ from dinosr_hf.analysis.reports import markdown_table
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.analysis.unit_evaluation import Reference, total
 from dinosr_hf.data import SpeechSource, TableSource, normalize_waveform, open_recordings
-from dinosr_hf.data.labelled import METADATA_FILES
+from dinosr_hf.data.labelled import find_metadata
 from dinosr_hf.hub.conversion import convert
 from dinosr_hf.pretraining import PretrainingArguments, open_data, parse_arguments
 from dinosr_hf.pretraining.feed import StepFeed
@@ -150,7 +150,7 @@ def require_spidr(options: argparse.Namespace) -> None:
 
 def speakers_of(data: str) -> set[str]:
     """Return the known speakers of recordings, from a column `speaker_id`."""
-    table = next((Path(data, name) for name in METADATA_FILES if Path(data, name).is_file()), None)
+    table = find_metadata(Path(data))
     try:
         return set(filter(None, (TableSource(table) if table else open_recordings([data])).labels("speaker_id")))
     except ValueError:  # no such column

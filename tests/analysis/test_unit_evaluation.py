@@ -232,6 +232,44 @@ def test_a_folder_with_a_table_has_its_speakers(corpus, caplog):
         open_reference("synthetic", labels="phones.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("metadata.csv", "a|In being, comparatively modern.|In being, comparatively modern.\nb|no|no\n"),
+        ("metadata.csv", "id,text\na,no\n"),
+        ("metadata.jsonl", '{"id": "a", "text": "path"}\n'),
+    ],
+    ids=["LJSpeech", "id", "lines"],
+)
+def test_a_table_without_paths_is_not_used(tmp_path, caplog, name, table):
+    write(tmp_path / "wavs" / "a.wav", 900)
+    (tmp_path / name).write_text(table)
+    (tmp_path / "phones.jsonl").write_text('{"name": "a", "phones": ["t"]}\n')
+    source, ours = open_reference(tmp_path, labels=tmp_path / "phones.jsonl")
+    assert [utterance.id for utterance in source.utterances] == list(ours.labels) == ["wavs/a.wav"]
+    assert f"{tmp_path / name} is not used: its first line names none of path, " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("metadata.csv", 'sep=;\n"speaker_id";"path"\ns;a.wav\n'),
+        ("metadata.csv", "\ufeffaudio\tspeaker_id\na.wav\ts\n"),
+        ("metadata.jsonl", '\n{"speaker_id": "s", "file_name": "a.wav"}\n'),
+    ],
+    ids=["semicolons", "tabs", "lines"],
+)
+def test_recordings_that_a_table_leaves_out_are_said(tmp_path, caplog, name, table):
+    for recording in "ab":
+        write(tmp_path / f"{recording}.wav", 900)
+    (tmp_path / name).write_text(table, encoding="utf-8")
+    (tmp_path / "phones.jsonl").write_text('{"name": "a", "phones": ["t"]}\n{"name": "b", "phones": ["t"]}\n')
+    source, ours = open_reference(tmp_path, labels=tmp_path / "phones.jsonl")
+    assert list(ours.labels) == ["a.wav"] and ours.speakers == {"a.wav": "s"}
+    assert source.left_out == {"b.wav": "no label"}
+    assert "1 audio files beside it are not in the table and are left out, for example b.wav." in caplog.text
+
+
 def test_the_synthetic_corpus_has_its_own_phones():
     source, ours = open_reference("synthetic", num_synthetic=2)
     assert len(source) == len(ours.labels) == 2

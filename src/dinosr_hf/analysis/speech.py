@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ..data import DatasetSource, SpeechSource, TableSource, open_recordings
-from ..data.labelled import METADATA_FILES
+from ..data import DatasetSource, SpeechSource, open_recordings
+from ..data.labelled import find_metadata, open_metadata
+from ..data.manifests import PATH_COLUMNS, names_paths
 from ..data.sources import NoLabelsError
 from ..data.synthetic import SyntheticCorpus
 from .alignment import Labels, to_segment
@@ -29,8 +30,8 @@ def open_reference(
     Open recordings, and the reference to evaluate their units against: phones and speakers.
 
     Args:
-        data: Anything that `open_source` opens; a folder with metadata.csv is read as that table, which has the
-            speakers. Or "synthetic": the synthetic corpus, which has its own labels.
+        data: Anything that `open_source` opens; a folder with metadata.csv is read as that table, if it has a
+            column of paths, for the speakers. Or "synthetic": the synthetic corpus, which has its own labels.
         labels: Path to the labels, as for `read_alignments`, and `tier` too; None only for "synthetic".
         step_seconds: Length of a step of fixed-rate labels.
         speaker_column: Column of a table or dataset; None: `speaker_id`, if it exists.
@@ -52,8 +53,11 @@ def open_reference(
         kinds = "a file of phones (.jsonl, .ctm, .TextGrid) or a folder of TextGrids"
         raise ValueError(f"--labels is missing, and only `--data synthetic` has its own: give {kinds}.")
     else:
-        table = next((Path(data, name) for name in METADATA_FILES if Path(data, name).exists()), None)
-        source = open_recordings([data]) if table is None else TableSource(table)
+        table = find_metadata(Path(data))
+        if table is not None and not names_paths(table):
+            logger.warning("%s is not used: its first line names none of %s.", table, ", ".join(PATH_COLUMNS))
+            table = None
+        source = open_recordings([data]) if table is None else open_metadata(table)
         found = read_alignments(labels, tier=tier)
         if not any(found.values()):
             raise ValueError(f"{labels} has no phones. Give other labels.")

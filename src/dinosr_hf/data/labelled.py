@@ -56,16 +56,25 @@ class LabelledSource:
         return self.source.load(self.indices[position], start, num_samples)
 
 
+def find_metadata(folder: Path) -> Path | None:
+    """Return the table of a folder of audio, metadata.csv or metadata.jsonl; None if there is none."""
+    return next((folder / name for name in METADATA_FILES if (folder / name).exists()), None)
+
+
+def open_metadata(table: Path) -> TableSource:
+    """Open the table of a folder of audio. Files that it does not list are left out with a warning."""
+    source = TableSource(table)
+    if unlisted := [*map(printable_name, source.unlisted())]:
+        source.skipped["no label"] = unlisted
+        counts = f"{len(unlisted):,} audio files beside it are not in the table"
+        logger.warning("%s: %s and are left out, for example %s.", table, counts, unlisted[0])
+    return source
+
+
 def _open_one(name: str, split: str | None, audio_column: str, config_name: str | None) -> SpeechSource:
-    folder = Path(name) if split is None else Path(name, split)
-    table = next((folder / file for file in METADATA_FILES if (folder / file).exists()), None)
+    table = find_metadata(Path(name) if split is None else Path(name, split))
     if table is not None and config_name is None:
-        source = TableSource(table)
-        if unlisted := [*map(printable_name, source.unlisted())]:
-            source.skipped["no label"] = unlisted
-            counts = f"{len(unlisted):,} audio files beside it are not in the table"
-            logger.warning("%s: %s and are left out, for example %s.", table, counts, unlisted[0])
-        return source
+        return open_metadata(table)
     return open_source(name, split=split, audio_column=audio_column, config_name=config_name)
 
 

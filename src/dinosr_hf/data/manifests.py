@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ..utils.text_files import csv_rows, json_lines, read_lines, text_lines
-from ..utils.visible_text import name_key
+from ..utils.visible_text import name_key, remove_invisible
 from .audio import SAMPLING_RATE, AudioFileError, audio_info, load_audio, resampled_length
 from .finding import AUDIO_SUFFIXES, find_files
 from .label_text import label_text, without_fractions
@@ -198,6 +199,13 @@ class TableSource(SpeechSource):
         if num_samples is None and entry.num_samples is not None:
             num_samples = entry.num_samples - start
         return load_audio(self.root / entry.path, start=entry.start + start, num_samples=num_samples)
+
+
+def names_paths(table: Path) -> bool:
+    """Return whether the first line of a `.csv` or `.jsonl` file, that of names, has a column of paths."""
+    lines = (remove_invisible(line).strip() for line in text_lines(table, errors="surrogateescape"))
+    first = next((line for line in lines if line and not line.strip('"').startswith("sep=")), "")
+    return re.search(rf'(?:^|[,;\t{{]) *"?(?:{"|".join(PATH_COLUMNS)})"? *(?:[,;\t:]|$)', first) is not None
 
 
 def open_tsv(path: str | Path) -> ManifestSource | TableSource:

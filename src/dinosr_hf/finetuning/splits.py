@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data import DatasetSource, LabelledSource, open_labelled
-from ..data.labelled import METADATA_FILES
+from ..data.labelled import find_metadata
 from ..data.synthetic import SyntheticCorpus
 from ..utils.command_line import ArgumentError
 from .finetuning_arguments import LabelledDataArguments
@@ -42,7 +42,7 @@ def _open_synthetic(arguments: LabelledDataArguments, split: str, seed: int) -> 
 
 def _have_metadata(folders: Sequence[str], split: str) -> bool:
     """Return whether each folder has a table of labels for the split; the split "" is the folder itself."""
-    return all(any(Path(folder, split, name).exists() for name in METADATA_FILES) for folder in folders)
+    return all(find_metadata(Path(folder, split)) is not None for folder in folders)
 
 
 def open_splits(arguments: LabelledDataArguments, seed: int) -> Splits:
