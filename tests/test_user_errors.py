@@ -216,6 +216,21 @@ def test_data_that_is_a_pointer_is_named(work, tmp_path, monkeypatch, name, scri
     assert f"{file} is a Git LFS pointer of 66 bytes, not the file itself. Run `git lfs pull`" in found
 
 
+@pytest.mark.parametrize("script", ["extract_units", "fit_kmeans", "inspect_units", "transcribe"])
+def test_split_and_column_that_an_error_asks_for_can_be_given(work, tmp_path, monkeypatch, script):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"speech": [{"array": [0.0, 0.1] * 4_000, "sampling_rate": 16_000}]})
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "data")
+    kind, words = SCRIPTS[script]
+    argv = [str(work / kind), *words.format(data=tmp_path / "data", out=tmp_path / "out").split()]
+    argv += ["--num_clusters", "2"] if script == "fit_kmeans" else []
+    assert "has the splits train, test. Choose one of them." in last_words(monkeypatch, script, *argv)
+    argv += ["--split", "test"]
+    message = "audio_column='audio' is not a column of the dataset, which has speech. Name the one that has the audio."
+    assert last_words(monkeypatch, script, *argv) == message
+    load_command(script).main([*argv, "--audio_column", "speech"])
+
+
 @pytest.mark.parametrize("script", ["pretrain", "finetune_ctc"])
 def test_data_of_no_value_is_named(work, tmp_path, monkeypatch, script):
     option = "data" if script == "pretrain" else "train_data"

@@ -10,7 +10,7 @@ import soundfile
 import torch
 from transformers import Data2VecAudioConfig, Data2VecAudioModel, HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
-from audio_files import write
+from audio_files import datasets, flac, write
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.analysis import Segment, UnitQuality
 from dinosr_hf.analysis.segmentation import SegmentCounts
@@ -23,6 +23,7 @@ from dinosr_hf.analysis.unit_evaluation import (
     evaluate_units,
     total,
 )
+from dinosr_hf.commands._evaluation import open_labelled_speech
 from dinosr_hf.data import normalize_waveform, open_recordings
 from dinosr_hf.units import BaselineExtractor, fit_layer_kmeans, load_baseline
 from dinosr_hf.utils.model_folder import save_folder
@@ -268,6 +269,19 @@ def test_recordings_that_a_table_leaves_out_are_said(tmp_path, caplog, name, tab
     assert list(ours.labels) == ["a.wav"] and ours.speakers == {"a.wav": "s"}
     assert source.left_out == {"b.wav": "no label"}
     assert "1 audio files beside it are not in the table and are left out, for example b.wav." in caplog.text
+
+
+@pytest.mark.parametrize("script", ["evaluate_units", "evaluate_layers", "evaluate_abx"])
+def test_the_scripts_take_the_column_of_the_audio(tmp_path, script):
+    data, labels = tmp_path / "data", tmp_path / "phones.jsonl"
+    datasets.Dataset.from_dict({"id": ["a"], "speech": [flac(900)]}).save_to_disk(data)
+    labels.write_text('{"name": "a", "phones": ["t"]}\n')
+    words = ["model", "--data", str(data), "--labels", str(labels), "--output_dir", str(tmp_path)]
+    parse = load_command(script).parse
+    with pytest.raises(ValueError, match="audio_column='audio' is not a column of the dataset, which has id, speech"):
+        open_labelled_speech(data, parse(words))
+    source, _ = open_labelled_speech(data, parse([*words, "--audio_column", "speech"]))
+    assert source.utterances == [("a", 900)]
 
 
 def test_the_synthetic_corpus_has_its_own_phones():

@@ -343,3 +343,5 @@ def test_names_that_are_not_recordings_are_refused(tmp_path):
         open_recordings([tmp_path / "none.wav"])
     with pytest.raises(ValueError, match="There are no files"):
         open_recordings([])
+    with pytest.raises(ValueError, match=r"split='x': .*a\.wav is a recording, which has no splits"):
+        open_recordings([tmp_path / "a.wav"], split="x")

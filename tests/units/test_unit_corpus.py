@@ -250,8 +250,8 @@ def test_unreadable_recordings_are_listed(script, model_folder, tmp_path, capsys
         sf.write(tmp_path / f"{name}.wav", noise(900), 16_000)
     (tmp_path / "worse.wav").write_bytes(b"no audio")
 
-    def open_then_damage(names):
-        source = open_recordings(names)
+    def open_then_damage(*arguments, **options):
+        source = open_recordings(*arguments, **options)
         (tmp_path / "bad.wav").write_bytes(b"gone")
         return source
 
@@ -325,7 +325,7 @@ def test_invalid_arguments_raise(script, command, model_folder, folder, tmp_path
         UnitCorpus(tmp_path, extractor, recordings, process=2, num_processes=2)
     with pytest.raises(ValueError, match="has no units"):
         load_units(tmp_path)
-    with pytest.raises(SystemExit, match="--split needs a single input, but there are 2"):
+    with pytest.raises(SystemExit, match="split='train' needs a single input, but there are 2"):
         script.main([command[0], command[1], *command[1:], "--split", "train"])
     with pytest.raises(SystemExit, match="--features cannot be combined with --kmeans and --deduplicate"):
         script.main([*command, "--features", "npy", "--deduplicate"])

@@ -24,6 +24,7 @@ def open_reference(
     tier: str = "phones",
     step_seconds: float = 0.01,
     speaker_column: str | None = None,
+    audio_column: str = "audio",
     num_synthetic: int = 50,
 ) -> tuple[SpeechSource, Reference]:
     """
@@ -35,6 +36,7 @@ def open_reference(
         labels: Path to the labels, as for `read_alignments`, and `tier` too; None only for "synthetic".
         step_seconds: Length of a step of fixed-rate labels.
         speaker_column: Column of a table or dataset; None: `speaker_id`, if it exists.
+        audio_column: As in `open_source`.
         num_synthetic: Number of utterances of the synthetic corpus; its test split is used.
 
     Raises `ValueError` if there are no labels, or as `open_source`, `read_alignments` and `Reference`; and
@@ -57,7 +59,7 @@ def open_reference(
         if table is not None and not names_paths(table):
             logger.warning("%s is not used: its first line names none of %s.", table, ", ".join(PATH_COLUMNS))
             table = None
-        source = open_recordings([data]) if table is None else open_metadata(table)
+        source = open_recordings([data], audio_column=audio_column) if table is None else open_metadata(table)
         found = read_alignments(labels, tier=tier)
         if not any(found.values()):
             raise ValueError(f"{labels} has no phones. Give other labels.")

@@ -6,6 +6,7 @@ from ..analysis.speech import open_reference
 from ..analysis.unit_evaluation import Reference
 from ..data import SpeechSource
 from ..utils.command_line import Parser
+from ._shared import add_audio_column
 
 
 def add_labels(parser: Parser) -> None:
@@ -15,6 +16,7 @@ def add_labels(parser: Parser) -> None:
     add("--tier", default="phones", help="tier of TextGrids (%(default)s)")
     add("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
     add("--speakers", help="column of the data with the speaker (speaker_id, if it exists)")
+    add_audio_column(parser)
 
 
 def add_networks(parser: Parser) -> None:
@@ -26,5 +28,5 @@ def add_networks(parser: Parser) -> None:
 
 def open_labelled_speech(name: str, options: argparse.Namespace) -> tuple[SpeechSource, Reference]:
     """Open recordings and their phones, by the flags of `add_labels`."""
-    columns = {"tier": options.tier, "step_seconds": options.step_seconds, "speaker_column": options.speakers}
-    return open_reference(name, labels=options.labels, **columns)
+    columns = {"speaker_column": options.speakers, "audio_column": options.audio_column}
+    return open_reference(name, labels=options.labels, tier=options.tier, step_seconds=options.step_seconds, **columns)

@@ -12,6 +12,19 @@ from ..inference.windowed import DTYPES
 from ..utils.command_line import Parser
 
 
+def add_audio_column(parser: Parser) -> None:
+    """Add --audio_column."""
+    parser.add_argument("--audio_column", default="audio", help="column of a dataset with the audio (%(default)s)")
+
+
+def add_inputs(parser: Parser) -> None:
+    """Add the inputs, and the flags that `open_recordings` has for them."""
+    text = "audio files and folders; or one manifest, archive or dataset"
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=text)
+    parser.add_argument("--split", help="split of the data, if it has several")
+    add_audio_column(parser)
+
+
 def add_device(parser: Parser, what: str = "model") -> None:
     """Add --device."""
     default = "cuda" if torch.cuda.is_available() else "cpu"

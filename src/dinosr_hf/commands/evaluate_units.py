@@ -129,7 +129,7 @@ def cluster_mfccs(source: SpeechSource, fit: SpeechSource, options: argparse.Nam
 
 def unit_sets(source: SpeechSource, options: argparse.Namespace) -> Iterator[UnitSet]:
     """Yield the units of all models and MFCCs, with a progress bar."""
-    fit = open_recordings(options.kmeans_data) if options.kmeans_data else None
+    fit = open_recordings(options.kmeans_data, audio_column=options.audio_column) if options.kmeans_data else None
     parts = [extract_units(name, source, fit, options) for name in options.models]
     if fit is not None:
         parts.append(cluster_mfccs(source, fit, options))

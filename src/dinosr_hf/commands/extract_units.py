@@ -18,22 +18,21 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
-from ..data import open_recordings, open_source
+from ..data import open_recordings
 from ..model.modeling_dinosr import UNIT_SOURCES
 from ..units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, load_model
 from ..units.corpus import FORMATS
 from ..utils.command_line import Parser, command, parse_options, program
 from ..utils.threads import set_cpu_threads
-from ._shared import AudioBar, add_dtype
+from ._shared import AudioBar, add_dtype, add_inputs
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder that pre-training wrote, or name on the Hub")
-    add("inputs", nargs="+", metavar="INPUT", help="audio files and folders; or one manifest, archive or dataset")
+    add_inputs(parser)
     add("--output_dir", required=True, help="folder to write units or features to")
-    add("--split", help="split of the data, if it has several")
     add("--layers", type=int, nargs="+", help="layers, counted from 1 (5; of the anchor: the last)")
     sources = (*UNIT_SOURCES, "student_feed_forward")
     add("--source", default="student", choices=sources, help="what gives units or features (%(default)s)")
@@ -61,11 +60,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 @torch.no_grad()
 def run(options: argparse.Namespace, state: PartialState) -> int:
     """Extract units or features; return the number of recordings that could not be read."""
-    if options.split and len(options.inputs) > 1:
-        raise ValueError(f"--split needs a single input, but there are {len(options.inputs)}. Run once per input.")
     if options.features and (options.kmeans or options.deduplicate):
         raise ValueError("--features cannot be combined with --kmeans and --deduplicate, which are for units.")
-    source = open_source(options.inputs[0], split=options.split) if options.split else open_recordings(options.inputs)
+    source = open_recordings(options.inputs, split=options.split, audio_column=options.audio_column)
     kmeans = LayerKMeans.load(options.kmeans) if options.kmeans else None
     if kmeans is not None:
         options.layers, options.source = [kmeans.layer], kmeans.source

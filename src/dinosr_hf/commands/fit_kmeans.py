@@ -17,14 +17,14 @@ from ..model.modeling_dinosr import SOURCES
 from ..units import UnitExtractor, fit_layer_kmeans, load_model
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file
-from ._shared import AudioBar, add_device, add_dtype
+from ._shared import AudioBar, add_device, add_dtype, add_inputs
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder that pre-training wrote, or name on the Hub")
-    add("inputs", nargs="+", metavar="INPUT", help="audio files and folders; or one manifest, archive or dataset")
+    add_inputs(parser)
     add("--output", required=True, help="path of the .safetensors file to write")
     add("--layer", type=int, default=5, help="layer, counted from 1 (%(default)s)")
     add("--source", default="student", choices=SOURCES, help="what gives the features (%(default)s)")
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.output.endswith(".safetensors"):
         raise ValueError("--output must end in .safetensors.")
     claim_output_file(options.output)
-    source = open_recordings(options.inputs)
+    source = open_recordings(options.inputs, split=options.split, audio_column=options.audio_column)
     model = load_model(options.model, device=options.device, dtype=options.dtype)
     if options.smooth and options.source == "teacher":
         raise ValueError("--smooth is for the student: the teacher's features are normalised anyway. Leave it out.")

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from ..analysis import read_alignments
 from ..analysis.inspection import AUDIO_FORMATS, CodewordInspector, render_page
-from ..data import SAMPLING_RATE, open_recordings, open_source
+from ..data import SAMPLING_RATE, open_recordings
 from ..model.modeling_dinosr import check_unit_layers
 from ..units import load_model, scored_units
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file, write_atomically
-from ._shared import AudioBar, add_device, add_dtype
+from ._shared import AudioBar, add_audio_column, add_device, add_dtype
 
 # Meaning of a unit's score, by source.
 SCORES = {"student": "probability", "teacher": "distance", "anchor": "probability"}
@@ -31,6 +31,7 @@ def make_parser() -> Parser:
     parser.add_argument("data", metavar="DATA", help="folder or file of recordings, manifest, archive or dataset")
     parser.add_argument("--output", required=True, help="path of the page, .html")
     parser.add_argument("--split", help="split of the data, if it has several")
+    add_audio_column(parser)
     parser.add_argument("--labels", help="phones, as for dinosr evaluate (none: a page without phones)")
     parser.add_argument("--words", help="words to draw with the units; may be the --labels file, if that has both")
     parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
@@ -59,7 +60,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     output = claim_output_file(options.output)
-    recordings = open_source(options.data, split=options.split) if options.split else open_recordings([options.data])
+    recordings = open_recordings([options.data], split=options.split, audio_column=options.audio_column)
     labels = read_alignments(options.labels) if options.labels else None
     words = read_alignments(options.words, tier="words") if options.words else None
     model = load_model(options.model, device=options.device, dtype=options.dtype)

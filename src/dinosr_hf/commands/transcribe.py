@@ -19,14 +19,14 @@ from ..data import SpeechSource, open_recordings
 from ..data.output_folder import describe_recordings
 from ..recognition import FORMATS, Transcriber, Transcript, TranscriptFiles, output_paths
 from ..utils.command_line import Parser, command, parse_options, program
-from ._shared import AudioBar, add_device, add_dtype
+from ._shared import AudioBar, add_device, add_dtype, add_inputs
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder of a recogniser, or name on the Hub")
-    add("inputs", nargs="+", metavar="INPUT", help="audio files and folders; or one manifest, archive or dataset")
+    add_inputs(parser)
     add("--format", default="txt", choices=list(FORMATS), help="format of the transcripts (%(default)s)")
     place = "folder to write one file per recording to, instead of stdout; those of /data/a.wav and ../a.wav in a"
     add("--output_dir", help=f"{place} manifest are data/a.txt and _up/a.txt below it")
@@ -71,7 +71,7 @@ def write_files(files: TranscriptFiles) -> None:
 
 def run(options: argparse.Namespace) -> list[str]:
     """Transcribe; return why each recording that could not be read was skipped."""
-    source = open_recordings(options.inputs)
+    source = open_recordings(options.inputs, split=options.split, audio_column=options.audio_column)
     if options.output_dir is None and options.format in ("srt", "vtt") and len(source) > 1:
         problem = f"--format {options.format} writes one file per recording, and there are {len(source):,}"
         raise ValueError(f"{problem}: give --output_dir.")

@@ -26,6 +26,7 @@ from ..recognition.tuning import WORD_SCORES, Trial, random_pairs, tune
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_weights
+from ._shared import add_audio_column
 
 
 def make_parser() -> Parser:
@@ -38,6 +39,7 @@ def make_parser() -> Parser:
     add("--no_lexicon", action="store_true", help="search over labels, with a language model over labels")
     add("--column", help="column of the transcripts (the first known name)")
     add("--split", help="split of the data, if it has several")
+    add_audio_column(parser)
     add("--output", help="file to write (decoding.json in the model's folder)")
     add("--lm_weights", type=float, nargs="+", help="weights to try with each of --word_scores")
     add("--word_scores", type=float, nargs="+", help="scores to try with each of --lm_weights")
@@ -99,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
         options.language_model, lexicon, beam_size=options.beam_size, beam_threshold=options.beam_threshold
     )
     decoder = BeamSearchDecoder.from_tokenizer(processor.tokenizer, model.config, options=settings)
-    data = open_labelled(options.data, column=options.column, split=options.split)
+    data = open_labelled(options.data, column=options.column, split=options.split, audio_column=options.audio_column)
     num_utterances = options.max_utterances or len(data.labels)
     emissions = compute_emissions(model, processor.feature_extractor, data, num_utterances, options.batch_seconds)
     references = data.labels[: len(emissions)]

@@ -266,17 +266,22 @@ def open_stream(
     return SpeechStream(dataset, audio_column, window_seconds=window_seconds, shuffle_seed=seed, name=name)
 
 
-def open_recordings(names: Sequence[str | Path]) -> SpeechSource:
+def open_recordings(
+    names: Sequence[str | Path], *, split: str | None = None, audio_column: str = "audio"
+) -> SpeechSource:
     """
     Open audio files and folders of them, or one name of anything else that `open_source` opens.
 
     Recordings of several files and folders are named by their paths below the lowest folder that contains all of them.
-    Raises `ValueError` if a name does not exist, nothing is readable, or several names are not all files and folders.
+    `split`, of one name only, and `audio_column` are those of `open_source`. Raises `ValueError` if a name does not
+    exist, nothing is readable, or several names are not all files and folders or have a split.
     """
     paths = [Path(name) for name in names]
     suffixes = AUDIO_SUFFIXES + UNSUPPORTED_SUFFIXES
-    if len(paths) == 1 and (paths[0].is_dir() or not has_suffix(paths[0], suffixes)):
-        return open_source(names[0])
+    if len(paths) == 1 and (split is not None or paths[0].is_dir() or not has_suffix(paths[0], suffixes)):
+        return open_source(names[0], split=split, audio_column=audio_column)
+    if split is not None:
+        raise ValueError(f"split={split!r} needs a single input, but there are {len(names)}. Run once per input.")
     for name, path in zip(names, paths, strict=True):
         if not name or not (path.is_dir() or has_suffix(path, suffixes)):
             kinds = f"neither an audio file ({', '.join(AUDIO_SUFFIXES)}) nor a folder"
