@@ -133,6 +133,14 @@ def test_other_sizes_are_refused(tmp_path, base, flag):
         parse_arguments([str(path), *flag], CONFIGS / "tiny_cpu.yaml")
 
 
+def test_sizes_of_the_recipe_that_nobody_gave_are_said_to_be_its(base):
+    advice = r"It is of tiny_cpu, which applies without a recipe\. Give one without sizes, such as adapt\."
+    with pytest.raises(ArgumentError, match=rf"hidden_size=128 contradicts .*, which has hidden_size=16\. {advice}"):
+        parse_arguments(["--base_model", str(base)], CONFIGS / "tiny_cpu.yaml")
+    with pytest.raises(ArgumentError, match=r"hidden_size=128 contradicts .*\. Leave hidden_size out"):
+        parse_arguments([str(CONFIGS / "tiny_cpu.yaml"), "--base_model", str(base)], CONFIGS / "tiny_cpu.yaml")
+
+
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(ArgumentError, match=r"base_model=.*nowhere is neither a folder nor a model on the Hub"):
         start_from(tmp_path, tmp_path / "nowhere")

@@ -347,13 +347,18 @@ def parse_arguments(
     """
     arguments = PretrainingArguments(*parse_groups(argv, GROUPS, default_config, description=description))
     if arguments.run.base_model is not None:
-        _take_sizes(arguments, arguments.run.base_model, explicit_names(argv, GROUPS, default_config))
+        typed, explicit = (explicit_names(argv, GROUPS, config) for config in (None, default_config))
+        _take_sizes(arguments, arguments.run.base_model, explicit, typed)
     _check(arguments)
     return arguments
 
 
-def _take_sizes(arguments: PretrainingArguments, base_model: str, explicit: set[str]) -> None:
-    """Set what is not explicit to the base model's values. Codebooks and anchor may differ, and start anew."""
+def _take_sizes(arguments: PretrainingArguments, base_model: str, explicit: set[str], typed: set[str]) -> None:
+    """
+    Set what is not explicit to the base model's values. Codebooks and anchor may differ, and start anew.
+
+    What is explicit but not `typed` is of the recipe that applies if the command line has none.
+    """
     with argument_errors("base_model="):
         base = open_dinosr_config(base_model)
     for name in (*ARCHITECTURE, *INHERITED):
@@ -363,10 +368,11 @@ def _take_sizes(arguments: PretrainingArguments, base_model: str, explicit: set[
         if name not in explicit:
             setattr(arguments.model, name, base_value)
         elif value != base_value and name not in (*CODEBOOK_SIZES, *INHERITED):
-            raise ArgumentError(
-                f"{name}={value} contradicts base_model={base_model}, which has {name}={base_value}. Leave {name} out,"
-                " or give the configuration that the base model was trained with."
-            )
+            advice = f"Leave {name} out, or give the configuration that the base model was trained with."
+            if name not in typed:
+                advice = "It is of tiny_cpu, which applies without a recipe. Give one without sizes, such as adapt."
+            problem = f"{name}={value} contradicts base_model={base_model}, which has {name}={base_value}"
+            raise ArgumentError(f"{problem}. {advice}")
 
 
 # Test and description of the values that are allowed, and names of the arguments.
