@@ -110,6 +110,17 @@ def test_the_written_arguments_start_the_same_run(tmp_path, recordings):
         ("collapse_active: -0.1", [], "collapse_active=-0.1 is out of range"),
         ("collapse_variation: 2", [], "collapse_variation=2.0 is out of range"),
         ("collapse_patience: 0", [], "collapse_patience=0 is out of range: it must be at least 1"),
+        (
+            "synthetic_texts: []",
+            [],
+            r"synthetic_texts=\[\] is out of range: it must be one number, or a minimum and a",
+        ),
+        ("synthetic_texts: [1, 2, 3]", [], r"synthetic_texts=\[1, 2, 3\] is out of range"),
+        ("data_split: train", [], r"data_split=\['train'\] has no effect: data is synthetic\. Leave data_split out\."),
+        ("data_config: en", [], r"data_config=\['en'\] has no effect: data is synthetic\."),
+        ("streaming: true", [], r"streaming=True has no effect: data is synthetic\. Leave streaming out\."),
+        ("eval_split: dev", ["--eval_data", "synthetic"], r"eval_split=dev has no effect: eval_data is synthetic\."),
+        ("data: here", ["--data_weights", "-3"], r"data_weights=\[-3.0\] has no effect: data has one value\. Leave"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(tmp_path, content, flags, message):

@@ -383,6 +383,7 @@ _RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (lambda value: 0 <= value <= 1024, "at least 0 and at most 1,024", "num_workers"),
     (lambda value: 0 <= value <= MAX_THREADS, f"at least 0 and at most {MAX_THREADS:,}", "num_threads"),
     (lambda value: 1 <= value <= 10_000_000, "at least 1 and at most 10,000,000", "synthetic_utterances"),
+    (lambda value: len(value) in (1, 2), "one number, or a minimum and a maximum", "synthetic_texts"),
     (lambda value: value >= 0, "at least 0, where 0 means only on signals", "checkpoint_steps"),
     (lambda value: value >= 0, "at least 0, where 0 means only at the end", "save_steps"),
     (lambda value: value > 0, "more than 0", "reference_step_seconds min_seconds"),
@@ -422,6 +423,14 @@ def _check(arguments: PretrainingArguments) -> None:
             raise ArgumentError(
                 f"{name} has {len(values[name])} values, but data has {len(data.data)}. Give one value for each."
             )
+    no_effect = {"data_weights": "data has one value"} if len(data.data) == 1 else {}
+    if set(data.data) == {"synthetic"}:
+        no_effect |= dict.fromkeys(("data_split", "data_config", "streaming"), "data is synthetic")
+    if data.eval_data == "synthetic":
+        no_effect["eval_split"] = "eval_data is synthetic"
+    for name, reason in no_effect.items():
+        if values[name]:
+            raise ArgumentError(f"{name}={values[name]} has no effect: {reason}. Leave {name} out.")
     backends = torch.compiler.list_backends(exclude_tags=()) if run.torch_compile else []
     if run.torch_compile and run.torch_compile_backend not in backends:
         raise ArgumentError(
