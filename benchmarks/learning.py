@@ -51,7 +51,6 @@ from dinosr_hf.analysis.alignment import frame_labels
 from dinosr_hf.analysis.baselines import MFCC_KINDS
 from dinosr_hf.analysis.mfcc_units import fit_mfcc_kmeans, mfcc_units
 from dinosr_hf.analysis.model_units import unit_layers
-from dinosr_hf.analysis.reports import markdown_table
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.analysis.unit_evaluation import Reference, total
 from dinosr_hf.data import SpeechSource, TableSource, normalize_waveform, open_recordings
@@ -61,6 +60,7 @@ from dinosr_hf.pretraining import PretrainingArguments, open_data, parse_argumen
 from dinosr_hf.pretraining.feed import StepFeed
 from dinosr_hf.units import UnitExtractor, load_model
 from dinosr_hf.utils.files import claim_output_folder
+from dinosr_hf.utils.tables import markdown_table
 
 PRETRAIN = CONFIGS.parent / "pretrain.py"
 SPIDR_CONTESTANT = Path(__file__).parent / "spidr_contestant.py"

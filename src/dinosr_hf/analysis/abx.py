@@ -24,8 +24,8 @@ from ..data import SAMPLING_RATE, SpeechSource
 from ..data.output_names import output_path
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.extras import import_extra
+from ..utils.tables import csv_table
 from .alignment import SILENCE, label_segments
-from .reports import csv_table
 from .unit_evaluation import Reference
 
 SPEAKERS = ("within", "across")

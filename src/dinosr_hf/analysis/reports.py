@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..utils.files import write_atomically
+from ..utils.tables import csv_table, markdown_table
 from ._figures import save_figure
 from .plots.lines import LayerCurves, layer_curves_figure
 
@@ -20,20 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-
-
-def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Format a Markdown table; pipes in cells are escaped."""
-    escaped = ([cell.replace("|", r"\|") for cell in cells] for cells in [headings, *rows])
-    head, *lines = (f"| {' | '.join(cells)} |\n" for cells in escaped)
-    return "".join([head, "|---" * len(headings) + "|\n", *lines])
-
-
-def csv_table(headings: Sequence[str], rows: Iterable[Sequence[Any]], delimiter: str = ",") -> str:
-    """Format a CSV table."""
-    text = io.StringIO()
-    csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows([headings, *rows])
-    return text.getvalue()
 
 
 def write_report(

@@ -27,7 +27,6 @@ from ..analysis.baselines import mfcc
 from ..analysis.kmeans import fit_kmeans
 from ..analysis.model_units import LabelledSpeech, layer_tables, target_features
 from ..analysis.plots import phone_codeword_figure, save_figure
-from ..analysis.reports import markdown_table
 from ..data import normalize_waveform
 from ..pretraining import (
     PretrainingArguments,
@@ -41,6 +40,7 @@ from ..pretraining.metrics import MetricSums
 from ..utils.command_line import Parser, check_ranges, command, with_underscores
 from ..utils.files import claim_output_folder
 from ..utils.recipes import recipes
+from ..utils.tables import markdown_table
 
 MARKER = ".dinosr-demo"  # only a folder with this file is emptied
 

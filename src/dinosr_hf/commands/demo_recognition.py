@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from transformers import pipeline
 
-from ..analysis.reports import markdown_table
 from ..data.synthetic import SyntheticCorpus
 from ..recognition import SpeechRecognitionPipeline
 from ..training.run_record import read_record
 from ..utils.command_line import Parser, command, parse_groups, with_underscores
 from ..utils.files import claim_output_folder
 from ..utils.model_folder import open_dinosr_config
+from ..utils.tables import markdown_table
 from . import finetune_ctc
 from .demo import MARKER
 

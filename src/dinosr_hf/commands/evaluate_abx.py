@@ -24,12 +24,13 @@ from ..analysis.abx import (
     triphone_items,
     write_unit_files,
 )
-from ..analysis.reports import csv_table, markdown_table, write_report
+from ..analysis.reports import write_report
 from ..data import SpeechSource
 from ..units import FeatureFiles, UnitExtractor, has_codebooks, load_baseline, load_model
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file, write_atomically
 from ..utils.model_folder import open_config
+from ..utils.tables import csv_table, markdown_table
 from ._evaluation import add_labels, add_networks, open_labelled_speech
 from ._shared import add_device, add_dtype
 

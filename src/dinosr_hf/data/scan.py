@@ -1,18 +1,18 @@
 """Scan a folder of recordings: which are usable, which are not and why, and a manifest of the usable ones."""
 
 import csv
-import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..utils.files import claim_output_file, write_atomically
 from ..utils.names import printable_name
+from ..utils.tables import csv_table
 from .audio import BLOCK_FRAMES, AudioFileError, OpenAudio, open_audio, require, resampled_length
 from .finding import find_audio, how_to_convert, is_hidden
 from .sources import map_in_threads
@@ -178,7 +178,7 @@ def write_manifest(scan: FolderScan, path: str | Path, *, overwrite: bool = Fals
     others = path.with_name(f"{path.stem}.left_out.csv")
     if scan.left_out:
         rows = [(printable_name(file.name), file.reason, printable_name(file.message)) for file in scan.left_out]
-        written[others] = _csv([("name", "reason", "message"), *rows])
+        written[others] = csv_table(("name", "reason", "message"), rows)
     else:
         others.unlink(missing_ok=True)  # of an earlier scan
     for file, text in written.items():
@@ -207,12 +207,6 @@ def _manifest(suffix: str, base: Path, files: list[ScannedFile]) -> str:
     ]
     if suffix == ".csv":
         # Text in quotes: `csv_rows` drops the spaces at the start of a field without them.
-        return _csv([columns, *rows], csv.QUOTE_NONNUMERIC)
+        return csv_table(columns, rows, quoting=csv.QUOTE_NONNUMERIC)
     # With escapes for names that are not UTF-8.
     return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
-
-
-def _csv(rows: Iterable[Sequence[Any]], quoting: Literal[0, 2] = csv.QUOTE_MINIMAL) -> str:
-    out = io.StringIO(newline="")
-    csv.writer(out, lineterminator="\n", quoting=quoting).writerows(rows)
-    return out.getvalue()

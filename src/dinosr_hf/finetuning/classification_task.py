@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from ..analysis.reports import markdown_table
 from ..data import LabelledSource
 from ..model.modeling_dinosr import DinoSRForSequenceClassification
 from ..training.shared_arguments import argument
 from ..utils.command_line import ArgumentError, check_ranges
 from ..utils.extras import import_extra
 from ..utils.files import write_atomically
+from ..utils.tables import markdown_table
 from ..utils.visible_text import visible_text
 from .task import Task
 

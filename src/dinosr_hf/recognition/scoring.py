@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..utils.extras import import_extra
 from ..utils.files import write_atomically
+from ..utils.tables import markdown_table
 from ..utils.visible_text import visible_text
 
 
@@ -47,16 +48,14 @@ class ErrorReport(NamedTuple):
 
     def to_markdown(self, name: str, num_confusions: int = 30) -> str:
         """Format rates and the most frequent confusions of words as tables."""
-        total = sum(row.word_errors for row in self.utterances)
-        text = (
-            f"# Errors on {name}\n\n| utterances | words | word errors | WER | CER |\n|---|---|---|---|---|\n"
-            f"| {len(self.utterances):,} | {sum(row.num_words for row in self.utterances):,} | {total:,} |"
-            f" {self.wer:.2%} | {self.cer:.2%} |\n\n| count | reference | prediction |\n|---|---|---|\n"
-        )
-        for (reference, prediction), count in self.confusions.most_common(num_confusions):
-            shown = [word.replace("|", "\\|") or "(nothing)" for word in (reference, prediction)]
-            text += f"| {count:,} | {shown[0]} | {shown[1]} |\n"
-        return text
+        words, errors = (sum(getattr(row, count) for row in self.utterances) for count in ("num_words", "word_errors"))
+        total = [f"{len(self.utterances):,}", f"{words:,}", f"{errors:,}", f"{self.wer:.2%}", f"{self.cer:.2%}"]
+        rates = markdown_table(["utterances", "words", "word errors", "WER", "CER"], [total])
+        rows = [
+            (f"{count:,}", reference or "(nothing)", prediction or "(nothing)")
+            for (reference, prediction), count in self.confusions.most_common(num_confusions)
+        ]
+        return f"# Errors on {name}\n\n{rates}\n{markdown_table(['count', 'reference', 'prediction'], rows)}"
 
 
 def _word_edits(jiwer: Any, reference: str, prediction: str) -> list[tuple[str, str]]:
