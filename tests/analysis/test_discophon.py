@@ -273,10 +273,11 @@ def test_a_missing_package_is_named_before_the_work(data, model_folder, tmp_path
     [
         ([], "Give either --data with --labels, or --discophon"),
         (["--data", "a", "--discophon", "b"], "Give either --data with --labels, or --discophon"),
-        (["--discophon", "b", "--labels", "c"], "--labels and --speakers belong to --data"),
-        (["--data", "synthetic", "--languages", "eng"], "--languages and --split belong to --discophon"),
+        (["--discophon", "b", "--labels", "c"], "labels=c is set, but DiscoPhon has labels of its own"),
+        (["--discophon", "b", "--num_samples", "9"], "num_samples=9 is set, but DiscoPhon has .*, and no intervals"),
+        (["--data", "synthetic", "--languages", "eng"], r"languages=\['eng'\] is set, but --discophon is not\."),
     ],
-    ids=["neither", "both", "labels", "languages"],
+    ids=["neither", "both", "labels", "num_samples", "languages"],
 )
 def test_options_that_exclude_each_other(flags, message):
     with pytest.raises(SystemExit, match=message):
@@ -318,7 +319,7 @@ def fill(folder, languages):
 def test_the_command_says_what_its_own_command_says(data, model_folder, tmp_path, capsys, with_abx):
     from discophon.benchmark import benchmark_abx_discrete, benchmark_discovery
 
-    flags = ["--sources", "student", "--num_samples", "0", *(["--abx"] if with_abx else [])]
+    flags = ["--sources", "student", *(["--abx"] if with_abx else [])]
     evaluate_units.main(command(model_folder, data, tmp_path / "evaluated", *flags))
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "evaluated" / "discophon.json").read_text())

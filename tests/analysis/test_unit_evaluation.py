@@ -436,6 +436,19 @@ def test_the_script_requires_both_options_of_kmeans(words):
         load_command("evaluate_units").main(["m", "--data", "d", "--output_dir", "o", *words])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_clusters", "5"], r"num_clusters=5 is set, but there is no k-means\. .* or give --kmeans_data"),
+        (["--smooth"], r"smooth=True is set, but no layer is clustered\. .* or give --kmeans_layers"),
+        (["--smooth", "--kmeans_data", "d", "--mfccs", "tuned"], "smooth=True is set, but no layer is clustered"),
+    ],
+)
+def test_the_script_refuses_options_of_kmeans_without_it(words, message):
+    with pytest.raises(SystemExit, match=rf"^evaluate_units\.py: {message}"):
+        load_command("evaluate_units").main(["m", "--data", "d", "--output_dir", "o", *words])
+
+
 def test_recordings_without_labels_are_counted_and_said(tmp_path, caplog):
     for name in "abc":
         write(tmp_path / f"{name}.wav", 900)

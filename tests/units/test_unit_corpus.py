@@ -299,13 +299,19 @@ def test_scripts_fit_and_use_kmeans(script, command, model_folder, folder, tmp_p
     words = [str(model_folder), str(folder), "--output", file, "--num_clusters", "11", "--device", "cpu"]
     fit.main([*words, "--layer", "1", "--source", source, *(["--smooth"] if is_smoothed else [])])
     assert capsys.readouterr().out.strip() == file
-    script.main([*command, "--kmeans", file])
+    command += ["--layers", "1", "--kmeans", file]
+    script.main(command)
     found = rows_of(tmp_path / "units")
     model, options = DinoSRForPreTraining.from_pretrained(model_folder), {"is_smoothed": is_smoothed}
     extractor = UnitExtractor(model, layers=[1], source=source, **options)
     expected = extractor.units(open_recordings([folder]), kmeans=LayerKMeans.load(file))
     assert {name: row["units"] for name, row in found.items()} == {u.id: u.codes[0].tolist() for u in expected}
     assert json.loads((tmp_path / "units" / "summary.json").read_text())["num_units"] == 11
+    layer_and_source = rf"{file} is of layer 1 of the {source}\. Leave"
+    with pytest.raises(SystemExit, match=rf"layers=\[2\] is set, but {layer_and_source} layers out"):
+        script.main([*command, "--layers", "2"])
+    with pytest.raises(SystemExit, match=rf"source=anchor is set, but {layer_and_source} source out"):
+        script.main([*command, "--source", "anchor"])
     with pytest.raises(SystemExit, match=r"^fit_kmeans.py: --output must end in \.safetensors\.$"):
         fit.main(["nowhere", "nothing.wav", "--output", "k.bin"])
     with pytest.raises(SystemExit, match=r"fit_kmeans.py: num_clusters=9999"):
@@ -327,8 +333,9 @@ def test_invalid_arguments_raise(script, command, model_folder, folder, tmp_path
         load_units(tmp_path)
     with pytest.raises(SystemExit, match="split='train' needs a single input, but there are 2"):
         script.main([command[0], command[1], *command[1:], "--split", "train"])
-    with pytest.raises(SystemExit, match="--features cannot be combined with --kmeans and --deduplicate"):
-        script.main([*command, "--features", "npy", "--deduplicate"])
+    for words, given in ((["--deduplicate"], "deduplicate=True"), (["--format", "parquet"], "format=parquet")):
+        with pytest.raises(SystemExit, match=f"{given} is set, but --features writes no units. Leave"):
+            script.main([*command, "--features", "npy", *words])
     with pytest.raises(SystemExit, match=r"extract_units.py: layer=1 has no codebook"):
         script.main([*command, "--layers", "1"])
 

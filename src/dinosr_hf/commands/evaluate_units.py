@@ -14,6 +14,7 @@ clusters of a layer; `--mfccs` adds the baseline, k-means on MFCCs. Labels are J
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +33,7 @@ from ..data import SpeechSource, open_recordings
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import UNIT_SOURCES
 from ..units import UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
-from ..utils.command_line import ArgumentError, Parser, command, parse_options
+from ..utils.command_line import ArgumentError, Parser, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
 from ._evaluation import add_labels, open_labelled_speech
@@ -73,14 +74,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parse_options(make_parser(), argv, num_clusters=1, num_samples=0)
     if bool(options.data) == bool(options.discophon):
         raise ArgumentError("Give either --data with --labels, or --discophon.")
-    if options.discophon and (options.labels or options.speakers):
-        raise ArgumentError("--labels and --speakers belong to --data; DiscoPhon has its own. Leave them out.")
-    if options.data and (options.languages or options.split):
-        raise ArgumentError("--languages and --split belong to --discophon. Leave them out.")
+    unused = partial(refuse_unused, options, make_parser().get_default)
+    if options.discophon:
+        of_data = ("labels", "tier", "step_seconds", "speakers", "num_samples")
+        unused(of_data, "DiscoPhon has labels of its own, and no intervals", "give --data instead")
+    else:
+        unused(("languages", "split"), "--discophon is not", "give it instead of --data")
     if bool(options.kmeans_data) != bool(options.kmeans_layers or options.mfccs):
         raise ArgumentError(
             "--kmeans_data belongs to --kmeans_layers and --mfccs: give it with one of them, or leave it out."
         )
+    if not options.kmeans_data:
+        unused(["num_clusters"], "there is no k-means", "give --kmeans_data")
+    if not options.kmeans_layers:
+        unused(["smooth"], "no layer is clustered", "give --kmeans_layers")
     return options
 
 

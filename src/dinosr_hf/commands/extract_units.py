@@ -22,7 +22,7 @@ from ..data import open_recordings
 from ..model.modeling_dinosr import UNIT_SOURCES
 from ..units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, load_model
 from ..units.corpus import FORMATS
-from ..utils.command_line import Parser, command, parse_options, program
+from ..utils.command_line import Parser, command, parse_options, program, refuse_unused
 from ..utils.threads import set_cpu_threads
 from ._shared import AudioBar, add_dtype, add_inputs
 
@@ -35,7 +35,7 @@ def make_parser() -> Parser:
     add("--output_dir", required=True, help="folder to write units or features to")
     add("--layers", type=int, nargs="+", help="layers, counted from 1 (5; of the anchor: the last)")
     sources = (*UNIT_SOURCES, "student_feed_forward")
-    add("--source", default="student", choices=sources, help="what gives units or features (%(default)s)")
+    add("--source", choices=sources, help="what gives units or features (student)")
     add("--kmeans", help="file of dinosr kmeans, to use its clusters, layer and source")
     add("--deduplicate", action="store_true", help="merge runs of a unit, and write durations in frames")
     add("--format", default="jsonl", choices=FORMATS, help="format of units (%(default)s)")
@@ -57,15 +57,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parse_options(make_parser(), argv, num_threads=0)
 
 
+def use_kmeans(options: argparse.Namespace) -> LayerKMeans | None:
+    """Load the k-means file, if there is one, and take layer and source from it; `ValueError` if others are given."""
+    if not options.kmeans:
+        return None
+    kmeans = LayerKMeans.load(options.kmeans)
+    for name, value in (("layers", [kmeans.layer]), ("source", kmeans.source)):
+        if (given := getattr(options, name)) not in (None, value):
+            fitted = f"{options.kmeans} is of layer {kmeans.layer} of the {kmeans.source}"
+            raise ValueError(f"{name}={given} is set, but {fitted}. Leave {name} out, or give another file.")
+        setattr(options, name, value)
+    return kmeans
+
+
 @torch.no_grad()
 def run(options: argparse.Namespace, state: PartialState) -> int:
     """Extract units or features; return the number of recordings that could not be read."""
-    if options.features and (options.kmeans or options.deduplicate):
-        raise ValueError("--features cannot be combined with --kmeans and --deduplicate, which are for units.")
+    if options.features:
+        for_units = ("kmeans", "deduplicate", "format")
+        refuse_unused(options, make_parser().get_default, for_units, "--features writes no units", "omit --features")
     source = open_recordings(options.inputs, split=options.split, audio_column=options.audio_column)
-    kmeans = LayerKMeans.load(options.kmeans) if options.kmeans else None
-    if kmeans is not None:
-        options.layers, options.source = [kmeans.layer], kmeans.source
+    kmeans = use_kmeans(options)
+    options.source = options.source or "student"
     model = load_model(options.model, device=options.device or state.device, dtype=options.dtype)
     if model.device.type == "cpu":
         set_cpu_threads(options.num_threads, state.num_processes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -10,7 +10,7 @@ from ..analysis import Labels, Segment, read_alignments
 from ..analysis.alignment import SILENCE, STRIDE
 from ..analysis.alignment_files import SUFFIXES
 from ..data.finding import find_files
-from ..utils.command_line import ArgumentError, argument_errors
+from ..utils.command_line import ArgumentError, argument_errors, refuse_unused
 from ..utils.model_folder import open_config
 
 if TYPE_CHECKING:
@@ -93,25 +93,24 @@ def settle_anchor(model: ModelArguments, data: DataArguments, run: RunArguments,
     if run.anchor == NONE:
         run.anchor = None
     if run.anchor is None:
-        _refuse(
-            [name for name in defaults if name.startswith("anchor_")], run, defaults, "anchor is not", "set --anchor"
-        )
+        names = [name for name in defaults if name.startswith("anchor_")]
+        refuse_unused(run, defaults.get, names, "anchor is not", "set --anchor")
         if model.num_anchor_labels:
             raise ArgumentError(
                 f"num_anchor_labels={model.num_anchor_labels} is set, but anchor is not. Set --anchor, or leave"
                 " num_anchor_labels out."
             )
         return
-    kind = anchor_kind(run.anchor)
+    kind, way_out = anchor_kind(run.anchor), "set another --anchor"
     if kind != "mfcc":
-        _refuse(["anchor_features"], run, defaults, f"anchor={run.anchor} has no MFCCs")
+        refuse_unused(run, defaults.get, ["anchor_features"], f"anchor={run.anchor} has no MFCCs", way_out)
         if data.streaming:
             raise ArgumentError(
                 f"anchor={run.anchor} labels all recordings before the first step, but a stream is not known then."
                 " Use --anchor mfcc, or read the recordings from disk."
             )
     if kind != "model":
-        _refuse(["anchor_layer"], run, defaults, f"anchor={run.anchor} has no layers")
+        refuse_unused(run, defaults.get, ["anchor_layer"], f"anchor={run.anchor} has no layers", way_out)
     elif run.anchor_layer is None:
         with argument_errors("anchor="):
             last = open_config(run.anchor).num_hidden_layers
@@ -127,18 +126,6 @@ def settle_anchor(model: ModelArguments, data: DataArguments, run: RunArguments,
             f" anchor_end_unmasked_share={ends[1]}: it is the step at which they are reached. Set it and at least one"
             " of them, or none."
         )
-
-
-def _refuse(
-    names: Collection[str],
-    run: RunArguments,
-    defaults: Mapping[str, Any],
-    reason: str,
-    way_out: str = "set another --anchor",
-) -> None:
-    for name in names:
-        if (value := getattr(run, name)) != defaults[name]:
-            raise ArgumentError(f"{name}={value} is set, but {reason}. Leave {name} out, or {way_out}.")
 
 
 def _settle_label_file(model: ModelArguments, path: str) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import select
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
@@ -340,3 +340,12 @@ def check_ranges(rules: Iterable[tuple[bool, str, Any, str]]) -> None:
     for is_allowed, name, value, allowed in rules:
         if not is_allowed:
             raise ArgumentError(f"{name}={value} is out of range: it must be {allowed}.")
+
+
+def refuse_unused(
+    options: Any, default_of: Callable[[str], Any], names: Iterable[str], reason: str, way_out: str
+) -> None:
+    """Refuse the first of the named options that has another value than by default, since it would have no effect."""
+    for name in names:
+        if (value := getattr(options, name)) != default_of(name):
+            raise ArgumentError(f"{name}={value} is set, but {reason}. Leave {name} out, or {way_out}.")
