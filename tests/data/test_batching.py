@@ -544,7 +544,7 @@ def test_unusable_utterances_are_skipped_and_reported(source, damage, message, n
     bad = dataset.micro_batches(1)[0][0]  # the longest: without it there is less padding
     rest = [[crop for crop in piece if crop != bad] for piece in dataset.micro_batches(1)]
     damaged = step_dataset(Damaged(source, {bad.index: damage}), mode="pad", micro_samples=1_000_000)
-    batches = next(iter(StepLoader(damaged, first_step=1, num_workers=num_workers)))
+    batches = list(StepLoader(damaged, num_workers=num_workers))[1]
 
     (skipped,) = batches[0].skipped
     assert skipped.utterance_id == source.utterances[bad.index].id
@@ -603,20 +603,6 @@ def test_workers_give_the_same_steps(source, num_workers, context):
     assert len(loaded) == len(loader) == len(dataset)
     for step, batches in enumerate(loaded):
         assert_same(batches, dataset[step])
-
-
-def test_loader_starts_in_the_middle_of_an_epoch(source):
-    dataset = step_dataset(source)
-    loader = StepLoader(dataset, first_step=1)
-    loaded = list(loader)
-    assert len(loaded) == len(loader) == len(dataset) - 1
-    for step, batches in enumerate(loaded, 1):
-        assert_same(batches, dataset[step])
-    assert list(StepLoader(dataset, first_step=len(dataset))) == []
-    with pytest.raises(
-        ValueError, match=f"first_step={len(dataset) + 1} is out of range: the epoch has {len(dataset)}"
-    ):
-        StepLoader(dataset, first_step=len(dataset) + 1)
 
 
 def test_plain_data_loader_gives_whole_steps(source):

@@ -345,22 +345,17 @@ class StepLoader:
 
     Iterating does not change torch's global random state, from which a plain `DataLoader` draws a seed; so a run that
     is resumed, and starts one more iterator than the undisturbed run, sees the same random numbers.
-
-    `first_step` is the index of the first step, to resume in the middle of an epoch; `ValueError` if out of range.
     """
 
     def __init__(
         self,
         dataset: StepDataset,
         *,
-        first_step: int = 0,
         num_workers: int = 0,
         pin_memory: bool = False,
         multiprocessing_context: str | None = None,
     ) -> None:
-        if not 0 <= first_step <= len(dataset):
-            raise ValueError(f"first_step={first_step} is out of range: the epoch has {len(dataset)} steps.")
-        self._steps = [dataset.micro_batches(step) for step in range(first_step, len(dataset))]
+        self._steps = [dataset.micro_batches(step) for step in range(len(dataset))]
         self._start_method = multiprocessing_context
         self._loader: DataLoader[Any] = DataLoader(
             list(chain.from_iterable(self._steps)),  # type: ignore[arg-type]  # any sequence will do

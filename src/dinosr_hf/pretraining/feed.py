@@ -42,6 +42,15 @@ class Step(NamedTuple):
     micro_batches: list[MicroBatch]
 
 
+class _Plan(NamedTuple):
+    """The plan of an epoch, or of a window of a stream."""
+
+    source: SpeechSource
+    # Those with an utterance for each process, by their positions among all, which do not depend on the processes.
+    steps: dict[int, list[Crop]]
+    summary: PlanSummary
+
+
 def fingerprint(source: SpeechSource | SpeechStream) -> str:
     """Return a digest of the utterances and their lengths, by which a resumed run recognises its data, or "stream"."""
     if isinstance(source, SpeechStream):
@@ -159,57 +168,72 @@ class StepFeed:
         names += ["window_seconds"] if isinstance(self._source, SpeechStream) else []
         return {"seed": self._seed} | {name: getattr(self._data, name) for name in names}
 
-    def _windows(self) -> Iterator[SpeechSource]:
-        """Yield what is planned as a whole, from the position on: the source in each epoch, or windows of a stream."""
+    def _plans(self) -> Iterator[_Plan]:
+        """Yield the plans from that of the position on: of the source in each epoch, or of windows of a stream."""
         while True:
             if isinstance(self._source, SpeechStream):
-                yield from self._stream_windows(self._source)
+                yield from self._window_plans(self._source)
             else:
-                yield self._source
+                yield self._plan(self._source)
             self._epoch, self._window, self._stream_state = self._epoch + 1, 0, None
 
-    def _stream_windows(self, stream: SpeechStream) -> Iterator[SpeechSource]:
-        """Yield the rest of an epoch's windows; none if the stream has changed since the position was saved."""
+    def _skip_window(self, reason: str) -> None:
+        """Warn that a window is skipped: the next one may be usable."""
+        self._step = 0
+        logger.warning(f"Skipping window {self._window} of epoch {self._epoch}: {reason}")
+
+    def _window_plans(self, stream: SpeechStream) -> Iterator[_Plan]:
+        """
+        Yield the plans of the rest of an epoch's windows; none if the stream has changed since the position was saved.
+        """
         hours, fastest = self._data.window_seconds / 3600, 1 + self._data.speed_change
+        at_speed = " at the highest speed" if fastest > 1 else ""
         logger.info(f"Epoch {self._epoch} of the stream: reading the first {hours:.2g} hours.")
-        usable, longest_of_all = self._window > 0, 0.0
+        usable, longest_of_all, problem = self._window > 0, 0.0, ""
         try:
             for window in stream.windows(self._epoch, self._window, self._stream_state):
                 self._window, self._stream_state = window.index, window.state
                 longest = max(utterance.num_samples for utterance in window.source.utterances) / fastest
                 longest_of_all = max(longest_of_all, longest)
-                if longest >= self._min_samples:
-                    usable = True
-                    yield window.source
-                else:  # the next window may be usable
-                    logger.warning(
-                        f"Skipping window {self._window} of epoch {self._epoch}: its longest utterance has"
-                        f" {longest / SAMPLING_RATE:.2f} s{' at the highest speed' if fastest > 1 else ''}, less than"
+                if longest < self._min_samples:
+                    self._skip_window(
+                        f"its longest utterance has {longest / SAMPLING_RATE:.2f} s{at_speed}, less than"
                         f" min_seconds={self._data.min_seconds:g}."
                     )
+                    continue
+                try:
+                    plan = self._plan(window.source)
+                except ArgumentError as error:
+                    problem = str(error)
+                    self._skip_window(problem)
+                else:
+                    usable = True
+                    yield plan
         except StreamChangedError as error:
             self._step = 0
             logger.warning(f"The position in the stream is lost: {error} Epoch {self._epoch + 1} starts now.")
         else:
             if not usable:
                 raise ArgumentError(
-                    f"No recording of the stream is at least min_seconds={self._data.min_seconds:g} long (the longest"
-                    f" has {longest_of_all / SAMPLING_RATE:.3g} s{' at the highest speed' if fastest > 1 else ''})."
+                    problem
+                    or f"No recording of the stream is at least min_seconds={self._data.min_seconds:g} long (the"
+                    f" longest has {longest_of_all / SAMPLING_RATE:.3g} s{at_speed})."
                     " Lower --min_seconds."
                 )
 
     def summarize(self) -> PlanSummary | None:
         """Summarize the current epoch over all processes; None for a stream, which is not known in advance."""
-        return None if isinstance(self._source, SpeechStream) else self._plan(self._source)[1]
+        return None if isinstance(self._source, SpeechStream) else self._plan(self._source).summary
 
-    def _plan(self, source: SpeechSource) -> tuple[Sequence[Sequence[Crop]], PlanSummary]:
+    def _plan(self, source: SpeechSource) -> _Plan:
+        """Plan the current epoch or window. Raises `ArgumentError` if no step has an utterance for each process."""
         num_samples = [utterance.num_samples for utterance in source.utterances]
         members, world_size = None, self._world_size
         limits = {"min_samples": self._min_samples, "max_samples": self._max_samples}
         if isinstance(source, MixedSource):
             members = source.epoch_members(self._epoch, seed=self._seed, **limits)
         speeds = self._speeds(source, members)
-        plan = plan_epoch(
+        steps = plan_epoch(
             num_samples,
             seed=self._seed,
             epoch=self._epoch,
@@ -222,19 +246,20 @@ class StepFeed:
             speeds=speeds,
             window=self._window,
         )
-        usable = [step for step in plan if len(step) >= world_size]
+        usable = {position: step for position, step in enumerate(steps) if len(step) >= world_size}
         if not usable:
             raise ArgumentError(
                 f"No step has an utterance for each of {world_size} processes: step_seconds="
                 f"{self._data.step_seconds:g} is too small. Raise it, lower max_seconds, or use fewer processes."
             )
-        if len(usable) < len(plan):
+        if len(usable) < len(steps):
             logger.warning(
-                f"Epoch {self._epoch}: skipping {len(plan) - len(usable)} of {len(plan)} steps that have fewer"
+                f"Epoch {self._epoch}: skipping {len(steps) - len(usable)} of {len(steps)} steps that have fewer"
                 f" utterances than there are processes ({world_size}). Raise step_seconds, or lower max_seconds."
             )
         sizes = {"world_size": world_size, "micro_samples": self._micro_samples, "min_samples": self._min_samples}
-        return usable, summarize_plan(usable, num_samples, **sizes, members=members, speeds=speeds)
+        summary = summarize_plan(list(usable.values()), num_samples, **sizes, members=members, speeds=speeds)
+        return _Plan(source, usable, summary)
 
     def _speeds(self, source: SpeechSource, members: Sequence[tuple[int, int]] | None) -> list[float] | None:
         """Return the speed of each member of the epoch; None if all are as recorded."""
@@ -247,13 +272,14 @@ class StepFeed:
 
     def __iter__(self) -> Iterator[Step]:
         is_first = True
-        for source in self._windows():
-            plan, summary = self._plan(source)
+        for plan in self._plans():
             if is_first:
                 is_first = False
-                logger.info(f"{'Window' if isinstance(self._source, SpeechStream) else 'Epoch'}: {summary}")
-            dataset = StepDataset(source, plan, self._collator, self._rank, self._world_size, self._micro_samples)
-            num_workers = self._data.num_workers
-            loader = StepLoader(dataset, first_step=self._step, num_workers=num_workers, pin_memory=self._pin_memory)
-            yield from (Step(self._epoch, micro_batches) for micro_batches in loader)
+                logger.info(f"{'Window' if isinstance(self._source, SpeechStream) else 'Epoch'}: {plan.summary}")
+            rest = {position: step for position, step in plan.steps.items() if position >= self._step}
+            share = (self._rank, self._world_size, self._micro_samples)
+            dataset = StepDataset(plan.source, list(rest.values()), self._collator, *share)
+            loader = StepLoader(dataset, num_workers=self._data.num_workers, pin_memory=self._pin_memory)
+            for self._step, micro_batches in zip(rest, loader, strict=True):
+                yield Step(self._epoch, micro_batches)
             self._step = 0
