@@ -520,6 +520,13 @@ def test_user_errors_are_named(tmp_path, recordings, changes, message):
         run(parse_arguments([str(path)], "unused"))
 
 
+def test_processes_that_are_not_connected_are_refused(tmp_path, recordings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it; without a GPU, Accelerate takes no notice
+    with pytest.raises(ArgumentError, match=r"2 processes were started, but .* set ACCELERATE_USE_CPU=true\.$"):
+        run(tiny_arguments(tmp_path, recordings))
+    assert not (tmp_path / "out").exists()
+
+
 def test_trackers_get_the_metrics(tmp_path, recordings):
     trained(tmp_path, recordings, "run", trackers=["tensorboard"], max_steps=2)
     written = EventAccumulator(str(tmp_path / "run" / "dinosr")).Reload().Scalars("loss")

@@ -209,12 +209,20 @@ def test_units_so_far_are_written_when_interrupted(model_folder, folder, tmp_pat
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_as_one(script, command, model_folder, folder, tmp_path):
-    done = forks.run_in_processes(2, [SCRIPT, *command])
+    words = [word for word in command if word not in ("--device", "cpu")]  # ACCELERATE_USE_CPU stands for it
+    done = forks.run_in_processes(2, [SCRIPT, *words])
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "units"
     assert {name: [row["units"]] for name, row in rows_of(out).items()} == expected_rows(model_folder, folder)
     assert {shard.name[:9] for shard in shards_of(out)} == {"units-000", "units-001"}
     assert done.stdout.count("23 recordings") == 1
+
+
+def test_processes_that_are_not_connected_are_refused(script, command, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it; without a GPU, Accelerate takes no notice
+    with pytest.raises(SystemExit, match=r"2 processes were started, but .* set ACCELERATE_USE_CPU=true\.$"):
+        script.main([word for word in command if word not in ("--device", "cpu")])
+    assert not (tmp_path / "units").exists()
 
 
 def test_process_uses_its_share_of_the_cores(script, command, monkeypatch):

@@ -17,9 +17,11 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from ..data import open_recordings
 from ..model.modeling_dinosr import UNIT_SOURCES
+from ..training.restarts import check_connected
 from ..units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, load_model
 from ..units.corpus import FORMATS
 from ..utils.command_line import Parser, command, parse_options, program, refuse_unused
@@ -126,10 +128,12 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
+    cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     # A process that is done waits for all others, however long they take.
-    state = PartialState(cpu=options.device == "cpu", timeout=timedelta(days=30))
+    state = PartialState(cpu=cpu, timeout=timedelta(days=30))
     try:
         with command(__file__):
+            check_connected(state.num_processes)
             num_left_out = run(options, state)
     finally:
         state.destroy_process_group()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -24,9 +23,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
-from transformers.training_args import ParallelMode
 
 from ..data import SAMPLING_RATE
+from ..training.restarts import check_connected
 from ..training.resume import CheckpointError
 from ..training.run_record import RunRecord
 from ..training.schedules import make_schedule
@@ -124,12 +123,7 @@ class SpeechTrainer(Trainer):
             raise ArgumentError(
                 f"This process has {args.n_gpu} GPUs. Start one process per GPU: `accelerate launch --multi_gpu`."
             )
-        num_started = int(os.environ.get("WORLD_SIZE", "1"))
-        if num_started > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
-            # Each process would train alone, and all would write the same files.
-            raise ArgumentError(
-                f"{num_started} processes were started, but they are not connected. Set ddp_backend, for CPUs to gloo."
-            )
+        check_connected(args.world_size, "Set ddp_backend, for CPUs to gloo.")
         self._unreadable: set[int] = set()
         self._unfinished: Path | None = None  # where a checkpoint is being written
         # The number of forward passes in a step; set before Trainer reads it.

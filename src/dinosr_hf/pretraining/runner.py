@@ -30,7 +30,7 @@ from ..data import (
 from ..data.mixture import hold_out
 from ..data.synthetic import SyntheticCorpus
 from ..model.modeling_dinosr import DinoSRForPreTraining
-from ..training.restarts import separate_restarts
+from ..training.restarts import check_connected, separate_restarts
 from ..training.resume import lock_output_folder, refuse_existing_model, report_changes
 from ..training.run_record import public_values
 from ..utils.command_line import ArgumentError, argument_errors
@@ -209,6 +209,7 @@ def _make_accelerator(arguments: PretrainingArguments) -> Accelerator:
             # many hours, and NCCL's default limit is ten minutes.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=30))],
         )
+    check_connected(accelerator.num_processes)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ArgumentError(
             f"{accelerator.distributed_type.value} shards the weights, which the teacher's average does not support."

@@ -1,8 +1,10 @@
-"""Let the processes of a run find each other again after `torchrun --max_restarts` has started them anew."""
+"""Let the processes of a run find each other, also after `torchrun --max_restarts` has started them anew."""
 
 from __future__ import annotations
 
 import os
+
+from ..utils.command_line import ArgumentError
 
 _HIGHEST_PORT = 65_535
 
@@ -21,3 +23,14 @@ def separate_restarts() -> None:
         port = int(environment["MASTER_PORT"])
         attempt = -attempt if port + attempt > _HIGHEST_PORT else attempt
         environment |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port + attempt)}
+
+
+def check_connected(num_processes: int, advice: str = "Without GPUs, set ACCELERATE_USE_CPU=true.") -> None:
+    """
+    Check that this process, which sees so many, is not one of several that know nothing of each other.
+
+    Each would do all of the work, and all would write the same files. Raises `ArgumentError` with the advice.
+    """
+    num_started = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_started > 1 and num_processes == 1:
+        raise ArgumentError(f"{num_started} processes were started, but they are not connected. {advice}")
