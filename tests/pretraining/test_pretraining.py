@@ -386,14 +386,28 @@ def test_a_run_whose_disk_went_away_resumes_as_if_it_had_not(tmp_path, recording
     assert [line["loss"] for line in metrics] == [line["loss"] for line in expected]
 
 
-def test_a_step_without_readable_recordings_is_no_update(tmp_path, recordings, monkeypatch):
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (
+            0.01,
+            r"^1\d of 1\d recordings .* max_skipped_share=0\.01 .* In this session: 1\d silent\. .* again, or raise",
+        ),
+        (
+            1.0,
+            r"^1,0\d\d of 1,0\d\d recordings .* one after the other\. In this session: 1,0\d\d silent\. .* again\.$",
+        ),
+    ],
+)
+def test_a_step_without_readable_recordings_is_no_update(tmp_path, recordings, monkeypatch, share, message):
     def load(self, index, start, num_samples):
-        raise AudioFileError("The disk went away.")
+        raise AudioFileError("All samples are 0.", "silent")
 
     with monkeypatch.context() as patch:
         patch.setattr(FolderSource, "load", load)
-        with pytest.raises(TrainingStopped, match="Look at the disk"):
-            trained(tmp_path, recordings, "run")
+        with pytest.raises(TrainingStopped, match=message):
+            trained(tmp_path, recordings, "run", max_skipped_share=share)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 

@@ -246,10 +246,11 @@ def summarize_plan(
 
 
 class SkippedUtterance(NamedTuple):
-    """The id of an utterance that could not be used, and the reason."""
+    """The id of an utterance that could not be used, and why, in a sentence and as the `reason` of its error."""
 
     utterance_id: str
     message: str
+    reason: str
 
 
 class MicroBatch(NamedTuple):
@@ -319,7 +320,8 @@ class StepDataset(Dataset):
                 if waveform.min() == waveform.max():
                     raise AudioFileError(f"All {len(waveform):,} samples of the part are {waveform[0]:g}.", "silent")
             except (AudioFileError, OSError) as error:
-                skipped.append(SkippedUtterance(name, str(error)))
+                reason = error.reason if isinstance(error, AudioFileError) else "unreadable"
+                skipped.append(SkippedUtterance(name, str(error), reason))
             else:
                 item = Item(name, waveform, crop.epoch, start)
                 if crop.speed != 1:

@@ -7,6 +7,7 @@ import logging
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,8 @@ from .signals import RunInterrupted, SignalWatch
 from .train_state import make_train_state
 
 logger = logging.getLogger(__name__)
+
+_MAX_SKIPPED_IN_ROW = 1000  # recordings; even a run whose max_skipped_share is 1 stops after so many
 
 
 class TrainingStopped(RuntimeError):
@@ -204,6 +207,8 @@ class Pretraining:
     ) -> None:
         self.arguments, self.options, self.accelerator, self.held_out = arguments, arguments.run, accelerator, held_out
         self.record = record
+        self.skip_reasons: Counter[str] = Counter()  # of recordings, in this session
+        self.skipped_in_row = 0  # recordings since the last masked frame
         self.best: BestModel | None = None
         if held_out is not None and self.options.eval_patience:
             self.best = BestModel(self.options.output_dir, self.options.eval_patience, accelerator, held_out.digest)
@@ -284,17 +289,25 @@ class Pretraining:
         progress, share = self.state.progress, self.arguments.data.max_skipped_share
         if totals.skipped_files:
             skipped = [tuple(entry) for batch in step.micro_batches for entry in batch.skipped]
-            for name, message in gather_object(skipped):
+            for name, message, reason in gather_object(skipped):
                 logger.warning("Skipped %s: %s", name, message)
+                self.skip_reasons[reason] += 1
+        self.skipped_in_row = 0 if totals.frames.masked else self.skipped_in_row + totals.skipped_files
         recent_skipped = progress.recent_skipped + totals.skipped_files
         recent_utterances = progress.recent_utterances + totals.utterances
+        problem = way_out = ""
         if recent_skipped > share * max(recent_utterances, 1000):
+            problem = f"among the recent ones more than max_skipped_share={share:g} allows (of at least 1,000)"
+            way_out = ", or raise max_skipped_share"
+        elif self.skipped_in_row >= _MAX_SKIPPED_IN_ROW:
+            problem = f"the last {self.skipped_in_row:,} of them one after the other"
+        if problem:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skip_reasons.most_common())
             # The checkpoint comes before this step: the run that resumes reads it again, and counts it then.
             self._stop(
                 f"{progress.skipped_files + totals.skipped_files:,} of {progress.utterances + totals.utterances:,}"
-                f" recordings could not be read, and among the recent ones more than max_skipped_share={share:g}"
-                " allows (of at least 1,000). The log names them. Look at the disk, make the manifest again, or raise"
-                " max_skipped_share."
+                f" recordings could not be read, and {problem}. In this session: {reasons}. The log names them."
+                f" Look at the disk, make the manifest again{way_out}."
             )
         progress.skipped_files += totals.skipped_files
         progress.utterances += totals.utterances
