@@ -226,7 +226,15 @@ def test_units_of_recordings_that_are_gone_are_refused(run, speech, tmp_path):
     (speech / "b.wav").write_bytes(b"no audio")
     run("jsonl")  # its units are as good as they were
     (speech / "b.wav").unlink()
-    assert_refused(run, tmp_path, r"b\.wav is not among its recordings", "jsonl")
+    assert_refused(run, tmp_path, r"b\.wav is not among its recordings\. Give", "jsonl")
+
+
+def test_names_that_begin_at_another_folder_are_explained(run, tmp_path):
+    run("jsonl")
+    message = (
+        r"\.wav is not among its recordings, but speech/\w\.wav is: names begin at the lowest folder that contains"
+    )
+    assert_refused(run, tmp_path, message, "jsonl", inputs=tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["npy", "txt"])

@@ -188,7 +188,11 @@ class OutputFolder(ABC):
             if name not in before:
                 self._refuse(f"{self._state_name} does not say how those of {name} were made, or is damaged")
             if name not in now and name not in left_out:
-                self._refuse(f"{name} is not among its recordings")
+                problem = f"{name} is not among its recordings"
+                if renamed := next((other for other in now if other.endswith(f"/{name}")), None):
+                    problem += f", but {renamed} is: names begin at the lowest folder that contains all inputs. To add"
+                    problem += " inputs later, give that folder from the start"
+                self._refuse(problem)
             if name in now and now[name] != before[name]:
                 self._refuse(f"{name} has {now[name]:,} samples (at 16 kHz) now, and had {before[name]:,} before")
 
