@@ -559,7 +559,7 @@ def test_micro_batch_with_all_skipped_is_silence(source, mode):
     dataset = step_dataset(Damaged(source, dict.fromkeys(range(14), 0)), mode=mode)
     for step in range(len(dataset)):
         for (inputs, skipped), piece in zip(dataset[step], dataset.micro_batches(step), strict=True):
-            assert [name for name, _ in skipped] == [source.utterances[crop.index].id for crop in piece]
+            assert [entry.utterance_id for entry in skipped] == [source.utterances[crop.index].id for crop in piece]
             num_samples = min(crop.num_samples for crop in piece)
             assert inputs["input_values"].shape == (1, num_samples)
             assert inputs["mask_time_indices"].shape == (1, DinoSRConfig().num_frames(num_samples))
@@ -576,7 +576,7 @@ def test_other_errors_are_raised(source):
 def test_pinning_keeps_the_types(monkeypatch):
     """torch would convert plain tuples to lists; tested without a GPU."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor.clone())
-    batch = MicroBatch({"input_values": torch.ones(1, 3)}, [SkippedUtterance("a", "b")])
+    batch = MicroBatch({"input_values": torch.ones(1, 3)}, [SkippedUtterance("a", "b", "silent")])
     pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)
     assert type(pinned) is MicroBatch
     assert [type(part) for part in pinned.skipped] == [SkippedUtterance]

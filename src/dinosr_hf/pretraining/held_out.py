@@ -186,12 +186,12 @@ class HeldOut:
         with _evaluating(model), accelerator.autocast() if accelerator else nullcontext():
             for batch in self._batches[rank::world_size]:
                 inputs, skipped = self._dataset.read(batch)
-                for utterance_id, message in skipped:
+                for utterance_id, message, _ in skipped:
                     logger.warning("Skipped held-out utterance %s: %s", utterance_id, message)
                 num_skipped += len(skipped)
                 if len(skipped) == len(batch):
                     continue
-                unread = {utterance_id for utterance_id, _ in skipped}
+                unread = {entry.utterance_id for entry in skipped}
                 kept = [part for part in batch if self._utterances[part.index].id not in unread]
                 num_samples = sum(part.num_samples for part in kept)
                 # Not `model(...)`, which a compiled model would compile anew for each new shape.
