@@ -323,6 +323,9 @@ def test_folders_that_cannot_be_resumed_are_refused(model, corpus, tmp_path):
         ArgumentError, match=r"resume_from_checkpoint=.*tiny has no trainer_state\.json: .* not of a fine"
     ):
         recognise(model, corpus, tmp_path / "out", resume_from_checkpoint=str(model))
+    (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(ArgumentError, match=r"other is the folder of a run\. Give one .*other/checkpoint-3; or leave"):
+        recognise(model, corpus, tmp_path / "out", resume_from_checkpoint=str(tmp_path / "other"))
 
 
 def test_a_run_without_checkpoints_starts_over(model, corpus, tmp_path):

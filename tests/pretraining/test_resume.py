@@ -246,6 +246,8 @@ def test_resuming_by_path_goes_on_from_the_newest_checkpoint_after_it(tmp_path, 
         )
     with pytest.raises(CheckpointError, match=r"nowhere is not a folder\. Give auto, never, or the path"):
         run(tiny_arguments(tmp_path, recordings, resume="nowhere"))
+    with pytest.raises(CheckpointError, match=r"is the folder of a run\. Give .* as .*checkpoint-8; or leave resume"):
+        run(tiny_arguments(tmp_path, recordings, resume=str(tmp_path / "out")))
 
 
 def test_going_back_renames_later_checkpoints(tmp_path, recordings, caplog):

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..training.resume import CheckpointError, choose_checkpoint, find_checkpoints, refuse_existing_model
+from ..training.resume import (
+    CheckpointError,
+    choose_checkpoint,
+    find_checkpoints,
+    refuse_existing_model,
+    refuse_run_folder,
+)
 from ..training.run_record import RECORD_NAME, RunRecord, public_record, public_values, record_of
 from ..training.sealed_files import check_files, describe_files, read_sealed, seal
 from ..utils.command_line import ArgumentError
@@ -113,6 +119,7 @@ def find_resume_point(
     """
     folder, mode = Path(output_dir), str(resume_from_checkpoint).lower()
     if mode not in ("none", "true", "false"):
+        refuse_run_folder("resume_from_checkpoint", str(resume_from_checkpoint))
         try:
             return str(read_checkpoint(Path(str(resume_from_checkpoint))).path), None
         except CheckpointError as error:

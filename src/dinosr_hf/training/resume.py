@@ -53,6 +53,15 @@ def usable_checkpoints(
             yield error
 
 
+def refuse_run_folder(name: str, path: str) -> None:
+    """Raise `CheckpointError` if the path in the option `name` is the folder of a run, which has checkpoints."""
+    if found := find_checkpoints(path):
+        raise CheckpointError(
+            f"{name}={path} is the folder of a run. Give one of its checkpoints, such as {found[0]}; or leave {name}"
+            " out, and the same command goes on from the newest one in output_dir."
+        )
+
+
 def choose_checkpoint(
     resume: str, output_dir: str | os.PathLike, read: Callable[[Path], CheckpointT]
 ) -> CheckpointT | None:
@@ -79,6 +88,7 @@ def choose_checkpoint(
     if resume != "auto":
         if not Path(resume).is_dir():
             raise CheckpointError(f"resume={resume} is not a folder. Give auto, never, or the path of a checkpoint.")
+        refuse_run_folder("resume", resume)
         return read(Path(resume))
     refused = []
     for candidate in usable_checkpoints(output_dir, read):
