@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import forks
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
 from dinosr_hf.hub import Dataset, build_card, prepare, push, read_provenance
 from dinosr_hf.hub.card import METRIC_NAMES, build_results, code, redact_paths, render_card
+from dinosr_hf.recognition import TextNormalization
 from dinosr_hf.training.run_record import METRICS, record_of, write_record
 from dinosr_hf.utils.model_folder import save_folder
 from hub_server import TOKEN, hub_server
@@ -100,7 +102,16 @@ def test_arguments_replace_fields_of_the_provenance_file(saved, tmp_path):
         ({"languages": []}, r"languages: ISO 639 codes.*\(--languages\)"),
         ({"base_model": None}, r"base_model: the run started from /home/jo/runs/base; give.*or unpublished"),
         ({"datasets": None}, "datasets: a list of the run's datasets, each with name and license"),
+        ({"datasets": 5}, "datasets: 5 is not a list of the run's datasets, each with name and license"),
         ({"datasets": [{"license": "mit"}]}, "datasets: entry 1 has no name"),
+        (
+            {"datasets": [{"name": "train", "license": "mit", "hours": "three"}]},
+            "datasets: hours of train is 'three', which is no number",
+        ),
+        (
+            {"datasets": [{"name": ["a"], "license": "mit"}]},
+            r"datasets: name of an entry is \['a'\], which is no text",
+        ),
         ({"datasets": [{"name": "train"}]}, "datasets: train has no license, the licence of the data"),
         (
             {"datasets": [{"name": "test", "license": "mit"}]},
@@ -138,6 +149,15 @@ def test_arguments_replace_fields_of_the_provenance_file(saved, tmp_path):
 def test_the_error_lists_missing_and_invalid_fields(saved, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         read(saved, tmp_path, provenance_with(**changes))
+
+
+def test_numbers_are_text_where_text_belongs(saved, tmp_path):
+    run = dataclasses.asdict(RECORD) | {"data": [{**RECORD.data[0], "name": "data/2024"}]}
+    entry = {"name": 2024, "id": "someone/other", "config": 2024, "license": "mit", "hours": 3}
+    given = provenance_with(run=run, datasets=[entry, PROVENANCE["datasets"][1]])
+    provenance, record = read(saved, tmp_path, given, name="pretrained")
+    assert provenance.datasets[0] == Dataset("2024", "mit", "someone/other", "2024", hours=3)
+    assert "someone/other 2024" in build_card(record, provenance, saved[1]["recogniser"]).content
 
 
 def test_the_error_lists_all_missing_fields_at_once(saved):
@@ -378,6 +398,13 @@ def test_a_prepared_folder_has_the_model_and_nothing_else(saved, provenance_and_
     assert str(folder) not in "".join(path.read_text() for path in out.iterdir() if path.suffix in (".json", ".md"))
     said = pipeline("automatic-speech-recognition", model=str(out))(torch.ones(4000).numpy())
     assert said == pipeline("automatic-speech-recognition", model=str(folder / "recogniser"))(torch.ones(4000).numpy())
+
+
+def test_a_prepared_recogniser_has_the_text_normalisation_of_its_run(saved, provenance_and_record, tmp_path):
+    run = shutil.copytree(saved[0] / "recogniser", tmp_path / "run")
+    TextNormalization(case="upper", keep="-").save(run)
+    out = prepare(run, tmp_path / "ready", *provenance_and_record)
+    assert TextNormalization.load(out) == TextNormalization(case="upper", keep="-")
 
 
 def test_preparing_a_pretrained_model_and_a_classifier(saved, tmp_path):

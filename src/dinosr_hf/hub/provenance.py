@@ -184,7 +184,8 @@ def _read_datasets(entries: Any) -> tuple[list[Dataset], list[str]]:
             for name in _TEXTS
             if not isinstance(entry.get(name), str | None)
         ]
-        datasets.append(Dataset(**{"license": "", **entry}))
+        if isinstance(entry["name"], str):
+            datasets.append(Dataset(**{"license": "", **entry}))
     return datasets, problems
 
 
