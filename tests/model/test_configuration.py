@@ -303,6 +303,25 @@ def test_round_trip_through_json(tmp_path):
     assert other.to_dict() != config.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feature_encoder": "logmel"}, "feature_encoder='logmel' is unknown. Choose one of conv, log_mel"),
+        (
+            {"mask_feature_length": 40, "mask_feature_prob": 0.1},
+            "mask_feature_length=40 is longer than hidden_size=36",
+        ),
+    ],
+    ids=["front-end", "mask"],
+)
+def test_impossible_overrides_of_a_saved_model_are_refused(tmp_path, changes, message):
+    DinoSRModel(tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        DinoSRModel.from_pretrained(tmp_path, **changes)
+    model = DinoSRModel.from_pretrained(tmp_path, mask_feature_length=36, mask_feature_prob=0.1)
+    assert model.config.mask_feature_length == 36
+
+
 def test_a_file_with_an_impossible_value_is_refused(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     file = tmp_path / "config.json"

@@ -47,6 +47,15 @@ def test_ctc_loss_by_hand(reduction):
     assert batch.logits.shape == (3, model.config.num_frames(801), 11)
 
 
+def test_ctc_labels_may_stand_anywhere_in_their_row():
+    model, batch, none = head(DinoSRForCTC), padded(utterances()), -100
+    loss = model(*batch, labels=LABELS).loss
+    moved = [[none, 3, 3, 7, 10, none], [none, none, none, none, none, 1], [4, none, none, 2, none, none]]
+    assert torch.equal(model(*batch, labels=torch.tensor(moved)).loss, loss)
+    moved[2] = [2, none, none, 4, none, none]
+    assert not torch.equal(model(*batch, labels=torch.tensor(moved)).loss, loss)
+
+
 def test_ctc_logits_do_not_depend_on_padding():
     model = head(DinoSRForCTC)
     batch = model(*padded(utterances())).logits
@@ -64,6 +73,18 @@ def test_ctc_reads_blanks_in_padding():
         assert (row[model.config.num_frames(len(wave)) :].softmax(dim=-1)[:, 5] == 1).all()
     unmasked = model.lm_head(model.dinosr(values, mask).last_hidden_state)
     assert (unmasked.argmax(dim=-1) != logits.argmax(dim=-1)).any()
+
+
+def test_ctc_logits_are_as_wide_as_a_replaced_head():
+    model = head(DinoSRForCTC)
+    model.lm_head = torch.nn.Linear(36, 13)
+    values, mask = padded(utterances())
+    logits = model(values, mask).logits
+    assert logits.shape == (3, model.config.num_frames(801), 13)
+    for row, length in zip(logits, LENGTHS, strict=True):
+        is_blank = row.softmax(dim=-1)[:, 0] == 1
+        num_frames = model.config.num_frames(length)
+        assert is_blank[num_frames:].all() and not is_blank[:num_frames].any()
 
 
 def test_ctc_loss_has_a_gradient_everywhere():

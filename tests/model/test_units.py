@@ -107,6 +107,23 @@ def test_features_compute_no_layer_above(model, source, layers, student, teacher
         hook.remove()
 
 
+@torch.no_grad()
+def test_a_model_on_the_disk_computes_what_one_in_memory_does(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(("dinosr", "teacher", "codebooks", "heads"), "disk")
+    options = {"device_map": places, "offload_folder": tmp_path / "disk"}
+    other = DinoSRForPreTraining.from_pretrained(tmp_path / "model", **options).eval()
+    assert {weight.device.type for weight in other.parameters()} == {"meta"}
+    batch = padded([waveforms(1, length)[0] for length in LENGTHS])
+    mask = torch.arange(model.config.num_frames(LENGTHS[0])) % 3 == 0
+    one, two = (each(*batch, mask.expand(3, -1)) for each in (model, other))
+    torch.testing.assert_close(two.loss, one.loss, **SAME_ARITHMETIC)
+    assert torch.equal(two.codes, one.codes) and len(one.codes.unique()) > 1
+    for source in SOURCES:
+        units = [each.encode_units(*batch, layers=[2, 3], source=source)[0] for each in (model, other)]
+        assert torch.equal(*units)
+
+
 def test_units_in_half_precision_are_whole_numbers(model):
     half = build().to(torch.bfloat16)
     codes, _ = half.encode_units(waveforms(1, 900).bfloat16(), layers=[2, 3], source="teacher")

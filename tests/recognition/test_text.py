@@ -19,7 +19,8 @@ from dinosr_hf.recognition import (
 )
 from dinosr_hf.recognition.text import NORMALIZATION_FILE, encode, frames_needed, units_of
 from dinosr_hf.utils.command_line import ArgumentError
-from dinosr_hf.utils.model_folder import feature_extractor
+from dinosr_hf.utils.model_folder import FolderTokenizer, feature_extractor
+from tiny import tiny_config
 
 
 class Silence(SpeechSource):
@@ -312,6 +313,15 @@ def test_transformers_loads_the_processor(tmp_path):
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(build_vocabulary(["hello moon"]))
     assert processor.feature_extractor.do_normalize
     assert processor.feature_extractor.return_attention_mask
+
+
+def test_transformers_finds_a_bare_vocabulary_in_a_subfolder(tmp_path):
+    tiny_config().save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare" / "vocab.json").write_text(json.dumps(build_vocabulary(["hello moon"])))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, subfolder="bare")
+    assert tokenizer.get_vocab() == build_vocabulary(["hello moon"])
+    with pytest.raises(ValueError, match=r"has no tokenizer: vocab\.json is not there"):
+        FolderTokenizer.from_pretrained(tmp_path)
 
 
 def saved(folder, *labels, **arguments):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 from itertools import pairwise
@@ -11,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+import forks
 from audio_files import noise, sf
 from dinosr_hf import DinoSRForCTC
 from dinosr_hf.data import FileSource, normalize_waveform, open_recordings
 from dinosr_hf.inference.windowed import RunningMoments, plan_windows
-from dinosr_hf.recognition import Transcriber
+from dinosr_hf.recognition import TextNormalization, Transcriber
 from dinosr_hf.recognition.decoding import DecodingOptions, GreedyDecoder
 from dinosr_hf.recognition.transcription import (
     cut_at_pauses,
@@ -23,6 +25,8 @@ from dinosr_hf.recognition.transcription import (
     pauses,
     split_words_at_pauses,
 )
+from hub_server import hub_server
+from language_models import write_arpa
 from recognisers import LABELS, save_models
 from scripts import load_command
 from tolerances import SAME_ARITHMETIC
@@ -299,6 +303,31 @@ def test_decoding_json_of_the_folder_is_used(recogniser, recordings, tmp_path):
         options.unlink()
     assert set(beam.text.split()) <= {"A", "B"} and beam.text != greedy.text
     assert greedy == next(Transcriber.from_folder(recogniser).transcribe(source))
+
+
+@pytest.mark.slow
+def test_a_recogniser_on_the_hub_brings_its_text_rules_and_its_decoding(recogniser, tmp_path):
+    pytest.importorskip("flashlight")
+    shutil.copytree(recogniser, tmp_path / "someone" / "plain")
+    folder = shutil.copytree(recogniser, tmp_path / "someone" / "whole")
+    TextNormalization(case="upper", keep="-").save(folder)
+    (folder / "lm").mkdir()
+    model = write_arpa(folder / "lm" / "words.arpa", ["A B", "B"], order=2)
+    DecodingOptions(str(model), str(model), beam_size=7).save(folder / "decoding.json")
+    code = """if True:
+        from dinosr_hf.recognition import Transcriber, load_processor
+        for name in ("someone/plain", "someone/whole"):
+            decoder = Transcriber.from_folder(name).decoder
+            print(load_processor(name)[1], type(decoder).__name__, getattr(decoder, "options", None), sep="; ")
+    """
+    with hub_server(tmp_path) as hub:
+        places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        done = forks.run(["-c", code], env={**os.environ, **places})
+    assert done.returncode == 0, done.stderr
+    plain, whole = done.stdout.splitlines()
+    assert plain == "None; GreedyDecoder; None"
+    assert whole.startswith(f"{TextNormalization(case='upper', keep='-')}; BeamSearchDecoder; DecodingOptions(")
+    assert "snapshots" in whole and "lm/words.arpa" in whole and "beam_size=7" in whole
 
 
 @pytest.fixture(scope="module")

@@ -170,6 +170,7 @@ def test_rows_that_do_not_fit_the_header_are_refused(file, lines, message):
         ("path,text,path", "line 1: the column name 'path' occurs twice"),
         ("path,,text", "line 1: a column has no name"),
         ("\n\npath,text, text", "line 3: the column name 'text' occurs twice"),
+        ("\u200b,\u00a0,\ufeff", r"line 1: no column has a name\. Name them in the first line\."),
     ],
 )
 def test_repeated_and_empty_column_names_are_refused(file, header, message):
