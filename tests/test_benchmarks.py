@@ -162,8 +162,8 @@ TINY_RECIPE = """
 {hidden_size: 36, num_hidden_layers: 3, num_attention_heads: 3, intermediate_size: 50, conv_dim: [11, 13],
 conv_kernel: [20, 16], conv_stride: [20, 16], num_conv_pos_embeddings: 2, conv_pos_kernel_size: 5,
 num_conv_pos_embedding_groups: 4, num_codebooks: 2, codebook_size: 7, mask_length: 3, codebook_revival_share: 0.1,
-codebook_decay: 0.5, codebook_end_decay: 0.8, step_seconds: 3, micro_seconds: 3, min_seconds: 0.5, max_seconds: 1.2,
-num_workers: 0, learning_rate: 0.002}
+codebook_decay: 0.5, codebook_end_decay: 0.8, codebook_end_decay_step: 2, step_seconds: 3, micro_seconds: 3,
+min_seconds: 0.5, max_seconds: 1.2, num_workers: 0, learning_rate: 0.002}
 """
 # As much of spidr's public interface as the benchmark uses; a unit lasts as long as a phone.
 FAKE_SPIDR = {

@@ -109,6 +109,12 @@ def test_the_written_arguments_start_the_same_run(tmp_path, recordings):
         ("collapse_perplexity: 1", [], r"collapse_perplexity=1.0 is out of range: .* \(no bound\) and less than 1"),
         ("collapse_active: -0.1", [], "collapse_active=-0.1 is out of range"),
         ("collapse_variation: 2", [], "collapse_variation=2.0 is out of range"),
+        (
+            "codebook_decay: 0.5\ncodebook_end_decay: 0.9",
+            [],
+            r"codebook_end_decay_step=0 does not fit codebook_end_decay=0\.9: .* Set both, or neither\.",
+        ),
+        ("codebook_end_decay_step: 9", [], "codebook_end_decay_step=9 does not fit codebook_end_decay=None"),
         ("collapse_patience: 0", [], "collapse_patience=0 is out of range: it must be at least 1"),
         (
             "synthetic_texts: []",
@@ -128,6 +134,13 @@ def test_wrong_arguments_are_refused_by_name(tmp_path, content, flags, message):
     path.write_text(content)
     with pytest.raises(ArgumentError, match=message):
         parse_arguments([str(path), *flags], "unused")
+
+
+def test_a_decay_that_stays_needs_no_step_of_its_end():
+    for step in (0, 200):
+        flags = ["--codebook_decay", "0.9", "--codebook_end_decay_step", str(step)]
+        model = parse_arguments(flags, CONFIGS / "small.yaml").model
+        assert (model.codebook_end_decay, model.codebook_end_decay_step) == (0.9, step)
 
 
 def test_impossible_models_are_refused():

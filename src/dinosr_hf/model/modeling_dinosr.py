@@ -854,7 +854,7 @@ class DinoSRPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
     # A pre-training checkpoint loads into every head without a report of these.
     _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^codebooks\.", r"^heads\.", r"^anchor_head\."]
 
-    def __init__(self, config: DinoSRConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: DinoSRConfig, *args: Any, **kwargs: Any) -> None:  # trf-ignore: TRF013
         config.validate_architecture()  # `from_pretrained` sets overrides without a look at them
         super().__init__(config, *args, **kwargs)
 
@@ -1122,11 +1122,12 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
                 "anchor_labels are given without mask_time_indices, but in evaluation mode there is no loss without a"
                 " mask. Give both, or neither."
             )
+        has_own_inputs = self.config.head_input == "own_layer"
         student = self.dinosr(
             input_values,
             attention_mask,
             mask_time_indices=mask_time_indices,
-            feed_forward_layers=self.config.codebook_layers if self.config.head_input == "own_layer" else (),
+            feed_forward_layers=self.config.codebook_layers if has_own_inputs else (),
             **kwargs,
         )
         output = DinoSRForPreTrainingOutput()
@@ -1161,8 +1162,8 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         **kwargs: Any,
     ) -> DinoSRForPreTrainingOutput:
         """Predict the codewords that the teacher's layers fall on; losses and statistics of the M masked frames."""
-        assert student.extract_features is not None and student.last_hidden_state is not None
-        targets, target_energies = self._targets(input_values, student.extract_features, frame_mask, **kwargs)
+        features: Any = student.extract_features
+        targets, target_energies = self._targets(input_values, features, frame_mask, **kwargs)
         targets = targets.flatten(1, 2).index_select(1, masked_frames)  # (N, M, D)
         codes = self.codebooks(targets)
         if self.training:
@@ -1172,7 +1173,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         pairs = zip(self.heads, cycle(predictors), strict=False)  # one for each head, or the same for all
         output = masked_prediction_losses(torch.stack([head(states) for head, states in pairs]), codes)  # (N, M, V)
         output.target_energies = target_energies
-        output.feature_energies = energy_sums(student.extract_features, frame_mask)
+        output.feature_energies = energy_sums(features, frame_mask)
         return output
 
     @torch.no_grad()

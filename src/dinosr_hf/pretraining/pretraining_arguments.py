@@ -409,6 +409,16 @@ _AT_LEAST = (
 )
 
 
+def _check_codebook_decay(model: ModelArguments) -> None:
+    """Raise `ArgumentError` if `codebook_decay` changes at no step, or changes to nothing."""
+    end, end_step = model.codebook_end_decay, model.codebook_end_decay_step
+    if (end_step > 0) != (end is not None) and end != model.codebook_decay:
+        raise ArgumentError(
+            f"codebook_end_decay_step={end_step} does not fit codebook_end_decay={end}: it is the step at which"
+            " codebook_decay gets there. Set both, or neither."
+        )
+
+
 def _check(arguments: PretrainingArguments) -> None:
     data, run, values = arguments.data, arguments.run, arguments.to_dict()
     check_ranges(shared_rules(run))
@@ -455,6 +465,7 @@ def _check(arguments: PretrainingArguments) -> None:
     for name in ("new_codebooks", "fit_heads_steps"):
         if values[name] and run.base_model is None:
             raise ArgumentError(f"{name} is for training a base_model on. Give one, or leave {name} out.")
+    _check_codebook_decay(arguments.model)
     defaults = {spec.name: spec.default for spec in dataclasses.fields(RunArguments)}
     settle_anchor(arguments.model, data, run, defaults)
     with argument_errors():
