@@ -854,10 +854,6 @@ class DinoSRPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
     # A pre-training checkpoint loads into every head without a report of these.
     _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^codebooks\.", r"^heads\.", r"^anchor_head\."]
 
-    def __init__(self, config: DinoSRConfig, *args: Any, **kwargs: Any) -> None:  # trf-ignore: TRF013
-        config.validate_architecture()  # `from_pretrained` sets overrides without a look at them
-        super().__init__(config, *args, **kwargs)
-
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside of transformers, `_init_weights` would not see modules without parameters of their own, such
         # as the pre-training model, which copies the student to the teacher. It respects weights that were loaded.
@@ -945,6 +941,7 @@ class DinoSRModel(DinoSRPreTrainedModel):  # trf-ignore: TRF057
 
     def __init__(self, config: DinoSRConfig) -> None:
         super().__init__(config)
+        config.validate_architecture()  # `from_pretrained` sets overrides without a look at them
         self.feature_extractor = make_feature_encoder(config)
         self.feature_projection = DinoSRFeatureProjection(config)
         self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size))
@@ -1156,14 +1153,17 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
     def _score_masked(
         self,
         input_values: torch.Tensor,
-        student: DinoSRModelOutput,
+        student: Any,
         frame_mask: torch.Tensor | None,
         masked_frames: torch.Tensor,
         **kwargs: Any,
     ) -> DinoSRForPreTrainingOutput:
-        """Predict the codewords that the teacher's layers fall on; losses and statistics of the M masked frames."""
-        features: Any = student.extract_features
-        targets, target_energies = self._targets(input_values, features, frame_mask, **kwargs)
+        """
+        Predict the codewords that the teacher's layers fall on, from a `DinoSRModelOutput`.
+
+        Returns losses and statistics of the M masked frames.
+        """
+        targets, target_energies = self._targets(input_values, student.extract_features, frame_mask, **kwargs)
         targets = targets.flatten(1, 2).index_select(1, masked_frames)  # (N, M, D)
         codes = self.codebooks(targets)
         if self.training:
@@ -1173,7 +1173,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         pairs = zip(self.heads, cycle(predictors), strict=False)  # one for each head, or the same for all
         output = masked_prediction_losses(torch.stack([head(states) for head, states in pairs]), codes)  # (N, M, V)
         output.target_energies = target_energies
-        output.feature_energies = energy_sums(features, frame_mask)
+        output.feature_energies = energy_sums(student.extract_features, frame_mask)
         return output
 
     @torch.no_grad()
