@@ -42,7 +42,7 @@ class Step(NamedTuple):
     micro_batches: list[MicroBatch]
 
 
-class _Plan(NamedTuple):
+class _StepPlan(NamedTuple):
     """The plan of an epoch, or of a window of a stream."""
 
     source: SpeechSource
@@ -168,7 +168,7 @@ class StepFeed:
         names += ["window_seconds"] if isinstance(self._source, SpeechStream) else []
         return {"seed": self._seed} | {name: getattr(self._data, name) for name in names}
 
-    def _plans(self) -> Iterator[_Plan]:
+    def _plans(self) -> Iterator[_StepPlan]:
         """Yield the plans from that of the position on: of the source in each epoch, or of windows of a stream."""
         while True:
             if isinstance(self._source, SpeechStream):
@@ -182,7 +182,7 @@ class StepFeed:
         self._step = 0
         logger.warning(f"Skipping window {self._window} of epoch {self._epoch}: {reason}")
 
-    def _window_plans(self, stream: SpeechStream) -> Iterator[_Plan]:
+    def _window_plans(self, stream: SpeechStream) -> Iterator[_StepPlan]:
         """
         Yield the plans of the rest of an epoch's windows; none if the stream has changed since the position was saved.
         """
@@ -225,7 +225,7 @@ class StepFeed:
         """Summarize the current epoch over all processes; None for a stream, which is not known in advance."""
         return None if isinstance(self._source, SpeechStream) else self._plan(self._source).summary
 
-    def _plan(self, source: SpeechSource) -> _Plan:
+    def _plan(self, source: SpeechSource) -> _StepPlan:
         """Plan the current epoch or window. Raises `ArgumentError` if no step has an utterance for each process."""
         num_samples = [utterance.num_samples for utterance in source.utterances]
         members, world_size = None, self._world_size
@@ -259,7 +259,7 @@ class StepFeed:
             )
         sizes = {"world_size": world_size, "micro_samples": self._micro_samples, "min_samples": self._min_samples}
         summary = summarize_plan(list(usable.values()), num_samples, **sizes, members=members, speeds=speeds)
-        return _Plan(source, usable, summary)
+        return _StepPlan(source, usable, summary)
 
     def _speeds(self, source: SpeechSource, members: Sequence[tuple[int, int]] | None) -> list[float] | None:
         """Return the speed of each member of the epoch; None if all are as recorded."""
