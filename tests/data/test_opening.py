@@ -20,6 +20,7 @@ from dinosr_hf.data import (
     open_source,
     open_stream,
 )
+from dinosr_hf.data.sources import dataset_errors
 
 parquet = pytest.importorskip("pyarrow.parquet")
 
@@ -345,3 +346,10 @@ def test_names_that_are_not_recordings_are_refused(tmp_path):
         open_recordings([])
     with pytest.raises(ValueError, match=r"split='x': .*a\.wav is a recording, which has no splits"):
         open_recordings([tmp_path / "a.wav"], split="x")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ConnectionError("the Hub is away")])
+def test_errors_of_system_and_network_are_not_blamed_on_the_data(error):
+    with pytest.raises(type(error)) as caught, dataset_errors("speech"):
+        raise error
+    assert caught.value is error

@@ -225,8 +225,8 @@ def dataset_errors(name: str) -> Iterator[None]:
     """
     Raise errors of `datasets` in the body as one line that begins with the data's name and says what must hold.
 
-    An `OSError` stays one, others become a `ValueError`. What does not exist, cannot be reached or needs a package
-    that is not installed is raised as it is.
+    An `OSError` stays one, others become a `ValueError`. Errors of the system (a full disk, no permission) and of the
+    network, and those about a package that is not installed, are raised as they are.
     """
     failed = require("datasets").exceptions.DatasetGenerationError
     try:
@@ -236,7 +236,8 @@ def dataset_errors(name: str) -> Iterator[None]:
         *(tarfile.TarError, RecursionError),  # of headers that lead to headers
     ) as error:
         cause = (error.__cause__ if isinstance(error, failed) else None) or error
-        if isinstance(error, FileNotFoundError | ConnectionError) or isinstance(cause, ImportError):
+        is_of_system = isinstance(error, OSError) and error.errno is not None  # pyarrow's have no number
+        if is_of_system or isinstance(error, FileNotFoundError | ConnectionError) or isinstance(cause, ImportError):
             raise
         explain = getattr(cause, "details", cause.__str__)  # of a CastError: the columns that are not the same
         reason = printable_name(shorten(explain(), 1_000)).rstrip(".")

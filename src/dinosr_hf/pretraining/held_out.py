@@ -66,7 +66,7 @@ class HeldOut:
         seed: Seed of choice and masks. Keep the default to compare runs of different seeds.
 
     Attributes:
-        digest: Of the utterances, their parts and their masks: losses are comparable where it is the same.
+        digest: Tells which utterances, parts of them and masks are used; only losses with the same digest compare.
 
     Raises:
         ValueError: If no utterance is long enough to be masked, none has labels, or labels do not fit their audio.
