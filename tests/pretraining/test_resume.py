@@ -260,6 +260,48 @@ def test_going_back_renames_later_checkpoints(tmp_path, recordings, caplog):
     assert read_checkpoint(find_checkpoints(out)[0]).step == 7
 
 
+def test_going_back_in_a_finished_run_trains_again(tmp_path, recordings, caplog):
+    options, out = {"checkpoint_steps": 1, "keep_checkpoints": 2}, tmp_path / "out"
+    run(tiny_arguments(tmp_path, recordings, **options))
+    first = load_file(out / "model.safetensors")
+    back = tiny_arguments(tmp_path, recordings, **options, resume=str(out / "checkpoint-3"), learning_rate=1e-4)
+    run(back)
+    second = load_file(out / "model.safetensors")
+    assert not all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    assert [line["learning_rate"] < 2e-4 for line in metrics_of(out)] == [False] * 3 + [True]
+    with caplog.at_level("INFO", "dinosr_hf"):
+        again = run(back).state_dict()
+    assert "This run is finished" in caplog.text
+    assert all(torch.equal(again[name], tensor) for name, tensor in second.items())
+
+
+def test_resuming_by_path_goes_on_when_that_checkpoint_is_removed(tmp_path, recordings, caplog):
+    options, out = {"checkpoint_steps": 1, "keep_checkpoints": 2}, tmp_path / "out"
+    run(tiny_arguments(tmp_path, recordings, **options))
+    back = {**options, "resume": str(out / "checkpoint-3")}
+    run(tiny_arguments(tmp_path, recordings, **back, max_steps=6))
+    assert not (out / "checkpoint-3").exists()
+    with caplog.at_level("INFO", "dinosr_hf"):
+        run(tiny_arguments(tmp_path, recordings, **back, max_steps=7))
+    assert f"Resuming from {out / 'checkpoint-6'}" in caplog.text
+
+
+def test_a_checkpoint_of_another_folder_says_nothing_of_a_run(tmp_path, recordings):
+    (tmp_path / "other").mkdir()
+    run(tiny_arguments(tmp_path / "other", recordings, checkpoint_steps=2))
+    out, origin = tmp_path / "out", tmp_path / "other" / "out" / "checkpoint-4"
+    run(tiny_arguments(tmp_path, recordings, checkpoint_steps=0))
+    from_other = tiny_arguments(tmp_path, recordings, checkpoint_steps=0, resume=str(origin), max_steps=6)
+    model = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ArgumentError, match="has a model already"):
+        run(from_other)
+    assert (out / "model.safetensors").read_bytes() == model
+    for name in ("config.json", "run.json", "finished.json"):  # as a run that stopped without a model leaves it
+        (out / name).unlink()
+    run(from_other)
+    assert [line["step"] for line in metrics_of(out)] == [5, 6]
+
+
 def test_the_model_of_a_finished_run_is_of_the_last_step(tmp_path, recordings, monkeypatch):
     run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
     with monkeypatch.context() as patch:  # killed between the last checkpoint and the model

@@ -33,6 +33,7 @@ from ..training.sealed_files import check_files, describe_files, seal
 from ..utils.files import TEMPORARY_PREFIX, atomic_folder, remove
 from ..utils.model_folder import save_folder
 from .manifest import FORMAT, MANIFEST, PROCESS_FILE, TRAINING_FILE, Manifest, read_manifest
+from .run_folder import FINISHED_FILE, finished_step
 
 logger = logging.getLogger(__name__)
 
@@ -264,14 +265,15 @@ def checkpoint_to_resume(
 def _choose_by_path(path: Path, output_dir: Path, read: Callable[[Path], Checkpoint]) -> Checkpoint:
     """Return the newest checkpoint that a run has reached from the one at a path, or that one."""
     origin = str(path.resolve())
-    if path.is_dir():
-        for candidate in usable_checkpoints(output_dir, read):
-            if isinstance(candidate, Checkpoint) and candidate.manifest["origin"] == origin:
-                return candidate
+    for candidate in usable_checkpoints(output_dir, read):  # also if the one at the path is removed by now
+        if isinstance(candidate, Checkpoint) and candidate.manifest["origin"] == origin:
+            return candidate
     checkpoint = choose_checkpoint(str(path), output_dir, read)
     assert checkpoint is not None
     others = find_checkpoints(output_dir)
     if path.resolve().parent == output_dir.resolve():
+        if finished_step(output_dir) > checkpoint.step:  # that is abandoned too
+            (output_dir / FINISHED_FILE).unlink()
         for newer in others:
             if step_of(newer) > checkpoint.step:
                 abandoned = newer.with_name(f"abandoned-{newer.name}")

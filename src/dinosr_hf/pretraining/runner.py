@@ -302,7 +302,7 @@ def _finished_model(
     """
     Return the model of a run that is finished; None if the run is to go on, or to write its model again.
 
-    Raises `ArgumentError` if without a checkpoint a model would be lost.
+    `checkpoint` is one of the run's own. Raises `ArgumentError` if without a checkpoint a model would be lost.
     """
     output_dir, max_steps = Path(options.output_dir), options.max_steps
     found: list[Any] = [None, 0]
@@ -338,7 +338,9 @@ def _finished_model(
 def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRForPreTraining:
     options, output_dir = arguments.run, Path(arguments.run.output_dir)
     checkpoint = _resume(arguments, accelerator)
-    finished = _finished_model(options, checkpoint, accelerator)
+    is_own = checkpoint is not None and checkpoint.path.parent.resolve() == output_dir.resolve()
+    own = checkpoint if is_own else None  # one of another folder says nothing of what is in this one
+    finished = _finished_model(options, own, accelerator)
     accelerator.wait_for_everyone()  # before files change that the others have just looked at
     if finished is not None:
         return finished
@@ -357,9 +359,9 @@ def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRF
     record = None
     if accelerator.is_main_process:
         write_atomically(output_dir / "arguments.yaml", arguments.to_yaml())
-        last_step = checkpoint.step if checkpoint else 0
+        last_step = own.step if own else 0
         truncate_metrics(output_dir, last_step, is_last=last_step >= options.max_steps)
-        record = begin_record(arguments, source, accelerator, is_resumed=checkpoint is not None)
+        record = begin_record(arguments, source, accelerator, is_resumed=is_own)
     if options.trackers:
         items = public_values(arguments.to_dict()).items()  # trackers take plain values only
         plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in items}
