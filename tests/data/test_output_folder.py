@@ -23,13 +23,14 @@ from tiny import randomize
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = {"a": 1_000, "b": 2_345, "c": 3_100, "deep/d": 700}
-UNITS = ["--layers", "2", "--shard_seconds", "0.05", "--num_threads", "1"]
+FEATURES = ["--layers", "2", "--num_threads", "1"]
+UNITS = [*FEATURES, "--shard_seconds", "0.05"]
 # What a script writes, by a name -> (script, model, flags).
 KINDS = {
     "jsonl": ("extract_units", "pretrained", UNITS),
     "parquet": ("extract_units", "pretrained", [*UNITS, "--format", "parquet", "--deduplicate"]),
-    "npy": ("extract_units", "pretrained", [*UNITS, "--features", "npy"]),
-    "safetensors": ("extract_units", "pretrained", [*UNITS, "--features", "safetensors", "--source", "teacher"]),
+    "npy": ("extract_units", "pretrained", [*FEATURES, "--features", "npy"]),
+    "safetensors": ("extract_units", "pretrained", [*FEATURES, "--features", "safetensors", "--source", "teacher"]),
     "txt": ("transcribe", "recogniser", []),
     "json": ("transcribe", "recogniser", ["--format", "json"]),
 }
@@ -160,7 +161,7 @@ def test_another_model_is_refused_also_in_the_same_place(run, models, tmp_path, 
         ("jsonl", ["--dtype", "bfloat16"], "dtype='float32', and it has dtype='bfloat16'"),
         ("jsonl", ["--window_seconds", "20"], r"window_seconds=30\.0, and it has window_seconds=20\.0"),
         ("jsonl", ["--context_seconds", "1"], r"context_seconds=5\.0, and it has"),
-        ("jsonl", ["--features", "npy"], "results='units', and it has results='features'"),
+        ("jsonl", ["--features", "npy", "--shard_seconds", "3600"], "results='units', and it has results='features'"),
         ("npy", ["--source", "teacher"], "source='student', and it has source='teacher'"),
         ("npy", ["--dtype", "bfloat16"], "dtype='float32', and it has dtype='bfloat16'"),
         ("npy", ["--window_seconds", "20"], r"window_seconds=30\.0, and it has window_seconds=20\.0"),

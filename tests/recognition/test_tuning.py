@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import soundfile
 import torch
 
 from dinosr_hf import DinoSRForCTC
-from dinosr_hf.recognition import make_processor
+from dinosr_hf.recognition import Transcriber, make_processor
 from dinosr_hf.recognition.decoding import BeamSearchDecoder, DecodingOptions
 from dinosr_hf.recognition.tuning import Trial, random_pairs, tune
 from language_models import write_arpa
@@ -148,15 +149,36 @@ def test_script_without_a_lexicon(recogniser, script, tmp_path):
 def test_emissions_do_not_depend_on_the_batch(recogniser, script):
     from dinosr_hf.data import open_labelled
 
-    model = DinoSRForCTC.from_pretrained(recogniser / "model").eval()
     data = open_labelled(recogniser / "dev")
-    processor, _ = script.load_processor(recogniser / "model")
-    found = [
-        script.compute_emissions(model, processor.feature_extractor, data, 3, seconds) for seconds in (0.001, 1.0)
-    ]
-    assert [len(rows) for rows in found[0]] == [model.config.num_frames(length) for length in data.num_samples]
+    found = []
+    for seconds in (0.003, 1.0):
+        transcriber = Transcriber.from_folder(recogniser / "model", greedy=True, batch_seconds=seconds)
+        emissions, references = script.compute_emissions(transcriber, data, 2)
+        assert references == data.labels[:2]
+        found.append(emissions)
+    num_frames = transcriber.model.config.num_frames
+    assert [len(rows) for rows in found[0]] == [num_frames(length) for length in data.num_samples[:2]]
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_emissions_are_those_of_transcription(recogniser, script, tmp_path):
+    """A recording longer than a window goes through the model in windows; one that cannot be read is left out."""
+    from dinosr_hf.data import open_labelled
+
+    dev = shutil.copytree(recogniser / "dev", tmp_path / "dev")
+    data = open_labelled(dev)
+    (dev / "1.wav").write_bytes((dev / "1.wav").read_bytes()[:100])
+    windows = {"window_seconds": 0.02, "context_seconds": 0.002}
+    transcriber = Transcriber.from_folder(recogniser / "model", greedy=True, **windows)
+    emissions, references = script.compute_emissions(transcriber, data, None)
+    assert references == [data.labels[0], data.labels[2]]
+    transcripts = {transcript.id: transcript.text for transcript in transcriber.transcribe(data.source)}
+    texts = [transcriber.decoder.decode(rows)[0].text for rows in emissions]
+    assert texts == [transcripts[data.ids[0]], transcripts[data.ids[2]]]
+    whole = Transcriber.from_folder(recogniser / "model", greedy=True)
+    (first, _), _ = script.compute_emissions(whole, data, None)
+    assert first.shape == emissions[0].shape and np.abs(first - emissions[0]).max() > 1e-3
 
 
 def test_script_reports_errors(recogniser, script):

@@ -49,6 +49,10 @@ def script():
     return load_command("extract_units")
 
 
+# Features have no shards, so those of `command` are taken back.
+FEATURES = ("--features", "npy", "--shard_seconds", "3600")
+
+
 @pytest.fixture
 def command(model_folder, folder, tmp_path):
     """Arguments for layer 2, with a shard for about every second recording."""
@@ -276,7 +280,7 @@ def test_unreadable_recordings_are_listed(script, model_folder, tmp_path, capsys
     assert list(json.loads((tmp_path / "units" / "summary.json").read_text())["left_out"]) == ["worse.wav"]
 
 
-@pytest.mark.parametrize("features", [[], ["--features", "npy"]], ids=["units", "features"])
+@pytest.mark.parametrize("features", [(), FEATURES], ids=["units", "features"])
 def test_audio_that_cannot_be_read_is_listed_by_kind(script, model_folder, tmp_path, capsys, features):
     folder, out = tmp_path / "corpus [v2]", tmp_path / "units [v2]"
     folder.mkdir()
@@ -292,7 +296,7 @@ def test_audio_that_cannot_be_read_is_listed_by_kind(script, model_folder, tmp_p
 
 
 def test_the_script_writes_features(script, command, tmp_path, capsys):
-    script.main([*command, "--features", "npy", "--layers", "1", "3"])
+    script.main([*command, *FEATURES, "--layers", "1", "3"])
     assert f"{NUM_RECORDINGS} recordings, with 2 file(s) each, in {tmp_path / 'units'}" in capsys.readouterr().out
     files = sorted(path.relative_to(tmp_path / "units").as_posix() for path in (tmp_path / "units").rglob("*.npy"))
     assert len(files) == 2 * NUM_RECORDINGS and files[0] == "layer-1/00.npy"
@@ -341,9 +345,13 @@ def test_invalid_arguments_raise(script, command, model_folder, folder, tmp_path
         load_units(tmp_path)
     with pytest.raises(SystemExit, match="split='train' needs a single input, but there are 2"):
         script.main([command[0], command[1], *command[1:], "--split", "train"])
-    for words, given in ((["--deduplicate"], "deduplicate=True"), (["--format", "parquet"], "format=parquet")):
+    for words, given in (
+        (["--deduplicate"], "deduplicate=True"),
+        (["--format", "parquet"], "format=parquet"),
+        (["--shard_seconds", "9"], "shard_seconds=9.0"),
+    ):
         with pytest.raises(SystemExit, match=f"{given} is set, but --features writes no units. Leave"):
-            script.main([*command, "--features", "npy", *words])
+            script.main([*command, *FEATURES, *words])
     with pytest.raises(SystemExit, match=r"extract_units.py: layer=1 has no codebook"):
         script.main([*command, "--layers", "1"])
 
@@ -364,7 +372,7 @@ def test_ids_that_repeat_are_all_written(script, command, folder, tmp_path):
     assert {name: found[name]["units"] for name in ("a", "a#3", "a#2", "b")} == {
         name: alone[f"{number:02}.wav"] for number, name in enumerate(["a", "a#3", "a#2", "b"])
     }
-    script.main([*words, "--features", "npy", "--output_dir", str(tmp_path / "features")])
+    script.main([*words, *FEATURES, "--output_dir", str(tmp_path / "features")])
     names = {path.name for path in (tmp_path / "features").rglob("*.npy")}
     assert names == {"a.npy", "a#2.npy", "a#3.npy", "b.npy"}
 
@@ -395,7 +403,7 @@ def test_names_that_are_not_utf8_are_escaped(script, command, folder, tmp_path, 
     for _ in range(2):  # to a folder whose name is not UTF-8
         script.main([*words, "--output_dir", str(tmp_path / "\udce9")])
     assert set(load_units(tmp_path / "\udce9")["id"]) == ids
-    script.main([*command[:1], str(speech), *command[2:], "--features", "npy", "--output_dir", str(tmp_path / "f")])
+    script.main([*command[:1], str(speech), *command[2:], *FEATURES, "--output_dir", str(tmp_path / "f")])
     names = {path.name for path in (tmp_path / "f" / "layer-2").iterdir()}
     assert names == {r"caf\xe9.npy", r"a\nb.npy", "plain.npy"}
 
@@ -405,7 +413,7 @@ def test_features_of_absolute_paths_stay_in_the_folder(script, command, folder, 
     table = tmp_path / "lists" / "t.jsonl"
     paths = [str(folder / "00.wav"), os.path.relpath(folder / "01.wav", table.parent)]
     table.write_text("".join(json.dumps({"audio_filepath": path}) + "\n" for path in paths))
-    script.main([command[0], str(table), *command[2:], "--features", "npy", "--layers", "1", "2"])
+    script.main([command[0], str(table), *command[2:], *FEATURES, "--layers", "1", "2"])
     out = tmp_path / "units"
     found = {path.relative_to(out).as_posix() for path in out.rglob("*.npy")}
     up = paths[1].removesuffix(".wav").replace("..", "_up")

@@ -46,7 +46,7 @@ def make_parser() -> Parser:
     add("--window_seconds", type=float, default=30.0, help="seconds of audio the model sees at once (%(default)s)")
     context = "extra audio on each side of a window, in seconds (%(default)s)"
     add("--context_seconds", type=float, default=5.0, help=context)
-    shard = "seconds of audio per shard; a kill costs at most one shard per process (%(default)s)"
+    shard = "seconds of audio per shard of units; a kill costs at most one per process (%(default)s)"
     add("--shard_seconds", type=float, default=3600.0, help=shard)
     add("--device", help="device of the model (the GPU of the process if there is one, else the CPU)")
     add_dtype(parser)
@@ -76,7 +76,7 @@ def use_kmeans(options: argparse.Namespace) -> LayerKMeans | None:
 def run(options: argparse.Namespace, state: PartialState) -> int:
     """Extract units or features; return the number of recordings that could not be read."""
     if options.features:
-        for_units = ("kmeans", "deduplicate", "format")
+        for_units = ("kmeans", "deduplicate", "format", "shard_seconds")
         refuse_unused(options, make_parser().get_default, for_units, "--features writes no units", "omit --features")
     source = open_recordings(options.inputs, split=options.split, audio_column=options.audio_column)
     kmeans = use_kmeans(options)

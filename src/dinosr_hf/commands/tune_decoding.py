@@ -4,29 +4,28 @@ Tune the language model weight and word score of beam search on a development se
     dinosr tune runs/recogniser librispeech/dev 4-gram.arpa.gz --trials 32
 
 Beam search outputs the words of --lexicon, by default those of the language model; with --no_lexicon the language
-model is over labels. Emissions are computed once. Prints a table of trials, and writes the best one.
+model is over labels. Emissions are computed once, in windows as `dinosr transcribe` does. Prints a table of trials,
+and writes the best one.
 """
 
 import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from .. import DinoSRForCTC
-from ..data import SAMPLING_RATE, LabelledSource, open_labelled
-from ..data.packing import pack
-from ..recognition import load_processor
-from ..recognition.decoding import BeamSearchDecoder, DecodingOptions, GreedyDecoder
+from ..data import LabelledSource, open_labelled
+from ..recognition import Transcriber, load_processor
+from ..recognition.decoding import BeamSearchDecoder, DecodingOptions
 from ..recognition.tuning import WORD_SCORES, Trial, random_pairs, tune
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_weights
-from ._shared import add_audio_column
+from ._shared import AudioBar, add_audio_column, add_device
 
 
 def make_parser() -> Parser:
@@ -50,6 +49,7 @@ def make_parser() -> Parser:
     add("--beam_threshold", type=float, default=DecodingOptions.beam_threshold, help=threshold)
     add("--max_utterances", type=int, help="use only the first utterances")
     add("--batch_seconds", type=float, default=60.0, help="seconds of audio per batch (%(default)s)")
+    add_device(parser)
     return parser
 
 
@@ -57,21 +57,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parse_options(make_parser(), argv, trials=1, max_utterances=1, beam_size=1)
 
 
-@torch.inference_mode()
 def compute_emissions(
-    model: DinoSRForCTC, extractor: Any, data: LabelledSource, num_utterances: int, batch_seconds: float
-) -> list[np.ndarray]:
-    """Compute log probabilities float32 (T, V) of each utterance."""
-    emissions: dict[int, np.ndarray] = {}
-    num_samples = data.num_samples[:num_utterances]
-    by_length = sorted(range(len(num_samples)), key=num_samples.__getitem__)
-    for batch in tqdm([*pack(by_length, num_samples.__getitem__, batch_seconds * SAMPLING_RATE)], desc="emissions"):
-        audio = [data.load(index) for index in batch]
-        inputs = extractor(audio, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt").to(model.device)
-        log_probs = model(**inputs).logits.float().log_softmax(-1).cpu().numpy()
-        for index, waveform, rows in zip(batch, audio, log_probs, strict=True):
-            emissions[index] = rows[: model.config.num_frames(len(waveform))]
-    return [emissions[index] for index in sorted(emissions)]
+    transcriber: Transcriber, data: LabelledSource, num_utterances: int | None
+) -> tuple[list[np.ndarray], list[str]]:
+    """Return emissions (T, V) and transcript of the first utterances (None: all), without unreadable ones."""
+    indices = data.indices[:num_utterances]
+    with AudioBar(data.source.seconds_of(indices)) as bar:
+        found = dict(transcriber.emissions(data.source, indices=indices, on_progress=bar.advance))
+    labelled = zip(indices, data.labels, strict=False)
+    readable = [(found[index], label) for index, label in labelled if index in found]
+    return [emissions for emissions, _ in readable], [label for _, label in readable]
 
 
 def pairs_of(options: argparse.Namespace) -> list[tuple[float, float]]:
@@ -93,8 +88,8 @@ def run(options: argparse.Namespace) -> None:
     output = claim_output_file(options.output or Path(options.model) / "decoding.json")
     processor, normalization = load_processor(options.model)
     normalize = normalization or str
-    model = open_weights(DinoSRForCTC, options.model, dtype=torch.float32).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = open_weights(DinoSRForCTC, options.model, device=options.device, dtype=torch.float32)
+    transcriber = Transcriber(model, processor, batch_seconds=options.batch_seconds)
     # Before the audio is read, so that an unsuitable language model fails at once.
     lexicon = None if options.no_lexicon else options.lexicon or options.language_model
     settings = DecodingOptions(
@@ -102,12 +97,9 @@ def run(options: argparse.Namespace) -> None:
     )
     decoder = BeamSearchDecoder.from_tokenizer(processor.tokenizer, model.config, options=settings)
     data = open_labelled(options.data, column=options.column, split=options.split, audio_column=options.audio_column)
-    num_utterances = options.max_utterances or len(data.labels)
-    emissions = compute_emissions(model, processor.feature_extractor, data, num_utterances, options.batch_seconds)
-    references = data.labels[: len(emissions)]
+    emissions, references = compute_emissions(transcriber, data, options.max_utterances)
 
-    greedy = GreedyDecoder.from_tokenizer(processor.tokenizer, model.config)
-    (without,) = tune(lambda *_: greedy, emissions, references, [(0.0, 0.0)], normalize=normalize)
+    (without,) = tune(lambda *_: transcriber.decoder, emissions, references, [(0.0, 0.0)], normalize=normalize)
     pairs = pairs_of(options)
     with tqdm(total=len(pairs), desc="trials") as progress:
         trials = tune(

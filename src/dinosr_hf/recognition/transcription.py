@@ -200,13 +200,30 @@ class Transcriber:
         `indices` are those of the recordings; None: all. Those that cannot be read are skipped with a warning and
         listed in `unreadable`. `on_progress` is called after each batch with its seconds of audio, without context.
         """
-        for index, emissions in self._runner.run(source, self._emissions, indices=indices, on_progress=on_progress):
+        for index, emissions in self.emissions(source, indices=indices, on_progress=on_progress):
             name, num_samples = source.utterances[index]
-            found = Hypothesis("", 0.0, []) if emissions is None else self._decode(emissions)  # None: no whole frame
+            found = self._decode(emissions) if len(emissions) else Hypothesis("", 0.0, [])
             yield Transcript(name, found.text, found.words, num_samples / SAMPLING_RATE, found.score)
 
+    def emissions(
+        self,
+        source: SpeechSource,
+        *,
+        indices: Sequence[int] | None = None,
+        on_progress: Callable[[float], Any] | None = None,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """
+        Yield the index of each recording and what its transcript is decoded from, log probabilities float32 (T, V).
+
+        Words are split at pauses, see `split_words_at_pauses`. `T` is 0 if the recording is shorter than a frame.
+        Arguments and order are those of `transcribe`.
+        """
+        none = np.zeros((0, self.model.config.vocab_size), np.float32)
+        for index, rows in self._runner.run(source, self._compute, indices=indices, on_progress=on_progress):
+            yield index, none if rows is None else split_words_at_pauses(rows, self.decoder, self._pause_frames)
+
     @torch.inference_mode()
-    def _emissions(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _compute(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Compute log probabilities float32 (T, V) of each wave (S,)."""
         values, mask = pad_batch(waves)
         model = self.model
@@ -216,7 +233,6 @@ class Transcriber:
         return [rows[:length] for rows, length in zip(log_probs, num_frames, strict=True)]
 
     def _decode(self, emissions: np.ndarray) -> Hypothesis:
-        emissions = split_words_at_pauses(emissions, self.decoder, self._pause_frames)
         if isinstance(self.decoder, GreedyDecoder):
             return self.decoder.decode(emissions)[0]
         return decode_in_pieces(self.decoder, emissions, self._search_frames)
