@@ -122,6 +122,31 @@ def test_resume_from_checkpoint_resumes_exactly(model, corpus, uninterrupted, in
     recognise(model, corpus, interrupted, resume_from_checkpoint=asked, on_trainer=count, **OPTIONS)
     assert count.steps[0] == (4 if value == "path" else 5)
     assert_same_model(interrupted, uninterrupted)
+    assert (interrupted / "abandoned-checkpoint-4").is_dir() == (value == "path")
+
+
+def test_resuming_by_path_goes_on_from_the_newest_checkpoint_after_it(model, corpus, uninterrupted, interrupted):
+    """Also once the named checkpoint is pruned; and a run that finished so is finished."""
+    back, counts = {**OPTIONS, "resume_from_checkpoint": str(interrupted / "checkpoint-3")}, []
+    with pytest.raises(Interrupted):
+        recognise(model, corpus, interrupted, on_trainer=InterruptAfter(5), **back)
+    shutil.rmtree(interrupted / "checkpoint-3", ignore_errors=True)
+    for expected in ([6, 7], []):
+        counts.append(CountSteps())
+        recognise(model, corpus, interrupted, on_trainer=counts[-1], **back)
+        assert counts[-1].steps == expected
+        assert_same_model(interrupted, uninterrupted)
+
+
+def test_a_checkpoint_of_another_run_overwrites_nothing(model, corpus, uninterrupted, interrupted, tmp_path):
+    asked = {"resume_from_checkpoint": str(interrupted / "checkpoint-3")}
+    before = (uninterrupted / "run.json").read_bytes()
+    with pytest.raises(CheckpointError, match="has checkpoints of another run, the newest checkpoint-7, and resume"):
+        recognise(model, corpus, uninterrupted, **asked, **OPTIONS)
+    finished = shutil.copytree(uninterrupted, tmp_path / "finished", ignore=shutil.ignore_patterns("checkpoint-*"))
+    with pytest.raises(ArgumentError, match="has a model already"):
+        recognise(model, corpus, finished, **asked, **OPTIONS)
+    assert (uninterrupted / "run.json").read_bytes() == before == (finished / "run.json").read_bytes()
 
 
 def test_a_run_interrupted_after_its_last_step_trains_no_further(model, corpus, uninterrupted, tmp_path, monkeypatch):

@@ -243,7 +243,7 @@ def test_resuming_by_path_goes_on_from_the_newest_checkpoint_after_it(tmp_path, 
         run(
             tiny_arguments(tmp_path / "first", recordings, **{**options, "resume": str(tmp_path / "out/checkpoint-8")})
         )
-    with pytest.raises(CheckpointError, match=r"nowhere is not a folder\. Give auto, never, or the path"):
+    with pytest.raises(CheckpointError, match=r"resume=nowhere is not a folder\. Give a checkpoint"):
         run(tiny_arguments(tmp_path, recordings, resume="nowhere"))
     with pytest.raises(CheckpointError, match=r"is the folder of a run\. Give .* as .*checkpoint-8; or leave resume"):
         run(tiny_arguments(tmp_path, recordings, resume=str(tmp_path / "out")))
@@ -255,7 +255,7 @@ def test_going_back_renames_later_checkpoints(tmp_path, recordings, caplog):
     out = tmp_path / "out"
     back = {**options, "resume": str(out / "checkpoint-3"), "max_steps": 7, "learning_rate": 1e-4}
     run(tiny_arguments(tmp_path, recordings, **back))
-    assert "checkpoint-6 is after checkpoint-3, so it is renamed to abandoned-checkpoint-6" in caplog.text
+    assert "checkpoint-6 is after step 3, so it is renamed to abandoned-checkpoint-6" in caplog.text
     assert [line["learning_rate"] < 2e-4 for line in metrics_of(out)] == [False] * 3 + [True] * 4
     assert read_checkpoint(find_checkpoints(out)[0]).step == 7
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from ..training.resume import (
     CheckpointError,
+    choose_by_path,
     choose_checkpoint,
     find_checkpoints,
     refuse_existing_model,
-    refuse_run_folder,
 )
 from ..training.run_record import RECORD_NAME, RunRecord, public_record, public_values, record_of
 from ..training.sealed_files import check_files, describe_files, read_sealed, seal
@@ -43,6 +43,19 @@ class TrainerCheckpoint(NamedTuple):
 
     path: Path
     record: RunRecord | None
+
+    @property
+    def step(self) -> int:
+        """Number of updates that were done."""
+        return int(read_json(self.path / "trainer_state.json")["global_step"])
+
+
+class ResumePoint(NamedTuple):
+    """Where a run starts (None: at its first step), and the record that it has left in its folder, if it has."""
+
+    checkpoint: TrainerCheckpoint | None
+    record: RunRecord | None
+    goes_back: bool = False  # to a checkpoint that was named, so later ones are set aside
 
 
 def write_manifest(folder: Path, record: RunRecord | None) -> None:
@@ -106,24 +119,45 @@ def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if value is not None and not name.startswith(_UNCHECKED)}
 
 
+def _resume_point_by_path(path: Path, folder: Path) -> ResumePoint:
+    """Return where a run starts that is to begin at the checkpoint at a path, or has begun there."""
+    option = "resume_from_checkpoint"
+
+    def began_there(record: RunRecord | None) -> bool:
+        asked = None if record is None else record.arguments.get(option)
+        return asked is not None and Path(str(asked)).resolve() == path.resolve()
+
+    def read(candidate: Path) -> TrainerCheckpoint:
+        try:
+            return read_checkpoint(candidate)
+        except CheckpointError as error:
+            raise CheckpointError(f"{option}={error}" if candidate == path else str(error)) from error
+
+    record = _read_record(folder)
+    if record is not None and record.finished is not None and began_there(record) and _has_model(folder):
+        return ResumePoint(None, record)
+    found = choose_by_path(option, path, folder, read, lambda checkpoint: began_there(checkpoint.record))
+    if began_there(found.record):
+        return ResumePoint(found, found.record)
+    if not find_checkpoints(folder):
+        refuse_existing_model(folder)
+    return ResumePoint(found, None, goes_back=True)
+
+
 def find_resume_point(
     output_dir: str, resume_from_checkpoint: str | None, task: str, arguments: Mapping[str, Any]
-) -> tuple[str | None, RunRecord | None]:
+) -> ResumePoint:
     """
-    Return the checkpoint to resume from, and the record that the run has left in its folder.
+    Find where a run starts: a checkpoint, the first step, or neither, if there is a record and no checkpoint.
 
-    The same command goes on from the newest complete checkpoint: (None, None) is to start at the first step, (None,
-    record) a finished run. `resume_from_checkpoint` is None for this rule; "true" to go on even with other arguments
-    or if finished; "false" to refuse a folder with a run; or the path of a checkpoint. Raises `ArgumentError` for a
-    run with other arguments or of another task, a model of unknown origin, and checkpoints that cannot be used.
+    The same command goes on from the newest complete checkpoint. `resume_from_checkpoint` is None for this rule;
+    "true" to go on even with other arguments or if finished; "false" to refuse a folder with a run; or the path of a
+    checkpoint to begin at. Raises `ArgumentError` for a run with other arguments or of another task, a model of
+    unknown origin, and checkpoints that cannot be used.
     """
     folder, mode = Path(output_dir), str(resume_from_checkpoint).lower()
     if mode not in ("none", "true", "false"):
-        refuse_run_folder("resume_from_checkpoint", str(resume_from_checkpoint))
-        try:
-            return str(read_checkpoint(Path(str(resume_from_checkpoint))).path), None
-        except CheckpointError as error:
-            raise CheckpointError(f"resume_from_checkpoint={error}") from error
+        return _resume_point_by_path(Path(str(resume_from_checkpoint)), folder)
     has_checkpoints, record = bool(find_checkpoints(folder)), _read_record(folder)
     is_finished = record is not None and record.finished is not None and _has_model(folder)
     where, advice = f"output_dir={folder} has", "Give another output_dir, or go on anyway"
@@ -131,7 +165,7 @@ def find_resume_point(
         raise ArgumentError(f"{where} no checkpoint. Remove resume_from_checkpoint.")
     if not has_checkpoints and not is_finished:
         refuse_existing_model(folder)
-        return None, None
+        return ResumePoint(None, None)
     if mode == "false":
         raise ArgumentError(f"{where} a run, and resume_from_checkpoint is false. {advice} without it.")
     checkpoint = None
@@ -155,4 +189,4 @@ def find_resume_point(
         raise ArgumentError(f"{where} a run of the task {record.task}. Give another output_dir.")
     elif changes:
         raise ArgumentError(f"{where} a run with other arguments: {changes}. {advice}")
-    return None if checkpoint is None else str(checkpoint.path), record
+    return ResumePoint(checkpoint, record)

@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from ..data import SAMPLING_RATE, LabelledSource
 from ..model.configuration_dinosr import DinoSRConfig
-from ..training.resume import lock_output_folder
+from ..training.resume import lock_output_folder, set_aside_later
 from ..training.run_record import RunRecord, describe_hardware, public_values, time_now, write_record
 from ..utils.command_line import ArgumentError, argument_errors
 from ..utils.model_folder import save_folder
@@ -24,7 +24,7 @@ from ..utils.threads import set_cpu_threads
 from .batches import LabelledDataset
 from .finetuning_arguments import FinetuningArguments, InitialModelArguments, LabelledDataArguments
 from .initial_model import add_adapters, check_initial_model, load_model, merge_adapters
-from .resume_point import find_resume_point
+from .resume_point import ResumePoint, find_resume_point
 from .splits import open_splits
 from .task import Task
 from .trainer import FreezeCallback, SpeechTrainer
@@ -112,18 +112,20 @@ def _evaluate(trainer: SpeechTrainer, task: Task, splits: dict[str, LabelledData
 
 
 def _train_and_save(
-    trainer: SpeechTrainer, task: Task, test: LabelledDataset | None, record: RunRecord, checkpoint: str | None
+    trainer: SpeechTrainer, task: Task, test: LabelledDataset | None, record: RunRecord, begin: ResumePoint
 ) -> RunRecord:
     """Train, write the model, evaluate it and write the record; return the complete record."""
-    folder = Path(trainer.args.output_dir)
-    trainer.accelerator.wait_for_everyone()  # until all processes have read the previous record
+    folder, checkpoint = Path(trainer.args.output_dir), begin.checkpoint
+    trainer.accelerator.wait_for_everyone()  # until all processes have read what the run has left
     if trainer.is_world_process_zero():
         write_record(folder, record)
+        if checkpoint is not None and begin.goes_back:
+            set_aside_later(folder, checkpoint.step)
     trainer.record = record
     if checkpoint is not None:
-        logger.info("Resuming from %s.", checkpoint)
-        trainer.resumed_from = Path(checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+        logger.info("Resuming from %s.", checkpoint.path)
+        trainer.resumed_from = checkpoint.path
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
     trainer.check_weights()
     # Before the evaluation and its reports, whose failure must not cost the model.
     trainer.model = model = merge_adapters(trainer.accelerator.unwrap_model(trainer.model))
@@ -144,7 +146,7 @@ def _train_and_save(
     return record
 
 
-def _describe(trainer: SpeechTrainer, task: Task, test: LabelledDataset | None, checkpoint: str | None) -> str:
+def _describe(trainer: SpeechTrainer, task: Task, test: LabelledDataset | None, begin: ResumePoint) -> str:
     """Say what a run would train, on what, for how long, and where it would write."""
     args, train, num_processes = trainer.args, trainer.train_dataset, trainer.args.world_size
     trainer.get_train_dataloader()
@@ -164,7 +166,7 @@ def _describe(trainer: SpeechTrainer, task: Task, test: LabelledDataset | None, 
         f"{steps:,} of at most {args.step_seconds:g} s of audio over {num_processes} process(es), in micro-batches of"
         f" {args.micro_seconds:g} s: {steps / steps_per_epoch:,.1f} epochs"
     )
-    rows["start"] = checkpoint or "the first step"
+    rows["start"] = "the first step" if begin.checkpoint is None else str(begin.checkpoint.path)
     rows["results"] = args.output_dir
     return "\n".join(f"{name:11} {value}" for name, value in rows.items())
 
@@ -195,11 +197,12 @@ def finetune(
     with lock_output_folder(arguments.output_dir) if locks else nullcontext():
         asked = arguments.resume_from_checkpoint
         try:
-            checkpoint, previous = find_resume_point(arguments.output_dir, asked, task.name, given)
+            begin = find_resume_point(arguments.output_dir, asked, task.name, given)
         except ArgumentError:
             check_initial_model(start)  # a wrong model is reported first; a finished run does not need it
             raise
-        if previous is not None and checkpoint is None:
+        previous = begin.record
+        if previous is not None and begin.checkpoint is None:
             logger.info("This run is finished. To begin another, give another output_dir.")
             return previous
         started = time_now() if previous is None else previous.started
@@ -219,6 +222,6 @@ def finetune(
         )
         if arguments.dry_run:
             if trainer.is_world_process_zero():
-                print(f"{_describe(trainer, task, test, checkpoint)}\nNothing was trained.")
+                print(f"{_describe(trainer, task, test, begin)}\nNothing was trained.")
             return record
-        return _train_and_save(trainer, task, test, record, checkpoint)
+        return _train_and_save(trainer, task, test, record, begin)

@@ -28,7 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..model.modeling_dinosr import DinoSRForPreTraining
-from ..training.resume import CheckpointError, choose_checkpoint, find_checkpoints, step_of, usable_checkpoints
+from ..training.resume import (
+    CheckpointError,
+    choose_by_path,
+    choose_checkpoint,
+    find_checkpoints,
+    set_aside_later,
+    step_of,
+)
 from ..training.sealed_files import check_files, describe_files, seal
 from ..utils.files import TEMPORARY_PREFIX, atomic_folder, remove
 from ..utils.model_folder import save_folder
@@ -265,27 +272,17 @@ def checkpoint_to_resume(
 def _choose_by_path(path: Path, output_dir: Path, read: Callable[[Path], Checkpoint]) -> Checkpoint:
     """Return the newest checkpoint that a run has reached from the one at a path, or that one."""
     origin = str(path.resolve())
-    for candidate in usable_checkpoints(output_dir, read):  # also if the one at the path is removed by now
-        if isinstance(candidate, Checkpoint) and candidate.manifest["origin"] == origin:
-            return candidate
-    checkpoint = choose_checkpoint(str(path), output_dir, read)
-    assert checkpoint is not None
-    others = find_checkpoints(output_dir)
-    if path.resolve().parent == output_dir.resolve():
-        if finished_step(output_dir) > checkpoint.step:  # that is abandoned too
+
+    def began_there(checkpoint: Checkpoint) -> bool:
+        return checkpoint.manifest["origin"] == origin
+
+    checkpoint = choose_by_path("resume", path, output_dir, read, began_there)
+    if not began_there(checkpoint):
+        is_own = path.resolve().parent == output_dir.resolve()
+        if is_own and finished_step(output_dir) > checkpoint.step:  # of what is abandoned
             (output_dir / FINISHED_FILE).unlink()
-        for newer in others:
-            if step_of(newer) > checkpoint.step:
-                abandoned = newer.with_name(f"abandoned-{newer.name}")
-                remove(abandoned)
-                newer.rename(abandoned)
-                logger.warning("%s is after %s, so it is renamed to %s.", newer.name, path.name, abandoned.name)
-    elif others:
-        raise CheckpointError(
-            f"output_dir={output_dir} has checkpoints of another run, the newest {others[0].name}, and resume={path}"
-            " is not one of them. Give another output_dir, or set resume to auto."
-        )
-    checkpoint.manifest["origin"] = origin
+        set_aside_later(output_dir, checkpoint.step)
+        checkpoint.manifest["origin"] = origin
     return checkpoint
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..utils.command_line import ArgumentError
-from ..utils.files import lock_folder
+from ..utils.files import lock_folder, remove
 from ..utils.names import printable_name
 
 logger = logging.getLogger(__name__)
@@ -53,15 +53,6 @@ def usable_checkpoints(
             yield error
 
 
-def refuse_run_folder(name: str, path: str) -> None:
-    """Raise `CheckpointError` if the path in the option `name` is the folder of a run, which has checkpoints."""
-    if found := find_checkpoints(path):
-        raise CheckpointError(
-            f"{name}={path} is the folder of a run. Give one of its checkpoints, such as {found[0]}; or leave {name}"
-            " out, and the same command goes on from the newest one in output_dir."
-        )
-
-
 def choose_checkpoint(
     resume: str, output_dir: str | os.PathLike, read: Callable[[Path], CheckpointT]
 ) -> CheckpointT | None:
@@ -70,13 +61,12 @@ def choose_checkpoint(
 
     Args:
         resume: "auto": the newest usable checkpoint in `output_dir`, if it has any; "never": none, and `output_dir`
-            may have none; otherwise the path of a checkpoint.
+            may have none.
         output_dir: Folder of the run.
         read: Opens a checkpoint; raises `CheckpointError` unless it is complete and fits the run's arguments.
 
     Raises:
-        CheckpointError: If the checkpoint asked for, or all of those in `output_dir`, cannot be used, or if there are
-            some and `resume` is "never".
+        CheckpointError: If none of those in `output_dir` can be used, or there are some and `resume` is "never".
     """
     if resume == "never":
         if find_checkpoints(output_dir):
@@ -85,11 +75,6 @@ def choose_checkpoint(
                 " or set resume to auto."
             )
         return None
-    if resume != "auto":
-        if not Path(resume).is_dir():
-            raise CheckpointError(f"resume={resume} is not a folder. Give auto, never, or the path of a checkpoint.")
-        refuse_run_folder("resume", resume)
-        return read(Path(resume))
     refused = []
     for candidate in usable_checkpoints(output_dir, read):
         if not isinstance(candidate, CheckpointError):
@@ -101,6 +86,49 @@ def choose_checkpoint(
             f" another output_dir, or remove them. {' '.join(refused)}"
         )
     return None
+
+
+def choose_by_path(
+    option: str,
+    path: Path,
+    output_dir: Path,
+    read: Callable[[Path], CheckpointT],
+    began_there: Callable[[CheckpointT], bool],
+) -> CheckpointT:
+    """
+    Choose what a run goes on from that is to begin at the checkpoint at a path, the value of an option.
+
+    That is the newest checkpoint in `output_dir` of a run that `began_there`, even if the one at the path was removed
+    since; otherwise the one at the path. Raises `CheckpointError` if that cannot be used, or is of another folder and
+    `output_dir` has checkpoints.
+    """
+    for candidate in usable_checkpoints(output_dir, read):
+        if not isinstance(candidate, CheckpointError) and began_there(candidate):
+            return candidate
+    if not path.is_dir():
+        raise CheckpointError(f"{option}={path} is not a folder. Give a checkpoint, or leave {option} out.")
+    if found := find_checkpoints(path):
+        raise CheckpointError(
+            f"{option}={path} is the folder of a run. Give one of its checkpoints, such as {found[0]}; or leave"
+            f" {option} out, and the same command goes on from the newest one in output_dir."
+        )
+    checkpoint = read(path)
+    if path.resolve().parent != output_dir.resolve() and (others := find_checkpoints(output_dir)):
+        raise CheckpointError(
+            f"output_dir={output_dir} has checkpoints of another run, the newest {others[0].name}, and {option}={path}"
+            f" is not one of them. Give another output_dir, or leave {option} out."
+        )
+    return checkpoint
+
+
+def set_aside_later(output_dir: Path, step: int) -> None:
+    """Rename the checkpoints in a folder that are of later steps than the one from which a run goes on."""
+    for later in find_checkpoints(output_dir):
+        if step_of(later) > step:
+            abandoned = later.with_name(f"abandoned-{later.name}")
+            remove(abandoned)
+            later.rename(abandoned)
+            logger.warning("%s is after step %d, so it is renamed to %s.", later.name, step, abandoned.name)
 
 
 def refuse_existing_model(output_dir: str | os.PathLike) -> None:
