@@ -452,7 +452,7 @@ def test_a_dry_run_says_what_is_to_do_and_writes_nothing(run, speech, tmp_path, 
     said = capsys.readouterr().out
     assert said.startswith(f"To do: {num_recordings} recordings, 0.") and not (tmp_path / "out").exists()
     assert "minutes of audio. Left out: 1 unreadable (such as junk.wav). Their " in said
-    assert said.endswith(f" go to {tmp_path / 'out'}. Nothing was written.\n")
+    assert f" go to {tmp_path / 'out'}. " in said and said.endswith(" Nothing was written.\n")
     (speech / "junk.wav").unlink()
     run(kind)
     before = written(tmp_path / "out")

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..inference.windowed import DTYPES
+from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import Parser
 
 
@@ -36,6 +37,11 @@ def add_dtype(parser: Parser, what: str = "model") -> None:
     parser.add_argument(
         "--dtype", default="float32", choices=list(DTYPES), help=f"precision of the {what} (%(default)s)"
     )
+
+
+def default_layer(config: DinoSRConfig, source: str) -> int:
+    """Return the layer, from 1, whose units to take: 5, which the paper analyses, or the last if 5 has none."""
+    return 5 if source != "anchor" and 5 in config.codebook_layers else config.num_hidden_layers
 
 
 class AudioBar:

@@ -26,7 +26,7 @@ from ..units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, Unit
 from ..units.corpus import FORMATS
 from ..utils.command_line import Parser, command, parse_options, program, refuse_unused
 from ..utils.threads import set_cpu_threads
-from ._shared import AudioBar, add_dtype, add_inputs
+from ._shared import AudioBar, add_dtype, add_inputs, default_layer
 
 
 def make_parser() -> Parser:
@@ -35,7 +35,7 @@ def make_parser() -> Parser:
     add("model", metavar="MODEL", help="folder that pre-training wrote, or name on the Hub")
     add_inputs(parser)
     add("--output_dir", required=True, help="folder to write units or features to")
-    add("--layers", type=int, nargs="+", help="layers, counted from 1 (5; of the anchor: the last)")
+    add("--layers", type=int, nargs="+", help="layers, counted from 1 (5, or the last without units there)")
     sources = (*UNIT_SOURCES, "student_feed_forward")
     add("--source", choices=sources, help="what gives units or features (student)")
     add("--kmeans", help="file of dinosr kmeans, to use its clusters, layer and source")
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
     model = load_model(options.model, device=options.device or state.device, dtype=options.dtype)
     if model.device.type == "cpu":
         set_cpu_threads(options.num_threads, state.num_processes)
-    options.layers = options.layers or [model.config.num_hidden_layers if options.source == "anchor" else 5]
+    options.layers = options.layers or [default_layer(model.config, options.source)]
     extractor = UnitExtractor(
         model,
         layers=options.layers,
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
         files = UnitCorpus(options.output_dir, extractor, source, kmeans=kmeans, **form, **place)
     if options.dry_run:
         if state.is_main_process:
-            print(files.plan(), "Nothing was written.")
+            print(files.plan(), f"They are of layers {options.layers} of the {options.source}. Nothing was written.")
         return 0
     if state.is_main_process:
         files.open()
@@ -120,8 +120,8 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
             return 0
         summary = files.finish()
     print(
-        f"{summary['num_recordings']:,} recordings, {summary['hours']:,.2f} hours, in {len(summary['files'])} files"
-        f" of {options.output_dir}; {bar}"
+        f"{summary['num_recordings']:,} recordings, {summary['hours']:,.2f} hours, layers {options.layers} of the"
+        f" {options.source}, in {len(summary['files'])} files of {options.output_dir}; {bar}"
     )
     return len(summary["left_out"])
 

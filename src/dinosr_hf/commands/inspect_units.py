@@ -19,7 +19,7 @@ from ..model.modeling_dinosr import check_unit_layers
 from ..units import load_model, scored_units
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file, write_atomically
-from ._shared import AudioBar, add_audio_column, add_device, add_dtype
+from ._shared import AudioBar, add_audio_column, add_device, add_dtype, default_layer
 
 # Meaning of a unit's score, by source.
 SCORES = {"student": "probability", "teacher": "distance", "anchor": "probability"}
@@ -35,7 +35,7 @@ def make_parser() -> Parser:
     parser.add_argument("--labels", help="phones, as for dinosr evaluate (none: a page without phones)")
     parser.add_argument("--words", help="words to draw with the units; may be the --labels file, if that has both")
     parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
-    parser.add_argument("--layer", type=int, help="layer with a codebook, counted from 1 (5; of the anchor: the last)")
+    parser.add_argument("--layer", type=int, help="layer, counted from 1 (5, or the last without units there)")
     parser.add_argument("--source", default="teacher", choices=list(SCORES), help="what gives units (%(default)s)")
     parser.add_argument("--num_moments", type=int, default=5, help="moments to hear of each codeword (%(default)s)")
     parser.add_argument(
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     labels = read_alignments(options.labels) if options.labels else None
     words = read_alignments(options.words, tier="words") if options.words else None
     model = load_model(options.model, device=options.device, dtype=options.dtype)
-    layer = options.layer or (model.config.num_hidden_layers if options.source == "anchor" else 5)
+    layer = options.layer or default_layer(model.config, options.source)
     check_unit_layers(model.config, [layer], options.source)
     frames = {"stride": model.config.inputs_to_logits_ratio, "field": model.config.receptive_field}
     inspector = CodewordInspector(
