@@ -213,7 +213,7 @@ def test_nothing_overlaps():
     ("runs", "options", "message"),
     [
         ([], {}, "There is no run to draw"),
-        ([run_of()], {"x": "epochs"}, "x='epochs' is unknown. Choose step or hours"),
+        ([run_of()], {"x": "epochs"}, "x='epochs' is unknown. Choose one of step, hours"),
         ([run_of()], {"width": 0.0}, "width=0.0 is out of range"),
     ],
     ids=["no-run", "x", "width"],

@@ -36,5 +36,5 @@ def test_units_are_the_clusters_of_the_mfccs(recordings, caplog, kind):
 
 
 def test_an_unknown_kind_is_refused(recordings):
-    with pytest.raises(ValueError, match=r"MFCCs of kind 'fine' are unknown. Choose one of textbook, tuned."):
+    with pytest.raises(ValueError, match=r"kind='fine' is unknown. Choose one of textbook, tuned."):
         fit_mfcc_kmeans(recordings[0], 4, "fine")

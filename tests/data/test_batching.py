@@ -257,7 +257,7 @@ def test_no_utterance_is_long_enough():
         ({"min_samples": 251}, "min_samples=251, max_samples=250 and step_samples=1,000 must .* rise in this order"),
         ({"max_samples": 1_001}, "max_samples=1,001 and step_samples=1,000 must be at least 1 and rise"),
         ({"min_samples": 0}, "min_samples=0, .* must be at least 1"),
-        ({"mode": "cut"}, "mode='cut' is unknown. Choose crop or pad"),
+        ({"mode": "cut"}, "mode='cut' is unknown. Choose one of crop, pad"),
         ({"num_buckets": 0}, "num_buckets=0 is out of range"),
         ({"ids": ["a"]}, "There are 1 ids for 2 utterances"),
     ],

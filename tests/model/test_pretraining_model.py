@@ -525,7 +525,7 @@ def test_no_number_of_a_step_is_read():
         model = DinoSRForPreTraining(tiny_config()).train()
         x = torch.empty(2, 600)
         mask = torch.empty(2, model.config.num_frames(600), dtype=torch.bool)
-        sums = MetricSums(model.config.num_codebooks, model.config.codebook_size, x.device)
+        sums = MetricSums(model.config, x.device)
         output = model(x, mask_time_indices=mask, masked_frames=torch.empty(9, dtype=torch.int64))
         output.loss.backward()
         model.update_targets(1)

@@ -9,6 +9,8 @@ from dinosr_hf.model.modeling_dinosr import energy_sums
 from dinosr_hf.pretraining.metrics import MetricSums
 from tiny import deterministic_config, padded, tiny_config, waveforms
 
+SMALL = tiny_config(codebook_size=7)
+
 LENGTHS = (801, 390, 241)
 EXACT = {"masked_frames", "seconds", "padded_share", "active_codewords", "codebook_active_codewords"}
 
@@ -111,7 +113,7 @@ def anchor_labels_of(waves, num_frames):
 def sums_of(model, groups):
     """Return the sums over groups of waveforms, each group padded into one batch, every third frame masked."""
     config, has_anchor = model.config, model.config.num_anchor_labels > 0
-    sums = MetricSums(config.num_codebooks, config.codebook_size, torch.device("cpu"), has_anchor=has_anchor)
+    sums = MetricSums(config, torch.device("cpu"), has_anchor=has_anchor)
     for waves in groups:
         x, attention_mask = padded(waves)
         num_samples, num_frames = sum(map(len, waves)), config.num_frames(x.shape[1])
@@ -199,7 +201,7 @@ def test_a_silent_batch_without_masks_does_not_count():
 
 
 def test_an_empty_interval_gives_zeros():
-    figures = MetricSums(2, 7, torch.device("cpu")).compute(identity)
+    figures = MetricSums(SMALL, torch.device("cpu")).compute(identity)
     assert figures["loss"] == figures["target_variation"] == figures["masked_frames"] == figures["padded_share"] == 0
 
 
@@ -207,7 +209,7 @@ def test_sums_go_on_from_a_state_dict():
     model = pretraining_model().eval()
     waves = [waveforms(1, length, seed=length)[0] for length in LENGTHS]
     first = sums_of(model, [waves[:2]])
-    resumed = MetricSums(2, 7, torch.device("cpu"))
+    resumed = MetricSums(SMALL, torch.device("cpu"))
     resumed.load_state_dict(first.state_dict())
     for sums in (first, resumed):
         sums.merge(sums_of(model, [waves[2:]]))
@@ -215,11 +217,11 @@ def test_sums_go_on_from_a_state_dict():
 
 
 def test_the_state_of_another_model_is_refused():
-    state = MetricSums(3, 7, torch.device("cpu")).state_dict()
+    state = MetricSums(tiny_config(num_codebooks=3, codebook_size=7), torch.device("cpu")).state_dict()
     with pytest.raises(ValueError, match=r"has 56 sums, but 2 codebooks of 7 codewords have 39\. Give the state of"):
-        MetricSums(2, 7, torch.device("cpu")).load_state_dict(state)
+        MetricSums(SMALL, torch.device("cpu")).load_state_dict(state)
     with pytest.raises(ValueError, match=r"2 codebooks of 7 codewords and an anchor have 45\. Give the state of"):
-        MetricSums(2, 7, torch.device("cpu"), has_anchor=True).load_state_dict(state)
+        MetricSums(SMALL, torch.device("cpu"), has_anchor=True).load_state_dict(state)
 
 
 def test_energies_in_half_precision_are_summed_in_float32():

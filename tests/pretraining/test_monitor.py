@@ -248,7 +248,7 @@ def warnings_of_training(speech, learning_rate, num_steps):
         optimizer.step()
         optimizer.zero_grad()
         model.update_targets(step)
-        sums = MetricSums(config.num_codebooks, config.codebook_size, torch.device("cpu"))
+        sums = MetricSums(config, torch.device("cpu"))
         sums.add(output, 4 * 2001, 0)
         metrics = {"step": step, **sums.compute(lambda tensor: tensor)}
         warnings += monitor.check(metrics)

@@ -268,7 +268,7 @@ def test_unreadable_recordings_are_listed(script, model_folder, tmp_path, capsys
         (tmp_path / "bad.wav").write_bytes(b"gone")
         return source
 
-    monkeypatch.setattr(script, "open_recordings", open_then_damage)
+    monkeypatch.setattr("dinosr_hf.commands._shared.open_recordings", open_then_damage)
     words = [str(model_folder), str(tmp_path), "--layers", "2", "--device", "cpu", "--output_dir"]
     script.main([*words, str(tmp_path / "units")])
     summary = json.loads((tmp_path / "units" / "summary.json").read_text())

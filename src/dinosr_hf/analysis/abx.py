@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ..data import SAMPLING_RATE, SpeechSource
 from ..data.output_names import output_path
 from ..model.configuration_dinosr import DinoSRConfig
+from ..utils.command_line import check_choice
 from ..utils.extras import import_extra
 from ..utils.tables import csv_table
 from .alignment import SILENCE, label_segments
@@ -167,9 +168,8 @@ def abx_error(
 
     Raises `ValueError` for an unknown `speaker` or `distance`, or if there is nothing to compare.
     """
-    for name, value, choices in (("speaker", speaker, SPEAKERS), ("distance", distance, DISTANCES)):
-        if value not in choices:
-            raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(choices)}.")
+    check_choice("speaker", speaker, SPEAKERS)
+    check_choice("distance", distance, DISTANCES)
     found = [item for item in items if Path(features, f"{item.file}.npy").is_file()]
     if not found:
         raise ValueError(f"{features} has no .npy file of any of {len(items):,} items. Is it the folder of a layer?")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from ..utils.command_line import check_choice
 from ..utils.extras import import_extra
 from ..utils.names import printable_name
 from ..utils.text_files import load_yaml
@@ -235,8 +236,7 @@ def run_figure(
     """
     if not runs:
         raise ValueError("There is no run to draw. Give at least one.")
-    if x not in get_args(Axis):
-        raise ValueError(f"x={x!r} is unknown. Choose {' or '.join(get_args(Axis))}.")
+    check_choice("x", x, get_args(Axis))
     panels = [panel for panel in _PANELS if any(_has(curve, runs) for curve in panel.curves)]
     num_columns = min(3, len(panels))
     figure = new_figure(width, width * (0.25 * math.ceil(len(panels) / num_columns) + 0.06))

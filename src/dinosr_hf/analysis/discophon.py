@@ -196,7 +196,7 @@ class DiscoPhon:
         Raises `ValueError` if frames are not a multiple of 10 ms, a recording has no units, or DiscoPhon refuses them,
         and `ImportError` without DiscoPhon or fastabx.
         """
-        judge, reader = import_discophon(), import_discophon("discophon.data")
+        evaluation, reader = import_discophon(), import_discophon("discophon.data")
         abx = import_discophon("discophon.abx").discrete_abx if with_abx else None
         step, rest = divmod(stride * 1_000, SAMPLING_RATE)
         if rest or step % STEP_MILLISECONDS:
@@ -223,7 +223,7 @@ class DiscoPhon:
             for rows in zip(*codes[language].values(), strict=True):  # of a layer
                 own = {name: row.tolist() for name, row in zip(codes[language], rows, strict=True)}
                 try:
-                    scores = judge.phoneme_discovery(
+                    scores = evaluation.phoneme_discovery(
                         own, phones, kind="many-to-one", n_units=num_units, step_units=step, language=language
                     )
                 except (ValueError, LookupError, ZeroDivisionError) as error:

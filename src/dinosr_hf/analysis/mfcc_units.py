@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data import AudioFileError, SpeechSource
+from ..utils.command_line import check_choice
 from .alignment import FIELD
 from .baselines import MFCC_KINDS, NUM_MFCCS, mfcc
 from .kmeans import KMeans, fit_kmeans
@@ -22,8 +23,7 @@ logger = logging.getLogger(__name__)
 
 def _features(recordings: SpeechSource, kind: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Yield id and MFCCs (T, 39) of each recording of at least a frame; warn of those that cannot be read."""
-    if kind not in MFCC_KINDS:
-        raise ValueError(f"MFCCs of kind {kind!r} are unknown. Choose one of {', '.join(MFCC_KINDS)}.")
+    check_choice("kind", kind, MFCC_KINDS)
     for index, utterance in enumerate(recordings.utterances):
         try:
             waveform = recordings.load(index)

@@ -55,10 +55,10 @@ def frame_units(
 
 
 def layer_tables(
-    model: DinoSRForPreTraining, speech: Iterable[LabelledSpeech], source: Source = "teacher"
+    model: DinoSRForPreTraining, speech: Iterable[LabelledSpeech]
 ) -> tuple[list[NDArray[np.int64]], list[str]]:
     """
-    Count how often each phone occurs with each of the `frame_units`: int64 (P, V) by codebook, and the P phones.
+    Count how often each phone occurs with each of the teacher's units: int64 (P, V) by codebook, and the P phones.
 
     Raises `ValueError` if an utterance has not one label per frame, or there is no utterance.
     """
@@ -66,7 +66,7 @@ def layer_tables(
     if not utterances:
         raise ValueError("There is no utterance to evaluate the units on. Give at least one.")
     labels = [phone for utterance in utterances for phone in utterance.labels]
-    codes = [frame_units(model, utterance.waveform, source).cpu().numpy() for utterance in utterances]
+    codes = [frame_units(model, utterance.waveform).cpu().numpy() for utterance in utterances]
     joined = np.concatenate(codes, axis=1)  # (N, T)
-    tables = [contingency(labels, layer, num_codes=model.config.num_units(source)) for layer in joined]
+    tables = [contingency(labels, layer, num_codes=model.config.codebook_size) for layer in joined]
     return [table for table, _ in tables], tables[0][1]

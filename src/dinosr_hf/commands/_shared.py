@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from types import TracebackType
 
 import torch
 from tqdm import tqdm
 
-from ..inference.windowed import DTYPES
+from ..data import SpeechSource, open_recordings
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import Parser
+from ..utils.model_folder import DTYPES
 
 
 def add_audio_column(parser: Parser) -> None:
@@ -19,11 +21,30 @@ def add_audio_column(parser: Parser) -> None:
 
 
 def add_inputs(parser: Parser) -> None:
-    """Add the inputs, and the flags that `open_recordings` has for them."""
+    """Add the flags of `open_inputs`."""
     text = "audio files and folders; or one manifest, archive or dataset"
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=text)
     parser.add_argument("--split", help="split of the data, if it has several")
     add_audio_column(parser)
+
+
+def add_windows(parser: Parser) -> None:
+    """Add the flags of `windows_of`."""
+    add = parser.add_argument
+    add("--batch_seconds", type=float, default=120.0, help="seconds of audio per batch (%(default)s)")
+    add("--window_seconds", type=float, default=30.0, help="seconds of audio the model sees at once (%(default)s)")
+    context = "extra audio on each side of a window, in seconds (%(default)s)"
+    add("--context_seconds", type=float, default=5.0, help=context)
+
+
+def windows_of(options: argparse.Namespace) -> dict[str, float]:
+    """Return the arguments of `WindowedInference` that are in options."""
+    return {name: getattr(options, name) for name in ("batch_seconds", "window_seconds", "context_seconds")}
+
+
+def open_inputs(options: argparse.Namespace) -> SpeechSource:
+    """Open the inputs, by the flags of `add_inputs`."""
+    return open_recordings(options.inputs, split=options.split, audio_column=options.audio_column)
 
 
 def add_device(parser: Parser, what: str = "model") -> None:

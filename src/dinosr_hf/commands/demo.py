@@ -60,7 +60,7 @@ def labelled_speech(arguments: PretrainingArguments, split: str, num_utterances:
 def held_out_metrics(model: DinoSRForPreTraining, speech: list[LabelledSpeech]) -> dict[str, Any]:
     """Return the metrics of a run, see `MetricSums.compute`, on held-out speech with fixed masks."""
     config, generator = model.config, np.random.default_rng(0)
-    sums = MetricSums(config.num_codebooks, config.codebook_size, model.device)
+    sums = MetricSums(config, model.device)
     for waveform, labels in speech:
         mask = sample_span_mask((1, len(labels)), config.mask_prob, config.mask_length, generator=generator)
         output = model(torch.from_numpy(waveform)[None], mask_time_indices=torch.from_numpy(mask))

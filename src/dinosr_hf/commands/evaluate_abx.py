@@ -26,10 +26,10 @@ from ..analysis.abx import (
 )
 from ..analysis.reports import write_report
 from ..data import SpeechSource
-from ..units import FeatureFiles, UnitExtractor, has_codebooks, load_baseline, load_model
+from ..units import BaselineExtractor, FeatureFiles, UnitExtractor, open_extractors
+from ..units.baseline_models import baseline_config
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file, write_atomically
-from ..utils.model_folder import open_config
 from ..utils.tables import csv_table, markdown_table
 from ._evaluation import add_labels, add_networks, open_labelled_speech
 from ._shared import add_device, add_dtype
@@ -43,7 +43,7 @@ def make_parser() -> Parser:
     )
     add_labels(parser)
     parser.add_argument("--silence", nargs="+", default=["SIL"], help="labels that are not phones (SIL)")
-    parser.add_argument("--layers", type=int, nargs="+", default=[5], help="layers, counted from 1 (5)")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers, counted from 1 (5, or the last of fewer)")
     add_networks(parser)
     parser.add_argument(
         "--distances",
@@ -73,21 +73,15 @@ def write_representations(
 ) -> Iterator[tuple[str, int, str, Path]]:
     """Write features and units of one model; yield source, layer, distance, and the folder to compare by it."""
     where = {"device": options.device, "dtype": options.dtype}
-    config = open_config(name)
-    model = load_model(name, **where) if has_codebooks(config) else None
-    codebook_layers = [] if model is None else config.codebook_layers
-    features: UnitExtractor
-    for kind in ["student"] if model is None else options.sources:
-        if model is None:
-            features = load_baseline(name, layers=options.layers, **where)
-        else:
-            features = UnitExtractor(model, layers=options.layers, source=kind)
+    layers = options.layers or [min(5, baseline_config(name).num_hidden_layers)]
+    for features in open_extractors(name, layers=layers, sources=options.sources, **where):
+        kind = features.source
         FeatureFiles(folder / kind, features, source).write()
-        for layer in options.layers:
+        for layer in layers:
             yield from ((kind, layer, distance, folder / kind / f"layer-{layer}") for distance in options.distances)
-        with_codebook = [layer for layer in options.layers if layer in codebook_layers]
-        if model is not None and with_codebook:
-            extractor = UnitExtractor(model, layers=with_codebook, source=kind)
+        with_codebook = [layer for layer in layers if layer in features.config.codebook_layers]
+        if with_codebook and not isinstance(features, BaselineExtractor):
+            extractor = UnitExtractor(features.model, layers=with_codebook, source=kind)
             write_unit_files(extractor.units(source), folder / f"{kind}-units", with_codebook)
             for layer in with_codebook:
                 yield kind, layer, "identical", folder / f"{kind}-units" / f"layer-{layer}"
@@ -108,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
     out = claim_output_file(Path(options.output_dir, "abx.md")).parent
     rows = []
     for number, name in enumerate(options.models):
-        config = load_baseline(name, layers=[1]).config
+        config = baseline_config(name)
         items = triphone_items(source, reference, config, silence=options.silence)
         if number == 0:
             print(f"{len(items):,} triphones are in {write_atomically(out / 'triphones.item', items_text(items))}.")

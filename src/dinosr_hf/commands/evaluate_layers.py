@@ -11,13 +11,13 @@ the extras `train` and `analysis`.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..analysis.layers import REPORT, Recordings, check_disjoint_speakers, draw_frames, evaluate_layer
-from ..units import UnitExtractor, has_codebooks, load_baseline, load_model
+from ..units import open_extractors
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
@@ -53,19 +53,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parse_options(make_parser(), argv, num_clusters=1, max_frames=1)
 
 
-def open_extractors(name: str, options: argparse.Namespace) -> Iterator[tuple[str, UnitExtractor]]:
-    """Yield source and feature extractor of one model."""
-    where = {"device": options.device, "dtype": options.dtype}
-    config = open_config(name)
-    layers = options.layers or list(range(1, config.num_hidden_layers + 1))
-    if has_codebooks(config):
-        model = load_model(name, **where)
-        for source in options.sources:
-            yield source, UnitExtractor(model, layers=layers, source=source)
-    else:
-        yield "student", load_baseline(name, layers=layers, **where)
-
-
 def run(options: argparse.Namespace) -> None:
     claim_output_file(Path(options.output_dir, "layers.md"))
     held_out = Recordings.with_labels(*open_labelled_speech(options.data, options))
@@ -77,12 +64,14 @@ def run(options: argparse.Namespace) -> None:
     print(f"Fitted on {len(fit.speakers)} speakers, evaluated on {len(held_out.speakers)} others.")
     rows = []
     for name in options.models:
-        for source, extractor in open_extractors(name, options):
+        layers = options.layers or list(range(1, open_config(name).num_hidden_layers + 1))
+        where = {"device": options.device, "dtype": options.dtype}
+        for extractor in open_extractors(name, layers=layers, sources=options.sources, **where):
             draw = {"max_frames": options.max_frames, "seed": options.seed}
             train, test = (draw_frames(extractor, recordings, **draw) for recordings in (fit, held_out))
-            for position, layer in enumerate(tqdm(extractor.layers, f"{name}, {source}", disable=None)):
+            for position, layer in enumerate(tqdm(extractor.layers, f"{name}, {extractor.source}", disable=None)):
                 figures = evaluate_layer(train, test, position, num_clusters=options.num_clusters, seed=options.seed)
-                rows.append({"model": name, "source": source, "layer": layer, **figures})
+                rows.append({"model": name, "source": extractor.source, "layer": layer, **figures})
     sentence = REPORT.write(options.output_dir, "layers", rows)
     print(REPORT.markdown(rows), sentence, sep="")
 

@@ -13,12 +13,12 @@ clusters of a layer; `--mfccs` adds the baseline, k-means on MFCCs. Labels are J
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -91,9 +91,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-# Model, kind, layers and units of recordings; the number of codes; a configuration with the frames' length.
-UnitSet = tuple[str, str, Sequence[int], Iterator[Any], int, DinoSRConfig]
 ABX_METRICS = {f"abx_{speaker}": Metric(f"ABX {speaker} speakers") for speaker in SPEAKERS}
+
+
+class UnitSet(NamedTuple):
+    """Units of recordings of one kind, in rows (L, T) of the layers; `config` is of the frames' length."""
+
+    model: str
+    kind: str
+    layers: Sequence[int]
+    units: Iterable[Any]
+    num_codes: int
+    config: DinoSRConfig
 
 
 def extract_units(
@@ -104,7 +113,7 @@ def extract_units(
     config = open_config(name)
 
     def extracted(kind: str, extractor: UnitExtractor, num_codes: int, **kmeans: Any) -> UnitSet:
-        return name, kind, extractor.layers, extractor.units(source, **kmeans), num_codes, extractor.config
+        return UnitSet(name, kind, extractor.layers, extractor.units(source, **kmeans), num_codes, extractor.config)
 
     if has_codebooks(config):
         model = load_model(name, **where)
@@ -131,7 +140,7 @@ def cluster_mfccs(source: SpeechSource, fit: SpeechSource, options: argparse.Nam
     num_clusters = num_clusters_for(options.models[0], options)
     for kind in options.mfccs:
         units = mfcc_units(source, fit_mfcc_kmeans(fit, num_clusters, kind), kind)
-        yield "none", f"k-means on {kind} MFCCs", [0], units, num_clusters, DinoSRConfig()
+        yield UnitSet("none", f"k-means on {kind} MFCCs", [0], units, num_clusters, DinoSRConfig())
 
 
 def unit_sets(source: SpeechSource, options: argparse.Namespace) -> Iterator[UnitSet]:
@@ -140,21 +149,20 @@ def unit_sets(source: SpeechSource, options: argparse.Namespace) -> Iterator[Uni
     parts = [extract_units(name, source, fit, options) for name in options.models]
     if fit is not None:
         parts.append(cluster_mfccs(source, fit, options))
-    for model, kind, layers, units, num_codes, config in chain.from_iterable(parts):
-        bar = tqdm(units, f"{model}, {kind}", len(source), disable=None, unit=" recordings")
-        yield model, kind, layers, iter(bar), num_codes, config
+    for part in chain.from_iterable(parts):
+        bar = tqdm(part.units, f"{part.model}, {part.kind}", len(source), disable=None, unit=" recordings")
+        yield part._replace(units=bar)
 
 
 def add_abx(
-    rows: Sequence[dict], source: SpeechSource, reference: Reference, units: UnitSet, options: argparse.Namespace
+    rows: Sequence[dict], source: SpeechSource, reference: Reference, part: UnitSet, options: argparse.Namespace
 ) -> None:
     """Add the ABX errors of the units to the rows of their layers."""
-    _, _, layers, found, _, config = units
-    items = triphone_items(source, reference, config)
+    items = triphone_items(source, reference, part.config)
     with TemporaryDirectory(dir=options.output_dir, prefix=".units-") as folder:
-        write_unit_files(found, folder, layers)
-        for row, layer in zip(rows, layers, strict=True):
-            files, rate = Path(folder, f"layer-{layer}"), frame_rate(config)
+        write_unit_files(part.units, folder, part.layers)
+        for row, layer in zip(rows, part.layers, strict=True):
+            files, rate = Path(folder, f"layer-{layer}"), frame_rate(part.config)
             for speaker in SPEAKERS:
                 distance = {"speaker": speaker, "distance": "identical", "device": options.device}
                 row[f"abx_{speaker}"] = abx_error(items, files, rate, **distance)
@@ -165,16 +173,17 @@ def evaluate_on_phones(options: argparse.Namespace) -> tuple[LayerReport, list[d
     minutes = source.seconds / 60
     print(f"{len(reference.labels):,} of {len(source):,} recordings have labels; {minutes:.1f} minutes in total.")
     rows: list[dict] = []
-    for model, kind, layers, units, num_codes, config in unit_sets(source, options):
-        kept = list(units) if options.abx else units
-        frames = {"stride": config.inputs_to_logits_ratio, "field": config.receptive_field}
-        counts = reference.count_by_speaker(kept, num_codes=num_codes, **frames)
+    for part in unit_sets(source, options):
+        if options.abx:
+            part = part._replace(units=list(part.units))
+        frames = {"stride": part.config.inputs_to_logits_ratio, "field": part.config.receptive_field}
+        counts = reference.count_by_speaker(part.units, num_codes=part.num_codes, **frames)
         own = [
-            evaluate_units(model, layer, kind, speakers, num_samples=options.num_samples)
-            for layer, speakers in zip(layers, counts, strict=True)
+            evaluate_units(part.model, layer, part.kind, speakers, num_samples=options.num_samples)
+            for layer, speakers in zip(part.layers, counts, strict=True)
         ]
         if options.abx:
-            add_abx(own, source, reference, (model, kind, layers, iter(kept), num_codes, config), options)
+            add_abx(own, source, reference, part, options)
         rows += own
     return (REPORT._replace(metrics={**REPORT.metrics, **ABX_METRICS}) if options.abx else REPORT), rows
 
@@ -183,10 +192,11 @@ def evaluate_on_discophon(options: argparse.Namespace) -> tuple[LayerReport, lis
     benchmark = discophon.DiscoPhon(options.discophon, options.languages, options.split or "test")
     print(f"{len(benchmark.source):,} recordings of {', '.join(benchmark.languages)}.")
     rows: list[dict] = []
-    for model, kind, layers, units, num_codes, config in unit_sets(benchmark.source, options):
-        frames = {"num_units": num_codes, "stride": config.inputs_to_logits_ratio}
-        for layer, own in zip(layers, benchmark.evaluate(units, **frames, with_abx=options.abx), strict=True):
-            rows += [{"model": model, "layer": layer, "units": kind, **row} for row in own]
+    for part in unit_sets(benchmark.source, options):
+        frames = {"num_units": part.num_codes, "stride": part.config.inputs_to_logits_ratio}
+        found = benchmark.evaluate(part.units, **frames, with_abx=options.abx)
+        for layer, own in zip(part.layers, found, strict=True):
+            rows += [{"model": part.model, "layer": layer, "units": part.kind, **row} for row in own]
     if benchmark.split == "test" and any(row["num_units"] == discophon.NUM_UNITS for row in rows):
         rows += discophon.published_rows(benchmark.languages, with_abx=options.abx)
     report, abx = discophon.REPORT, discophon.ABX_METRIC if options.abx else {}

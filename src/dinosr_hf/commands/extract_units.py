@@ -19,14 +19,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from ..data import open_recordings
 from ..model.modeling_dinosr import UNIT_SOURCES
 from ..training.restarts import check_connected
 from ..units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, load_model
 from ..units.corpus import FORMATS
 from ..utils.command_line import Parser, command, parse_options, program, refuse_unused
 from ..utils.threads import set_cpu_threads
-from ._shared import AudioBar, add_dtype, add_inputs, default_layer
+from ._shared import AudioBar, add_dtype, add_inputs, add_windows, default_layer, open_inputs, windows_of
 
 
 def make_parser() -> Parser:
@@ -42,10 +41,7 @@ def make_parser() -> Parser:
     add("--deduplicate", action="store_true", help="merge runs of a unit, and write durations in frames")
     add("--format", default="jsonl", choices=FORMATS, help="format of units (%(default)s)")
     add("--features", choices=FEATURE_FORMATS, help="write features in this format instead of units")
-    add("--batch_seconds", type=float, default=120.0, help="seconds of audio per batch (%(default)s)")
-    add("--window_seconds", type=float, default=30.0, help="seconds of audio the model sees at once (%(default)s)")
-    context = "extra audio on each side of a window, in seconds (%(default)s)"
-    add("--context_seconds", type=float, default=5.0, help=context)
+    add_windows(parser)
     shard = "seconds of audio per shard of units; a kill costs at most one per process (%(default)s)"
     add("--shard_seconds", type=float, default=3600.0, help=shard)
     add("--device", help="device of the model (the GPU of the process if there is one, else the CPU)")
@@ -78,7 +74,7 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
     if options.features:
         for_units = ("kmeans", "deduplicate", "format", "shard_seconds")
         refuse_unused(options, make_parser().get_default, for_units, "--features writes no units", "omit --features")
-    source = open_recordings(options.inputs, split=options.split, audio_column=options.audio_column)
+    source = open_inputs(options)
     kmeans = use_kmeans(options)
     options.source = options.source or "student"
     model = load_model(options.model, device=options.device or state.device, dtype=options.dtype)
@@ -90,9 +86,7 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
         layers=options.layers,
         source=options.source,
         is_smoothed=kmeans is not None and kmeans.is_smoothed,
-        window_seconds=options.window_seconds,
-        context_seconds=options.context_seconds,
-        batch_seconds=options.batch_seconds,
+        **windows_of(options),
     )
     place = {"process": state.process_index, "num_processes": state.num_processes}
     files: FeatureFiles | UnitCorpus

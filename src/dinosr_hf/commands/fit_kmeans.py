@@ -12,12 +12,11 @@ import argparse
 from collections.abc import Sequence
 
 from ..analysis.kmeans import MAX_FRAMES
-from ..data import open_recordings
 from ..model.modeling_dinosr import SOURCES
 from ..units import UnitExtractor, fit_layer_kmeans, load_model
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file
-from ._shared import AudioBar, add_device, add_dtype, add_inputs
+from ._shared import AudioBar, add_device, add_dtype, add_inputs, open_inputs
 
 
 def make_parser() -> Parser:
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.output.endswith(".safetensors"):
         raise ValueError("--output must end in .safetensors.")
     claim_output_file(options.output)
-    source = open_recordings(options.inputs, split=options.split, audio_column=options.audio_column)
+    source = open_inputs(options)
     model = load_model(options.model, device=options.device, dtype=options.dtype)
     if options.smooth and options.source == "teacher":
         raise ValueError("--smooth is for the student: the teacher's features are normalised anyway. Leave it out.")

@@ -15,11 +15,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from ..data import SpeechSource, open_recordings
+from ..data import SpeechSource
 from ..data.output_folder import describe_recordings
 from ..recognition import FORMATS, Transcriber, Transcript, TranscriptFiles, output_paths
 from ..utils.command_line import Parser, command, parse_options, program
-from ._shared import AudioBar, add_device, add_dtype, add_inputs
+from ._shared import AudioBar, add_device, add_dtype, add_inputs, add_windows, open_inputs, windows_of
 
 
 def make_parser() -> Parser:
@@ -34,10 +34,7 @@ def make_parser() -> Parser:
     add("--overwrite", action="store_true", help="make existing transcripts anew")
     add("--decoding", help="file with options of beam search (decoding.json of the model)")
     add("--greedy", action="store_true", help="use greedy search even if there is a decoding.json")
-    add("--batch_seconds", type=float, default=120.0, help="seconds of audio per batch (%(default)s)")
-    add("--window_seconds", type=float, default=30.0, help="seconds of audio the model sees at once (%(default)s)")
-    context = "extra audio on each side of a window, in seconds (%(default)s)"
-    add("--context_seconds", type=float, default=5.0, help=context)
+    add_windows(parser)
     pause = "seconds without a letter after which a word ends (%(default)s)"
     add("--pause_seconds", type=float, default=0.3, help=pause)
     add_device(parser)
@@ -71,7 +68,7 @@ def write_files(files: TranscriptFiles) -> None:
 
 def run(options: argparse.Namespace) -> list[str]:
     """Transcribe; return why each recording that could not be read was skipped."""
-    source = open_recordings(options.inputs, split=options.split, audio_column=options.audio_column)
+    source = open_inputs(options)
     if options.output_dir is None and options.format in ("srt", "vtt") and len(source) > 1:
         problem = f"--format {options.format} writes one file per recording, and there are {len(source):,}"
         raise ValueError(f"{problem}: give --output_dir.")
@@ -83,10 +80,8 @@ def run(options: argparse.Namespace) -> list[str]:
         dtype=options.dtype,
         decoding=options.decoding,
         greedy=options.greedy,
-        window_seconds=options.window_seconds,
-        context_seconds=options.context_seconds,
-        batch_seconds=options.batch_seconds,
         pause_seconds=options.pause_seconds,
+        **windows_of(options),
     )
     if options.output_dir:
         how = {"form": options.format, "overwrite": options.overwrite}

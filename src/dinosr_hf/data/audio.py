@@ -79,7 +79,8 @@ class AudioFileError(ValueError):
     """
     An audio file that cannot be used.
 
-    `reason` is "missing", "unreadable", "unsupported .m4a" (or another suffix), "empty", "truncated" or "not finite".
+    `reason` is "missing", "unreadable", "unsupported .m4a" (or another suffix), "empty", "truncated", "not finite",
+    "silent" or "hidden".
     """
 
     def __init__(self, message: str, reason: str = "unreadable") -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..utils.command_line import check_choice
 from .audio import SAMPLING_RATE, AudioFileError, require
 from .collator import Item, PretrainingCollator, utterance_generator, utterance_hash
 from .packing import equal_parts, pack
@@ -88,8 +89,7 @@ def plan_epoch(
 
     Raises `ValueError` if limits contradict each other, or no utterance is long enough.
     """
-    if mode not in ("crop", "pad"):
-        raise ValueError(f"mode={mode!r} is unknown. Choose crop or pad.")
+    check_choice("mode", mode, ("crop", "pad"))
     if num_buckets < 1:
         raise ValueError(f"num_buckets={num_buckets} is out of range: it must be at least 1.")
     if not 1 <= min_samples <= max_samples <= step_samples:

@@ -77,6 +77,14 @@ def min_maskable_samples(config: DinoSRConfig) -> int:
     return bisect_left(range(sys.maxsize), config.mask_length, key=config.num_frames)
 
 
+def pad_batch(waves: Sequence[np.ndarray], min_samples: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad the samples, float32 (S,), of each recording to `input_values` and `attention_mask`, each (B, S)."""
+    lengths = torch.tensor([len(wave) for wave in waves])
+    values = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(wave) for wave in waves], batch_first=True)
+    values = torch.nn.functional.pad(values, (0, max(0, min_samples - values.shape[1])))
+    return values, (torch.arange(values.shape[1]) < lengths[:, None]).long()
+
+
 class PretrainingCollator:
     """
     Collate utterances into the input of `DinoSRForPreTraining` with this configuration.

@@ -16,6 +16,7 @@ from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from ..utils.names import printable_name, unique_names
 from .audio import SAMPLING_RATE, AudioFileError, AudioInput, Samples, about, audio_info, load_audio, require
@@ -132,7 +133,7 @@ def map_in_threads(
     disable = None if show_progress else True  # None: unless this is not a terminal
     with ThreadPool(min(32, 4 * (os.cpu_count() or 1))) as pool:
         results = pool.imap(function, items, chunksize=16)
-        return list(require("tqdm").tqdm(results, description, len(items), disable=disable, delay=2, unit=" files"))
+        return list(tqdm(results, description, len(items), disable=disable, delay=2, unit=" files"))
 
 
 def read_lengths(items: Sequence[Item], length_of: Callable[[Item], int], name: str) -> list[int | AudioFileError]:

@@ -16,9 +16,8 @@ from torch.utils.data import Dataset, Sampler
 from ..data import SAMPLING_RATE, AudioFileError, LabelledSource, normalize_waveform
 from ..data.audio import require
 from ..data.batching import sort_in_buckets
-from ..data.collator import utterance_generator
+from ..data.collator import pad_batch, utterance_generator
 from ..data.packing import pack, pack_evenly
-from ..inference.windowed import pad_batch
 
 logger = logging.getLogger(__name__)
 

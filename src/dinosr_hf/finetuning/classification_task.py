@@ -31,6 +31,8 @@ from .task import Task
 
 logger = logging.getLogger(__name__)
 
+_NUM_SHOWN = 20  # names of classes in a message
+
 # Above this number of classes the report lists the most frequent confusions instead of the whole table.
 MAX_TABLE_CLASSES = 30
 # The prediction for a recording that could not be read, and the reference for a class that training does not have. No
@@ -240,6 +242,6 @@ class Classification(Task):
         return report.rates
 
 
-def _shorten(words: Sequence[str], num_shown: int = 20) -> str:
-    rest = len(words) - num_shown
-    return ", ".join(words[:num_shown]) + (f" and {rest:,} more" if rest > 0 else "")
+def _shorten(words: Sequence[str]) -> str:
+    rest = len(words) - _NUM_SHOWN
+    return ", ".join(words[:_NUM_SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForPreTraining, DinoSRPreTrainedModel
 from ..utils.command_line import ArgumentError, argument_errors
-from ..utils.model_folder import open_dinosr_config, open_weights
+from ..utils.model_folder import has_codebooks, open_dinosr_config, open_weights
 from .finetuning_arguments import InitialModelArguments
 
 
@@ -25,7 +25,7 @@ def check_initial_model(arguments: InitialModelArguments) -> DinoSRConfig:
 @torch.no_grad()
 def _copy_teacher(model: DinoSRPreTrainedModel, name: str, config: DinoSRConfig) -> None:
     """Overwrite the student's weights with those of the checkpoint's teacher."""
-    if "DinoSRForPreTraining" not in (config.architectures or []):
+    if not has_codebooks(config):
         kind = ", ".join(config.architectures or ["model"])
         raise ArgumentError(
             f"network=teacher needs a pre-training checkpoint, but {name} is a {kind} without a teacher. Set"

@@ -14,7 +14,7 @@ from ..training.resume import (
     find_checkpoints,
     refuse_existing_model,
 )
-from ..training.run_record import RECORD_NAME, RunRecord, public_record, public_values, record_of
+from ..training.run_record import RECORD_NAME, RunRecord, left_record, public_record, public_values, record_of
 from ..training.sealed_files import check_files, describe_files, read_sealed, seal
 from ..utils.command_line import ArgumentError
 from ..utils.files import flush_to_disk, write_atomically
@@ -103,16 +103,6 @@ def _has_model(folder: Path) -> bool:
     return problem is None
 
 
-def _read_record(folder: Path) -> RunRecord | None:
-    """Return the record in a folder, finished or not; None, with a warning, if it is damaged."""
-    file = folder / RECORD_NAME
-    try:
-        return record_of(read_json(file), str(file), is_finished=False) if file.is_file() else None
-    except (ValueError, OSError) as error:
-        logger.warning("%s is damaged and will be written again: %s", file, error)
-        return None
-
-
 def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the given arguments that may not change when a run resumes, in the form in which `run.json` has them."""
     plain = public_values(arguments)
@@ -133,7 +123,7 @@ def _resume_point_by_path(path: Path, folder: Path) -> ResumePoint:
         except CheckpointError as error:
             raise CheckpointError(f"{option}={error}" if candidate == path else str(error)) from error
 
-    record = _read_record(folder)
+    record = left_record(folder)
     if record is not None and record.finished is not None and began_there(record) and _has_model(folder):
         return ResumePoint(None, record)
     found = choose_by_path(option, path, folder, read, lambda checkpoint: began_there(checkpoint.record))
@@ -158,7 +148,7 @@ def find_resume_point(
     folder, mode = Path(output_dir), str(resume_from_checkpoint).lower()
     if mode not in ("none", "true", "false"):
         return _resume_point_by_path(Path(str(resume_from_checkpoint)), folder)
-    has_checkpoints, record = bool(find_checkpoints(folder)), _read_record(folder)
+    has_checkpoints, record = bool(find_checkpoints(folder)), left_record(folder)
     is_finished = record is not None and record.finished is not None and _has_model(folder)
     where, advice = f"output_dir={folder} has", "Give another output_dir, or go on anyway"
     if mode == "true" and not has_checkpoints:

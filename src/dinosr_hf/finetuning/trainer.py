@@ -25,6 +25,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from ..data import SAMPLING_RATE
+from ..inference.windowed import without_padding
 from ..training.restarts import check_connected
 from ..training.resume import CheckpointError
 from ..training.run_record import RunRecord
@@ -385,5 +386,4 @@ def _predictions(config: Any, logits: torch.Tensor, attention_mask: torch.Tensor
     if logits.dim() == 2:
         return list(logits.float().cpu().numpy())
     num_frames = config.num_frames(attention_mask.sum(dim=-1)).tolist()
-    best = logits.argmax(dim=-1).cpu().numpy()
-    return [row[:count] for row, count in zip(best, num_frames, strict=True)]
+    return without_padding(logits.argmax(dim=-1), num_frames)

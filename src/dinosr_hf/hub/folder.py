@@ -36,7 +36,7 @@ ARCHITECTURES = {
 RUN_FILES = (
     *(RECORD_NAME, "metrics.jsonl", "arguments.yaml", "finished.json", "training_args.bin", "trainer_state.json"),
     *("optimizer.pt", "scheduler.pt", "training_state.pt", "process_states.pt", "anchor.safetensors"),
-    *("checkpoint-*", "step-*"),
+    *("plan.png", "checkpoint-*", "abandoned-checkpoint-*", "best-*", "step-*"),
 )
 
 StrPath = str | os.PathLike

@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from ..data import SAMPLING_RATE, AudioFileError, SpeechSource, normalize_waveform
+from ..data.collator import pad_batch
 from ..data.packing import equal_parts, pack
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import MAX_NUMBER, check_ranges
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Larger rows of a recording are kept in a temporary file: an hour of a base model's layer has 0.5 GB.
 _MAX_BYTES_IN_MEMORY = 2**30
@@ -89,12 +89,15 @@ class RunningMoments:
         return ((rows - self.mean) / np.sqrt(self.variance + 1e-5)).astype(np.float32)
 
 
-def pad_batch(waves: Sequence[np.ndarray], min_samples: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad the samples, float32 (S,), of each recording to `input_values` and `attention_mask`, each (B, S)."""
-    lengths = torch.tensor([len(wave) for wave in waves])
-    values = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(wave) for wave in waves], batch_first=True)
-    values = torch.nn.functional.pad(values, (0, max(0, min_samples - values.shape[1])))
-    return values, (torch.arange(values.shape[1]) < lengths[:, None]).long()
+def model_batch(model: PreTrainedModel, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Return `input_values` and `attention_mask` (B, S) of waves (S,) on the model's device, and numbers of frames."""
+    values, mask = pad_batch(waves)
+    return values.to(model.device), mask.to(model.device), model.config.num_frames(mask.sum(dim=1)).tolist()
+
+
+def without_padding(rows: torch.Tensor, num_frames: Sequence[int]) -> list[np.ndarray]:
+    """Cut rows (B, T, ...) of a batch to the frames of each recording."""
+    return [row[:length] for row, length in zip(rows.cpu().numpy(), num_frames, strict=True)]
 
 
 @dataclass

@@ -210,9 +210,9 @@ class OnlineCodebooks(nn.Module):
         counts, revive the same codewords; no host synchronisation.
         """
         num_pairs = usage.shape[-1] // 2
-        books = torch.arange(len(usage), device=usage.device)[:, None]
+        rows = torch.arange(len(usage), device=usage.device)[:, None]
         order = usage.argsort(dim=-1, stable=True)
-        unused, used = (books, order[:, :num_pairs]), (books, order.flip(-1)[:, :num_pairs])  # indices of (N, V / 2)
+        unused, used = (rows, order[:, :num_pairs]), (rows, order.flip(-1)[:, :num_pairs])  # indices of (N, V / 2)
         is_revived = (usage[unused] < self.revival_share) & (usage[used] > 2 * self.revival_share)
         codewords = self.codewords
         starts = torch.lerp(codewords[used], codewords[unused], REVIVAL_DISTANCE)

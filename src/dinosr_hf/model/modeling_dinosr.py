@@ -350,6 +350,11 @@ class DinoSRFeatureProjection(nn.Module):
 # Encoder
 
 
+def zero_padding(hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+    """Set (B, T, D) to zero outside of `frame_mask`, bool (B, T); None: all frames are valid."""
+    return hidden_states if frame_mask is None else hidden_states.masked_fill(~frame_mask[..., None], 0.0)
+
+
 class DinoSRPositionalConv(nn.Conv1d):
     """A positional convolution: initialised as torch does it (docs/parity.md, D7)."""
 
@@ -394,13 +399,9 @@ class DinoSRPositionalConvEmbedding(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T, D) to (B, T, D); outside of `frame_mask`, bool (B, T), it is zero before and after every layer."""
-        is_padding = None if frame_mask is None else ~frame_mask[..., None]
-        if is_padding is not None:
-            hidden_states = hidden_states.masked_fill(is_padding, 0.0)
+        hidden_states = zero_padding(hidden_states, frame_mask)
         for layer in self.layers:
-            hidden_states = layer(hidden_states)
-            if is_padding is not None:
-                hidden_states = hidden_states.masked_fill(is_padding, 0.0)
+            hidden_states = zero_padding(layer(hidden_states), frame_mask)
         return hidden_states
 
 
@@ -526,10 +527,7 @@ class DinoSREncoderLayer(GradientCheckpointingLayer):
         hidden_states = self.layer_norm(hidden_states + self.dropout(attention_output))
         feed_forward_output = self.feed_forward(hidden_states)
         hidden_states = self.final_layer_norm(hidden_states + self.dropout(feed_forward_output))
-        if frames is not None:
-            hidden_states = frames.unpack(hidden_states)
-        elif frame_mask is not None:
-            hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
+        hidden_states = zero_padding(hidden_states, frame_mask) if frames is None else frames.unpack(hidden_states)
         if self.training and self.layerdrop > 0:
             # Computed and thrown away, not left out: every parameter gets a gradient in every process, and
             # torch.compile sees no branch.
@@ -573,8 +571,8 @@ class DinoSREncoder(nn.Module):
         """
         # SpidR's reference zeroes the padding in the positional convolutions alone.
         keeps_padding = self.config.reference_padding and self.config.head_input == "own_layer"
-        if frame_mask is not None and not keeps_padding:
-            hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
+        if not keeps_padding:
+            hidden_states = zero_padding(hidden_states, frame_mask)
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=frame_mask
         )
@@ -595,10 +593,10 @@ class DinoSREncoder(nn.Module):
         for number, layer in enumerate(self.layers, start=1):
             hidden_states, feed_forward_output = layer(hidden_states, attention_mask, frame_mask, frames, **kwargs)
             if number in return_layers:
-                if frames is not None:
+                if frames is None:
+                    feed_forward_output = zero_padding(feed_forward_output, frame_mask)
+                else:
                     feed_forward_output = frames.unpack(feed_forward_output)
-                elif frame_mask is not None:
-                    feed_forward_output = feed_forward_output.masked_fill(~frame_mask[..., None], 0.0)
                 layer_outputs[number] = (hidden_states, feed_forward_output)
             if number == num_layers:
                 break

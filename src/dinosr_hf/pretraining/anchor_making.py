@@ -20,10 +20,9 @@ from ..data import SAMPLING_RATE, AudioFileError, SpeechSource, SpeechStream
 from ..data.collator import utterance_hash
 from ..model.modeling_dinosr import check_layers
 from ..training.resume import CheckpointError
-from ..units import UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
+from ..units import fit_layer_kmeans, open_extractors
 from ..units.baseline_models import baseline_config
 from ..utils.command_line import ArgumentError, argument_errors
-from ..utils.model_folder import open_config
 from .anchor import Anchor, MfccAnchor, TrackAnchor, anchor_digest, load_anchor, save_anchor
 from .anchor_arguments import anchor_kind, anchor_label_names, read_anchor_labels
 from .checkpoint import Checkpoint
@@ -268,12 +267,7 @@ def _model_anchor(arguments: PretrainingArguments, source: SpeechSource, device:
     options, num_labels, config = arguments.run, arguments.model.num_anchor_labels, arguments.model_config()
     assert options.anchor is not None and options.anchor_layer is not None
     _check_model(arguments, source)
-    if has_codebooks(open_config(options.anchor)):
-        model = load_model(options.anchor, device=device)
-        extractor = UnitExtractor(model, layers=[options.anchor_layer], is_smoothed=True)
-    else:
-        layers = [options.anchor_layer]
-        extractor = load_baseline(options.anchor, layers=layers, device=device, is_smoothed=True)
+    (extractor,) = open_extractors(options.anchor, layers=[options.anchor_layer], is_smoothed=True, device=device)
     logger.info(f"Labelling {len(source):,} recordings with layer {options.anchor_layer} of {options.anchor}.")
     kmeans = fit_layer_kmeans(extractor, source, num_labels, seed=options.seed)
     tracks = _no_tracks(source, num_labels)

@@ -10,7 +10,7 @@ import torch
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForPreTraining, DinoSRModel
 from ..utils.command_line import argument_errors
-from ..utils.model_folder import open_dinosr_config, open_weights
+from ..utils.model_folder import has_codebooks, open_dinosr_config, open_weights
 from .pretraining_arguments import CODEBOOK_SIZES, PretrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def initial_model(arguments: PretrainingArguments) -> DinoSRForPreTraining:
         return DinoSRForPreTraining(config)
     with argument_errors("base_model="):
         base = open_dinosr_config(name)
-        is_pretraining = "DinoSRForPreTraining" in (base.architectures or [])
+        is_pretraining = has_codebooks(base)
         has_same_sizes = all(getattr(base, size) == getattr(config, size) for size in CODEBOOK_SIZES)
         if is_pretraining and arguments.run.new_codebooks:
             logger.info("Starting from network and teacher of %s; heads and codebooks start anew.", name)

@@ -39,6 +39,7 @@ from ..training.resume import (
 from ..training.sealed_files import check_files, describe_files, seal
 from ..utils.files import TEMPORARY_PREFIX, atomic_folder, remove
 from ..utils.model_folder import save_folder
+from ..utils.names import one_line
 from .manifest import FORMAT, MANIFEST, PROCESS_FILE, TRAINING_FILE, Manifest, read_manifest
 from .run_folder import FINISHED_FILE, finished_step
 
@@ -304,8 +305,7 @@ def load_model_weights(checkpoint: Checkpoint, model: DinoSRForPreTraining) -> N
         # A model on the meta device takes no values, but the file's tensors in place of its own.
         model.load_state_dict(_weights(checkpoint), strict=True, assign=model.device.type == "meta")
     except (RuntimeError, OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise CheckpointError(f"{checkpoint.path} does not fit the model: {reason}.") from error
+        raise CheckpointError(f"{checkpoint.path} does not fit the model: {one_line(error)}.") from error
 
 
 def _check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

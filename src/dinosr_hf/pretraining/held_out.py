@@ -179,7 +179,7 @@ class HeldOut:
         rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         reduce = partial(accelerator.reduce, reduction="sum") if accelerator else torch.Tensor.clone
         config, device = self._config, model.device
-        sums = MetricSums(config.num_codebooks, config.codebook_size, device)
+        sums = MetricSums(config, device)
         phones: list[str] = []
         codes = [np.zeros((config.num_codebooks + (config.num_anchor_labels > 0), 0), dtype=np.int64)]
         num_skipped = 0

@@ -12,16 +12,16 @@ import torch
 
 from ..data import SAMPLING_RATE
 from ..model.codebook_dinosr import perplexity
+from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForPreTrainingOutput
 
 
 class MetricSums:
     """Metric sums of one log interval, kept on the device of the model: no host synchronisation until `compute`."""
 
-    def __init__(
-        self, num_codebooks: int, codebook_size: int, device: torch.device, *, has_anchor: bool = False
-    ) -> None:
-        self._shape, self._has_anchor = (num_codebooks, codebook_size), has_anchor
+    def __init__(self, config: DinoSRConfig, device: torch.device, *, has_anchor: bool = False) -> None:
+        num_codebooks, codebook_size = config.num_codebooks, config.codebook_size
+        self._config, self._has_anchor = config, has_anchor
         # One tensor, so that one collective adds up everything: counts, probabilities, losses, energies, frames,
         # samples, padding; the anchor's losses, frames and hits. In float64 counts stay exact for weeks; Apple's GPUs
         # have none.
@@ -32,7 +32,7 @@ class MetricSums:
 
     def empty_like(self) -> MetricSums:
         """Return empty sums for the same model and device."""
-        return MetricSums(*self._shape, self._sums.device, has_anchor=self._has_anchor)
+        return MetricSums(self._config, self._sums.device, has_anchor=self._has_anchor)
 
     @torch.no_grad()
     def add(self, output: DinoSRForPreTrainingOutput, num_samples: int, num_padded: int) -> None:
@@ -69,7 +69,7 @@ class MetricSums:
     def load_state_dict(self, state: torch.Tensor) -> None:
         """Go on from a `state_dict`. Raises `ValueError` if it is of another number or size of codebooks."""
         if state.shape != self._sums.shape:
-            num_codebooks, codebook_size = self._shape
+            num_codebooks, codebook_size = self._config.num_codebooks, self._config.codebook_size
             raise ValueError(
                 f"The state has {len(state):,} sums, but {num_codebooks} codebooks of {codebook_size} codewords"
                 f"{' and an anchor' if self._has_anchor else ''} have {len(self._sums):,}. Give the state of a run of"
@@ -88,7 +88,7 @@ class MetricSums:
         an utterance); `masked_frames`, `seconds` of audio and `padded_share`; with an anchor `anchor_losses` (nats per
         frame) and `anchor_accuracies`, of masked and of unmasked frames, and the numbers of these, `anchor_frames`.
         """
-        num_codebooks, codebook_size = self._shape
+        num_codebooks, codebook_size = self._config.num_codebooks, self._config.codebook_size
         codes, predictions, losses, energies, rest, anchor = torch.split(reduce(self._sums), self._sizes)
         codes = codes.view(num_codebooks, codebook_size)
         frames, num_samples, num_padded = rest.tolist()

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from ..training import run_record
 from ..training.run_record import RunRecord
 from ..training.sealed_files import read_sealed, seal
 from ..utils.files import flush_to_disk, write_atomically
-from ..utils.text_files import read_json
+from ..utils.names import one_line
 from .held_out import HeldOut
 from .pretraining_arguments import DataArguments, PretrainingArguments, value_for
 
@@ -35,31 +35,19 @@ def mark_finished(folder: str | os.PathLike, step: int) -> None:
     write_atomically(Path(folder, FINISHED_FILE), seal({"step": step}))
 
 
-def _read_or_none(path: Path, read: Callable[[Path], T]) -> T | None:
-    """Return what `read` makes of a file; None if there is none or, with a warning, if it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        return read(path)
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        logger.warning("%s is damaged and counts as missing: %s.", path, reason)
-        return None
-
-
 def finished_step(folder: str | os.PathLike) -> int:
     """Return the step that `mark_finished` wrote down, or 0 if there is no model of a finished run."""
-    content = _read_or_none(Path(folder, FINISHED_FILE), read_sealed) or {}
-    return int(content.get("step", 0))
+    path = Path(folder, FINISHED_FILE)
+    try:
+        return int(read_sealed(path).get("step", 0)) if path.exists() else 0
+    except (ValueError, OSError) as error:
+        logger.warning("%s is damaged and counts as missing: %s.", path, one_line(error))
+        return 0
 
 
 def recorded_run(folder: str | os.PathLike) -> RunRecord | None:
     """Return the record of a pre-training, finished or not; None if there is none or `run.json` is damaged."""
-
-    def read(path: Path) -> RunRecord:
-        return run_record.record_of(read_json(path), str(path), is_finished=False)
-
-    record = _read_or_none(Path(folder, run_record.RECORD_NAME), read)
+    record = run_record.left_record(folder)
     return record if record is not None and record.task == "pretraining" else None
 
 

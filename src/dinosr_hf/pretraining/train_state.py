@@ -17,6 +17,7 @@ from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..training.resume import CheckpointError
 from ..training.run_record import public_values
 from ..utils.compat import enable_gradient_checkpointing
+from ..utils.names import one_line
 from .anchor import Anchor, anchor_digest
 from .checkpoint import Checkpoint, CheckpointWriter, load_model_weights, load_training_state
 from .feed import StepFeed
@@ -102,8 +103,8 @@ def _restore(
         sums.load_state_dict(process_state["sums"])
         model.codebooks.held = _checked_held(process_state["held"], model)
     except Exception as error:  # torch, pickle and zip files each raise their own
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise CheckpointError(f"{checkpoint.path} cannot be restored: {type(error).__name__}: {reason}.") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"{checkpoint.path} cannot be restored: {reason}.") from error
 
 
 def _checked_held(held: torch.Tensor | None, model: DinoSRForPreTraining) -> torch.Tensor | None:
@@ -130,8 +131,7 @@ def check_fits(checkpoint: Checkpoint, arguments: PretrainingArguments, accelera
     with torch.device("meta"):
         model = DinoSRForPreTraining(config)
     load_model_weights(checkpoint, model)
-    sizes, has_anchor = (config.num_codebooks, config.codebook_size), options.anchor is not None
-    sums = MetricSums(*sizes, torch.device("cpu"), has_anchor=has_anchor)
+    sums = MetricSums(config, torch.device("cpu"), has_anchor=options.anchor is not None)
     monitor = CollapseMonitor(config, options)
     _restore(checkpoint, model, _make_optimizer(model, options), sums, monitor, accelerator)
 
@@ -183,8 +183,7 @@ def make_train_state(
         progress = RunProgress(**checkpoint.manifest["progress"])
     is_frozen = model.apply_freeze(progress.step)
     wrapped_model, wrapped_optimizer = accelerator.prepare(model, optimizer)
-    sizes, has_anchor = (model.config.num_codebooks, model.config.codebook_size), anchor is not None
-    sums = MetricSums(*sizes, accelerator.device, has_anchor=has_anchor)
+    sums = MetricSums(model.config, accelerator.device, has_anchor=anchor is not None)
     monitor = CollapseMonitor(model.config, options)
     writer = CheckpointWriter(options.output_dir, accelerator, options.keep_checkpoints)
     state = TrainState(model, wrapped_model, wrapped_optimizer, feed, sums, monitor, progress, writer, is_frozen)

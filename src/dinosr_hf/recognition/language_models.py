@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..utils.command_line import argument_errors
 from ..utils.extras import import_extra
+from ..utils.names import one_line
 from ..utils.text_files import text_lines
 
 # As KenLM does: a no-break space is part of a word.
@@ -117,8 +118,7 @@ def load_language_model(path: str, words: Sequence[str]) -> tuple[Any, NDArray[n
         try:
             model = flashlight("decoder.kenlm").KenLM(str(file), dictionary)
         except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path} cannot be read as a language model. KenLM says: {reason}") from error
+            raise ValueError(f"{path} cannot be read as a language model. KenLM says: {one_line(error)}.") from error
     known = np.zeros(len(words), dtype=bool)
     for state in (model.start(True), model.start(False)):
         _, unknown_score = model.score(state, len(words))

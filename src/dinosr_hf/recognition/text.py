@@ -21,7 +21,7 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
-from ..utils.command_line import argument_errors
+from ..utils.command_line import argument_errors, check_choice
 from ..utils.files import write_atomically
 from ..utils.model_folder import feature_extractor, find_file, open_config, opening
 from ..utils.text_files import read_json
@@ -76,9 +76,8 @@ class TextNormalization:
     keep: str = "'"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("units", UNITS), ("case", CASES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Choose one of {', '.join(allowed)}.")
+        check_choice("units", self.units, UNITS)
+        check_choice("case", self.case, CASES)
 
     def __call__(self, text: str) -> str:
         """

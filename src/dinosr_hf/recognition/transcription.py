@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from ..data import SAMPLING_RATE, SpeechSource
-from ..inference.windowed import DTYPES, WindowedInference, pad_batch
+from ..inference.windowed import WindowedInference, model_batch, without_padding
 from ..model.modeling_dinosr import DinoSRForCTC
 from ..utils.command_line import MAX_NUMBER
 from ..utils.digests import model_digest
-from ..utils.model_folder import open_weights
+from ..utils.model_folder import open_weights, torch_dtype
 from .decoding import (
     BeamSearchDecoder,
     CTCDecoder,
@@ -173,13 +173,11 @@ class Transcriber:
         exists; else, or if `greedy` is set, greedy search. Raises `ValueError` if the folder is not a recogniser's or
         an argument is invalid, `ImportError` for beam search without flashlight-text.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
         if greedy and decoding is not None:
             raise ValueError(f"decoding={decoding} is for beam search, but greedy is set. Leave out one of them.")
+        options: dict[str, Any] = {"device": device, "dtype": torch_dtype(dtype)}
         processor, _ = load_processor(folder)
-        options: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "advice": "Give a fine-tuned recogniser."}
-        model = open_weights(DinoSRForCTC, folder, **options)
+        model = open_weights(DinoSRForCTC, folder, advice="Give a fine-tuned recogniser.", **options)
         decoder = found = None
         if not greedy:
             found = find_decoding(folder) if decoding is None else DecodingOptions.load(decoding)
@@ -225,12 +223,8 @@ class Transcriber:
     @torch.inference_mode()
     def _compute(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Compute log probabilities float32 (T, V) of each wave (S,)."""
-        values, mask = pad_batch(waves)
-        model = self.model
-        logits = model(values.to(model.device), mask.to(model.device)).logits
-        log_probs = logits.float().log_softmax(dim=-1).cpu().numpy()
-        num_frames = model.config.num_frames(mask.sum(dim=1)).tolist()
-        return [rows[:length] for rows, length in zip(log_probs, num_frames, strict=True)]
+        values, mask, num_frames = model_batch(self.model, waves)
+        return without_padding(self.model(values, mask).logits.float().log_softmax(dim=-1), num_frames)
 
     def _decode(self, emissions: np.ndarray) -> Hypothesis:
         if isinstance(self.decoder, GreedyDecoder):

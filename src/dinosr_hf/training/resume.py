@@ -38,19 +38,16 @@ def find_checkpoints(folder: str | os.PathLike) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def usable_checkpoints(
-    output_dir: str | os.PathLike, read: Callable[[Path], CheckpointT]
-) -> Iterator[CheckpointT | CheckpointError]:
-    """
-    Yield for each checkpoint of a folder, newest first, what `read` returns, or the `CheckpointError` it raises, which
-    is also logged.
-    """
+def _usable(
+    output_dir: str | os.PathLike, read: Callable[[Path], CheckpointT], refused: list[str]
+) -> Iterator[CheckpointT]:
+    """Yield what `read` returns for each usable checkpoint, newest first; log the reasons of others into `refused`."""
     for path in find_checkpoints(output_dir):
         try:
             yield read(path)
         except CheckpointError as error:
             logger.warning("Checkpoint refused: %s", error)
-            yield error
+            refused.append(str(error))
 
 
 def choose_checkpoint(
@@ -75,11 +72,9 @@ def choose_checkpoint(
                 " or set resume to auto."
             )
         return None
-    refused = []
-    for candidate in usable_checkpoints(output_dir, read):
-        if not isinstance(candidate, CheckpointError):
-            return candidate
-        refused.append(str(candidate))
+    refused: list[str] = []
+    for checkpoint in _usable(output_dir, read, refused):
+        return checkpoint
     if refused:
         raise CheckpointError(
             f"No checkpoint in output_dir={output_dir} can be used, and a run does not start over by itself. Give"
@@ -102,8 +97,8 @@ def choose_by_path(
     since; otherwise the one at the path. Raises `CheckpointError` if that cannot be used, or is of another folder and
     `output_dir` has checkpoints.
     """
-    for candidate in usable_checkpoints(output_dir, read):
-        if not isinstance(candidate, CheckpointError) and began_there(candidate):
+    for candidate in _usable(output_dir, read, []):
+        if began_there(candidate):
             return candidate
     if not path.is_dir():
         raise CheckpointError(f"{option}={path} is not a folder. Give a checkpoint, or leave {option} out.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -18,7 +19,10 @@ import numpy as np
 import torch
 
 from ..utils.files import write_atomically
+from ..utils.names import one_line
 from ..utils.text_files import read_json
+
+logger = logging.getLogger(__name__)
 
 RECORD_NAME = "run.json"
 # The Hub's names where it has one.
@@ -50,7 +54,8 @@ class RunRecord:
     task: str  # one of `TASKS`
     arguments: dict[str, Any]  # all of them, in plain types
     base_model: str | None  # folder or Hub name; None: random weights
-    # `name` as given; `split` or None; `hours` of audio and number of `utterances`, None for a stream.
+    # `name` as given; `split` or None; `hours` of audio and number of `utterances`, None for a stream; in fine-tuning
+    # how many of these were `unreadable`.
     data: list[dict[str, Any]]
     steps: int = 0  # optimizer updates
     # Results at the end: `dataset`, `split` or None, `num_utterances`, and any of `METRICS`.
@@ -122,6 +127,16 @@ def write_record(folder: str | os.PathLike, record: RunRecord) -> Path:
     content = public_record(record)
     _check(content, "This record", is_finished=record.finished is not None)
     return write_atomically(Path(folder, RECORD_NAME), json.dumps(content, indent=2) + "\n")
+
+
+def left_record(folder: str | os.PathLike) -> RunRecord | None:
+    """Return the record that a run has left, finished or not; None if it is not there or, with a warning, damaged."""
+    file = Path(folder, RECORD_NAME)
+    try:
+        return record_of(read_json(file), str(file), is_finished=False) if file.is_file() else None
+    except (ValueError, OSError) as error:
+        logger.warning("%s is damaged and will be written again: %s.", file, one_line(error))
+        return None
 
 
 def read_record(folder: str | os.PathLike) -> RunRecord:

@@ -1,6 +1,6 @@
 """Features and k-means units of other speech models of transformers to compare with: HuBERT, wav2vec 2.0, data2vec."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
 
-from ..inference.windowed import DTYPES, WindowedInference
+from ..inference.windowed import WindowedInference
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import check_layers
-from ..utils.model_folder import open_config, open_weights, opening
-from .extraction import UnitExtractor
+from ..utils.model_folder import has_codebooks, open_config, open_weights, opening, torch_dtype
+from .extraction import UnitExtractor, load_model
 
 BASELINES = ("hubert", "wav2vec2", "data2vec-audio", "wavlm", DinoSRConfig.model_type)
 _ADVICE = "Give a folder with a model and its feature extractor."
@@ -83,15 +83,36 @@ def load_baseline(
     Load an encoder of one of the types in `BASELINES`, with its feature extractor, from a folder or the Hub.
 
     `layers`, `dtype` and `is_smoothed` are those of `UnitExtractor` and `load_model`. Raises `ValueError` for a
-    model of another type, or without such a layer, `OSError` if there is no feature extractor.
+    model of another type, without such a layer or without a feature extractor.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
+    options: dict[str, Any] = {"device": device, "dtype": torch_dtype(dtype), "advice": _ADVICE}
     baseline_config(name)  # before memory is taken for a model that cannot be
     with opening(name, _ADVICE):
         extractor: Any = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
     # Released encoders lack what only masks need.
-    options: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "advice": _ADVICE}
     model = open_weights(AutoModel, name, may_lack="masked_spec_embed$", **options)
     normalizes = bool(extractor.do_normalize)
     return BaselineExtractor(model, layers=layers, normalizes=normalizes, is_smoothed=is_smoothed)
+
+
+def open_extractors(
+    name: str | Path,
+    *,
+    layers: Sequence[int],
+    sources: Sequence[str] = ("student",),
+    is_smoothed: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+) -> Iterator[UnitExtractor]:
+    """
+    Yield an extractor for each source of a pre-training checkpoint, or that of another encoder in `BASELINES`.
+
+    Raises `ValueError` as `load_model`, `UnitExtractor` and `load_baseline`, which have the arguments.
+    """
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
+    if not has_codebooks(open_config(name)):
+        yield load_baseline(name, layers=layers, is_smoothed=is_smoothed, **where)
+        return
+    model = load_model(name, **where)
+    for source in sources:
+        yield UnitExtractor(model, layers=layers, source=source, is_smoothed=is_smoothed)

@@ -18,8 +18,10 @@ from ..analysis.segmentation import find_runs
 from ..data import SAMPLING_RATE, SpeechSource
 from ..data.finding import literal_paths
 from ..data.output_folder import OutputFolder
+from ..utils.command_line import check_choice
 from ..utils.extras import import_extra
 from ..utils.files import atomic_file, write_atomically
+from ..utils.names import one_line
 from ..utils.text_files import json_lines, read_json
 from .extraction import LayerKMeans, Progress, UnitExtractor, Units
 
@@ -49,8 +51,8 @@ def _ids_of(path: Path) -> list[str]:
         if not all(isinstance(name, str) for name in ids):
             raise ValueError("it has an id that is not text")
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"{path} is damaged. Remove it to extract its recordings again: {reason}.") from error
+        advice = "Remove it to extract its recordings again"
+        raise ValueError(f"{path} is damaged. {advice}: {one_line(error)}.") from error
     return ids
 
 
@@ -146,8 +148,7 @@ class UnitCorpus(ExtractionFolder):
         process: int = 0,
         num_processes: int = 1,
     ) -> None:
-        if form not in FORMATS:
-            raise ValueError(f"form={form!r} is unknown. Choose one of {', '.join(FORMATS)}.")
+        check_choice("form", form, FORMATS)
         if shard_seconds <= 0:
             raise ValueError(f"shard_seconds={shard_seconds} must be more than 0.")
         clusters = None if kmeans is None else kmeans.digest

@@ -16,12 +16,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..analysis.kmeans import MAX_FRAMES, KMeans, fit_kmeans
 from ..data import SAMPLING_RATE, SpeechSource
-from ..inference.windowed import DTYPES, RunningMoments, WindowedInference, pad_batch
-from ..model.configuration_dinosr import DinoSRConfig
+from ..inference.windowed import RunningMoments, WindowedInference, model_batch, without_padding
 from ..model.modeling_dinosr import (
     SOURCES,
     UNIT_SOURCES,
@@ -34,7 +33,8 @@ from ..utils.damaged_files import explain_damage, safetensors_shapes
 from ..utils.digests import model_digest, value_digest
 from ..utils.extras import import_extra
 from ..utils.files import write_atomically
-from ..utils.model_folder import open_config, open_weights
+from ..utils.model_folder import has_codebooks, open_config, open_weights, torch_dtype
+from ..utils.names import one_line
 from ..utils.text_files import check_regular_file
 
 Progress = Callable[[float], Any] | None
@@ -55,11 +55,6 @@ class ScoredUnits(NamedTuple):
     scores: NDArray[np.float32]  # (T,)
 
 
-def has_codebooks(config: PreTrainedConfig) -> bool:
-    """Return whether a configuration is that of a pre-training checkpoint, which has a teacher and codebooks."""
-    return config.model_type == DinoSRConfig.model_type and "DinoSRForPreTraining" in (config.architectures or ())
-
-
 def load_model(
     name: str | Path, *, device: str | torch.device = "cpu", dtype: str = "float32"
 ) -> DinoSRForPreTraining:
@@ -69,8 +64,7 @@ def load_model(
     `dtype` is "float32", "bfloat16" or "float16"; the codebooks stay in float32. Raises `ValueError` if it is another,
     or the model is not a pre-training checkpoint.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
+    precision = torch_dtype(dtype)
     config = open_config(name, "Give the folder that pre-training wrote.")
     if not has_codebooks(config):
         kinds = ", ".join(config.architectures or ["no known architecture"])
@@ -78,7 +72,7 @@ def load_model(
             f"{name} has {kinds}, but units come from a DinoSRForPreTraining, which has a teacher and codebooks. Give"
             " the folder that pre-training wrote."
         )
-    model: DinoSRForPreTraining = open_weights(DinoSRForPreTraining, name, device=device, dtype=DTYPES[dtype])
+    model: DinoSRForPreTraining = open_weights(DinoSRForPreTraining, name, device=device, dtype=precision)
     return model.eval()
 
 
@@ -96,7 +90,7 @@ def _normalize_rows(rows: NDArray[np.float32]) -> None:
 
 @dataclass(frozen=True)
 class LayerKMeans(KMeans):
-    """Clusters of the features of a transformer layer, counted from 1, of the `source` "student" or "teacher"."""
+    """Clusters of the features of a transformer layer, counted from 1; `source` is that of `UnitExtractor`."""
 
     layer: int
     source: str
@@ -127,7 +121,7 @@ class LayerKMeans(KMeans):
                 kmeans.check()
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             damage = explain_damage(file) if Path(file).is_file() else None
-            problem = damage or f"{file} is not a k-means file: {' '.join(str(error).split()).rstrip('.')}."
+            problem = damage or f"{file} is not a k-means file: {one_line(error)}."
             raise ValueError(f"{problem} Give a file that `dinosr kmeans` wrote.") from error
         return kmeans
 
@@ -143,11 +137,6 @@ class LayerKMeans(KMeans):
             raise ValueError(f"it has {found}; expected a number from 1, {' or '.join(SOURCES)}, and true or false")
 
 
-def _without_padding(rows: torch.Tensor, num_frames: Sequence[int]) -> list[np.ndarray]:
-    """Cut rows (B, T, ...) of a batch to the frames of each recording."""
-    return [row[:length] for row, length in zip(rows.cpu().numpy(), num_frames, strict=True)]
-
-
 class UnitExtractor:
     """
     Extracts units or features from recordings.
@@ -159,7 +148,8 @@ class UnitExtractor:
     Args:
         model: In any precision, on any device; it is put into evaluation mode.
         layers: Numbers of transformer layers, from 1; units by codebook need layers that have one.
-        source: "student", "teacher" or, for units alone, "anchor", see `DinoSRForPreTraining.encode_units`.
+        source: "student" or "teacher"; for units alone "anchor", see `DinoSRForPreTraining.encode_units`; for features
+            and k-means alone "student_feed_forward", the output of the layer's feed-forward network.
         is_smoothed: Whether the student's features are normalised over the recording, as the teacher's always are, and
             averaged over three frames. Their clusters tell more of phones and less of speakers.
         windows: `window_seconds`, `context_seconds` and `batch_seconds` of `WindowedInference`. If the model has
@@ -275,29 +265,24 @@ class UnitExtractor:
                     filters.uniform_filter1d(rows, 3, axis=0, mode="nearest", output=rows)
             yield recordings.utterances[index].id, rows
 
-    def _batch(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        values, mask = pad_batch(waves)
-        num_frames = self.config.num_frames(mask.sum(dim=1)).tolist()
-        return values.to(self.model.device), mask.to(self.model.device), num_frames
-
     def _layer_features(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
         """Compute features float32 (B, T, L, D) of waves (S,), and their numbers of frames."""
-        values, mask, num_frames = self._batch(waves)
+        values, mask, num_frames = model_batch(self.model, waves)
         found = self.model.layer_features(values, mask, self.layers, self.source)
         return found.permute(1, 2, 0, 3).float(), num_frames
 
     def _features(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return _without_padding(*self._layer_features(waves))
+        return without_padding(*self._layer_features(waves))
 
     def _codes(self, waves: Sequence[np.ndarray], kmeans: LayerKMeans | None) -> list[np.ndarray]:
         """Compute the student's or the anchor's units int32 (T, L) of each wave (S,)."""
         if kmeans is None:
-            values, mask, num_frames = self._batch(waves)
+            values, mask, num_frames = model_batch(self.model, waves)
             codes = self.model.encode_units(values, mask, layers=self.layers, source=self.source)[0].permute(1, 2, 0)
         else:
             features, num_frames = self._layer_features(waves)
             codes = kmeans.assign(features)
-        return _without_padding(codes.int(), num_frames)
+        return without_padding(codes.int(), num_frames)
 
     def _nearest(self, features: NDArray[np.float32], kmeans: LayerKMeans | None) -> NDArray[np.int64]:
         """Assign normalised features (T, L, D) to codewords or clusters (L, T)."""

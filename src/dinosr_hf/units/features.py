@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 
 from ..data import SpeechSource
 from ..data.output_names import output_path, output_paths
+from ..utils.command_line import check_choice
 from ..utils.files import atomic_file
 from .corpus import ExtractionFolder
 from .extraction import Progress, UnitExtractor
@@ -37,8 +38,7 @@ class FeatureFiles(ExtractionFolder):
         process: int = 0,
         num_processes: int = 1,
     ) -> None:
-        if form not in FEATURE_FORMATS:
-            raise ValueError(f"form={form!r} is unknown. Choose one of {', '.join(FEATURE_FORMATS)}.")
+        check_choice("form", form, FEATURE_FORMATS)
         if extractor.source == "anchor":
             raise ValueError("source=anchor has units, but no features. Give student or teacher.")
         place = {"process": process, "num_processes": num_processes}

@@ -12,7 +12,7 @@ import logging
 import os
 import select
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
@@ -333,6 +333,12 @@ def parse_groups(
         if from_file[key] in (None, []):  # which words cannot express
             _set_empty(next(group for group in parsed if hasattr(group, key)), key, from_file[key])
     return parsed
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise `ValueError`, with the choices, unless the value of the argument `name` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(choices)}.")
 
 
 def check_ranges(rules: Iterable[tuple[bool, str, Any, str]]) -> None:

@@ -20,17 +20,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoConfig, PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import has_file
 
 from ..model.configuration_dinosr import DinoSRConfig
-from .command_line import ArgumentError
+from .command_line import ArgumentError, check_choice
 from .damaged_files import count_weights, explain_damage
 from .files import atomic_folder
+from .names import one_line
 from .pickle_check import check_torch_file
 
 logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class FolderTokenizer(Wav2Vec2CTCTokenizer):
@@ -120,7 +123,7 @@ def opening(name: str | os.PathLike, advice: str) -> Iterator[None]:
     except Exception as error:  # safetensors, pickle, json, torch and transformers each raise their own
         if (damage := explain_folder(name)) is not None:
             raise ValueError(damage) from error
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        reason = one_line(error)
         problem = f"cannot be opened: {reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON] + '...'}"
         if "trust_remote_code" in reason:
             problem = "names Python code that would have to run to open it, which no command here does"
@@ -173,6 +176,17 @@ def _check_device(device: str | torch.device) -> None:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
         raise ValueError(f"device={device} cannot be used: {reason}. Give cpu, or a device that torch has.") from error
+
+
+def has_codebooks(config: PreTrainedConfig) -> bool:
+    """Return whether a configuration is that of a pre-training checkpoint, which has a teacher and codebooks."""
+    return config.model_type == DinoSRConfig.model_type and "DinoSRForPreTraining" in (config.architectures or ())
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the precision of a name in `DTYPES`; raise `ValueError` for another name."""
+    check_choice("dtype", name, DTYPES)
+    return DTYPES[name]
 
 
 def open_weights(

@@ -1,4 +1,4 @@
-"""Names that people give to recordings, as lines of text that are all different."""
+"""Names that people give to recordings, as lines of text that are all different; and errors as a line."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def printable_name(name: str) -> str:
         # Where the locale is ASCII, the bytes of all other characters are surrogates.
         name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return _NO_TEXT.sub(lambda found: ascii(found[0])[1:-1], name)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error as one line without a full stop; its class if there is none."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def unique_names(names: Iterable[str]) -> list[str]:

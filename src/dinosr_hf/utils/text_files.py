@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from .damaged_files import explain_stand_in
+from .names import one_line
 from .visible_text import visible_text
 
 MAX_LINE_BYTES = 2**26  # labels at 50 Hz of a recording of 24 hours have about 30 million
@@ -212,8 +213,7 @@ def load_yaml(path: str | os.PathLike) -> Any:
         if (num_values := _num_values(content, {})) > _MAX_YAML_VALUES:
             raise ValueError(f"its aliases (*name) make {num_values:,} values of it. Write out what they stand for.")
     except (yaml.YAMLError, ArithmeticError, LookupError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{os.fspath(path)} is not valid YAML: {reason}") from None
+        raise ValueError(f"{os.fspath(path)} is not valid YAML: {one_line(error)}.") from None
     return content
 
 

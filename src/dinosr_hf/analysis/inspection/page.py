@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...data import SAMPLING_RATE, AudioFileError, SpeechSource
-from ...utils.command_line import check_ranges
+from ...utils.command_line import check_choice, check_ranges
 from ...utils.extras import import_extra
 from ..alignment import FIELD, STRIDE
 from ..plots import class_confusion_figure, code_usage_figure, phone_class, phone_codeword_figure, unit_strip_figure
@@ -264,8 +264,7 @@ def render_page(
         ValueError: For an unknown audio format, or a number out of range.
         ImportError: If matplotlib, Jinja2 or soundfile is not installed.
     """
-    if audio not in AUDIO_FORMATS:
-        raise ValueError(f"audio={audio!r} is unknown. Choose one of {', '.join(AUDIO_FORMATS)}.")
+    check_choice("audio", audio, AUDIO_FORMATS)
     rules = [(max_megabytes >= 0, "max_megabytes", max_megabytes, "at least 0")]
     check_ranges([*rules, (0 <= context_seconds <= 10, "context_seconds", context_seconds, "from 0 to 10")])
     jinja: Any = import_extra("jinja2", "analysis")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ...model.modeling_dinosr import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from ...recognition.text import make_processor
+from ...utils.command_line import check_choice
 from ...utils.files import atomic_file, atomic_folder, write_atomically
 from ...utils.model_folder import feature_extractor, open_weights
 from ..card import render_card
@@ -113,8 +114,8 @@ def convert(
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists and is not empty. Give another folder, or remove it first.")
-    if objective not in (None, *OBJECTIVES):
-        raise ValueError(f"objective={objective!r} is unknown. Choose one of {', '.join(OBJECTIVES)}.")
+    if objective is not None:
+        check_choice("objective", objective, OBJECTIVES)
     given = {"dictionary": dictionary, "config": config, "num_attention_heads": num_attention_heads}
     path = download_checkpoint(str(file)) if is_hub_name(str(file)) else Path(file)
     layout = _read_layout(path, given | {"objective": objective})
