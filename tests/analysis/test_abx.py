@@ -309,6 +309,9 @@ def test_the_script_writes_a_table(corpus, tmp_path, capsys, monkeypatch):
     assert len((tmp_path / "abx.csv").read_text(encoding="utf-8").splitlines()) == 13
     assert sorted(path.name for path in tmp_path.iterdir()) == ["abx.csv", "abx.json", "abx.md", "triphones.item"]
     assert all((size == 1) == (distance == "identical") for _, distance, size in calls)
+    *words, _, _, _ = arguments_of(corpus, tmp_path)  # without layers: the last of three
+    script.main(words)
+    assert {row["layer"] for row in json.loads((tmp_path / "abx.json").read_text(encoding="utf-8"))} == {3}
 
 
 @pytest.mark.parametrize("num_samples", [20, 0], ids=["intervals", "no intervals"])

@@ -274,10 +274,11 @@ def test_a_missing_package_is_named_before_the_work(data, model_folder, tmp_path
         ([], "Give either --data with --labels, or --discophon"),
         (["--data", "a", "--discophon", "b"], "Give either --data with --labels, or --discophon"),
         (["--discophon", "b", "--labels", "c"], "labels=c is set, but DiscoPhon has labels of its own"),
+        (["--discophon", "b", "--audio_column", "c"], "audio_column=c is set, but DiscoPhon has files"),
         (["--discophon", "b", "--num_samples", "9"], "num_samples=9 is set, but DiscoPhon has .*, and no intervals"),
         (["--data", "synthetic", "--languages", "eng"], r"languages=\['eng'\] is set, but --discophon is not\."),
     ],
-    ids=["neither", "both", "labels", "num_samples", "languages"],
+    ids=["neither", "both", "labels", "audio_column", "num_samples", "languages"],
 )
 def test_options_that_exclude_each_other(flags, message):
     with pytest.raises(SystemExit, match=message):

@@ -284,6 +284,27 @@ def test_the_scripts_take_the_column_of_the_audio(tmp_path, script):
     assert source.utterances == [("a", 900)]
 
 
+@pytest.mark.parametrize("script", ["evaluate_units", "evaluate_layers", "evaluate_abx"])
+@pytest.mark.parametrize("kind", ["dataset", "table"])
+def test_the_scripts_take_a_split(tmp_path, script, kind):
+    data, labels = tmp_path / "data", tmp_path / "phones.jsonl"
+    splits = {name: datasets.Dataset.from_dict({"id": [name], "audio": [flac(900)]}) for name in ("dev", "test")}
+    if kind == "dataset":
+        datasets.DatasetDict(splits).save_to_disk(data)
+    else:
+        for name in splits:
+            (data / name).mkdir(parents=True)
+            (data / name / "test.wav").write_bytes(flac(900))
+            (data / name / "metadata.csv").write_text("file_name\ntest.wav\n")
+    labels.write_text('{"name": "test", "phones": ["t"]}\n')
+    words = ["model", "--data", str(data), "--labels", str(labels), "--output_dir", str(tmp_path), "--split", "test"]
+    options = load_command(script).parse(words)
+    source, reference = open_labelled_speech(data, options, options.split)
+    assert len(source) == len(reference.labels) == 1
+    with pytest.raises(ValueError, match="split='train'"):
+        open_labelled_speech(data, options, "train")
+
+
 def test_the_synthetic_corpus_has_its_own_phones():
     source, ours = open_reference("synthetic", num_synthetic=2)
     assert len(source) == len(ours.labels) == 2

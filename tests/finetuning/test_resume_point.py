@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from dinosr_hf.finetuning import Recognition
-from dinosr_hf.finetuning.resume_point import read_checkpoint, write_manifest
+from dinosr_hf.finetuning.resume_point import find_resume_point, read_checkpoint, write_manifest
 from dinosr_hf.training.resume import CheckpointError
 from dinosr_hf.training.run_record import read_record
 from dinosr_hf.utils.command_line import ArgumentError
@@ -136,6 +136,18 @@ def test_resuming_by_path_goes_on_from_the_newest_checkpoint_after_it(model, cor
         recognise(model, corpus, interrupted, on_trainer=counts[-1], **back)
         assert counts[-1].steps == expected
         assert_same_model(interrupted, uninterrupted)
+
+
+def test_other_arguments_and_tasks_are_noticed_when_resuming_by_path(model, corpus, interrupted, caplog):
+    back = {**OPTIONS, "resume_from_checkpoint": str(interrupted / "checkpoint-3")}
+    folder, asked, given = str(interrupted), back["resume_from_checkpoint"], {"learning_rate": 0.5}
+    with pytest.raises(ArgumentError, match=r"checkpoint-3 has a run of the task automatic-speech-recognition"):
+        find_resume_point(folder, asked, "audio-classification", given)
+    assert find_resume_point(folder, asked, "automatic-speech-recognition", given).checkpoint is not None
+    assert "Resuming a run that had other arguments" in caplog.text
+    recognise(model, corpus, interrupted, **back)
+    with pytest.raises(ArgumentError, match=r"has a run with other arguments: .*learning_rate is 0\.5"):
+        recognise(model, corpus, interrupted, **{**back, "learning_rate": 0.5})
 
 
 def test_a_checkpoint_of_another_run_overwrites_nothing(model, corpus, uninterrupted, interrupted, tmp_path):

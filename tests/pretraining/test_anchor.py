@@ -300,6 +300,13 @@ def test_an_anchor_that_cannot_be_made_is_refused_by_a_dry_run_too(files, record
         run(tiny_arguments(files, recordings, anchor=str(files / name), dry_run=dry_run, **options))
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_mfccs_of_fewer_frames_than_labels_are_refused_by_a_dry_run_too(tmp_path, recordings, dry_run):
+    options = {"anchor": "mfcc", "num_anchor_labels": 50_000, "dry_run": dry_run}
+    with pytest.raises(ArgumentError, match=r"num_anchor_labels=50000 is more than the [\d,]+ frames of the rec"):
+        run(tiny_arguments(tmp_path, recordings, **options))
+
+
 def test_labels_that_do_not_fit_their_audio_name_the_recording(files, recordings):
     (files / "short.jsonl").write_text(json.dumps({"name": "03", "phones": ["x", "y"]}))
     with pytest.raises(ArgumentError, match=r"short\.jsonl: 03\.mp3: 2 labels of 0\.01 s cover"):

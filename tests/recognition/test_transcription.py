@@ -440,6 +440,8 @@ def test_script_checks_names_before_it_loads_the_model(main, recordings, tmp_pat
         main(["no model", str(recordings), "--output_dir", out])
     with pytest.raises(SystemExit, match=r"^transcribe\.py: b\.wav would be written to \S+/b\.txt, which is a folder"):
         main(["no model", str(recordings / "b.wav"), "--output_dir", str(recordings), "--overwrite"])
+    with pytest.raises(SystemExit, match="overwrite=True is set, but nothing is written"):
+        main(["no model", str(recordings / "b.wav"), "--overwrite"])
 
 
 def test_script_shortens_names_that_are_too_long(main, recogniser, recordings, tmp_path, caplog):

@@ -336,6 +336,8 @@ def test_scripts_fit_and_use_kmeans(script, command, model_folder, folder, tmp_p
         script.main([*command, "--source", "anchor"])
     with pytest.raises(SystemExit, match=r"^fit_kmeans.py: --output must end in \.safetensors\.$"):
         fit.main(["nowhere", "nothing.wav", "--output", "k.bin"])
+    fit.main([*words, "--source", source])  # without a layer: the last of three
+    assert LayerKMeans.load(file).layer == 3
     with pytest.raises(SystemExit, match=r"fit_kmeans.py: num_clusters=9999"):
         fit.main([*words, "--num_clusters", "9999", "--layer", "1"])
     with pytest.raises(SystemExit, match=r"fit_kmeans.py: --smooth is for the student: the teacher's features"):

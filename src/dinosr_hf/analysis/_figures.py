@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -35,6 +37,18 @@ def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> Path
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=dpi)
     return path
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """Encode bytes of a media type, such as "image/png", as a data: URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def png_uri(figure: Figure, dpi: float) -> str:
+    """Draw a figure as a PNG in a data: URI."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=dpi)
+    return data_uri(stream.getvalue(), "image/png")
 
 
 def add_panels(figure: Any, num_panels: int, num_columns: int) -> list[Axes]:

@@ -24,6 +24,7 @@ def open_reference(
     tier: str = "phones",
     step_seconds: float = 0.01,
     speaker_column: str | None = None,
+    split: str | None = None,
     audio_column: str = "audio",
     num_synthetic: int = 50,
 ) -> tuple[SpeechSource, Reference]:
@@ -36,7 +37,7 @@ def open_reference(
         labels: Path to the labels, as for `read_alignments`, and `tier` too; None only for "synthetic".
         step_seconds: Length of a step of fixed-rate labels.
         speaker_column: Column of a table or dataset; None: `speaker_id`, if it exists.
-        audio_column: As in `open_source`.
+        split, audio_column: As in `open_source`.
         num_synthetic: Number of utterances of the synthetic corpus; its test split is used.
 
     Raises `ValueError` if there are no labels, or as `open_source`, `read_alignments` and `Reference`; and
@@ -46,6 +47,8 @@ def open_reference(
     if str(data) == "synthetic":
         if labels is not None:
             raise ValueError(f"labels={str(labels)!r}: the synthetic corpus has labels of its own. Leave labels out.")
+        if split is not None:
+            raise ValueError(f"split={split!r}: of the synthetic corpus, the test split is used. Leave split out.")
         rows = SyntheticCorpus(num_synthetic, split="test", noise=False, text="mixed").to_dataset()
         source, speaker_column = DatasetSource(rows), "speaker_id"
         found: dict[str, Labels] = {
@@ -55,11 +58,11 @@ def open_reference(
         kinds = "a file of phones (.jsonl, .ctm, .TextGrid) or a folder of TextGrids"
         raise ValueError(f"--labels is missing, and only `--data synthetic` has its own: give {kinds}.")
     else:
-        table = find_metadata(Path(data))
+        table = find_metadata(Path(data) if split is None else Path(data, split))
         if table is not None and not names_paths(table):
             logger.warning("%s is not used: its first line names none of %s.", table, ", ".join(PATH_COLUMNS))
             table = None
-        source = open_recordings([data], audio_column=audio_column) if table is None else open_metadata(table)
+        source = open_metadata(table) if table else open_recordings([data], split=split, audio_column=audio_column)
         found = read_alignments(labels, tier=tier)
         if not any(found.values()):
             raise ValueError(f"{labels} has no phones. Give other labels.")
@@ -75,5 +78,4 @@ def open_reference(
     if speakers is not None and None in speakers:
         counts = f"{speakers.count(None):,} of {len(speakers):,} recordings have no speaker"
         logger.warning("%s, and each of them counts as a speaker of its own.", counts)
-    ids = [utterance.id for utterance in source.utterances]
-    return source, Reference(ids, found, speakers=speakers, step_seconds=step_seconds, others=source.others)
+    return source, Reference(source.ids, found, speakers=speakers, step_seconds=step_seconds, others=source.others)

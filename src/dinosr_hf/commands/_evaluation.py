@@ -12,6 +12,7 @@ from ._shared import add_audio_column
 def add_labels(parser: Parser) -> None:
     """Add the flags of `open_labelled_speech`."""
     add = parser.add_argument
+    add("--split", help="split of the data, if it has several")
     add("--labels", help="phones: file (.jsonl, .jsonl.gz, .ctm, .txt), TextGrid, or folder of TextGrids")
     add("--tier", default="phones", help="tier of TextGrids (%(default)s)")
     add("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
@@ -26,7 +27,10 @@ def add_networks(parser: Parser) -> None:
     parser.add_argument("--sources", nargs="+", default=["student"], choices=networks, help=text)
 
 
-def open_labelled_speech(name: str, options: argparse.Namespace) -> tuple[SpeechSource, Reference]:
-    """Open recordings and their phones, by the flags of `add_labels`."""
+def open_labelled_speech(
+    name: str, options: argparse.Namespace, split: str | None = None
+) -> tuple[SpeechSource, Reference]:
+    """Open recordings, of a split if they have several, and their phones, by the flags of `add_labels`."""
     columns = {"speaker_column": options.speakers, "audio_column": options.audio_column}
-    return open_reference(name, labels=options.labels, tier=options.tier, step_seconds=options.step_seconds, **columns)
+    labels = {"labels": options.labels, "tier": options.tier, "step_seconds": options.step_seconds}
+    return open_reference(name, split=split, **labels, **columns)

@@ -98,7 +98,7 @@ def report(rows: Sequence[dict], out: Path) -> None:
 def run(options: argparse.Namespace) -> None:
     if not options.items_only:
         import_fastabx()
-    source, reference = open_labelled_speech(options.data, options)
+    source, reference = open_labelled_speech(options.data, options, options.split)
     out = claim_output_file(Path(options.output_dir, "abx.md")).parent
     rows = []
     for number, name in enumerate(options.models):

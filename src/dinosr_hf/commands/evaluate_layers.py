@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..analysis.layers import REPORT, Recordings, check_disjoint_speakers, draw_frames, evaluate_layer
 from ..units import open_extractors
-from ..utils.command_line import Parser, command, parse_options
+from ..utils.command_line import Parser, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
 from ._evaluation import add_labels, add_networks, open_labelled_speech
@@ -32,6 +32,7 @@ def make_parser() -> Parser:
         "--data", required=True, help="folder, table, manifest or dataset to evaluate on; or: synthetic"
     )
     parser.add_argument("--fit_data", help="data of other speakers to fit on (half of the speakers of --data)")
+    parser.add_argument("--fit_split", help="split of --fit_data, if it has several")
     add_labels(parser)
     parser.add_argument("--layers", type=int, nargs="+", help="layers, counted from 1 (all)")
     add_networks(parser)
@@ -50,14 +51,17 @@ def make_parser() -> Parser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    return parse_options(make_parser(), argv, num_clusters=1, max_frames=1)
+    options = parse_options(make_parser(), argv, num_clusters=1, max_frames=1)
+    if not options.fit_data:
+        refuse_unused(options, make_parser().get_default, ["fit_split"], "--fit_data is not", "give that too")
+    return options
 
 
 def run(options: argparse.Namespace) -> None:
     claim_output_file(Path(options.output_dir, "layers.md"))
-    held_out = Recordings.with_labels(*open_labelled_speech(options.data, options))
+    held_out = Recordings.with_labels(*open_labelled_speech(options.data, options, options.split))
     if options.fit_data:
-        fit = Recordings.with_labels(*open_labelled_speech(options.fit_data, options))
+        fit = Recordings.with_labels(*open_labelled_speech(options.fit_data, options, options.fit_split))
         check_disjoint_speakers(fit, held_out)
     else:
         fit, held_out = held_out.split(options.seed)

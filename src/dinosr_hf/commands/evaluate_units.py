@@ -47,7 +47,6 @@ def make_parser() -> Parser:
     parser.add_argument("--discophon", metavar="FOLDER", help="evaluate on DiscoPhon's data instead, by its functions")
     languages = {"nargs": "+", "default": [], "choices": discophon.LANGUAGES, "metavar": "LANGUAGE"}
     parser.add_argument("--languages", **languages, help="languages of DiscoPhon, such as eng (all that are there)")
-    parser.add_argument("--split", choices=discophon.SPLITS, help="split of DiscoPhon (test)")
     parser.add_argument("--abx", action="store_true", help="add the ABX error of the units, by fastabx")
     add_labels(parser)
     parser.add_argument("--sources", nargs="+", choices=UNIT_SOURCES, help="what gives a DinoSR's units (all it has)")
@@ -78,8 +77,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.discophon:
         of_data = ("labels", "tier", "step_seconds", "speakers", "num_samples")
         unused(of_data, "DiscoPhon has labels of its own, and no intervals", "give --data instead")
+        if not options.kmeans_data:
+            unused(["audio_column"], "DiscoPhon has files", "give --data instead")
     else:
-        unused(("languages", "split"), "--discophon is not", "give it instead of --data")
+        unused(["languages"], "--discophon is not", "give it instead of --data")
     if bool(options.kmeans_data) != bool(options.kmeans_layers or options.mfccs):
         raise ArgumentError(
             "--kmeans_data belongs to --kmeans_layers and --mfccs: give it with one of them, or leave it out."
@@ -169,7 +170,7 @@ def add_abx(
 
 
 def evaluate_on_phones(options: argparse.Namespace) -> tuple[LayerReport, list[dict]]:
-    source, reference = open_labelled_speech(options.data, options)
+    source, reference = open_labelled_speech(options.data, options, options.split)
     minutes = source.seconds / 60
     print(f"{len(reference.labels):,} of {len(source):,} recordings have labels; {minutes:.1f} minutes in total.")
     rows: list[dict] = []

@@ -25,7 +25,7 @@ def make_parser() -> Parser:
     add("model", metavar="MODEL", help="folder that pre-training wrote, or name on the Hub")
     add_inputs(parser)
     add("--output", required=True, help="path of the .safetensors file to write")
-    add("--layer", type=int, default=5, help="layer, counted from 1 (%(default)s)")
+    add("--layer", type=int, help="layer, counted from 1 (5, or the last of fewer)")
     add("--source", default="student", choices=SOURCES, help="what gives the features (%(default)s)")
     smooth = "normalise the student's features over the recording and average three frames: tells more of phones"
     add("--smooth", action="store_true", help=smooth)
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--smooth is for the student: the teacher's features are normalised anyway. Leave it out.")
     extractor = UnitExtractor(
         model,
-        layers=[options.layer],
+        layers=[options.layer or min(5, model.config.num_hidden_layers)],
         source=options.source,
         is_smoothed=options.smooth,
         batch_seconds=options.batch_seconds,

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         model.config.num_units(options.source),
         labels=labels,
         words=words,
-        recordings=[*(utterance.id for utterance in recordings.utterances), *recordings.others],
+        recordings=recordings.ids + recordings.others,
         step_seconds=options.step_seconds,
         num_moments=options.num_moments,
         **frames,

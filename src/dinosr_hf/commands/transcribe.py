@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from ..data import SpeechSource
 from ..data.output_folder import describe_recordings
 from ..recognition import FORMATS, Transcriber, Transcript, TranscriptFiles, output_paths
-from ..utils.command_line import Parser, command, parse_options, program
+from ..utils.command_line import Parser, command, parse_options, program, refuse_unused
 from ._shared import AudioBar, add_device, add_dtype, add_inputs, add_windows, open_inputs, windows_of
 
 
@@ -68,12 +68,13 @@ def write_files(files: TranscriptFiles) -> None:
 
 def run(options: argparse.Namespace) -> list[str]:
     """Transcribe; return why each recording that could not be read was skipped."""
+    if not options.output_dir:
+        refuse_unused(options, make_parser().get_default, ["overwrite"], "nothing is written", "give --output_dir")
     source = open_inputs(options)
     if options.output_dir is None and options.format in ("srt", "vtt") and len(source) > 1:
         problem = f"--format {options.format} writes one file per recording, and there are {len(source):,}"
         raise ValueError(f"{problem}: give --output_dir.")
-    names = (utterance.id for utterance in source.utterances)
-    paths = output_paths(options.output_dir, names, options.format) if options.output_dir else {}
+    paths = output_paths(options.output_dir, source.ids, options.format) if options.output_dir else {}
     transcriber = Transcriber.from_folder(
         options.model,
         device=options.device,

@@ -24,7 +24,7 @@ class PartialSource(SpeechSource):
 
     @property
     def others(self) -> list[str]:
-        own = {utterance.id for utterance in self.utterances}
+        own = set(self.ids)
         return [*(name for name, _ in self._source.utterances if name not in own), *self._source.others]
 
     def load(self, index: int, start: int = 0, num_samples: int | None = None) -> np.ndarray:
@@ -113,7 +113,7 @@ class MixedSource(JoinedSource):
         self.temperature = temperature
         self._check(sources)
         super().__init__(sources, [f"{name}/" for name in names])
-        if len({utterance.id for utterance in self.utterances}) < len(self.utterances):
+        if len(set(self.ids)) < len(self):
             raise ValueError(f"With the names {', '.join(names)} some ids are the same. Give other names.")
 
     def _check(self, sources: Sequence[SpeechSource]) -> None:

@@ -81,6 +81,11 @@ class SpeechSource(ABC):
         )
 
     @property
+    def ids(self) -> list[str]:
+        """Ids of the utterances, in their order."""
+        return [utterance.id for utterance in self.utterances]
+
+    @property
     def left_out(self) -> dict[str, str]:
         """Reason for each id in `skipped`, without hidden files, which are copies or no recordings."""
         return {name: reason for reason, names in self.skipped.items() if reason != "hidden" for name in names}

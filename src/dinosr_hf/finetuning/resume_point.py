@@ -109,6 +109,26 @@ def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if value is not None and not name.startswith(_UNCHECKED)}
 
 
+def _changes(record: RunRecord, arguments: Mapping[str, Any]) -> str:
+    """Return which arguments of a run have changed, with both values; empty if none has."""
+    now, before = _checked(arguments), _checked(record.arguments)
+    return ", ".join(
+        f"{name} is {now.get(name, 'not given')} and was {before.get(name, 'not given')}"
+        for name in sorted(now.keys() | before.keys())
+        if now.get(name) != before.get(name)
+    )
+
+
+def _warn_of_changes(record: RunRecord | None, arguments: Mapping[str, Any]) -> None:
+    if record is not None and (changes := _changes(record, arguments)):
+        logger.warning("Resuming a run that had other arguments: %s.", changes)
+
+
+def _check_task(record: RunRecord | None, task: str, where: str) -> None:
+    if record is not None and record.task != task:
+        raise ArgumentError(f"{where} has a run of the task {record.task}. Give another.")
+
+
 def _resume_point_by_path(path: Path, folder: Path) -> ResumePoint:
     """Return where a run starts that is to begin at the checkpoint at a path, or has begun there."""
     option = "resume_from_checkpoint"
@@ -147,7 +167,12 @@ def find_resume_point(
     """
     folder, mode = Path(output_dir), str(resume_from_checkpoint).lower()
     if mode not in ("none", "true", "false"):
-        return _resume_point_by_path(Path(str(resume_from_checkpoint)), folder)
+        point = _resume_point_by_path(Path(str(resume_from_checkpoint)), folder)
+        if point.checkpoint is None:  # the run is finished, so as without a path
+            return find_resume_point(output_dir, None, task, arguments)
+        _check_task(point.checkpoint.record, task, f"resume_from_checkpoint={resume_from_checkpoint}")
+        _warn_of_changes(point.checkpoint.record, arguments)
+        return point
     has_checkpoints, record = bool(find_checkpoints(folder)), left_record(folder)
     is_finished = record is not None and record.finished is not None and _has_model(folder)
     where, advice = f"output_dir={folder} has", "Give another output_dir, or go on anyway"
@@ -163,20 +188,12 @@ def find_resume_point(
         checkpoint = choose_checkpoint("auto", folder, read_checkpoint)
         assert checkpoint is not None
         record = checkpoint.record or record  # run.json may be damaged
-    now, before = _checked(arguments), {} if record is None else _checked(record.arguments)
-    changes = ", ".join(
-        f"{name} is {now.get(name, 'not given')} and was {before.get(name, 'not given')}"
-        for name in sorted(now.keys() | before.keys())
-        if now.get(name) != before.get(name)
-    )
+    _check_task(record, task, f"output_dir={folder}")
     advice += " with --resume_from_checkpoint true."
     if mode == "true":
-        if record is not None and changes:
-            logger.warning("Resuming a run that had other arguments: %s.", changes)
+        _warn_of_changes(record, arguments)
     elif record is None:
         raise ArgumentError(f"{where} checkpoints, but no {RECORD_NAME} to compare. {advice}")
-    elif record.task != task:
-        raise ArgumentError(f"{where} a run of the task {record.task}. Give another output_dir.")
-    elif changes:
+    elif changes := _changes(record, arguments):
         raise ArgumentError(f"{where} a run with other arguments: {changes}. {advice}")
     return ResumePoint(checkpoint, record)

@@ -6,9 +6,7 @@ A Space's `app.py` is `build_page(Listener(["organisation/recogniser"])).launch(
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..analysis._figures import png_uri
 from ..analysis.alignment import Segment
 from ..analysis.plots import unit_strip_figure
 from ..data import SAMPLING_RATE, SpeechSource, load_audio
@@ -146,11 +145,9 @@ class Listener:
         strips = {} if heard.units is None else {"units": heard.units}
         figure = unit_strip_figure(heard.samples, strips, words=words, width=width, **self._frames)
         figure.axes[-1].set_xticks(np.arange(0, seconds, 0.5))
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=1.5 * _PIXELS_PER_INCH)
+        image = png_uri(figure, dpi=1.5 * _PIXELS_PER_INCH)
         shown = " and ".join([*["words"] * bool(words), *["units"] * (heard.units is not None)])
         alt = f"Spectrogram of {seconds:.1f} s with {shown} as boxes below."
-        image = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
         size = f"width: {width * _PIXELS_PER_INCH:.0f}px; max-width: none"
         return f'<div tabindex="0" style="overflow-x: auto"><img style="{size}" alt="{alt}" src="{image}"></div>'
 

@@ -1528,7 +1528,7 @@ class DinoSRForCTC(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         Args:
             input_values, attention_mask: As for `DinoSRModel`.
             **kwargs: As for `DinoSRModel`.
-            labels: int64 (B, L), padded at the end with -100.
+            labels: int64 (B, L); -100, wherever it stands, is no label.
 
         Returns:
             `logits` (B, T, vocab_size), the blank's in the padding, and with labels `loss` in nats. Without labels, an

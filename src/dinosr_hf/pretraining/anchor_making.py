@@ -117,7 +117,7 @@ def _anchor_of(
 
 def _compare_recordings(anchor: TrackAnchor, source: SpeechSource, checkpoint: Checkpoint) -> None:
     """Warn of recordings that the anchor does not know; raise `ArgumentError` if it has labels of none."""
-    ids = [utterance.id for utterance in source.utterances]
+    ids = source.ids
     advice = f"start another run in another output_dir with base_model={checkpoint.path}."
     if not any(len(anchor.tracks.get(utterance_id, ())) for utterance_id in ids):
         known = next(utterance_id for utterance_id, track in anchor.tracks.items() if len(track))
@@ -149,7 +149,11 @@ def make_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechSt
 def check_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechStream) -> None:
     """Raise `ArgumentError` where `make_anchor` would, as far as labels, configuration and lengths tell."""
     name = arguments.run.anchor
-    if name is None or anchor_kind(name) == "mfcc":
+    if name is None:
+        return
+    if anchor_kind(name) == "mfcc":
+        if isinstance(source, SpeechSource):
+            _check_mfccs(arguments, source)
         return
     assert isinstance(source, SpeechSource)  # `settle_anchor` refuses streams
     with argument_errors(f"anchor={name}: ", (OSError, ValueError)):
@@ -157,6 +161,19 @@ def check_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechS
             _match_labels(read_anchor_labels(name), source)
         else:
             _check_model(arguments, source)
+
+
+def _mfcc_lengths(arguments: PretrainingArguments) -> tuple[int, int]:
+    """Return the number of samples that a recording must have to be clustered, and that of it at most are."""
+    min_samples = max(int(arguments.data.min_seconds * SAMPLING_RATE), arguments.model_config().receptive_field)
+    return min_samples, int(arguments.data.max_seconds * SAMPLING_RATE)
+
+
+def _check_mfccs(arguments: PretrainingArguments, source: SpeechSource) -> None:
+    config, (min_samples, max_samples) = arguments.model_config(), _mfcc_lengths(arguments)
+    lengths = [utterance.num_samples for utterance in source.utterances if utterance.num_samples >= min_samples]
+    num_frames = sum(int(config.num_frames(min(length, max_samples))) for length in lengths)
+    _check_num_frames(num_frames, arguments.model.num_anchor_labels)
 
 
 def _mfcc_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechStream) -> MfccAnchor:
@@ -168,8 +185,7 @@ def _mfcc_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechS
         windows = source.windows(0)
         source = next(windows).source
         windows.close()
-    min_samples = max(int(arguments.data.min_seconds * SAMPLING_RATE), config.receptive_field)
-    max_samples = int(arguments.data.max_seconds * SAMPLING_RATE)
+    min_samples, max_samples = _mfcc_lengths(arguments)
     features: list[NDArray[np.float32]] = []
     num_frames = 0
     for index in _in_random_order(source, min_samples, seed):
@@ -211,7 +227,7 @@ def _small(labels: list[int] | NDArray[np.int64], num_labels: int) -> NDArray[np
 
 def _no_tracks(source: SpeechSource, num_labels: int) -> dict[str, NDArray[np.unsignedinteger]]:
     """Return an empty track for each recording, by which a resumed run knows those without labels from new ones."""
-    return dict.fromkeys((utterance.id for utterance in source.utterances), _small([], num_labels))
+    return dict.fromkeys(source.ids, _small([], num_labels))
 
 
 def _check_tracks(tracks: Mapping[str, NDArray[np.unsignedinteger]]) -> None:
@@ -220,7 +236,7 @@ def _check_tracks(tracks: Mapping[str, NDArray[np.unsignedinteger]]) -> None:
 
 
 def _match_labels(labels: Mapping[str, Labels], source: SpeechSource) -> dict[str, str]:
-    return match_labels([utterance.id for utterance in source.utterances], labels, others=source.others)
+    return match_labels(source.ids, labels, others=source.others)
 
 
 def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> TrackAnchor:

@@ -241,7 +241,7 @@ class StepFeed:
             **limits,
             mode="pad" if self._data.batching == "pad" else "crop",
             num_buckets=self._data.num_buckets,
-            ids=[utterance.id for utterance in source.utterances],
+            ids=source.ids,
             members=members,
             speeds=speeds,
             window=self._window,

@@ -85,7 +85,7 @@ class HeldOut:
         seed: int = 0,
     ) -> None:
         self._config, self._utterances = config, source.utterances
-        self._others = [*(utterance.id for utterance in source.utterances), *source.others]
+        self._others = source.ids + source.others
         self.seconds_taken = 0.0  # by the last evaluation
         parts = self._choose(seed, int(limit_seconds * SAMPLING_RATE), int(max_seconds * SAMPLING_RATE))
         parts.sort(key=lambda part: (-part.num_samples, part.index))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ...data import SAMPLING_RATE, AudioFileError, SpeechSource
 from ...utils.command_line import check_choice, check_ranges
 from ...utils.extras import import_extra
+from .._figures import data_uri, png_uri
 from ..alignment import FIELD, STRIDE
 from ..plots import class_confusion_figure, code_usage_figure, phone_class, phone_codeword_figure, unit_strip_figure
 from ..plots.phones import phone_position
@@ -61,17 +62,12 @@ class Clip(NamedTuple):
     bars: Sequence[float]  # height of the waveform at equal steps of the clip, from 0 to 1
 
 
-def _data_uri(content: bytes, kind: str) -> str:
-    """Encode bytes of a media type, such as "image/png", as a data: URI."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
 def _encode_audio(samples: NDArray[np.float32], audio: str) -> str:
     kind, container, subtype = AUDIO_FORMATS[audio]
     stream = io.BytesIO()
     soundfile = import_extra("soundfile", "analysis")
     soundfile.write(stream, np.clip(samples, -1, 1), SAMPLING_RATE, format=container, subtype=subtype)
-    return _data_uri(stream.getvalue(), kind)
+    return data_uri(stream.getvalue(), kind)
 
 
 def _bars(samples: NDArray[np.float32]) -> list[float]:
@@ -126,9 +122,7 @@ def _make_clips(
 
 
 def _picture(figure: Figure, alt: str, caption: str) -> dict[str, str]:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=160)
-    return {"source": _data_uri(stream.getvalue(), "image/png"), "alt": alt, "caption": caption}
+    return {"source": png_uri(figure, dpi=160), "alt": alt, "caption": caption}
 
 
 def _strip(
@@ -136,7 +130,7 @@ def _strip(
 ) -> list[dict[str, str]]:
     """Some seconds from the middle of the example; nothing if it is too short, or can no longer be read."""
     example = inspection.example
-    place = [utterance.id for utterance in recordings.utterances].index(example.recording)
+    place = recordings.ids.index(example.recording)
     length = len(example.codes) * stride / SAMPLING_RATE
     seconds = min(_STRIP_SECONDS, length)
     if seconds < _MIN_STRIP_SECONDS:
