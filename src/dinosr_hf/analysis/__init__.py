@@ -1,8 +1,8 @@
 """
 Evaluation of a DinoSR's units: metrics against phones, alignments, baselines and plots.
 
-This package has what needs no extra. Its other modules are imported by name (`from dinosr_hf.analysis.plots
-import phone_codeword_figure`), and most of them need `pip install "dinosr-hf[analysis]"`.
+This package has what needs no extra. Its other modules are imported by name, such as
+`from dinosr_hf.analysis.plots import phone_codeword_figure`; most of them need `pip install "dinosr-hf[analysis]"`.
 """
 
 from .alignment import Labels, Segment, frame_centers, frame_labels, label_segments, match_labels

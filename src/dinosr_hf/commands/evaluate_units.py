@@ -44,7 +44,11 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of models, or names on the Hub")
     parser.add_argument("--data", help="folder, table, manifest or dataset to evaluate on; or: synthetic")
-    parser.add_argument("--discophon", metavar="FOLDER", help="evaluate on DiscoPhon's data instead, by its functions")
+    parser.add_argument(
+        "--discophon",
+        metavar="FOLDER",
+        help="evaluate on DiscoPhon's data instead (its test, or --split), by its functions",
+    )
     languages = {"nargs": "+", "default": [], "choices": discophon.LANGUAGES, "metavar": "LANGUAGE"}
     parser.add_argument("--languages", **languages, help="languages of DiscoPhon, such as eng (all that are there)")
     parser.add_argument("--abx", action="store_true", help="add the ABX error of the units, by fastabx")

@@ -124,9 +124,10 @@ def _warn_of_changes(record: RunRecord | None, arguments: Mapping[str, Any]) -> 
         logger.warning("Resuming a run that had other arguments: %s.", changes)
 
 
-def _check_task(record: RunRecord | None, task: str, where: str) -> None:
+def _check_task(record: RunRecord | None, task: str, option: str, value: object) -> None:
+    """Raise `ArgumentError` if what an option names is of a run of another task."""
     if record is not None and record.task != task:
-        raise ArgumentError(f"{where} has a run of the task {record.task}. Give another.")
+        raise ArgumentError(f"{option}={value} has a run of the task {record.task}. Give another {option}.")
 
 
 def _resume_point_by_path(path: Path, folder: Path) -> ResumePoint:
@@ -170,7 +171,7 @@ def find_resume_point(
         point = _resume_point_by_path(Path(str(resume_from_checkpoint)), folder)
         if point.checkpoint is None:  # the run is finished, so as without a path
             return find_resume_point(output_dir, None, task, arguments)
-        _check_task(point.checkpoint.record, task, f"resume_from_checkpoint={resume_from_checkpoint}")
+        _check_task(point.checkpoint.record, task, "resume_from_checkpoint", resume_from_checkpoint)
         _warn_of_changes(point.checkpoint.record, arguments)
         return point
     has_checkpoints, record = bool(find_checkpoints(folder)), left_record(folder)
@@ -188,7 +189,7 @@ def find_resume_point(
         checkpoint = choose_checkpoint("auto", folder, read_checkpoint)
         assert checkpoint is not None
         record = checkpoint.record or record  # run.json may be damaged
-    _check_task(record, task, f"output_dir={folder}")
+    _check_task(record, task, "output_dir", folder)
     advice += " with --resume_from_checkpoint true."
     if mode == "true":
         _warn_of_changes(record, arguments)
