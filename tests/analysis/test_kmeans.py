@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import sklearn.cluster
 import torch
 
 from dinosr_hf.analysis.kmeans import KMeans, fit_kmeans
@@ -45,6 +46,27 @@ def test_seed_determines_the_clusters():
     first, again, other = (fit_kmeans(frames, 9, seed).centroids for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_the_threads_are_those_of_torch(monkeypatch, num_threads):
+    used = []
+
+    def fit(model, frames):
+        from sklearn.utils._openmp_helpers import _openmp_effective_n_threads
+
+        used.append(_openmp_effective_n_threads())
+        return original(model, frames)
+
+    original = sklearn.cluster.KMeans.fit
+    monkeypatch.setattr(sklearn.cluster.KMeans, "fit", fit)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        fit_kmeans(noise(30).reshape(-1, 3), 3, seed=0)
+    finally:
+        torch.set_num_threads(before)
+    assert used == [num_threads]
 
 
 def test_max_frames_fits_on_a_sample():

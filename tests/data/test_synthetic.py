@@ -194,8 +194,10 @@ def test_every_nameless_sound_goes_to_its_neighbour():
 
 
 def test_stress_and_length_are_stripped_or_kept():
-    stripped = set(SyntheticCorpus(num_utterances=10, noise=False).phone_set())
-    kept = set(SyntheticCorpus(num_utterances=10, noise=False, strip_stress=False).phone_set())
+    stripped, kept = (
+        {phone["label"] for row in SyntheticCorpus(10, noise=False, strip_stress=strip) for phone in row["phones"]}
+        for strip in (True, False)
+    )
     assert not any(mark in label for label in stripped for mark in "ˈˌː")
     assert any("ˈ" in label for label in kept)
     assert any("ː" in label for label in kept)
@@ -209,10 +211,9 @@ def test_labels_of_espeak_names(strip_stress, labels):
     assert [synthetic._label(name, strip_stress) for name in ("ˈeɪ", "ˌɑː", "ss", "a-", "tʃ")] == labels
 
 
-def test_phone_set_has_the_labels_of_the_rows(noisy_rows):
-    corpus = SyntheticCorpus(num_utterances=100, languages=LANGUAGES, num_speakers=50, text="mixed")
-    assert corpus.phone_set() == sorted({phone["label"] for row in noisy_rows for phone in row["phones"]})
-    assert all(label and label.strip() == label for label in corpus.phone_set())
+def test_labels_are_not_empty(noisy_rows):
+    labels = {phone["label"] for row in noisy_rows for phone in row["phones"]}
+    assert all(label and label.strip() == label for label in labels)
 
 
 # Reproducibility

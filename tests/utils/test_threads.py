@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinosr_hf.utils.command_line import ArgumentError
-from dinosr_hf.utils.threads import set_cpu_threads
+from dinosr_hf.utils.threads import set_cpu_threads, threads_of_all_processes
 from finetuning_runs import recognise, write_corpus, write_model
 
 
@@ -50,6 +50,15 @@ def test_the_single_thread_that_launchers_set_does_not_count(eight_cores, monkey
     assert set_cpu_threads(0, 2) == 4
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert set_cpu_threads(0, 2) == 2
+
+
+@pytest.mark.parametrize(("local", "expected"), [("", 8), ("2", 4)])
+def test_the_process_that_the_others_wait_for_has_the_threads_of_all(eight_cores, monkeypatch, local, expected):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    set_cpu_threads(2, 4)
+    with threads_of_all_processes(4):
+        assert torch.get_num_threads() == expected
+    assert torch.get_num_threads() == 2
 
 
 def test_a_negative_number_is_refused():

@@ -40,8 +40,8 @@ def fit_kmeans(features: ArrayLike, num_clusters: int, seed: int, *, max_frames:
     Cluster frames (T, D) with Lloyd's k-means from a k-means++ start (scikit-learn), for at most 100 iterations.
 
     Not mini-batches: with 256 clusters of MFCCs they cost 1 to 1.5 points of phone purity. Of more than `max_frames`,
-    a random sample is used. Raises `ValueError` if the features are not (T, D) and finite, or there are fewer frames
-    than clusters, and `ImportError` without scikit-learn.
+    a random sample is used. Threads are as many as torch's. Raises `ValueError` if the features are not (T, D) and
+    finite, or there are fewer frames than clusters, and `ImportError` without scikit-learn.
     """
     frames = np.asarray(features, dtype=np.float32)
     if frames.ndim != 2:
@@ -57,5 +57,8 @@ def fit_kmeans(features: ArrayLike, num_clusters: int, seed: int, *, max_frames:
     if len(frames) > max_frames:
         frames = frames[np.sort(np.random.default_rng(seed).choice(len(frames), max_frames, replace=False))]
     cluster = import_extra("sklearn.cluster", "analysis", "K-means")
-    fitted = cluster.KMeans(num_clusters, n_init=1, max_iter=100, random_state=seed).fit(frames)
+    threadpoolctl = import_extra("threadpoolctl", "analysis", "K-means")
+    # Launchers set OMP_NUM_THREADS to 1, which is all that scikit-learn looks at.
+    with threadpoolctl.threadpool_limits(torch.get_num_threads(), user_api="openmp"):
+        fitted = cluster.KMeans(num_clusters, n_init=1, max_iter=100, random_state=seed).fit(frames)
     return KMeans(np.asarray(fitted.cluster_centers_, dtype=np.float32))

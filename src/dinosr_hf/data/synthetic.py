@@ -441,10 +441,6 @@ class SyntheticCorpus:
             tract=round(generator.uniform(0.88, 1.12), 3),
         )
 
-    def phone_set(self) -> list[str]:
-        """Return the sorted labels of the corpus, with `SILENCE`, by speaking every utterance, without the channel."""
-        return sorted({phone.label for number in range(len(self)) for phone in self._speak(number).phones})
-
     def to_dataset(self, num_proc: int | None = None) -> datasets.Dataset:
         """
         Return all rows as a `datasets.Dataset` in memory (about 240 MB per hour of speech).

@@ -23,6 +23,7 @@ from ..training.resume import CheckpointError
 from ..units import fit_layer_kmeans, open_extractors
 from ..units.baseline_models import baseline_config
 from ..utils.command_line import ArgumentError, argument_errors
+from ..utils.threads import threads_of_all_processes
 from .anchor import Anchor, MfccAnchor, TrackAnchor, anchor_digest, load_anchor, save_anchor
 from .anchor_arguments import anchor_kind, anchor_label_names, read_anchor_labels
 from .checkpoint import Checkpoint
@@ -62,15 +63,14 @@ def open_anchor(
     # Loading a model draws random numbers, which are the run's in the main process only.
     with accelerator.main_process_first(), torch.random.fork_rng(devices=[]):
         if accelerator.is_main_process:
-            started = time.perf_counter()
-            if checkpoint is None:
-                made = make_anchor(arguments, source, accelerator.device)
-                logger.info(
-                    f"Anchor {arguments.run.anchor}: {made.num_labels} labels, made in"
-                    f" {time.perf_counter() - started:.1f} s."
-                )
-            else:
-                made = _anchor_of(checkpoint, arguments, source, accelerator.device)
+            with threads_of_all_processes(accelerator.num_processes):
+                if checkpoint is None:
+                    started = time.perf_counter()
+                    made = make_anchor(arguments, source, accelerator.device)
+                    seconds = time.perf_counter() - started
+                    logger.info(f"Anchor {arguments.run.anchor}: {made.num_labels} labels, made in {seconds:.1f} s.")
+                else:
+                    made = _anchor_of(checkpoint, arguments, source, accelerator.device)
             save_anchor(made, output_dir)
         anchor = load_anchor(output_dir)
     if checkpoint is not None and isinstance(anchor, TrackAnchor) and isinstance(source, SpeechSource):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,6 +17,12 @@ def _threads_of_environment() -> int:
     number = min(int(first), MAX_THREADS) if first.isdecimal() and len(first) < 10 else 0
     is_launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     return 0 if number == 1 and is_launched else number
+
+
+def _on_this_machine(num_processes: int) -> int:
+    """Return how many of the processes run on this machine: all, unless LOCAL_WORLD_SIZE says otherwise."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, min(int(local), num_processes)) if local.isdecimal() else num_processes
 
 
 def set_cpu_threads(num_threads: int, num_processes: int = 1) -> int:
@@ -35,7 +43,17 @@ def set_cpu_threads(num_threads: int, num_processes: int = 1) -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows
         cores = os.cpu_count() or 1
-    if (local := os.environ.get("LOCAL_WORLD_SIZE", "")).isdecimal():
-        num_processes = max(1, min(int(local), num_processes))
-    torch.set_num_threads(num_threads or _threads_of_environment() or max(1, cores // num_processes))
+    share = max(1, cores // _on_this_machine(num_processes))
+    torch.set_num_threads(num_threads or _threads_of_environment() or share)
     return torch.get_num_threads()
+
+
+@contextmanager
+def threads_of_all_processes(num_processes: int) -> Iterator[None]:
+    """Let this process compute with the threads of all processes of this machine, while the others wait for it."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(min(own * _on_this_machine(num_processes), MAX_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
