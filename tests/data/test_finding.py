@@ -359,6 +359,13 @@ def test_readme_with_splits_in_a_folder_with_characters_of_patterns(tmp_path):
         open_source(tmp_path / "c [v2]")
 
 
+def test_readme_whose_head_is_no_yaml(tmp_path):
+    touch(tmp_path / "0.parquet", b"PAR1" + bytes(8) + b"PAR1")
+    touch(tmp_path / "README.md", "---\nconfigs: [\n---\n")
+    with pytest.raises(ValueError, match=r"README\.md does not begin with valid YAML: while parsing"):
+        open_source(tmp_path)
+
+
 def test_path_that_datasets_takes_for_a_nested_archive(tmp_path):
     with pytest.raises(ValueError, match=r"a::b.*datasets takes :: in a path for a nested archive\. Rename"):
         literal_paths([tmp_path / "a::b" / "0.parquet"])

@@ -50,6 +50,19 @@ def test_manifest_with_a_byte_order_mark_and_other_line_ends(tmp_path):
         ManifestSource(path)
 
 
+def test_paths_that_windows_wrote(tmp_path):
+    write(tmp_path / "clips" / "a.wav", 4_000)
+    write(tmp_path / "b\\c.wav", 5_000)
+    expected = [("clips/a.wav", 4_000), ("b\\c.wav", 5_000)]
+    path = manifest(tmp_path, ("clips\\a.wav", 4_000), ("b\\c.wav", 5_000))
+    assert ManifestSource(path).utterances == expected
+    (tmp_path / "metadata.csv").write_text("file_name,text\nclips\\a.wav,one\nb\\c.wav,two\n")
+    source = TableSource(tmp_path / "metadata.csv")
+    assert source.utterances == expected
+    assert source.labels() == ["one", "two"]
+    assert source.unlisted() == []
+
+
 COMMON_VOICE = """client_id\tpath\tsentence\tup_votes\tage
 {}\tcv_1.mp3\t"Yes," she said.\t2\t
 {}\tcv_2.mp3\t"No.\t2\t

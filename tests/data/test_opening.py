@@ -353,3 +353,10 @@ def test_errors_of_system_and_network_are_not_blamed_on_the_data(error):
     with pytest.raises(type(error)) as caught, dataset_errors("speech"):
         raise error
     assert caught.value is error
+
+
+def test_a_full_disk_is_not_blamed_on_the_data_that_is_copied():
+    full = OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left") as caught, dataset_errors("speech"):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset") from full
+    assert caught.value is full

@@ -1,4 +1,4 @@
-"""Folders with `.trans.txt` files: whose line is whose, separators, duplicates, invisible characters."""
+"""Folders with files of transcripts: whose line is whose, separators, duplicates, invisible characters."""
 
 import unicodedata
 
@@ -27,6 +27,14 @@ def test_a_file_without_a_line_never_gets_another_speakers(tmp_path, caplog):
     assert labels(source) == {"ann/1.wav": "ann one", "ann/2.wav": "ann two", "bob/2.wav": "bob two"}
     assert source.skipped == {"no label": ["bob/1.wav"]}
     assert "1 of 4 recordings have no label and are left out, for example bob/1.wav" in caplog.text
+
+
+@pytest.mark.parametrize("root", ["mls_german/train", "mls_german"])
+def test_mls(tmp_path, root):
+    recordings = [f"mls_german/train/audio/{name}.flac" for name in ("1/2/1_2_000", "3/4/3_4_001")]
+    lines = "1_2_000\teins zwei\n3_4_001\tdrei\n"
+    corpus(tmp_path, recordings, {"mls_german/train/transcripts.txt": lines})
+    assert [*labels(open_labelled(tmp_path / root)).values()] == ["eins zwei", "drei"]
 
 
 def test_a_line_of_a_lost_recording_is_not_anothers(tmp_path):

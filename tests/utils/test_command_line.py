@@ -298,6 +298,16 @@ def test_errors_of_any_command_are_one_line(tmp_path, monkeypatch, content, flag
     assert "\n" not in str(end.value)
 
 
+def test_home_is_written_out_in_files_and_behind_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    content = "inputs: [~/a.wav, b~/c.wav]\noutput_dir: ~/out\nmodel: m\n"
+    options = parse_units(tmp_path, content)
+    assert (options.inputs, options.output_dir) == (["/home/ann/a.wav", "b~/c.wav"], "/home/ann/out")
+    assert parse_units(tmp_path, content, "--output-dir=~/other").output_dir == "/home/ann/other"
+    assert parse(tmp_path, "names: [~/a]\n")[0].names == ["/home/ann/a"]
+    assert parse(tmp_path, "", "--names", "~/b")[0].names == ["/home/ann/b"]
+
+
 def test_flags_with_dashes_are_those_with_underscores(tmp_path):
     content = "is_loud: false\nlimit: null\n"
     assert parse(tmp_path, content, "--is-loud", "true")[0].is_loud is True

@@ -176,6 +176,18 @@ def write_folder(path):
         save_file({}, temporary / "weights.safetensors")
 
 
+def test_disks_without_permissions_take_files(tmp_path, monkeypatch):
+    def refuse(path, mode, **options):
+        raise PermissionError(1, "Operation not permitted", path)
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    write_atomically(tmp_path / "a.txt", "a")
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "b.txt").write_text("b")
+    assert names(tmp_path) == ["a.txt", "folder"]
+    assert names(tmp_path / "folder") == ["b.txt"]
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002, 0o000])
 def test_permissions_are_those_of_the_umask(tmp_path, umask):
     before = os.umask(umask)

@@ -168,6 +168,7 @@ def test_rows_that_do_not_fit_the_header_are_refused(file, lines, message):
     ("header", "message"),
     [
         ("path,text,path", "line 1: the column name 'path' occurs twice"),
+        ("LJ-1|He, she, she", r"line 1: .* 'she' .*The first line must name the columns, but has 'LJ-1|He', 'she'"),
         ("path,,text", "line 1: a column has no name"),
         ("\n\npath,text, text", "line 3: the column name 'text' occurs twice"),
         ("\u200b,\u00a0,\ufeff", r"line 1: no column has a name\. Name them in the first line\."),

@@ -37,7 +37,7 @@ from ..pretraining import (
     synthetic_corpus,
 )
 from ..pretraining.metrics import MetricSums
-from ..utils.command_line import Parser, check_ranges, command, with_underscores
+from ..utils.command_line import Parser, check_ranges, command, plain_words
 from ..utils.files import claim_output_folder
 from ..utils.recipes import recipes
 from ..utils.tables import markdown_table
@@ -152,7 +152,7 @@ def main(argv: Sequence[str]) -> None:
     logging.getLogger("dinosr_hf").setLevel(logging.INFO)
     try:
         with command(__file__, ValueError, OSError, ImportError, TrainingStopped):
-            options, flags = make_parser().parse_known_args(with_underscores(argv))
+            options, flags = make_parser().parse_known_args(plain_words(argv))
             num_test = options.test_utterances
             check_ranges([(num_test >= 1, "test_utterances", num_test, "at least 1")])
             flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]

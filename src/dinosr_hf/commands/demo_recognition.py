@@ -17,7 +17,7 @@ from transformers import pipeline
 from ..data.synthetic import SyntheticCorpus
 from ..recognition import SpeechRecognitionPipeline
 from ..training.run_record import read_record
-from ..utils.command_line import Parser, command, parse_groups, with_underscores
+from ..utils.command_line import Parser, command, parse_groups, plain_words
 from ..utils.files import claim_output_folder
 from ..utils.model_folder import open_dinosr_config
 from ..utils.tables import markdown_table
@@ -51,7 +51,7 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str]) -> None:
     with command(__file__):
-        options, flags = make_parser().parse_known_args(with_underscores(argv))
+        options, flags = make_parser().parse_known_args(plain_words(argv))
         flags = ["ctc_tiny", *flags, "--model", options.model, "--seed", str(options.seed)]
         flags += ["--output_dir", options.output_dir]
         open_dinosr_config(options.model)

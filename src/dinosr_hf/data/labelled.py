@@ -92,8 +92,8 @@ def open_labelled(
 
     Args:
         names: One or several of: a folder with `metadata.csv` or `metadata.jsonl`, a folder with LibriSpeech's
-            `.trans.txt` files, a table (`.csv`, `.tsv`, `.jsonl`), a fairseq manifest (`.tsv`) with a `.wrd` file
-            beside it, a dataset as in `open_source`.
+            `.trans.txt` or MLS's `transcripts.txt`, a table (`.csv`, `.tsv`, `.jsonl`), a fairseq manifest (`.tsv`)
+            with a `.wrd` file beside it, a dataset as in `open_source`.
         column: Column of the labels; None: the first of `TEXT_COLUMNS` that exists.
         split: Split to use of each, if they have several; for a folder, the name of a subfolder.
         audio_column: As in `open_source`, like `config_name`.

@@ -31,6 +31,11 @@ PATH_COLUMNS = ("path", "audio_filepath", "file_name", "audio", "wav")
 Item = TypeVar("Item")
 
 
+def _with_slashes(path: str, root: Path) -> str:
+    """Return a path that Windows wrote with slashes, unless backslashes are part of a file's name."""
+    return path if "\\" not in path or (root / path).exists() else path.replace("\\", "/")
+
+
 def _spread(items: Sequence[Item]) -> list[Item]:
     """Return up to `_NUM_CHECKED` evenly spread items, the first and the last among them."""
     positions = np.linspace(0, len(items) - 1, min(_NUM_CHECKED, len(items))).round().astype(int)
@@ -75,13 +80,12 @@ class ManifestSource(SpeechSource):
             raise ValueError(f"{file} has {counts}. Make both again, together.")
         return [lines[position] for position in self._positions]
 
-    @staticmethod
-    def _parse(line: str, where: str) -> tuple[str, int]:
+    def _parse(self, line: str, where: str) -> tuple[str, int]:
         path, _, frames = line.partition("\t")
         if not path or not frames.strip().isdecimal() or len(frames.strip()) > len(str(_MAX_NUMBER)):
             form = "`relative/path<TAB>frames`, which each line but the first must be"
             raise ValueError(f"{where}: {line.strip()[:200]!r} is not {form}.")
-        return path, int(frames)
+        return _with_slashes(path, self.root), int(frames)
 
     def _check_headers(self, rows: list[tuple[str, int]]) -> int:
         """Compare some files with the manifest; return the sampling rate of the files."""
@@ -164,12 +168,12 @@ class TableSource(SpeechSource):
 
     def labels(self, column: str | None = None) -> list[str | None]:
         """Read a column of the table, which is opened again; see `SpeechSource.labels`."""
-        rows = list(_rows(self._table))
-        # All rows, since a line of JSON may leave a column out.
-        names = list(dict.fromkeys(name for _, row in rows for name in row))
+        # All rows, since a line of JSON may leave a column out; twice, since one column is all that fits into memory.
+        names = list(dict.fromkeys(name for _, row in _rows(self._table) for name in row))
         column = find_text_column(names, column, str(self._table))
-        kept = (rows[position] for position in self._positions)
-        labels = [label_text(row.get(column), f"{self._table}, line {number}, {column}") for number, row in kept]
+        fields = [(number, row.get(column)) for number, row in _rows(self._table)]
+        kept = (fields[position] for position in self._positions)
+        labels = [label_text(value, f"{self._table}, line {number}, {column}") for number, value in kept]
         return without_fractions(labels) if self._table.suffix.lower() in _TEXT_SUFFIXES else labels
 
     def unlisted(self) -> list[str]:
@@ -266,6 +270,7 @@ def _entries(table: Path) -> Iterator[_Entry]:
                 samples = Decimal(resampled_length(int(frames), int(rate)))
         elif duration is None:
             raise ValueError(f"{where}: offset={offset} needs a duration, which says where the part ends.")
+        path = _with_slashes(path, table.parent)
         name = label_text(row.get("id"), f"{where}, id") or path
         yield _Entry(path, name, int(samples)) if samples is not None else _Entry(path, name, None, duration, offset)
 

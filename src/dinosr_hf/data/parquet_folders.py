@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import metadata_load
+from yaml import YAMLError
 
+from ..utils.command_line import argument_errors
 from ..utils.names import printable_name
 from .finding import find_files, literal_paths
 
@@ -21,7 +23,8 @@ _WORDS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 def has_configurations(folder: Path) -> bool:
     """Return whether the folder's README.md lists the files of the dataset's splits, in its head, for `datasets`."""
     readme = folder / "README.md"
-    return readme.is_file() and bool((metadata_load(readme) or {}).get("configs"))
+    with argument_errors(f"{readme} does not begin with valid YAML: ", (YAMLError,)):
+        return readme.is_file() and bool((metadata_load(readme) or {}).get("configs"))
 
 
 def _split_in(name: str) -> str | None:

@@ -184,10 +184,11 @@ class FolderSource(SpeechSource):
         self._set_utterances(names, lengths, name)
 
     def labels(self, column: str | None = None) -> list[str | None]:
-        """Read the `.trans.txt` files below the folder; see `read_transcripts` and `SpeechSource.labels`."""
+        """Read the transcripts below the folder; see `read_transcripts` and `SpeechSource.labels`."""
         transcripts = None if column is not None else read_transcripts(self.root, self._names)
         if transcripts is None:
-            wanted = "transcripts: no .trans.txt files below it and" if column is None else f"column {column!r}:"
+            files = "no .trans.txt or transcripts.txt below it and"
+            wanted = f"transcripts: {files}" if column is None else f"column {column!r}:"
             raise NoLabelsError(
                 f"{self.root} has no {wanted} no metadata.csv or metadata.jsonl in it. Write"
                 f" `file_name,{column or 'transcription'}` lines to metadata.csv there."
@@ -242,8 +243,9 @@ def dataset_errors(name: str) -> Iterator[None]:
         *(tarfile.TarError, RecursionError),  # of headers that lead to headers
     ) as error:
         cause = (error.__cause__ if isinstance(error, failed) else None) or error
-        is_of_system = isinstance(error, OSError) and error.errno is not None  # pyarrow's have no number
-        if is_of_system or isinstance(error, FileNotFoundError | ConnectionError) or isinstance(cause, ImportError):
+        if isinstance(cause, OSError) and cause.errno is not None:  # pyarrow's have no number
+            raise cause from None
+        if isinstance(error, FileNotFoundError | ConnectionError) or isinstance(cause, ImportError):
             raise
         explain = getattr(cause, "details", cause.__str__)  # of a CastError: the columns that are not the same
         reason = printable_name(shorten(explain(), 1_000)).rstrip(".")

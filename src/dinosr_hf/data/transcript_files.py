@@ -1,4 +1,4 @@
-"""Transcripts beside recordings in a folder: the `.trans.txt` files of LibriSpeech, Libri-light and their like."""
+"""Transcripts beside recordings in a folder: the `.trans.txt` of LibriSpeech, the `transcripts.txt` of MLS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .name_matching import match_names, without_suffix
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".trans.txt"
+SUFFIXES = (".trans.txt", "transcripts.txt")
 
 
 def _parse(line: str, folder: str, known: Collection[str], max_spaces: int, is_tabbed: bool) -> tuple[str, str]:
@@ -39,14 +39,14 @@ def _parse(line: str, folder: str, known: Collection[str], max_spaces: int, is_t
 
 def read_transcripts(root: Path, names: Sequence[str]) -> list[str | None] | None:
     """
-    Read the `.trans.txt` files in and below a folder: `id text`, or in all lines of a file `id<TAB>text`.
+    Read the `.trans.txt` and `transcripts.txt` in and below a folder: `id text`, or in all lines `id<TAB>text`.
 
     `names` are the paths of all recordings, relative to the folder. A line is about the recording beside its file, or
     with a path as id below it. Other lines are matched by name, where that is unique (see `match_names`). Returns the
     text of each recording, None for those without a line; or None if there is no such file. Raises `ValueError` if two
     lines give a recording different texts, and if no recording has a line.
     """
-    files = find_files(root, SUFFIX).names
+    files = find_files(root, *SUFFIXES).names
     if not files:
         return None
     known = {name_key(form) for name in names for form in (name, without_suffix(name))}

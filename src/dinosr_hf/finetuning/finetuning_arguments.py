@@ -26,9 +26,9 @@ class LabelledDataArguments:
 
     train_data: list[str] = argument(
         ["synthetic"],
-        "Training data, one or more of: a folder with metadata.csv (or LibriSpeech's .trans.txt files), a table (.csv,"
-        " .jsonl), a manifest (.tsv and .wrd), a dataset on this machine or on the Hub; or `synthetic`: speech that"
-        " espeak-ng generates.",
+        "Training data, one or more of: a folder with metadata.csv (or the transcripts of LibriSpeech or MLS), a table"
+        " (.csv, .jsonl), a manifest (.tsv and .wrd), a dataset on this machine or on the Hub; or `synthetic`: speech"
+        " that espeak-ng generates.",
     )
     eval_data: list[str] = argument(
         [], "Data that selects the best checkpoint; if not given, eval_split of train_data."

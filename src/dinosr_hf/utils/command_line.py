@@ -127,6 +127,13 @@ def refuse_unknown(
             raise ArgumentError(f"{place}{name} is not a known {kind}. The nearest is {nearest}.")
 
 
+def _expand_home(value: Any) -> Any:
+    """Write out ~ at the beginning of paths, as a shell does, but not in files nor behind an equals sign."""
+    if isinstance(value, list):
+        return [_expand_home(part) for part in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
 def read_yaml(path: Path, known: Sequence[str], kind: str = "argument") -> dict[str, Any]:
     """Read a YAML file of lines `key: value`. Raises `ArgumentError` if it is no such file, or has another key."""
     if not path.is_file():
@@ -136,7 +143,7 @@ def read_yaml(path: Path, known: Sequence[str], kind: str = "argument") -> dict[
     if not isinstance(content, Mapping):
         raise ArgumentError(f"{path} must be lines of `key: value`, but holds a {type(content).__name__}.")
     refuse_unknown(content, known, kind, where=path)
-    return dict(content)
+    return {name: _expand_home(value) for name, value in content.items()}
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -215,10 +222,10 @@ def _as_flags(key: str, value: Any) -> list[str]:
     return [f"--{key}={json.dumps(value) if isinstance(value, Mapping) else value}"]
 
 
-def with_underscores(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with flags as `--output_dir`, however they were typed."""
+def plain_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with flags as `--output_dir`, however typed, and with ~ written out."""
     parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
-    return [f"--{name[2:].replace('-', '_')}{sign}{value}" if name else value for name, sign, value in parts]
+    return [f"--{name[2:].replace('-', '_')}{sign}" * bool(name) + _expand_home(value) for name, sign, value in parts]
 
 
 def _refuse_rest(words: Sequence[str], known: Sequence[str]) -> None:
@@ -234,7 +241,7 @@ def _file_and_flags(
 ) -> tuple[list[str], dict[str, Any], list[str]]:
     """Return the known keys, the content of the file, and the flags."""
     known = [spec.name for group in groups for spec in dataclasses.fields(group) if spec.init]
-    path, flags = default_config, with_underscores(argv)
+    path, flags = default_config, plain_words(argv)
     if flags and not flags[0].startswith("-"):
         name = flags.pop(0)
         if (path := find_recipe(name)) is None:
@@ -273,7 +280,7 @@ def parse_options(parser: Parser, argv: Sequence[str], **least: int) -> argparse
     If the first word ends in .yaml, it is a file of arguments. `least` has the least value of the options that need
     one, by name.
     """
-    words = with_underscores(argv)
+    words = plain_words(argv)
     try:
         if words and words[0].endswith((".yaml", ".yml")):
             parser.set_defaults_from(Path(words.pop(0)))

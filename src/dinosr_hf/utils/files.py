@@ -54,6 +54,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _set_permissions(path: Path, permissions: int) -> None:
+    """Set the permissions of a file; disks that have none to set (SMB, exFAT, those of Windows in WSL) refuse."""
+    with contextlib.suppress(PermissionError):
+        path.chmod(permissions)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """
@@ -70,7 +76,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     permissions = temporary.stat().st_mode
     try:
         yield temporary
-        temporary.chmod(permissions)  # safetensors makes a file of its own, which only the owner can read
+        _set_permissions(temporary, permissions)  # safetensors makes a file of its own, that only the owner can read
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_to_disk(path.parent)
@@ -114,7 +120,7 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
         files = sorted(temporary.iterdir())
         for file in files:
             if file.is_file():
-                file.chmod(permissions)  # safetensors makes files that only the owner can read
+                _set_permissions(file, permissions)  # safetensors makes files that only the owner can read
                 flush_to_disk(file)
         if is_new:
             flush_to_disk(temporary)

@@ -249,7 +249,8 @@ def _check_names(names: list[str], path: str | os.PathLike, number: int) -> None
     wrong = next((name for place, name in enumerate(names) if names.count(name) > 1 or (not name and place)), None)
     if wrong is not None:
         problem = f"the column name {wrong!r} occurs twice" if wrong else "a column has no name"
-        raise ValueError(f"{os.fspath(path)}, line {number}: {problem}. Its names are {', '.join(map(repr, names))}.")
+        rule = f"The first line must name the columns, but has {', '.join(map(repr, names))}"
+        raise ValueError(f"{os.fspath(path)}, line {number}: {problem}. {rule}.")
 
 
 def _problem(error: csv.Error) -> str:
