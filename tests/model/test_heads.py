@@ -188,6 +188,63 @@ def test_one_label_is_a_regression():
     torch.testing.assert_close(output.loss, (output.logits[:, 0] - labels).square().mean(), **LOSSES)
 
 
+def test_several_labels_an_utterance_or_a_frame():
+    labels = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).float()
+    batch = padded(utterances())
+    model = head(DinoSRForSequenceClassification, problem_type="multi_label_classification")
+    output = model(*batch, labels=labels)
+    wanted = functional.binary_cross_entropy_with_logits(output.logits, labels)
+    torch.testing.assert_close(output.loss, wanted, **LOSSES)
+
+    model = head(DinoSRForAudioFrameClassification, problem_type="multi_label_classification")
+    valid = [model.config.num_frames(length) for length in LENGTHS]
+    frames = torch.randint(0, 2, (3, valid[0], 5), generator=torch.Generator().manual_seed(0))
+    frames[0, 0] = -100
+    output = model(*batch, labels=frames)
+    pairs = [(output.logits[k, int(k == 0) : valid[k]], frames[k, int(k == 0) : valid[k]]) for k in range(3)]
+    logits, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    wanted = functional.binary_cross_entropy_with_logits(logits, targets.float())
+    torch.testing.assert_close(output.loss, wanted, **LOSSES)
+
+
+def test_regression_of_several_numbers():
+    model = head(DinoSRForSequenceClassification, problem_type="regression", num_labels=3)
+    labels = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    output = model(*padded(utterances()), labels=labels)
+    torch.testing.assert_close(output.loss, (output.logits - labels).square().mean(), **LOSSES)
+
+
+def test_frames_with_no_or_several_labels_need_another_loss():
+    model = head(DinoSRForAudioFrameClassification)
+    x, mask = padded(utterances())
+    labels = functional.one_hot(torch.zeros(3, model.config.num_frames(LENGTHS[0]), dtype=torch.long), 5)
+    labels[1, -1] = 0  # padding
+    model(x, mask, labels=labels)
+    for row, count in (([0, 0, 0, 0, 0], 0), ([1, 1, 0, 0, 0], 2)):
+        labels[0, 1] = torch.tensor(row)
+        with pytest.raises(ValueError, match=rf"has {count} ones in a frame.*problem_type='multi_label"):
+            model(x, mask, labels=labels)
+
+
+def test_a_batch_without_labelled_frames_has_no_loss_but_a_gradient():
+    model = head(DinoSRForAudioFrameClassification)
+    x = waveforms(2, 500)
+    loss = model(x, labels=torch.full((2, model.config.num_frames(500)), -100)).loss
+    loss.backward()
+    assert loss == 0 and torch.equal(model.classifier.weight.grad, torch.zeros_like(model.classifier.weight))
+
+
+@pytest.mark.parametrize("model_class", [DinoSRForCTC, *CLASSIFIERS])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_configuration_may_ask_for_tuples(model_class, weighted):
+    model = head(model_class, use_weighted_layer_sum=weighted)
+    x = waveforms(1, 1_500)
+    wanted = model(x).logits
+    model.config.return_dict = False
+    output = model(x)
+    assert isinstance(output, tuple) and torch.equal(output[0], wanted)
+
+
 def test_sequence_pooling_is_the_mean_over_frames():
     model = head(DinoSRForSequenceClassification)
     wave = utterances()[1][None]

@@ -4,7 +4,13 @@ import re
 
 import pytest
 import torch
-from transformers import Data2VecAudioConfig, Data2VecAudioModel
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    Data2VecAudioConfig,
+    Data2VecAudioModel,
+    SpeechEncoderDecoderModel,
+)
 
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from tiny import NO_DROPOUT, SIZES, deterministic_config, padded, randomize, tiny_config, waveforms
@@ -206,7 +212,8 @@ def test_pretraining_in_low_precision(dtype, tolerance):
     assert low.loss.dtype == torch.float32
     assert low.loss.item() == pytest.approx(exact.item(), rel=tolerance)
     low.loss.backward()
-    model.update_targets(1)
+    with pytest.raises(ValueError, match=r"dtype is torch\..*float16, .* hardly move\. Load it with dtype="):
+        model.update_targets(1)
 
 
 # Tracing takes its time for every layer.
@@ -286,6 +293,24 @@ def test_mask_embedding_replaces_the_masked_frames():
     torch.testing.assert_close(
         model(x, mask_time_indices=~everything).last_hidden_state, model(x).last_hidden_state, **SAME_ARITHMETIC
     )
+
+
+@pytest.mark.parametrize("layer", [0, 4])
+def test_feed_forward_layers_that_are_not_there_are_refused(layer):
+    with pytest.raises(ValueError, match=f"layer={layer} does not exist"):
+        encoder()(waveforms(1, 500), feed_forward_layers=[layer])
+
+
+def test_it_is_the_encoder_of_a_speech_encoder_decoder():
+    own = encoder(hidden_size=16, num_attention_heads=2).eval()
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=7, is_decoder=True, add_cross_attention=True, **shape)
+    whole = SpeechEncoderDecoderModel(encoder=own, decoder=BertLMHeadModel(config)).eval()
+    x, mask = padded([waveforms(1, 500)[0], waveforms(1, 301)[0]])
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    both = whole(x, attention_mask=mask, decoder_input_ids=tokens).logits
+    alone = whole(x[1:, :301], decoder_input_ids=tokens[1:]).logits
+    torch.testing.assert_close(both[1:], alone, **SAME_ARITHMETIC)
 
 
 def test_mask_embedding_always_exists():

@@ -441,6 +441,16 @@ def test_a_copy_of_the_model_keeps_its_teacher_frozen():
     assert not any(module.training for module in model.teacher.modules())
 
 
+@pytest.mark.parametrize("adapted", ["dinosr.encoder", "teacher"])
+def test_adapters_must_be_merged_before_the_teacher_moves(adapted):
+    peft = pytest.importorskip("peft")
+    model = DinoSRForPreTraining(tiny_config())
+    targets = rf"{adapted}\.layers\.\d+\.attention\.q_proj"
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=targets), model)
+    with pytest.raises(ValueError, match="merge the adapters first"):
+        model.update_targets(1)
+
+
 def test_targets_do_not_depend_on_the_mask():
     model = pretraining_model().eval()
     x = waveforms(1, 600)

@@ -121,6 +121,17 @@ def test_impossible_values_are_refused(change, message):
         DinoSRConfig(**change)
 
 
+@pytest.mark.parametrize("freeze_mode", ["frozen", "shared", "copied"])
+@pytest.mark.parametrize("freeze_step", [None, 3, 9])
+@pytest.mark.parametrize("end", [0.9, 1.0])
+def test_the_linear_schedule_stops_where_the_decay_is_1(freeze_mode, freeze_step, end):
+    config = DinoSRConfig(ema_decay=0.5, ema_end_decay=end, ema_anneal_steps=6, freeze_mode=freeze_mode)
+    config.freeze_teacher_step = freeze_step
+    stops = [step for step in range(1, 20) if config.ema_decay_at(step) == 1]
+    assert config.teacher_stop_step == min(stops, default=None)
+    assert stops in ([], [*range(min(stops, default=0), 20)])
+
+
 def test_the_exponential_schedule_stops_at_the_threshold_or_the_freeze():
     config = DinoSRConfig(ema_schedule="exponential", ema_decay=0.7, ema_timescale=2.5, ema_threshold=0.03)
     assert config.teacher_stop_step == 6

@@ -124,6 +124,14 @@ def test_a_model_on_the_disk_computes_what_one_in_memory_does(model, tmp_path):
         assert torch.equal(*units)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("source", [*SOURCES, "anchor"])
+def test_the_layer_by_default_has_units(source):
+    anchored = build(num_anchor_labels=5)  # of three layers
+    codes, _ = anchored.encode_units(waveforms(1, 900), source=source)
+    assert torch.equal(codes, anchored.encode_units(waveforms(1, 900), layer=3, source=source)[0])
+
+
 def test_units_in_half_precision_are_whole_numbers(model):
     half = build().to(torch.bfloat16)
     codes, _ = half.encode_units(waveforms(1, 900).bfloat16(), layers=[2, 3], source="teacher")

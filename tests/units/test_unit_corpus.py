@@ -16,7 +16,6 @@ import forks
 from audio_files import noise, sf
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 from dinosr_hf.analysis.segmentation import find_runs
-from dinosr_hf.commands._shared import default_layer
 from dinosr_hf.data import open_recordings
 from dinosr_hf.units import LayerKMeans, UnitCorpus, UnitExtractor, load_units
 from dinosr_hf.units.corpus import shards_of, share_of
@@ -298,8 +297,8 @@ def test_audio_that_cannot_be_read_is_listed_by_kind(script, model_folder, tmp_p
 
 def test_layers_by_default(script, command, capsys):
     base, small = DinoSRConfig(), DinoSRConfig(num_hidden_layers=4, num_codebooks=2)
-    assert (default_layer(base, "student"), default_layer(base, "anchor")) == (5, 12)
-    assert default_layer(small, "teacher") == 4
+    assert (base.default_layer("student"), base.default_layer("anchor")) == (5, 12)
+    assert small.default_layer("teacher") == 4
     layers = command.index("--layers")
     script.main([*command[:layers], *command[layers + 2 :], "--dry_run"])  # of a model with three layers
     assert "of layers [3] of the student" in capsys.readouterr().out

@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from ..data import SpeechSource, open_recordings
-from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import Parser
 from ..utils.model_folder import DTYPES
 
@@ -58,11 +57,6 @@ def add_dtype(parser: Parser, what: str = "model") -> None:
     parser.add_argument(
         "--dtype", default="float32", choices=list(DTYPES), help=f"precision of the {what} (%(default)s)"
     )
-
-
-def default_layer(config: DinoSRConfig, source: str) -> int:
-    """Return the layer, from 1, whose units to take: 5, which the paper analyses, or the last if 5 has none."""
-    return 5 if source != "anchor" and 5 in config.codebook_layers else config.num_hidden_layers
 
 
 class AudioBar:

@@ -25,7 +25,7 @@ from ..units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, Unit
 from ..units.corpus import FORMATS
 from ..utils.command_line import Parser, command, parse_options, program, refuse_unused
 from ..utils.threads import set_cpu_threads
-from ._shared import AudioBar, add_dtype, add_inputs, add_windows, default_layer, open_inputs, windows_of
+from ._shared import AudioBar, add_dtype, add_inputs, add_windows, open_inputs, windows_of
 
 
 def make_parser() -> Parser:
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
     model = load_model(options.model, device=options.device or state.device, dtype=options.dtype)
     if model.device.type == "cpu":
         set_cpu_threads(options.num_threads, state.num_processes)
-    options.layers = options.layers or [default_layer(model.config, options.source)]
+    options.layers = options.layers or [model.config.default_layer(options.source)]
     extractor = UnitExtractor(
         model,
         layers=options.layers,

@@ -430,6 +430,10 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         """Return the number of units of a source of `encode_units`: the anchor's labels, or a codebook's codewords."""
         return self.num_anchor_labels if source == "anchor" else self.codebook_size
 
+    def default_layer(self, source: str) -> int:
+        """Return the layer, from 1, whose units to take: 5, which the paper analyses, or the last if 5 has none."""
+        return 5 if source != "anchor" and 5 in self.codebook_layers else self.num_hidden_layers
+
     def codebook_decay_at(self, step: int) -> float:
         """Return the decay of the codebooks' update that follows `step` completed updates (docs/parity.md, T5)."""
         end = self.codebook_decay if self.codebook_end_decay is None else self.codebook_end_decay
@@ -442,11 +446,16 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
     @property
     def teacher_stop_step(self) -> int | None:
         """First number of completed updates after which the teacher stays as it is; None: there is none."""
-        if self.ema_schedule == "linear" or self.ema_threshold == 0:
-            return self.freeze_teacher_step
-        distance = max(1 - self.ema_decay, self.ema_threshold)
-        stop = math.ceil(self.ema_timescale * math.log(distance / self.ema_threshold))
-        return stop if self.freeze_teacher_step is None else min(stop, self.freeze_teacher_step)
+        stops = [] if self.freeze_teacher_step is None else [self.freeze_teacher_step]
+        if self.ema_schedule == "linear":
+            if self.freeze_mode != "frozen":
+                stops = [max(stop, self.ema_anneal_steps) for stop in stops]
+            if self.ema_end_decay == 1:
+                stops.append(self.ema_anneal_steps)
+        elif self.ema_threshold > 0:
+            distance = max(1 - self.ema_decay, self.ema_threshold)
+            stops.append(math.ceil(self.ema_timescale * math.log(distance / self.ema_threshold)))
+        return min(stops, default=None)
 
     def is_front_end_frozen_at(self, step: int) -> bool:
         """Return whether the student's front end is frozen after `step` completed updates."""

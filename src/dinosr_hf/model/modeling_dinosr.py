@@ -417,9 +417,7 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out: query, key, value (B, H, T, E) to (B, T, H, E) and weights (B, H, T, T)."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
+    if attention_mask is not None:
         scores = scores + attention_mask
     weights = apply_dropout(scores.softmax(dim=-1), dropout if module.training else 0.0)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
@@ -651,9 +649,24 @@ class DinoSRTeacher(DinoSREncoder):
 
     @torch.no_grad()
     def follow(self, encoder: DinoSREncoder, decay: float) -> None:
-        """Average the layers, keeping `decay` of the old; copy the positional convolutions (docs/parity.md, T4)."""
+        """
+        Average the layers, keeping `decay` of the old; copy the positional convolutions (docs/parity.md, T4).
+
+        Raises `ValueError` if the teacher has adapters, is trained, or has too low a precision for an average.
+        """
         averaged = (*self.layers.parameters(), *self.layer_norm.parameters())
-        torch._foreach_lerp_(averaged, (*encoder.layers.parameters(), *encoder.layer_norm.parameters()), 1 - decay)
+        followed = (*encoder.layers.parameters(), *encoder.layer_norm.parameters())
+        if len(averaged) != len(followed) or any(parameter.requires_grad for parameter in averaged):
+            raise ValueError(
+                "The teacher has trainable parameters, or other ones than the student, as adapters make them. It is"
+                " their average: merge the adapters first, and leave requires_grad of the teacher False."
+            )
+        if averaged[0].dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"The model's dtype is {averaged[0].dtype}, in which steps of 1 - {decay:g} are rounded away: the"
+                " teacher would hardly move. Load it with dtype=torch.float32, and train with autocast."
+            )
+        torch._foreach_lerp_(averaged, followed, 1 - decay)
         torch._foreach_copy_(tuple(self.pos_conv_embed.parameters()), tuple(encoder.pos_conv_embed.parameters()))
 
     @torch.no_grad()
@@ -921,6 +934,12 @@ class DinoSRPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
         """Number of frames of so many samples; the name that transformers' speech pipelines look for."""
         return self.config.num_frames(input_lengths)
 
+    def _get_feature_vector_attention_mask(
+        self, feature_vector_length: int, attention_mask: torch.Tensor, add_adapter: bool | None = None
+    ) -> torch.Tensor | None:
+        """`_frame_mask`, by the name that transformers' `SpeechEncoderDecoderModel` calls."""
+        return self._frame_mask(attention_mask, feature_vector_length)
+
     def _frame_mask(self, attention_mask: torch.Tensor | None, num_frames: int) -> torch.Tensor | None:
         """attention_mask (B, S) to bool (B, T), True for frames, False for padding."""
         if attention_mask is None:
@@ -996,9 +1015,11 @@ class DinoSRModel(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             `DinoSRModelOutput`. Layers are zero in the padding unless `reference_padding` is set.
 
         Raises:
-            ValueError: If an input has another shape or is too short for a frame.
+            ValueError: If an input has another shape or is too short for a frame, or there is no such layer.
         """
         check_input(self.config, input_values, attention_mask)
+        if feed_forward_layers:
+            check_layers(self.config, feed_forward_layers, with_codebooks=False)
         frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
         features = self.feature_extractor(input_values, frame_mask).transpose(1, 2)
         hidden_states, features = self.feature_projection(features)
@@ -1097,7 +1118,8 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             masked_frames: int64 (M,), `mask_time_indices.flatten().nonzero()[:, 0]` without padded frames. Not
                 checked; it saves a GPU a host synchronisation. None: computed here.
             anchor_labels: int64 (B, T), labels of frames from outside, below `num_anchor_labels`, -100 where there is
-                none: what the anchor's head predicts. None: the loss has no anchor.
+                none: what the anchor's head predicts. None: the loss has no anchor, and its head no gradient, which
+                stops DistributedDataParallel: give it -100 for batches without labels.
             anchor_weight: Weight of the anchor in the loss, in codebooks.
             anchor_unmasked_share: Share of unmasked frames in the anchor's loss, 0 to 1.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
@@ -1123,6 +1145,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             attention_mask,
             mask_time_indices=mask_time_indices,
             feed_forward_layers=self.config.codebook_layers if has_own_inputs else (),
+            return_dict=True,
             **kwargs,
         )
         output = DinoSRForPreTrainingOutput()
@@ -1243,7 +1266,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             The decays used: `codebook_decay`, and `ema_decay`, which is 1.0 if the teacher is frozen.
 
         Raises:
-            ValueError: If `step` is less than 1.
+            ValueError: If `step` is less than 1, or the teacher cannot be averaged: it has adapters, or is bfloat16.
         """
         if step < 1:
             raise ValueError(
@@ -1334,7 +1357,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         self,
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        layer: int = 5,
+        layer: int | None = None,
         source: str = "student",
         layers: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1345,7 +1368,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             input_values: (B, S), as for `DinoSRModel`.
             attention_mask: (B, S) or None.
             layer: Number of a transformer layer with a codebook, from 1: the top `num_codebooks` layers have one. The
-                paper analyses layer 5 of the base model's 12. The anchor's head is on the last layer.
+                anchor's head is on the last layer. None: `DinoSRConfig.default_layer`.
             source: "student": the most probable codeword by that layer's prediction head, from unmasked speech; the
                 whole student is computed whatever the layer, unless `head_input` is "own_layer". "teacher": the
                 nearest codeword of that layer's codebook to the teacher's output, normalised over the utterance
@@ -1362,7 +1385,8 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
                 is in training mode.
         """
         self._check_unmasked(input_values, attention_mask, "encode_units")
-        chosen = check_unit_layers(self.config, [layer] if layers is None else layers, source)
+        wanted = layers if layers is not None else [self.config.default_layer(source) if layer is None else layer]
+        chosen = check_unit_layers(self.config, wanted, source)
         if attention_mask is not None and self.config.reference_padding:
             codes, lengths = self._units_one_by_one(input_values, attention_mask, chosen, source)
         else:
@@ -1381,7 +1405,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             features = self.layer_features(input_values, attention_mask, layers, "student_feed_forward")
             codes = self.student_units(features, layers)
         else:
-            hidden_states = self.dinosr(input_values, attention_mask).last_hidden_state
+            hidden_states = self.dinosr(input_values, attention_mask, return_dict=True).last_hidden_state
             codes = self.student_units(hidden_states, layers, source)
         if frame_mask is None:
             return codes, torch.full(codes.shape[1:2], codes.shape[2], device=codes.device)
@@ -1539,7 +1563,7 @@ class DinoSRForCTC(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         """
         if labels is None and input_values.dim() == 2:
             input_values, attention_mask = pad_to_frame(self.config, input_values, attention_mask)
-        outputs = self.dinosr(input_values, attention_mask, **kwargs)
+        outputs = self.dinosr(input_values, attention_mask, return_dict=True, **kwargs)
         samples = torch.ones_like(input_values) if attention_mask is None else attention_mask
         num_frames = self.config.num_frames(samples.long().sum(dim=-1))
         logits = mask_padding_logits(self.config, self.lm_head(self.dropout(outputs.last_hidden_state)), num_frames)
@@ -1565,10 +1589,12 @@ class DinoSRClassifier(DinoSRPreTrainedModel):  # trf-ignore: TRF013
     ) -> tuple[torch.Tensor, Wav2Vec2BaseModelOutput]:
         """Features (B, T, D), of the last layer or averaged over all, and the encoder's output."""
         if self.layer_weights is None:
-            outputs = self.dinosr(input_values, attention_mask, **kwargs)
+            outputs = self.dinosr(input_values, attention_mask, return_dict=True, **kwargs)
             return outputs.last_hidden_state, outputs
         returns_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        outputs = self.dinosr(input_values, attention_mask, **{**kwargs, "output_hidden_states": True})
+        outputs = self.dinosr(
+            input_values, attention_mask, **{**kwargs, "output_hidden_states": True, "return_dict": True}
+        )
         weights = self.layer_weights.softmax(dim=0)
         features = sum(weight * layer for weight, layer in zip(weights, outputs.hidden_states, strict=True))
         if not returns_hidden_states:
@@ -1597,12 +1623,31 @@ def mean_and_deviation_over_time(features: torch.Tensor, frame_mask: torch.Tenso
     return torch.cat([mean, (variance + 1e-12).sqrt()], dim=-1).to(dtype)
 
 
+def classification_loss(config: DinoSRConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Compute the mean loss of logits (..., C): cross entropy of classes int64 (...), or as `problem_type` says.
+
+    "multi_label_classification" is binary cross entropy of 0 and 1 (..., C), "regression", and a single logit without
+    a `problem_type`, squared error of floats (..., C). Negative classes, and negative values for "multi_label", are no
+    labels; without any label the loss is 0.
+    """
+    if config.problem_type == "multi_label_classification":
+        labels = labels.to(logits.dtype).view_as(logits)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), reduction="none")
+        is_label = labels >= 0
+        return (losses * is_label).sum() / is_label.sum().clamp(min=1)
+    if config.problem_type == "regression" or (config.problem_type is None and logits.shape[-1] == 1):
+        return nn.functional.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
+    total = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+    return total / (labels >= 0).sum().clamp(min=1)
+
+
 class DinoSRForSequenceClassification(DinoSRClassifier):  # trf-ignore: TRF057
     """
     DinoSR with one decision an utterance: keyword, speaker, language, emotion.
 
     Args:
-        config: A `DinoSRConfig` with `num_labels`; 1 makes it a regression.
+        config: A `DinoSRConfig` with `num_labels`; 1 makes it a regression. `problem_type` chooses another loss.
     """
 
     def __init__(self, config: DinoSRConfig) -> None:
@@ -1625,7 +1670,7 @@ class DinoSRForSequenceClassification(DinoSRClassifier):  # trf-ignore: TRF057
         Args:
             input_values, attention_mask: As for `DinoSRModel`.
             **kwargs: As for `DinoSRModel`.
-            labels: int64 (B,) for cross entropy, or float (B,) for squared error if `num_labels` is 1.
+            labels: int64 (B,) for cross entropy, or what the `problem_type` needs, see `classification_loss`.
 
         Returns:
             `logits` (B, num_labels), and with labels `loss`.
@@ -1634,19 +1679,28 @@ class DinoSRForSequenceClassification(DinoSRClassifier):  # trf-ignore: TRF057
         features = self.projector(features)
         pooled = mean_over_time(features, self._frame_mask(attention_mask, features.shape[1]))
         logits = self.classifier(pooled)
-        loss = None
-        if labels is not None and self.num_labels == 1:
-            loss = nn.functional.mse_loss(logits.view(-1), labels.view(-1).to(logits.dtype))
-        elif labels is not None:
-            loss = nn.functional.cross_entropy(logits, labels.view(-1))
+        loss = None if labels is None else classification_loss(self.config, logits, labels)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
+def check_one_hot(labels: torch.Tensor, frame_mask: torch.Tensor | None) -> None:
+    """Raise `ValueError` unless valid frames of (B, T, C) have one label; on CPUs only: others wait for the device."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    counts = labels.sum(dim=-1)
+    wrong = (counts if frame_mask is None else counts.masked_fill(~frame_mask, 1)) != 1
+    if wrong.any():
+        raise ValueError(
+            f"labels has {int(counts[wrong][0])} ones in a frame, but must be one-hot. For none or several labels a"
+            " frame, as in diarisation, set problem_type='multi_label_classification' in the configuration."
+        )
+
+
 class DinoSRForAudioFrameClassification(DinoSRClassifier):  # trf-ignore: TRF057
     """
-    DinoSR with one decision a frame: phones, diarisation.
+    DinoSR with one decision a frame: phones; with `problem_type="multi_label_classification"` several: diarisation.
 
     Args:
         config: A `DinoSRConfig` with `num_labels`.
@@ -1671,20 +1725,26 @@ class DinoSRForAudioFrameClassification(DinoSRClassifier):  # trf-ignore: TRF057
         Args:
             input_values, attention_mask: As for `DinoSRModel`.
             **kwargs: As for `DinoSRModel`.
-            labels: int64 (B, T), -100 for frames to ignore, or one-hot (B, T, num_labels). Padding is ignored.
+            labels: int64 (B, T), -100 for frames to ignore, or one-hot (B, T, num_labels); for several labels a frame,
+                0 and 1 (B, T, num_labels). Padding is ignored.
 
         Returns:
             `logits` (B, T, num_labels), and with labels `loss`.
+
+        Raises:
+            ValueError: If labels (B, T, num_labels) are not one-hot, without a `problem_type` for others; on CPUs.
         """
         features, outputs = self._encode(input_values, attention_mask, **kwargs)
         logits = self.classifier(features)
         loss = None
         if labels is not None:
-            classes = labels.argmax(dim=-1) if labels.dim() == 3 else labels
             frame_mask = self._frame_mask(attention_mask, logits.shape[1])
+            if labels.dim() == 3 and self.config.problem_type != "multi_label_classification":
+                check_one_hot(labels, frame_mask)
+                labels = labels.argmax(dim=-1)
             if frame_mask is not None:
-                classes = classes.masked_fill(~frame_mask, -100)
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten())
+                labels = labels.masked_fill(~(frame_mask if labels.dim() == 2 else frame_mask[..., None]), -100)
+            loss = classification_loss(self.config, logits, labels)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
