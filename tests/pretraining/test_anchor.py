@@ -11,6 +11,7 @@ import soundfile
 import torch
 from transformers import BertConfig
 
+from audio_files import write
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.analysis import frame_labels
 from dinosr_hf.analysis.baselines import mfcc
@@ -225,6 +226,37 @@ def test_mfcc_clusters_depend_on_seed_and_features_only(tmp_path, recordings, mo
     assert anchor_digest(made(tmp_path, recordings, anchor="mfcc", num_anchor_labels=6)) != anchor_digest(first)
     with pytest.raises(ArgumentError, match=r"num_anchor_labels=900 is more than the \d+ frames of the recordings"):
         made(tmp_path, recordings, anchor="mfcc", num_anchor_labels=900)
+
+
+def test_few_long_recordings_give_further_parts_round_by_round(tmp_path, monkeypatch):
+    speech, max_samples = tmp_path / "speech", 2 * 16_000
+    for name, seconds in {"a": 9, "b": 9, "c": 1}.items():
+        write(speech / f"{name}.wav", seconds * 16_000)
+    plain, parts = FolderSource.load, []
+
+    def load(self, index, start=0, num_samples=None):
+        parts.append((index, start, num_samples))
+        return plain(self, index, start, num_samples)
+
+    monkeypatch.setattr(FolderSource, "load", load)
+    made(tmp_path, speech, anchor="mfcc", num_anchor_labels=6)
+    every = parts.copy()
+    assert sorted(index for index, *_ in every[:3]) == [0, 1, 2]
+    for index, (_, length) in enumerate(FolderSource(speech).utterances):
+        own = sorted((start, num_samples) for number, start, num_samples in every if number == index)
+        if length < max_samples:
+            assert own == [(0, length)]
+        else:
+            first, last = own[0][0], own[-1][0]
+            assert own == [(start, max_samples) for start in range(first, last + 1, max_samples)]
+            assert first < max_samples and length - 2 * max_samples < last <= length - max_samples
+    # One part of each is enough for fewer frames; two have 198.
+    parts.clear()
+    monkeypatch.setattr(anchor_making, "MAX_MFCC_FRAMES", 200)
+    made(tmp_path, speech, anchor="mfcc", num_anchor_labels=6)
+    assert parts == every[:3]
+    more = tiny_arguments(tmp_path, speech, anchor="mfcc", num_anchor_labels=300)  # than those of one part of each
+    anchor_making.check_anchor(more, FolderSource(speech))
 
 
 def test_mfcc_clusters_of_a_stream_are_of_its_first_window(tmp_path, recordings):

@@ -9,7 +9,7 @@ import yaml
 from transformers import BertConfig
 
 from dinosr_hf import DinoSRConfig, DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
-from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
+from dinosr_hf.pretraining import ArgumentError, CheckpointError, parse_arguments, run
 from dinosr_hf.pretraining.base_model import initial_model
 from dinosr_hf.utils.model_folder import save_folder
 from pretraining_runs import CONFIGS, TINY, launch, metrics_of, tiny_arguments, write_config
@@ -170,6 +170,20 @@ def test_a_run_starts_from_a_model_and_resumes_without_it(tmp_path, recordings, 
     arguments.run.max_steps = 6
     run(arguments)
     assert metrics_of(tmp_path / "out")[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("max_steps", [2, 3], ids=["finished", "unfinished"])
+def test_a_run_keeps_its_base_model(tmp_path, recordings, base, monkeypatch, max_steps):
+    options = {"base_model": str(base), "checkpoint_steps": 2}
+    run(tiny_arguments(tmp_path, recordings, **options, max_steps=2))
+    other = shutil.copytree(base, tmp_path / "other")
+    for name, value in {"base_model": str(other), "new_codebooks": True}.items():
+        arguments = tiny_arguments(tmp_path, recordings, **{**options, "max_steps": max_steps, name: value})
+        with pytest.raises(CheckpointError, match=f"a run that began with another model: {name} is .* and was "):
+            run(arguments)
+    monkeypatch.chdir(base.parent)
+    run(tiny_arguments(tmp_path, recordings, **{**options, "max_steps": 3, "base_model": base.name}))
+    assert metrics_of(tmp_path / "out")[-1]["step"] == 3
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

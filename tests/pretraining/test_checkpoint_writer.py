@@ -1,11 +1,13 @@
 """Checkpoints are written while training goes on, and hold the state of the step at which they began."""
 
 import threading
+import time
 
 import pytest
 from safetensors.torch import load_file
 
 from dinosr_hf.pretraining import CheckpointError, checkpoint, find_checkpoints, loop, read_checkpoint, run
+from dinosr_hf.pretraining.monitor import CollapseMonitor
 from pretraining_runs import ANCHORED, assert_same_run, tiny_arguments
 
 OPTIONS = {**ANCHORED, "checkpoint_steps": 3, "keep_checkpoints": 9}
@@ -83,6 +85,36 @@ def test_one_that_cannot_be_written_is_reported_and_the_next_one_is(tmp_path, re
         "checkpoint-3 could not be written (OSError: [Errno 28] No space left on device). There is no" in caplog.text
     )
     assert [read_checkpoint(path).step for path in find_checkpoints(tmp_path / "out")] == [10, 9, 6]
+
+
+def test_one_is_copied_only_after_the_one_before_is_written(tmp_path, recordings, monkeypatch):
+    plain_write, plain_collect, being_written, found = checkpoint._write, checkpoint._collect, [], []
+
+    def write(path, *arguments):
+        being_written.append(path.name)
+        time.sleep(0.3)  # much longer than a step
+        plain_write(path, *arguments)
+        being_written.clear()
+
+    def collect(*arguments):
+        found.append(being_written.copy())
+        return plain_collect(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(checkpoint, "_collect", collect)
+    run(tiny_arguments(tmp_path, recordings, max_steps=3, checkpoint_steps=1))
+    assert found == [[], [], []]
+
+
+def test_the_last_one_before_a_collapse_is_kept_while_it_lasts(tmp_path, recordings, monkeypatch):
+    def names_after(max_steps):
+        run(tiny_arguments(tmp_path, recordings, max_steps=max_steps, checkpoint_steps=1, keep_checkpoints=2))
+        return [path.name for path in find_checkpoints(tmp_path / "out")]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CollapseMonitor, "since", 4)
+        assert names_after(7) == ["checkpoint-7", "checkpoint-6", "checkpoint-3"]
+    assert names_after(8) == ["checkpoint-8", "checkpoint-7"]
 
 
 def test_a_last_one_that_cannot_be_written_is_an_error(tmp_path, recordings, monkeypatch):

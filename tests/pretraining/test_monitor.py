@@ -211,6 +211,28 @@ def test_a_resumed_monitor_keeps_its_warnings():
     assert resumed.standing() == monitor.standing() != []
 
 
+def test_since_is_the_first_step_of_what_is_beyond_a_bound_now():
+    monitor, few = monitor_of(), {"target_perplexities": [1.0, 5.0]}
+    news_of(monitor, {})
+    assert monitor.since == 0
+    news_of(monitor, {"feature_variation": 0.0}, first_step=2)
+    assert monitor.since == 2  # before there is a warning
+    news_of(monitor, {"feature_variation": 0.0, **few}, first_step=3)
+    assert monitor.since == 2
+    news_of(monitor, few, first_step=4)  # the other has come back
+    assert monitor.since == 3
+    news_of(monitor, {}, first_step=5)
+    assert monitor.since == 0
+
+
+def test_a_bound_that_is_turned_off_ends_its_warnings():
+    monitor, resumed = monitor_of(), monitor_of(collapse_variation=0.0)
+    news_of(monitor, *[{"feature_variation": 0.0}] * 3)
+    resumed.load_state_dict(monitor.state_dict())
+    assert monitor.standing() != [] and monitor.since == 1
+    assert resumed.standing() == [] and resumed.since == 0
+
+
 def test_the_state_of_another_model_is_refused():
     monitor = monitor_of()
     state = copy.deepcopy(monitor.state_dict())

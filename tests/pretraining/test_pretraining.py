@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import TensorBoardTracker
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoFeatureExtractor, AutoModel
 from transformers.trainer_utils import set_seed
 
 import forks
+from audio_files import write
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRModel
 from dinosr_hf.data import AudioFileError, FolderSource
 from dinosr_hf.pretraining import (
@@ -440,6 +444,10 @@ def test_collapse_is_reported_and_can_stop_the_run(tmp_path, recordings, caplog)
     assert "target perplexity" in caplog.text and "codebook 2 (layer 2)" in caplog.text
     warned = [line for line in metrics_of(tmp_path / "warned") if line.get("warnings")]
     assert len(warned) == 1 and warned[0]["step"] == 52
+    resumed = {**only, "collapse_patience": 2, "max_steps": 71, "output_dir": str(tmp_path / "warned")}
+    run(tiny_arguments(tmp_path, recordings, **resumed))
+    again = [text.split(",")[0] for text in caplog.messages if ", still: the run looks collapsed. The target" in text]
+    assert again == ["Step 70", "Step 70", "Step 71"]  # at the end, when resumed, and at the end
     with pytest.raises(TrainingStopped, match=r"The model has collapsed.*codebook 2 \(layer 2\)"):
         collapsed("stopped", **only, stop_on_collapse=True)
     assert metrics_of(tmp_path / "stopped")[-1]["step"] == 52
@@ -450,6 +458,28 @@ def test_held_out_speech_is_evaluated_while_training(tmp_path, recordings):
     evaluations = [line for line in metrics if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [2, 4, 5]
     assert all(0 < line["eval_loss"] < 3 and 1 <= line["eval_target_perplexity"] <= 8 for line in evaluations)
+
+
+def test_held_out_speech_of_the_same_dataset_has_its_configuration(tmp_path, recordings, monkeypatch):
+    opened = {}
+
+    def open_source(name, **options):
+        opened[name] = options.get("config_name")
+        return FolderSource(recordings)
+
+    monkeypatch.setattr(runner, "open_source", open_source)
+    data = {"data": ["org/one", "org/two"], "data_config": ["en", "de"]}
+    for name in ("org/two", "org/other"):
+        runner.open_held_out(tiny_arguments(tmp_path, recordings, **data, eval_data=name))
+    assert opened == {"org/two": "de", "org/other": None}
+
+
+def test_long_recordings_of_which_little_is_used_are_told_of(tmp_path, recordings, caplog):
+    write(tmp_path / "long" / "a.wav", 5 * 16_000)
+    runner.open_data(tiny_arguments(tmp_path, recordings).data, seed=0)
+    assert "An epoch uses" not in caplog.text
+    runner.open_data(tiny_arguments(tmp_path, tmp_path / "long").data, seed=0)
+    assert "An epoch uses only 40% of the audio: a part of max_seconds=2 of each recording. To use all" in caplog.text
 
 
 def test_evaluating_does_not_change_the_run(tmp_path, recordings):
@@ -520,6 +550,15 @@ def test_the_number_of_threads_is_that_asked_for_or_all_cores(tmp_path, recordin
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))
 
 
+def test_a_run_on_a_gpu_has_its_threads_too(tmp_path, recordings, monkeypatch):
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1, distributed_type=DistributedType.NO)
+    gpu.mixed_precision, gpu.log_with, gpu.is_main_process = "fp16", [], True
+    monkeypatch.setattr(runner, "Accelerator", lambda **options: gpu)
+    torch.set_num_threads(2)
+    assert runner._make_accelerator(tiny_arguments(tmp_path, recordings, num_threads=1)) is gpu
+    assert torch.get_num_threads() == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -559,6 +598,18 @@ def test_trackers_get_the_metrics(tmp_path, recordings):
     written = EventAccumulator(str(tmp_path / "run" / "dinosr")).Reload().Scalars("loss")
     assert [event.step for event in written] == [1, 2]
     assert [event.value for event in written] == pytest.approx([line["loss"] for line in metrics_of(tmp_path / "run")])
+
+
+def test_a_tracker_that_fails_costs_only_its_curves(tmp_path, recordings, monkeypatch, caplog):
+    def fail(*arguments, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    monkeypatch.setattr(TensorBoardTracker, "finish", fail)
+    _, metrics = trained(tmp_path, recordings, "run", trackers=["tensorboard"], max_steps=2)
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert "The trackers lack step 2: no route to host. The run goes on." in caplog.text
+    assert "The tracker tensorboard may lack the last steps: ConnectionError: no route to host" in caplog.text
 
 
 EIGHT = {"adam_epsilon": 1e-3, "freeze_teacher_step": 3, "max_steps": 8, "step_seconds": 8.0, "batching": "pad"}

@@ -213,6 +213,21 @@ def test_a_finished_run_stays_and_goes_on_with_more_steps(tmp_path, recordings, 
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("checkpoint_steps", [2, 0], ids=["checkpoints", "no checkpoints"])
+def test_a_finished_run_is_not_passed_off_as_another(tmp_path, recordings, monkeypatch, caplog, checkpoint_steps):
+    options = {"checkpoint_steps": checkpoint_steps, "max_steps": 2}
+    run(tiny_arguments(tmp_path, recordings, **options))
+    changes = {"data": str(tmp_path), "data_split": ["train"], "data_config": ["de"], "seed": 1}
+    for name, value in changes.items():
+        message = f"has a finished run with other arguments, so nothing would be trained: {name} is .* and was "
+        with pytest.raises(ArgumentError, match=message):
+            run(tiny_arguments(tmp_path, recordings, **options, **{name: value}))
+    monkeypatch.chdir(recordings.parent)
+    with caplog.at_level("INFO", "dinosr_hf"):
+        run(tiny_arguments(tmp_path, recordings, **options, data=recordings.name))  # the same place
+    assert "This run is finished" in caplog.text
+
+
 def test_revival_can_be_switched_on_and_off_when_resuming(tmp_path, recordings, caplog):
     run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2))
     with caplog.at_level("INFO", "dinosr_hf"):

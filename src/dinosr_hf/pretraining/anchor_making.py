@@ -172,12 +172,18 @@ def _mfcc_lengths(arguments: PretrainingArguments) -> tuple[int, int]:
 def _check_mfccs(arguments: PretrainingArguments, source: SpeechSource) -> None:
     config, (min_samples, max_samples) = arguments.model_config(), _mfcc_lengths(arguments)
     lengths = [utterance.num_samples for utterance in source.utterances if utterance.num_samples >= min_samples]
-    num_frames = sum(int(config.num_frames(min(length, max_samples))) for length in lengths)
+    num_frames = sum(
+        int(config.num_frames(min(length, max_samples))) * max(1, length // max_samples) for length in lengths
+    )
     _check_num_frames(num_frames, arguments.model.num_anchor_labels)
 
 
 def _mfcc_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechStream) -> MfccAnchor:
-    """Cluster the MFCCs of random recordings, of a stream's first window, cropped as for training."""
+    """
+    Cluster the MFCCs of random recordings, of a stream's first window, cropped as for training.
+
+    If a part of each is too little, long ones give further parts, one in each round over the recordings.
+    """
     num_labels, seed = arguments.model.num_anchor_labels, arguments.run.seed
     config, is_tuned = arguments.model_config(), MFCC_KINDS[arguments.run.anchor_features]
     unfitted = MfccAnchor(KMeans(np.empty((0, NUM_MFCCS), np.float32)), config.receptive_field, is_tuned)
@@ -188,12 +194,19 @@ def _mfcc_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechS
     min_samples, max_samples = _mfcc_lengths(arguments)
     features: list[NDArray[np.float32]] = []
     num_frames = 0
-    for index in _in_random_order(source, min_samples, seed):
+    parts = [(index, 0) for index in _in_random_order(source, min_samples, seed)]
+    for index, number in parts:  # to which further ones are added
         utterance_id, length = source.utterances[index]
         num_samples = min(length, max_samples)
-        start = utterance_hash(seed, 0, utterance_id, "anchor crop") * (length - num_samples + 1) >> 128
+        first = utterance_hash(seed, 0, utterance_id, "anchor crop") * (length - num_samples + 1) >> 128
+        starts = [
+            *range(first, length - num_samples + 1, num_samples),
+            *range(first % num_samples, first, num_samples),
+        ]
+        if number + 1 < len(starts):
+            parts.append((index, number + 1))
         try:
-            waveform = source.load(index, start, num_samples)
+            waveform = source.load(index, starts[number], num_samples)
         except (AudioFileError, OSError):  # training counts and reports it
             continue
         if np.isfinite(waveform).all() and waveform.min() < waveform.max():

@@ -134,7 +134,7 @@ def _collect(
     return CheckpointContent(_copy(model.state_dict()), _copy(training), processes, manifest)
 
 
-def _write(path: Path, model: DinoSRForPreTraining, content: CheckpointContent, keep: int) -> None:
+def _write(path: Path, model: DinoSRForPreTraining, content: CheckpointContent, keep: int, spare_before: int) -> None:
     if path.exists():  # of an earlier attempt that was refused
         _remove(path)
     with atomic_folder(path) as temporary:
@@ -145,8 +145,10 @@ def _write(path: Path, model: DinoSRForPreTraining, content: CheckpointContent, 
         (temporary / MANIFEST).write_text(sealed, encoding="utf-8")
     # One that claims to be of a later step was refused, and is left alone.
     earlier = [other for other in find_checkpoints(path.parent) if step_of(other) < step_of(path)]
+    spared = next((other for other in earlier if step_of(other) < spare_before), None)
     for old in earlier[keep - 1 :]:
-        _remove(old)
+        if old != spared:
+            _remove(old)
 
 
 class CheckpointWriter:
@@ -174,25 +176,29 @@ class CheckpointWriter:
         *,
         process_state: Mapping[str, Any],
         manifest: Mapping[str, Any],
+        spare_before: int = 0,
     ) -> None:
         """
         Copy the state and begin to write a checkpoint of it; all processes together, of which the main one writes.
 
         `process_state` is the state of this process besides its random states, in tensors and plain values, and
-        `manifest` that of all, in values that JSON can hold. If it cannot be written, that is logged, and earlier
-        checkpoints are unchanged.
+        `manifest` that of all, in values that JSON can hold. The newest checkpoint from before the step `spare_before`
+        is not removed. If this one cannot be written, that is logged, and earlier checkpoints are unchanged.
         """
+        self._join()  # first, so that there is one copy in memory and never two
         content = _collect(step, model, optimizer, self._accelerator, process_state, manifest)
-        self._join()
         self.step, self._problem = step, None
         if content is not None:
-            work = partial(self._try_to_write, self._folder / f"checkpoint-{step}", model, content)
+            path = self._folder / f"checkpoint-{step}"
+            work = partial(self._try_to_write, path, model, content, spare_before)
             self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)  # a second Ctrl-C ends it
             self._thread.start()
 
-    def _try_to_write(self, path: Path, model: DinoSRForPreTraining, content: CheckpointContent) -> None:
+    def _try_to_write(
+        self, path: Path, model: DinoSRForPreTraining, content: CheckpointContent, spare_before: int
+    ) -> None:
         try:
-            _write(path, model, content, self._keep)
+            _write(path, model, content, self._keep, spare_before)
         except Exception as error:  # whatever it is, the run is worth more than this checkpoint
             last = next(iter(find_checkpoints(self._folder)), None)
             rest = f"The last checkpoint, {last}, is unchanged." if last else "There is no earlier checkpoint."

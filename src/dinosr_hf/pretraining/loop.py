@@ -239,6 +239,7 @@ class Pretraining:
         is_quiet = not self.accelerator.is_main_process
         bar = tqdm(total=options.max_steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=is_quiet)
         with self.signals, logging_redirect_tqdm(), bar, state.writer:
+            self._warn_again()  # of what was told before the run was resumed
             for step in () if self._is_over() else state.feed:
                 totals = self._gather_totals(step)
                 if totals.save_requests or totals.stop_requests:
@@ -253,6 +254,7 @@ class Pretraining:
                 if self._is_over():
                     break
             self._finish()
+            self._warn_again()
         return state.model.eval()
 
     def _is_over(self) -> bool:
@@ -428,6 +430,11 @@ class Pretraining:
             problem = "The model has collapsed or diverged, and stop_on_collapse is set."
             raise TrainingStopped(f"{problem} {' '.join(standing)}")
 
+    def _warn_again(self) -> None:
+        """Repeat the warnings of collapse that still hold."""
+        for text in self.state.monitor.standing():
+            logger.warning(f"Step {self.state.progress.step:,}, still: {text}")
+
     def _write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write a line of `metrics.jsonl`, and send its numbers to the trackers, lists as one number an entry."""
         with _may_fail(f"metrics.jsonl lacks step {metrics['step']}", OSError):
@@ -437,7 +444,8 @@ class Pretraining:
         for name, values in metrics.items():
             if isinstance(values, list) and name != "warnings":
                 numbers |= {f"{name}/{number}": value for number, value in enumerate(values)}
-        self.accelerator.log(numbers, step=metrics["step"])
+        with _may_fail(f"The trackers lack step {metrics['step']}", Exception):
+            self.accelerator.log(numbers, step=metrics["step"])
 
     def _evaluate(self, held_out: HeldOut) -> dict[str, Any]:
         """Evaluate the model and write the figures down; return them, or none if that failed."""

@@ -123,11 +123,15 @@ class CollapseMonitor:
         if step <= self._grace_steps or not num_frames:
             return []
         texts: list[str] = []
-        for figure in _FIGURES:
-            if figure.key in metrics and (figure.bound is None or getattr(self._bounds, figure.bound)):
+        for figure in self._watched():
+            if figure.key in metrics:
                 values = [metrics[figure.key]] if figure.places == "all" else metrics[figure.key]
                 texts += self._check_figure(figure, step, values, self._bound(figure, num_frames))
         return texts
+
+    def _watched(self) -> list[_Figure]:
+        """Return the figures whose bound is not turned off."""
+        return [figure for figure in _FIGURES if figure.bound is None or getattr(self._bounds, figure.bound)]
 
     def _num_labels(self, figure: _Figure) -> int:
         return self._num_anchor_labels if figure.places == "frames" else self._codebook_size
@@ -183,9 +187,15 @@ class CollapseMonitor:
         """Return the warnings for all figures that are beyond their bounds, as of now."""
         return [
             self._describe(figure, fallen)
-            for figure in _FIGURES
+            for figure in self._watched()
             if (fallen := [i for i, watch in enumerate(self._watches[figure.key]) if watch.is_under])
         ]
+
+    @property
+    def since(self) -> int:
+        """First step at which a figure was beyond its bound and has not come back since, warned of or not; 0: none."""
+        watches = (watch for figure in self._watched() for watch in self._watches[figure.key])
+        return min((watch.since for watch in watches if watch.since is not None), default=0)
 
     def state_dict(self) -> dict[str, list[dict[str, Any]]]:
         """Return the state, in values that JSON can hold."""

@@ -143,7 +143,9 @@ class DataArguments:
     )
     data_split: list[str] = argument([], "Split of the data, if it has several: one for all, or one for each.")
     data_config: list[str] = argument(
-        [], "Configuration of a Hub dataset that has several: one for all, or one for each."
+        [],
+        "Configuration of a Hub dataset that has several: one for all, or one for each. eval_data of the same name has"
+        " the same.",
     )
     data_weights: list[float] = argument(
         [], "Weight of each of several data in the mixture; unset: all have the same."
@@ -287,7 +289,9 @@ class RunArguments:
     checkpoint_steps: int = argument(
         1000, "Number of steps between two checkpoints, from which a run resumes; 0: only when a signal asks for one."
     )
-    keep_checkpoints: int = argument(2, "Number of checkpoints to keep, the newest ones.")
+    keep_checkpoints: int = argument(
+        2, "Number of checkpoints to keep, the newest ones; in a collapse also the last one before it."
+    )
     save_steps: int = argument(25_000, "Number of steps between two models that are kept; 0: only the last.")
     eval_steps: int = argument(5000, "Number of steps between two evaluations on held-out speech.")
     eval_patience: int = argument(

@@ -7,7 +7,7 @@ import datetime
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from ..data.mixture import hold_out
 from ..data.synthetic import SyntheticCorpus
 from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..training.restarts import check_connected, separate_restarts
-from ..training.resume import lock_output_folder, refuse_existing_model, report_changes
+from ..training.resume import CheckpointError, lock_output_folder, refuse_existing_model, report_changes
 from ..training.run_record import public_values
 from ..utils.command_line import ArgumentError, argument_errors
 from ..utils.files import write_atomically
@@ -45,7 +45,7 @@ from .feed import StepFeed
 from .held_out import HeldOut
 from .loop import Pretraining
 from .plan import RunPlan, describe_left_out, plan_figure
-from .pretraining_arguments import DataArguments, PretrainingArguments, RunArguments, value_for
+from .pretraining_arguments import DataArguments, PretrainingArguments, value_for
 from .run_folder import begin_record, finished_step, recorded_run, truncate_metrics
 from .scaling import Change, changes_table, scale_to_batch
 from .train_state import check_fits
@@ -54,6 +54,14 @@ if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
+
+
+# Arguments that say what a run began with, and with these what it learnt from.
+_BEGINNING = ("base_model", "new_codebooks")
+_IDENTITY = (
+    *(*_BEGINNING, "data", "data_split", "data_config", "synthetic_languages", "seed"),
+    *("anchor", "anchor_layer", "anchor_features"),
+)
 
 
 def synthetic_corpus(data: DataArguments, *, num_utterances: int, seed: int, split: str) -> SyntheticCorpus:
@@ -93,7 +101,9 @@ def _open_one(data: DataArguments, number: int, seed: int) -> SpeechSource | Spe
 
 
 def _check_lengths(source: SpeechSource, data: DataArguments, name: str) -> None:
-    longest, min_seconds = max(utterance.num_samples for utterance in source.utterances), data.min_seconds
+    """Raise `ArgumentError` if all recordings are too short; warn if most of the audio is in too long ones."""
+    lengths = [utterance.num_samples for utterance in source.utterances]
+    longest, min_seconds = max(lengths), data.min_seconds
     of_name = "" if len(data.data) == 1 else f" of {name}"
     found = f"No recording{of_name} is at least {min_seconds=} long (the longest has {longest / SAMPLING_RATE:.3g} s)"
     if longest < int(min_seconds * SAMPLING_RATE):
@@ -102,6 +112,12 @@ def _check_lengths(source: SpeechSource, data: DataArguments, name: str) -> None
         raise ArgumentError(
             f"{found} at the highest speed of speed_change={data.speed_change:g}. Lower --min_seconds or"
             " --speed_change."
+        )
+    used = sum(min(length, int(data.max_seconds * SAMPLING_RATE)) for length in lengths) / sum(lengths)
+    if used < 0.5:
+        logger.warning(
+            f"An epoch uses only {used:.0%} of the audio{of_name}: a part of max_seconds={data.max_seconds:g} of each"
+            " recording. To use all, give a table with a line for each such part of them (path, offset, duration)."
         )
 
 
@@ -171,8 +187,11 @@ def open_held_out(arguments: PretrainingArguments, held_out: SpeechSource | None
         labels = {row["id"]: row["phones"] for row in rows.select_columns(["id", "phones"])}
     else:
         assert data.eval_data is not None
+        options: dict[str, Any] = {"split": data.eval_split, "audio_column": data.audio_column}
+        if data.eval_data in data.data:
+            options["config_name"] = value_for(data.data_config, data.data.index(data.eval_data))
         with argument_errors("eval_data="):
-            source = open_source(data.eval_data, split=data.eval_split, audio_column=data.audio_column)
+            source = open_source(data.eval_data, **options)
     if data.eval_labels is not None:
         labels = read_alignments(data.eval_labels)
     with argument_errors(f"{name}: "):
@@ -221,10 +240,9 @@ def _make_accelerator(arguments: PretrainingArguments) -> Accelerator:
             raise ArgumentError(f"trackers={name} is unknown to Accelerate, or not installed here.")
     if not accelerator.is_main_process:
         logging.getLogger("dinosr_hf").setLevel(logging.ERROR)
-    if accelerator.device.type == "cpu":
-        if accelerator.mixed_precision == "fp16":
-            raise ArgumentError("mixed_precision=fp16 needs a GPU; a CPU would compute in float32. Give bf16 or no.")
-        set_cpu_threads(options.num_threads, accelerator.num_processes)
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise ArgumentError("mixed_precision=fp16 needs a GPU; a CPU would compute in float32. Give bf16 or no.")
+    set_cpu_threads(options.num_threads, accelerator.num_processes)  # beside a GPU they make the anchor
     return accelerator
 
 
@@ -235,9 +253,11 @@ def run(arguments: PretrainingArguments) -> DinoSRForPreTraining | None:
     If `output_dir` has a checkpoint, the run resumes from it. Returns the trained model, or None after a dry run.
 
     Raises:
-        ArgumentError: If `output_dir` has a model and no checkpoint, is in use or cannot be written to, if a mask span
-            does not fit the shortest utterance, or the data, the `base_model` or the `anchor` cannot be opened.
-        CheckpointError: If there are checkpoints but none can be used with this anchor, or one cannot be written.
+        ArgumentError: If `output_dir` has a model and no checkpoint, or a finished run with other data, is in use or
+            cannot be written to, if a mask span does not fit the shortest utterance, or the data, the `base_model` or
+            the `anchor` cannot be opened.
+        CheckpointError: If there are checkpoints but none can be used with this `base_model` and anchor, or one cannot
+            be written.
         TrainingStopped: If going on would be of no use.
         RunInterrupted: After SIGTERM, SIGINT or SIGHUP; a checkpoint was written.
         ValueError: If no step can be made of the data.
@@ -276,8 +296,29 @@ def _dry_run(arguments: PretrainingArguments, changes: Sequence[Change], acceler
         print(f"\nThe plan is drawn in {picture}. Nothing was trained.")
 
 
+def _resolved(value: Any) -> Any:
+    """Return an argument in a form that is the same for all spellings of a path."""
+    if isinstance(value, list):
+        return [_resolved(entry) for entry in value]
+    return os.path.realpath(value) if isinstance(value, str) else value
+
+
+def _changes(saved: Mapping[str, Any], arguments: PretrainingArguments, names: Sequence[str]) -> str:
+    """Return which of these arguments a run had otherwise, with both values; empty if none."""
+    now = public_values(arguments.to_dict())
+    return ", ".join(
+        f"{name} is {now[name]} and was {saved[name]}"
+        for name in names
+        if name in saved and _resolved(now[name]) != _resolved(saved[name])
+    )
+
+
 def _resume(arguments: PretrainingArguments, accelerator: Accelerator) -> Checkpoint | None:
-    """Find the checkpoint to resume from, and report what has changed since."""
+    """
+    Find the checkpoint to resume from, and report what has changed since.
+
+    Raises `CheckpointError` if the run began with another model.
+    """
     options, output_dir = arguments.run, Path(arguments.run.output_dir)
     if accelerator.is_main_process:
         remove_leftovers(output_dir)
@@ -286,6 +327,11 @@ def _resume(arguments: PretrainingArguments, accelerator: Accelerator) -> Checkp
     if checkpoint is None:
         return None
     manifest = checkpoint.manifest
+    if changes := _changes(manifest["arguments"], arguments, _BEGINNING):
+        raise CheckpointError(
+            f"{checkpoint.path} is of a run that began with another model: {changes}. Give the same, or start another"
+            " run in another output_dir."
+        )
     epoch, hours = manifest["feed"]["epoch"], manifest["progress"]["audio_seconds"] / 3600
     position = f"step {checkpoint.step} of {options.max_steps}, epoch {epoch}, {hours:.2f} hours of audio"
     logger.info(f"Resuming from {checkpoint.path}: {position}.")
@@ -297,13 +343,15 @@ def _resume(arguments: PretrainingArguments, accelerator: Accelerator) -> Checkp
 
 
 def _finished_model(
-    options: RunArguments, checkpoint: Checkpoint | None, accelerator: Accelerator
+    arguments: PretrainingArguments, checkpoint: Checkpoint | None, accelerator: Accelerator
 ) -> DinoSRForPreTraining | None:
     """
     Return the model of a run that is finished; None if the run is to go on, or to write its model again.
 
-    `checkpoint` is one of the run's own. Raises `ArgumentError` if without a checkpoint a model would be lost.
+    `checkpoint` is one of the run's own. Raises `ArgumentError` if without a checkpoint a model would be lost, or what
+    is finished is another run.
     """
+    options = arguments.run
     output_dir, max_steps = Path(options.output_dir), options.max_steps
     found: list[Any] = [None, 0]
     if accelerator.is_main_process:  # others may see an older state of a shared disk
@@ -318,6 +366,12 @@ def _finished_model(
         if checkpoint is None and (record is None or record.finished is not None):
             refuse_existing_model(output_dir)  # else it is of this run, which did not finish
         return None
+    saved = checkpoint.manifest["arguments"] if checkpoint else record.arguments if record else {}
+    if changes := _changes(saved, arguments, _IDENTITY):
+        raise ArgumentError(
+            f"output_dir={output_dir} has a finished run with other arguments, so nothing would be trained: {changes}."
+            f" Give another output_dir, and base_model={output_dir} there to train that model on."
+        )
     try:
         with argument_errors("output_dir="):
             model = open_weights(
@@ -340,7 +394,7 @@ def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRF
     checkpoint = _resume(arguments, accelerator)
     is_own = checkpoint is not None and checkpoint.path.parent.resolve() == output_dir.resolve()
     own = checkpoint if is_own else None  # one of another folder says nothing of what is in this one
-    finished = _finished_model(options, own, accelerator)
+    finished = _finished_model(arguments, own, accelerator)
     accelerator.wait_for_everyone()  # before files change that the others have just looked at
     if finished is not None:
         return finished
@@ -370,7 +424,10 @@ def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRF
         return Pretraining(model, source, arguments, accelerator, checkpoint, held_out, anchor, record).run()
     finally:
         for tracker in accelerator.trackers:  # writes what they hold back; `end_training` would wait for the others
-            tracker.finish()
+            try:
+                tracker.finish()
+            except Exception as error:  # whatever it is, it changes nothing of how the run ended
+                logger.error(f"The tracker {tracker.name} may lack the last steps: {type(error).__name__}: {error}")
 
 
 def _describe(model: DinoSRForPreTraining, source: SpeechSource | SpeechStream, accelerator: Accelerator) -> None:

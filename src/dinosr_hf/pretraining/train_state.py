@@ -70,6 +70,7 @@ class TrainState:
                 "origin": self.origin,
                 "anchor": self.anchor_digest,
             },
+            spare_before=self.monitor.since,  # the run may have to go back there
         )
 
     def restore(self, checkpoint: Checkpoint, options: RunArguments, accelerator: Accelerator) -> None:

@@ -24,8 +24,8 @@ _HELP = {
     "adam_beta2": "Decay of Adam's average of the squared gradients.",
     "adam_epsilon": "Epsilon of Adam.",
     "max_grad_norm": "Clip gradients to this norm; 0 (the paper): no clipping.",
-    "num_threads": "Number of CPU threads of a process that trains on a CPU; 0: OMP_NUM_THREADS, or if that is not"
-    " set, its share of the cores.",
+    "num_threads": "Number of CPU threads of a process; 0: OMP_NUM_THREADS, or if that is not set, its share of the"
+    " cores.",
 }
 
 
