@@ -17,7 +17,8 @@ timing run, and learning-rate schedules end with it. spidr gets the recipe's cro
 its decay of teacher and codebooks; its schedules are scaled to the number of steps, and its masks are as dense as its
 defaults. The paper's convolutions have 2/3 as many channels as the model is wide, as the base model's.
 
-Layer and kind of unit are those with the highest PNMI on the validation speakers; the table is of the test speakers.
+Layer and kind of unit (student or teacher, and of ours the anchor) are those with the highest PNMI on the validation
+speakers; the table is of the test speakers. Kinds with another number of units than the codebooks have take no part.
 Nothing is trained unless the evaluation gives the phones themselves a PNMI of 1 and a constant unit 0, and all three
 parts have different speakers, as far as a column speaker_id tells. A finished run is only read; one with other data,
 another recipe or another machine is replaced. So a contest can be stopped, and goes on with the same command.
@@ -198,15 +199,18 @@ def figures_by_layer(
 
 
 def model_figures(folder: Path, part: Part) -> dict[str, Figures]:
-    """Return the metrics of all units of a pre-trained model of ours."""
+    """Return the metrics of all units of a pre-trained model of ours, of kinds with as many units as codewords."""
     model = load_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     frames = {"stride": model.config.inputs_to_logits_ratio, "field": model.config.receptive_field}
     found = {}
+    num_codes = model.config.codebook_size
     for kind in model.config.unit_sources:
+        if model.config.num_units(kind) != num_codes:  # PNMI rises with their number
+            continue
         layers = unit_layers(model.config, kind)
         units = UnitExtractor(model, layers=layers, source=kind).units(part.source)
         names = [f"{kind}, layer {layer}" for layer in layers]
-        found |= figures_by_layer(part, names, units, model.config.num_units(kind), **frames)
+        found |= figures_by_layer(part, names, units, num_codes, **frames)
     return found
 
 
@@ -361,18 +365,15 @@ def run_spidr(
         "versions": result["versions"],
     }
     names = [f"student, layer {layer}" for layer in config.codebook_layers]
-    if objective == "dinosr":  # its teacher has units too, which spidr does not return
-        convert(folder / "checkpoint.pt", folder / "model", config=folder / "config.json")
+    # Its teacher has units too, which spidr does not return.
+    convert(folder / "checkpoint.pt", folder / "model", config=folder / "config.json")
     for split, part in parts.items():
         with np.load(folder / f"{split}.npz") as codes:
             units = [(part.source.utterances[int(index)].id, codes[index]) for index in codes.files]
-        found[split] = figures_by_layer(part, names, units, config.codebook_size)
-        if objective == "dinosr":
-            converted = model_figures(folder / "model", part)
-            for name, own in found[split].items():
-                if abs(own["pnmi"] - converted[name]["pnmi"]) > CONVERTED:
-                    sys.exit(f"The converted model of spidr has other units: {name}, {own} and {converted[name]}.")
-            found[split] = converted
+        found[split] = model_figures(folder / "model", part)
+        for name, own in figures_by_layer(part, names, units, config.codebook_size).items():
+            if abs(own["pnmi"] - found[split][name]["pnmi"]) > CONVERTED:
+                sys.exit(f"The converted model of spidr has other units: {name}, {own} and {found[split][name]}.")
         Path(recordings[split]).unlink()
     return found
 

@@ -12,8 +12,9 @@ import pytest
 import soundfile
 import torch
 
-from dinosr_hf import DinoSRConfig
+from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 from scripts import ROOT, load_command, load_script
+from tiny import randomize, tiny_config
 
 QUICK = ["--size", "tiny", "--batch", "2", "--repeats", "1", "--threads", "1"]
 SHORT = ["--shortest", "0.5", "--longest", "1.0"]
@@ -165,7 +166,7 @@ num_conv_pos_embedding_groups: 4, num_codebooks: 2, codebook_size: 7, mask_lengt
 codebook_decay: 0.5, codebook_end_decay: 0.8, codebook_end_decay_step: 2, step_seconds: 3, micro_seconds: 3,
 min_seconds: 0.5, max_seconds: 1.2, num_workers: 0, learning_rate: 0.002}
 """
-# As much of spidr's public interface as the benchmark uses; a unit lasts as long as a phone.
+# As much of spidr's public interface as the benchmark uses; a unit lasts a little longer than a phone.
 FAKE_SPIDR = {
     "config.py": """
         from dataclasses import dataclass
@@ -225,7 +226,7 @@ FAKE_SPIDR = {
             def get_codebooks(self, waveform):
                 assert not self.training
                 num_frames = (waveform.shape[1] - 80) // 320
-                codes = torch.arange(num_frames)[:, None] // 10 % 7
+                codes = torch.arange(num_frames)[:, None] // 12 % 7
                 return [None, *(torch.eye(7)[codes[:, 0] * layer] for layer in (0, 1))]
         DinoSR = SpidR
     """,
@@ -315,14 +316,29 @@ def test_learning_trains_spidr_in_another_python(learning, tmp_path, capsys, mon
     (tmp_path / "modules" / "spidr-1.2.3.dist-info" / "METADATA").write_text("Name: spidr\nVersion: 1.2.3\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     monkeypatch.setattr(learning, "TIME_TOLERANCE", 1e9)
+
+    def convert(checkpoint, folder, *, config):
+        assert checkpoint.is_file() and "ema_timescale" in json.loads(config.read_text())["model"]
+
+    def model_figures(folder, part):
+        """Those of spidr's student, and of a teacher whose units are the phones."""
+        with np.load(folder.parent / ("validation.npz" if len(part.source) == 6 else "test.npz")) as codes:
+            units = [(part.source.utterances[int(index)].id, codes[index]) for index in codes.files]
+        phones = ((name, codes[:1]) for name, codes in learning.own_codes(part))
+        own = learning.figures_by_layer(part, ["student, layer 2", "student, layer 3"], units, 7)
+        return own | learning.figures_by_layer(part, ["teacher, layer 3"], phones, 7)
+
+    monkeypatch.setattr(learning, "convert", convert)
+    monkeypatch.setattr(learning, "model_figures", model_figures)
     learning.run("--contestants", "spidr", "--minutes", "0.06")
     printed = capsys.readouterr().out
     assert f"spidr's own: spidr 1.2.3, Python {platform.python_version()}, torch {torch.__version__}\n" in printed
     (line,) = rows(printed)[2:]
-    # The higher of the two layers has a unit every 0.2 s, as phones, and the lower always the same.
-    assert line[:2] == ["spidr", "student, layer 3"] and float(line[2]) > 0.5 and line[4] == "6"
+    assert line[:3] == ["spidr", "teacher, layer 3", "1.000"]
     result = json.loads((tmp_path / "runs" / "spidr-0.06min-0" / "result.json").read_text())["result"]
+    # The higher of the student's layers has a unit every 0.24 s, and the lower always the same; phones last 0.2 s.
     assert result["validation"]["student, layer 2"]["pnmi"] == 0 and result["hours"] > 0
+    assert 0.4 < result["test"]["student, layer 3"]["pnmi"] < 0.5
 
 
 def test_learning_needs_spidr(learning):
@@ -355,6 +371,15 @@ def test_learning_chooses_units_on_validation_speakers(learning):
     one, other = {"pnmi": 0.4}, {"pnmi": 0.3}
     by_split = {"validation": {"a": one, "b": other}, "test": {"a": {"pnmi": 0.1}, "b": {"pnmi": 0.9}}}
     assert learning.choose(by_split) == ("a", {"pnmi": 0.1})
+
+
+@pytest.mark.parametrize(("num_labels", "kinds"), [(7, {"student", "teacher", "anchor"}), (6, {"student", "teacher"})])
+def test_learning_leaves_out_another_number_of_units(learning, tmp_path, monkeypatch, num_labels, kinds):
+    torch.manual_seed(0)
+    model = randomize(DinoSRForPreTraining(tiny_config(num_anchor_labels=num_labels))).eval()
+    monkeypatch.setattr(learning, "load_model", lambda *_, **options: model)
+    part = learning.Part(*learning.open_reference(tmp_path / "test", labels=tmp_path / "phones.jsonl"))
+    assert {name.partition(",")[0] for name in learning.model_figures(tmp_path, part)} == kinds
 
 
 def test_learning_reports_unequal_times(learning, capsys, monkeypatch):

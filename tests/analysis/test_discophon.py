@@ -4,17 +4,18 @@ import importlib.util
 import json
 import sys
 from itertools import pairwise, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from audio_files import sf
-from dinosr_hf import DinoSRForPreTraining
+from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 from dinosr_hf.analysis import discophon
 from dinosr_hf.analysis.abx import Triphone, items_text
 from dinosr_hf.analysis.alignment_files import read_alignments
-from dinosr_hf.analysis.discophon import DiscoPhon, add_means, parts_of, published_rows
+from dinosr_hf.analysis.discophon import DiscoPhon, add_means, pad_units, parts_of, published_rows
 from dinosr_hf.analysis.unit_evaluation import Reference
 from dinosr_hf.commands import evaluate_units, extract_units
 from dinosr_hf.data import open_recordings
@@ -147,6 +148,59 @@ def test_extraction_writes_its_files(data, model_folder, tmp_path, capsys):
     file.unlink()  # of a run that was killed before the end
     extract_units.main(arguments)
     assert len(file.read_text().splitlines()) == 8
+
+
+@pytest.mark.parametrize("front_end", ["conv", "log_mel"])
+def test_units_are_as_long_as_those_of_the_papers_frames(front_end):
+    config, longest_gap = DinoSRConfig(feature_encoder=front_end), 0
+    for num_samples in range(560, 33_000, 40):
+        units = np.arange(2 * config.num_frames(num_samples)).reshape(2, -1)
+        found = pad_units(units, num_samples, 320)
+        steps, num_frames = num_samples // 160, DinoSRConfig().num_frames(num_samples)
+        longest_gap = max(longest_gap, steps - 2 * units.shape[1])
+        assert found.shape[1] == num_frames and steps - 2 * num_frames <= 2  # as DiscoPhon allows
+        assert found.tolist() == [row + row[-1:] * (num_frames - len(row)) for row in units.tolist()]
+    assert longest_gap == (2 if front_end == "conv" else 3)
+
+
+def test_only_one_missing_unit_is_added():
+    units = np.arange(47)
+    assert pad_units(units, 15_840, 320) is units
+    assert pad_units(units[:0], 500, 320).tolist() == []
+
+
+def test_log_mel_models_have_a_unit_for_each_frame_of_the_phones(tmp_path, monkeypatch):
+    """A recording of 99 steps of 10 ms has 48 log-mel frames, which end 30 ms before its phones."""
+    audio = tmp_path / "audio" / "eng" / "test"
+    audio.mkdir(parents=True)
+    sf.write(audio / "a.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 99 * 160), 16_000)
+    (tmp_path / "alignment").mkdir()
+    alignment = tmp_path / "alignment" / "alignment-eng-test.txt"
+    alignment.write_text("#file onset offset #phone\na 0.00 0.50 k\na 0.50 0.99 t\n")
+    torch.manual_seed(0)
+    model = randomize(DinoSRForPreTraining(tiny_config(feature_encoder="log_mel"))).eval()
+    source, extractor = open_recordings([audio]), UnitExtractor(model, layers=[2, 3])
+    (units,) = extractor.units(source)
+    expected = {str(layer): [*row, row[-1]] for layer, row in zip((2, 3), units.codes.tolist(), strict=True)}
+    assert units.codes.shape[1] == 48
+    with UnitCorpus(tmp_path / "units", extractor, source, form="discophon") as corpus:
+        corpus.write()
+        corpus.finish()
+    for layer, row in expected.items():
+        line = json.loads((tmp_path / "units" / f"layer-{layer}" / "units-eng-test.jsonl").read_text())
+        assert line == {"file": "a", "units": row}
+    evaluated = []
+
+    def phoneme_discovery(units, phones, **options):
+        evaluated.append(units["a"])
+        return {"pnmi": 0.5, "r_val": 0.5}
+
+    fake = SimpleNamespace(
+        phoneme_discovery=phoneme_discovery, read_gold_annotations=lambda path: {"a": ["k"] * 50 + ["t"] * 49}
+    )
+    monkeypatch.setattr(discophon, "import_discophon", lambda *module: fake)
+    DiscoPhon(tmp_path).evaluate([(units.id, units.codes)], num_units=7, stride=320)
+    assert evaluated == list(expected.values())
 
 
 def load(folder):

@@ -48,6 +48,16 @@ def test_the_script_writes_a_page(folder, capsys, source):
     assert re.search(r"Spectrogram of a\.wav from .*, with its words, phones, units as boxes below", html)
 
 
+def test_phones_may_be_in_another_tier(folder, tmp_path):
+    tier = '"IntervalTier" "MAU" 0 0.2 1 0 0.2 "murmur"'
+    (tmp_path / "a.TextGrid").write_text(f'File type = "ooTextFile"\n"TextGrid" 0 0.2 <exists> 1 {tier}\n')
+    labels = ["--labels", str(tmp_path / "a.TextGrid"), "--layer", "2", "--num_moments", "1", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="has no interval tier 'phones'; its interval tiers: MAU"):
+        SCRIPT.main(options(folder, *labels))
+    SCRIPT.main(options(folder, *labels, "--tier", "MAU"))
+    assert "murmur" in (folder / "new" / "page.html").read_text(encoding="utf-8")
+
+
 def test_labels_may_be_those_of_an_unreadable_recording(folder, tmp_path):
     speech = tmp_path / "speech"
     shutil.copytree(folder / "speech", speech / "ann")

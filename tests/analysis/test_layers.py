@@ -250,6 +250,7 @@ def test_metrics_show_what_a_layer_knows():
     train, test = known_frames(0, ["p", "q"]), known_frames(1, ["r", "s", "t"])
     phones, voices, nothing = (evaluate_layer(train, test, layer, num_clusters=3) for layer in range(3))
     assert list(phones) == list(REPORT.metrics)
+    assert (phones["num_clusters"], phones["num_frames"]) == (3, 400)
     assert phones["kmeans_phone_purity"] == phones["kmeans_pnmi"] == phones["phone_probe"] == 1.0
     assert phones["phone_cca"] > 0.99 and voices["speaker_cca"] > 0.9
     for figures in (voices, nothing):
@@ -265,11 +266,11 @@ def test_speakers_with_one_recording_have_no_correlation():
 
 
 def test_markdown_csv_and_json_agree(tmp_path):
-    figures = dict(zip(REPORT.metrics, (0.5, 0.25, 0.75, 0.125, math.nan), strict=True))
+    figures = dict(zip(REPORT.metrics, (100, 20_000, 0.5, 0.25, 0.75, 0.125, math.nan), strict=True))
     rows = [{"model": "runs/a|b", "source": "student", "layer": 2, **figures}]
     lines = REPORT.markdown(rows).splitlines()
-    assert lines[2] == "| runs/a\\|b | student | 2 | 0.500 | 0.250 | 0.750 | 0.125 | nan |"
-    assert lines[0].count("|") == lines[1].count("|") == 9
+    assert lines[2] == "| runs/a\\|b | student | 2 | 100 | 20000 | 0.500 | 0.250 | 0.750 | 0.125 | nan |"
+    assert lines[0].count("|") == lines[1].count("|") == 11
     (row,) = csv.DictReader(io.StringIO(REPORT.csv(rows)))
     assert (row["model"], row["layer"], row["phone_probe"]) == ("runs/a|b", "2", "0.75")
     REPORT.write(tmp_path, "layers", rows)

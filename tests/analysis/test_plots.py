@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dinosr_hf.analysis.plots import PHONE_CLASSES, phone_class, phone_codeword_figure
+from dinosr_hf.analysis.plots.phones import fold_phone
 
 IPA = [*"iɪɛæaɑɒɔuʊʌəɜwɹljmnŋpbtdkɡfvθðszʃʒh", "eɪ", "aɪ", "oʊ", "əl", "pf", "ts", "tʃ", "dʒ", "SIL"]
 
@@ -68,6 +69,26 @@ def texts(labels) -> list[str]:
 def test_phone_class(label, expected):
     assert phone_class(label) == expected
     assert expected in PHONE_CLASSES
+
+
+@pytest.mark.parametrize(
+    ("phone", "labels"),
+    [
+        ("AH", ["AH", "AH0", "AH1", "AH2", "AH_B", "AH0_I", "AH1_E", "AH2_S"]),
+        ("ah", ["ah0"]),
+        ("T", ["T", "T_B"]),
+        ("SIL", ["SIL", "sil", "SIL_S", "sp", "pau", "h#", ""]),
+        ("spn", ["spn"]),  # speech that is no phone
+        ("SPN", ["SPN_S"]),
+    ],
+)
+def test_labels_are_folded_to_their_phone(phone, labels):
+    assert {fold_phone(label) for label in labels} == {phone}
+
+
+@pytest.mark.parametrize("label", ["AH3", "AH01x", "a1", "y2", "ˈɑː", "ma2", "E1x", "B_h", "_B_h"])
+def test_digits_and_marks_of_other_labels_stay(label):
+    assert fold_phone(label) == label
 
 
 def test_phones_are_grouped_and_codewords_ordered():

@@ -25,7 +25,7 @@ from dinosr_hf.analysis.unit_evaluation import (
 )
 from dinosr_hf.commands._evaluation import open_labelled_speech
 from dinosr_hf.data import normalize_waveform, open_recordings
-from dinosr_hf.units import BaselineExtractor, fit_layer_kmeans, load_baseline
+from dinosr_hf.units import BaselineExtractor, LayerKMeans, UnitExtractor, fit_layer_kmeans, load_baseline, load_model
 from dinosr_hf.utils.model_folder import save_folder
 from scripts import load_command
 from tiny import randomize, tiny_config
@@ -190,7 +190,7 @@ def test_markdown_csv_and_json_agree(tmp_path):
     REPORT.write(tmp_path, "units", rows())
     record, _ = json.loads((tmp_path / "units.json").read_text(encoding="utf-8"))
     assert record["intervals"]["pnmi"] == [low, high]
-    assert record["num_frames"] == 500
+    assert (record["num_units"], record["num_frames"]) == (4, 500)
     assert evaluate_units("m", 1, "student", speakers(30, 30), num_samples=0)["intervals"] == {}
 
 
@@ -305,6 +305,54 @@ def test_the_scripts_take_a_split(tmp_path, script, kind):
         open_labelled_speech(data, options, "train")
 
 
+@pytest.fixture
+def librispeech(tmp_path):
+    """Two recordings in the folders of their speakers, and labels as the Montreal Forced Aligner writes them."""
+    for name in ("84/121/84-121-0", "85/122/85-122-0"):
+        write(tmp_path / "speech" / f"{name}.flac", 16_000)
+    phones = ["sil"] * 20 + ["AH0"] * 20 + ["AH1"] * 20 + ["sp"] * 20 + ["T"] * 20
+    rows = [{"name": name, "phones": phones} for name in ("84-121-0", "85-122-0")]
+    (tmp_path / "phones.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "speech", tmp_path / "phones.jsonl"
+
+
+def test_the_first_folder_may_be_the_speaker(librispeech, tmp_path, caplog):
+    data, labels = librispeech
+    _, unknown = open_reference(data, labels=labels)
+    assert not unknown.has_speakers and "Give --speakers: the column that has them, or folder" in caplog.text
+    _, known = open_reference(data, labels=labels, speaker_column="folder")
+    assert known.has_speakers and [*known.speakers.values()] == ["84", "85"]
+    write(data / "loose.wav", 900)
+    with pytest.raises(ValueError, match=r"The speakers: .* first folder of a path, but loose\.wav begins with none"):
+        open_reference(data, labels=labels, speaker_column="folder")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"), [("evaluate_units", ["--abx"]), ("evaluate_layers", []), ("evaluate_abx", [])]
+)
+def test_what_compares_speakers_needs_them(librispeech, tmp_path, monkeypatch, script, flags):
+    data, labels = librispeech
+    module = load_command(script)
+    monkeypatch.setattr(module, "import_fastabx", lambda: None, raising=False)
+    words = [str(tmp_path / "nothing"), "--data", str(data), "--labels", str(labels), "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"needs speakers, but the data names none\. Give --speakers: .*, or folder"):
+        module.main([*words, *flags])
+    with pytest.raises(SystemExit, match="nothing is neither a folder nor a model"):  # which is what comes next
+        module.main([*words, *flags, "--speakers", "folder"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "phones"),
+    [([], ["AH0", "AH1", "SIL", "T", "sil", "sp"]), (["--fold_stress"], ["AH", "SIL", "T"])],
+    ids=["as they are", "folded"],
+)
+def test_phones_may_be_folded(librispeech, tmp_path, flags, phones):
+    data, labels = librispeech
+    words = ["model", "--data", str(data), "--labels", str(labels), "--output_dir", str(tmp_path)]
+    _, ours = open_labelled_speech(data, load_command("evaluate_units").parse([*words, *flags]))
+    assert ours.phones == phones
+
+
 def test_the_synthetic_corpus_has_its_own_phones():
     source, ours = open_reference("synthetic", num_synthetic=2)
     assert len(source) == len(ours.labels) == 2
@@ -410,7 +458,28 @@ def test_the_script_evaluates_mfccs(corpus, trained, tmp_path, capsys):
     assert rows[1]["pnmi"] != rows[2]["pnmi"]
     # 4,000 to 5,600 samples with a frame of 400 every 320
     assert rows[1]["num_frames"] == rows[2]["num_frames"] == sum(range(12, 18))
-    assert f"| none | 0 | {kinds[1]} | 87 | " in capsys.readouterr().out
+    assert f"| none | 0 | {kinds[1]} | 6 | 87 | " in capsys.readouterr().out
+
+
+def test_the_script_evaluates_a_file_of_kmeans(corpus, trained, anchored, tmp_path):
+    file, script = tmp_path / "kmeans.safetensors", load_command("evaluate_units")
+    words = [str(trained), str(corpus / "speech"), "--output", str(file), "--layer", "1", "--num_clusters", "4"]
+    load_command("fit_kmeans").main([*words, "--smooth"])
+    more = ["--output_dir", str(tmp_path), "--sources", "student", "--layers", "2", "--kmeans", str(file)]
+    script.main([*words_for(corpus, trained), *more])
+    rows = json.loads((tmp_path / "units.json").read_text(encoding="utf-8"))
+    kinds = [("student", 2, 7), (f"k-means of {file}", 1, 4)]
+    assert [(row["units"], row["layer"], row["num_units"]) for row in rows] == kinds
+    source, ours = open_reference(corpus / "speech", labels=corpus / "phones.jsonl")
+    extractor = UnitExtractor(load_model(trained), layers=[1], is_smoothed=True)
+    frames = {"stride": extractor.config.inputs_to_logits_ratio, "field": extractor.config.receptive_field}
+    units = extractor.units(source, kmeans=LayerKMeans.load(file))
+    (counts,) = ours.count_by_speaker(units, num_codes=4, **frames)
+    assert total(counts.values()).figures()["pnmi"] == rows[1]["pnmi"]
+    with pytest.raises(SystemExit, match=r"k-means was fitted on another model: .*anchored is [0-9a-f]{16}\. Use it"):
+        script.main([*words_for(corpus, anchored), *more])
+    with pytest.raises(SystemExit, match="--kmeans has clusters of one model, but there are several"):
+        script.main([*words_for(corpus, trained, anchored), *more])
 
 
 def test_the_script_evaluates_models_and_baselines_in_one_table(corpus, trained, tmp_path, capsys):

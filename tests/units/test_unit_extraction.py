@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from audio_files import noise, sf
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 from dinosr_hf.data import normalize_waveform, open_recordings
-from dinosr_hf.units import FeatureFiles, LayerKMeans, UnitExtractor, fit_layer_kmeans, load_model
+from dinosr_hf.units import FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, fit_layer_kmeans, load_model
 from dinosr_hf.utils.model_folder import save_folder
 from tiny import randomize, tiny_config, vary_anchor
 from tolerances import SAME_ARITHMETIC
@@ -217,6 +217,24 @@ def test_files_of_earlier_releases_load(tmp_path):
     np.testing.assert_array_equal(loaded.centroids, centroids)
     assert (loaded.layer, loaded.source) == (9, "teacher")
     assert loaded.predict(centroids + 0.1).tolist() == [0, 1, 2]
+
+
+def test_kmeans_of_another_model_is_refused(model, recordings, tmp_path):
+    fitted = fit_layer_kmeans(UnitExtractor(model, layers=[1]), recordings, 4)
+    kmeans = LayerKMeans.load(fitted.save(tmp_path / "kmeans.safetensors"))
+    torch.manual_seed(1)
+    other = DinoSRForPreTraining(model.config)
+    message = rf"another model: its digest is {kmeans.model_sha256}, and that of this one"
+    with pytest.raises(ValueError, match=message):
+        next(UnitExtractor(other, layers=[1]).units(recordings, kmeans=kmeans))
+    with pytest.raises(ValueError, match=message):  # before anything is written
+        UnitCorpus(tmp_path / "units", UnitExtractor(other, layers=[1]), recordings, kmeans=kmeans)
+    unknown = LayerKMeans(kmeans.centroids, 1, "student")  # as of a file of an earlier release
+    assert unknown.digest == kmeans.digest  # a folder of units that it began is continued
+    next(UnitExtractor(other, layers=[1]).units(recordings, kmeans=unknown))
+    other.load_state_dict(model.state_dict())
+    next(UnitExtractor(other, layers=[1]).units(recordings, kmeans=kmeans))
+    next(UnitExtractor(other.to(torch.bfloat16), layers=[1]).units(recordings, kmeans=kmeans))
 
 
 def test_kmeans_without_scikit_learn_raises(model, recordings, monkeypatch):

@@ -157,7 +157,7 @@ def abx_error(
         items: Items from `triphone_items`; those of recordings without features are left out.
         features: Folder of `.npy` files (T, D) of a layer, as `units.FeatureFiles` writes them, or (T, 1) of units.
         rate: Frames per second, `frame_rate(config)`. Frame i is taken to be at (i + 1/2) / rate; those of DinoSR are
-            2.5 ms later.
+            2.5 ms later, and with log-mel frames 7.5 ms.
         speaker: "within": A, B and X of one speaker. "across": A and B of one, X of another.
         distance: "angular" (the angle over pi, which fastabx calls cosine too), "cosine" (1 - cos) or "euclidean" for
             features; "identical" for units: 0 if they are the same and 1 if not, equivalent to an angular distance of

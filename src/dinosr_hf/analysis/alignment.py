@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -193,13 +193,10 @@ def label_segments(
     return [*found, Segment(label, start, end)] if end > start else found
 
 
-def visible_labels(labels: Labels) -> Labels:
-    """Return labels without invisible characters, so that those that look alike are one."""
-    spelled = (
-        visible_text(item) if isinstance(item, str) else item._replace(label=visible_text(item.label))
-        for item in labels
-    )
-    return list(spelled)  # type: ignore[return-value]
+def relabel(labels: Labels, change: Callable[[str], str]) -> Labels:
+    """Return labels with their names changed by a function."""
+    changed = (change(item) if isinstance(item, str) else item._replace(label=change(item.label)) for item in labels)
+    return list(changed)  # type: ignore[return-value]
 
 
 def label_name(recording: str, labels: Mapping[str, Labels]) -> str | None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ..data import SAMPLING_RATE, SpeechSource, open_recordings
 from ..data.sources import FolderSource
 from ..utils.extras import import_extra
+from .alignment import FIELD
 from .alignment_files import read_discophon
 from .reports import LayerReport, Metric
 
@@ -88,6 +89,17 @@ def parts_of(recordings: SpeechSource) -> dict[str, tuple[LanguageSplit, str]]:
 def units_line(name: str, units: Sequence[int]) -> str:
     """Return the line of a recording in DiscoPhon's files of units."""
     return json.dumps({"file": name, "units": list(units)}) + "\n"
+
+
+def pad_units(units: NDArray, num_samples: int, stride: int) -> NDArray:
+    """
+    Repeat the last of the units (..., T) of a recording if convolutions of the paper's field have a frame more.
+
+    Log-mel frames see 560 samples instead of 400, so their last one may end more than a frame before the phones, which
+    is the most that DiscoPhon allows.
+    """
+    missing = (num_samples - FIELD) // stride + 1 - units.shape[-1]
+    return np.concatenate([units, units[..., -1:]], axis=-1) if missing == 1 else units
 
 
 def published_rows(languages: Iterable[str], *, with_abx: bool = False) -> list[dict[str, Any]]:
@@ -204,20 +216,20 @@ class DiscoPhon:
                 f"A frame has {stride} samples, {1_000 * stride / SAMPLING_RATE:g} ms, but DiscoPhon takes frames of a"
                 f" multiple of {STEP_MILLISECONDS} ms, such as 320 samples."
             )
-        codes = defaultdict[str, dict[str, NDArray[np.int32]]](dict)
+        codes, lengths = defaultdict[str, dict[str, NDArray[np.int32]]](dict), dict(self.source.utterances)
         for name, found in units:
             part, file = self._parts[name]
-            codes[part.language][file] = found.astype(np.int32)
+            codes[part.language][file] = pad_units(found, lengths[name], stride).astype(np.int32)
         columns = []
         for language in self.languages:
             self._check(language, {*codes[language]}, "has recordings that could not be read:")
             phones = reader.read_gold_annotations(self._alignment(language))
             for name, found in codes[language].items():
-                lengths = (found.shape[1] * step, len(phones[name]) * STEP_MILLISECONDS)
-                if abs(lengths[0] - lengths[1]) > step:
+                lasting = (found.shape[1] * step, len(phones[name]) * STEP_MILLISECONDS)
+                if abs(lasting[0] - lasting[1]) > step:
                     raise ValueError(
-                        f"{language}-{self.split}, {name}: its units last {lengths[0]:,} ms and its phones"
-                        f" {lengths[1]:,} ms, but DiscoPhon allows a difference of {step} ms. Is it that recording?"
+                        f"{language}-{self.split}, {name}: its units last {lasting[0]:,} ms and its phones"
+                        f" {lasting[1]:,} ms, but DiscoPhon allows a difference of {step} ms. Is it that recording?"
                     )
             column = []
             for rows in zip(*codes[language].values(), strict=True):  # of a layer

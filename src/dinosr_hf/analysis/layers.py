@@ -33,6 +33,8 @@ from .unit_evaluation import Reference
 REPORT = LayerReport(
     names={"model": "model", "source": "features", "layer": "layer"},
     metrics={
+        "num_clusters": Metric("clusters", digits=0, is_plotted=False),
+        "num_frames": Metric("frames", digits=0, is_plotted=False),
         "kmeans_phone_purity": Metric("phone purity of k-means"),
         "kmeans_pnmi": Metric("PNMI of k-means"),
         "phone_probe": Metric("phone probe, accuracy"),
@@ -271,16 +273,19 @@ def evaluate_layer(
     """
     Compute the metrics of the layer at a position of the frames, fitted on `train` and evaluated on other speakers.
 
-    By the names of `REPORT`: phone purity and PNMI (`quality`) of k-means clusters; accuracy of a linear probe; and
-    projection-weighted canonical correlation with phones, and with speakers, fitted on every second recording of each
-    speaker and evaluated on the others, nan if no speaker has two recordings. Raises `ValueError` if there are fewer
-    frames than clusters, or a single phone, and `ImportError` without scikit-learn.
+    By the names of `REPORT`: numbers of k-means clusters and of frames of `test`; phone purity and PNMI (`quality`) of
+    the clusters; accuracy of a linear probe; and projection-weighted canonical correlation with phones, and with
+    speakers, fitted on every second recording of each speaker and evaluated on the others, nan if no speaker has two
+    recordings. Raises `ValueError` if there are fewer frames than clusters, or a single phone, and `ImportError`
+    without scikit-learn.
     """
     fitted, held_out = (np.ascontiguousarray(frames.features[:, position]) for frames in (train, test))
     clusters = fit_kmeans(fitted, num_clusters, seed).predict(held_out)
     table, _ = contingency(test.phones.tolist(), clusters, num_codes=num_clusters)
     phones = (fitted, train.phones, held_out, test.phones)
     return {
+        "num_clusters": num_clusters,
+        "num_frames": len(held_out),
         "kmeans_phone_purity": phone_purity(table),
         "kmeans_pnmi": phone_normalized_mutual_information(table),
         "phone_probe": probe_accuracy(*phones),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..data import DatasetSource, SpeechSource, open_recordings
@@ -10,11 +11,23 @@ from ..data.labelled import find_metadata, open_metadata
 from ..data.manifests import PATH_COLUMNS, names_paths
 from ..data.sources import NoLabelsError
 from ..data.synthetic import SyntheticCorpus
-from .alignment import Labels, to_segment
+from .alignment import Labels, relabel, to_segment
 from .alignment_files import read_alignments
+from .plots.phones import fold_phone
 from .unit_evaluation import Reference
 
 logger = logging.getLogger(__name__)
+
+
+def _top_folders(ids: Sequence[str]) -> list[str]:
+    """Return the first folder of each id, a path; `ValueError` if one begins with none."""
+    folders = [name.partition("/")[0] if "/" in name else "" for name in ids]
+    if "" in folders:
+        raise ValueError(
+            f"--speakers folder takes the first folder of a path, but {ids[folders.index('')]} begins with none. Give"
+            " the folder above those of the speakers as the data, or name a column."
+        )
+    return folders
 
 
 def open_reference(
@@ -23,6 +36,7 @@ def open_reference(
     labels: str | Path | None = None,
     tier: str = "phones",
     step_seconds: float = 0.01,
+    fold_stress: bool = False,
     speaker_column: str | None = None,
     split: str | None = None,
     audio_column: str = "audio",
@@ -36,7 +50,9 @@ def open_reference(
             column of paths, for the speakers. Or "synthetic": the synthetic corpus, which has its own labels.
         labels: Path to the labels, as for `read_alignments`, and `tier` too; None only for "synthetic".
         step_seconds: Length of a step of fixed-rate labels.
-        speaker_column: Column of a table or dataset; None: `speaker_id`, if it exists.
+        fold_stress: Whether to take phones without stress and place in the word, by `plots.phones.fold_phone`.
+        speaker_column: Column of a table or dataset; None: `speaker_id`, if it exists. "folder": the first folder of
+            each recording's path, as in LibriSpeech.
         split, audio_column: As in `open_source`.
         num_synthetic: Number of utterances of the synthetic corpus; its test split is used.
 
@@ -66,14 +82,18 @@ def open_reference(
         found = read_alignments(labels, tier=tier)
         if not any(found.values()):
             raise ValueError(f"{labels} has no phones. Give other labels.")
-    speakers = None
+    if fold_stress:
+        found = {name: relabel(own, fold_phone) for name, own in found.items()}
+    speakers: Sequence[str | None] | None = None
     try:
-        speakers = source.labels(speaker_column or "speaker_id")
+        is_folder = speaker_column == "folder"
+        speakers = _top_folders(source.ids) if is_folder else source.labels(speaker_column or "speaker_id")
     except ValueError as error:
         if speaker_column is not None or not isinstance(error, NoLabelsError):
             raise ValueError(f"The speakers: {error}") from error
         logger.warning(
-            "There is no column speaker_id: each recording counts as a speaker of its own. Name the speakers' column."
+            "There is no column speaker_id: each recording counts as a speaker of its own. Give --speakers: the column"
+            " that has them, or folder, if the first folder of a path is the speaker."
         )
     if speakers is not None and None in speakers:
         counts = f"{speakers.count(None):,} of {len(speakers):,} recordings have no speaker"

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..data import SAMPLING_RATE
 from ..utils.command_line import argument_errors, check_ranges
 from ..utils.visible_text import visible_text
-from .alignment import FIELD, SILENCE, STRIDE, Labels, frame_labels, match_labels, visible_labels
+from .alignment import FIELD, SILENCE, STRIDE, Labels, frame_labels, match_labels, relabel
 from .quality import UnitQuality, contingency
 from .reports import LayerReport, Metric
 from .segmentation import SegmentCounts, bitrate, label_boundaries, match_boundaries, run_counts, unit_boundaries
@@ -54,7 +54,8 @@ class UnitCounts:
 REPORT = LayerReport(
     names={"model": "model", "layer": "layer", "units": "units"},
     metrics={
-        # PNMI and purity of few frames are too high, so a table says how many there were.
+        # PNMI and purity of many units and of few frames are too high, so a table says how many there were.
+        "num_units": Metric("number of units", digits=0, is_plotted=False),
         "num_frames": Metric("frames", digits=0, is_plotted=False),
         "phone_purity": Metric("phone purity"),
         "cluster_purity": Metric("cluster purity"),
@@ -158,6 +159,7 @@ class Reference:
     Attributes:
         labels: Phones of each recording that has some, by id.
         speakers: Speaker of each recording, by id; the id itself where unknown.
+        has_speakers: Whether the speaker of any recording is known.
         phones: All phones, sorted: the rows of tables.
     """
 
@@ -174,8 +176,10 @@ class Reference:
         if len(speakers) != len(ids):
             raise ValueError(f"There are {len(speakers)} speakers for {len(ids)} recordings, but each needs one.")
         names = match_labels(ids, labels, others=others)
-        self.labels = {recording: visible_labels(labels[name]) for recording, name in names.items()}
-        known = (visible_text(speaker or "") for speaker in speakers)
+        # Those that look alike are one.
+        self.labels = {recording: relabel(labels[name], visible_text) for recording, name in names.items()}
+        known = [visible_text(speaker or "") for speaker in speakers]
+        self.has_speakers = any(known)
         self.speakers = {recording: speaker or recording for recording, speaker in zip(ids, known, strict=True)}
         self.step_seconds = step_seconds
         spoken = (label for own in self.labels.values() for label in own)
@@ -226,6 +230,7 @@ def evaluate_units(
         "model": model,
         "layer": layer,
         "units": units,
+        "num_units": whole.table.shape[1],
         "num_frames": int(whole.table.sum()),
         "seconds": whole.seconds,
         "num_speakers": len(counts),

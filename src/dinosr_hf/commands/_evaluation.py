@@ -16,7 +16,10 @@ def add_labels(parser: Parser) -> None:
     add("--labels", help="phones: file (.jsonl, .jsonl.gz, .ctm, .txt), TextGrid, or folder of TextGrids")
     add("--tier", default="phones", help="tier of TextGrids (%(default)s)")
     add("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
-    add("--speakers", help="column of the data with the speaker (speaker_id, if it exists)")
+    fold = "take ARPABET without stress (AH0: AH) and Kaldi's place in the word (AH_B: AH), and any silence as SIL"
+    add("--fold_stress", action="store_true", help=fold)
+    speakers = "column of the data with the speaker (speaker_id, if it exists); or: folder, the first one of a path"
+    add("--speakers", help=speakers)
     add_audio_column(parser)
 
 
@@ -32,5 +35,14 @@ def open_labelled_speech(
 ) -> tuple[SpeechSource, Reference]:
     """Open recordings, of a split if they have several, and their phones, by the flags of `add_labels`."""
     columns = {"speaker_column": options.speakers, "audio_column": options.audio_column}
-    labels = {"labels": options.labels, "tier": options.tier, "step_seconds": options.step_seconds}
+    labels = {name: getattr(options, name) for name in ("labels", "tier", "step_seconds", "fold_stress")}
     return open_reference(name, split=split, **labels, **columns)
+
+
+def require_speakers(reference: Reference, what: str) -> None:
+    """Raise `ValueError` if the speaker of no recording is known."""
+    if not reference.has_speakers:
+        raise ValueError(
+            f"{what} needs speakers, but the data names none. Give --speakers: the column that has them, or folder, if"
+            " the first folder of a recording's path is its speaker, as in LibriSpeech."
+        )

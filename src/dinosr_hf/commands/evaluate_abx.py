@@ -1,8 +1,8 @@
 r"""
 Evaluate the ABX error of features and units of selected layers, within and across speakers, in a table.
 
-    dinosr abx runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/abx
-    dinosr abx runs/base hubert --data dev-clean --labels textgrids --output_dir runs/abx \
+    dinosr abx runs/base --data dev-clean --labels phones.jsonl.gz --speakers folder --output_dir runs/abx
+    dinosr abx runs/base hubert --data dev-clean --labels textgrids --speakers folder --output_dir runs/abx \
         --layers 5 9 --distances angular cosine
 
 Models are pre-trained DinoSRs, or encoders of transformers (HuBERT, wav2vec 2.0, data2vec), which have features only.
@@ -31,7 +31,7 @@ from ..units.baseline_models import baseline_config
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file, write_atomically
 from ..utils.tables import csv_table, markdown_table
-from ._evaluation import add_labels, add_networks, open_labelled_speech
+from ._evaluation import add_labels, add_networks, open_labelled_speech, require_speakers
 from ._shared import add_device, add_dtype
 
 
@@ -99,6 +99,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.items_only:
         import_fastabx()
     source, reference = open_labelled_speech(options.data, options, options.split)
+    require_speakers(reference, "ABX within and across speakers")
     out = claim_output_file(Path(options.output_dir, "abx.md")).parent
     rows = []
     for number, name in enumerate(options.models):

@@ -1,7 +1,7 @@
 r"""
 Evaluate what each layer of one or several models knows about phones and speakers, in a table and a plot.
 
-    dinosr layers runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/layers
+    dinosr layers runs/base --data dev-clean --labels phones.jsonl.gz --speakers folder --output_dir runs/layers
     dinosr layers runs/base hubert --data test --fit_data train --labels textgrids \
         --output_dir runs/layers
 
@@ -21,7 +21,7 @@ from ..units import open_extractors
 from ..utils.command_line import Parser, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
-from ._evaluation import add_labels, add_networks, open_labelled_speech
+from ._evaluation import add_labels, add_networks, open_labelled_speech, require_speakers
 from ._shared import add_device, add_dtype
 
 
@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
         fit = Recordings.with_labels(*open_labelled_speech(options.fit_data, options, options.fit_split))
         check_disjoint_speakers(fit, held_out)
     else:
+        require_speakers(held_out.reference, "A split into speakers to fit on and to evaluate on")
         fit, held_out = held_out.split(options.seed)
     print(f"Fitted on {len(fit.speakers)} speakers, evaluated on {len(held_out.speakers)} others.")
     rows = []

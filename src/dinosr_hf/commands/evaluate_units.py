@@ -1,15 +1,16 @@
 r"""
 Evaluate how well units agree with phones: all metrics, for all layers of one or several models, in a table and a plot.
 
-    dinosr evaluate runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/evaluated
-    dinosr evaluate runs/base hubert --data dev-clean --labels textgrids --kmeans_data train-clean \
-        --kmeans_layers 6 9 --mfccs textbook tuned --output_dir runs/compared
+    dinosr evaluate runs/base --data dev-clean --labels phones.jsonl.gz --speakers folder --output_dir runs/out
+    dinosr evaluate runs/base hubert --data dev-clean --labels textgrids --speakers folder \
+        --kmeans_data train-clean --kmeans_layers 6 9 --mfccs textbook tuned --output_dir runs/compared
     dinosr evaluate runs/base --discophon discophon_data --layers 5 --abx --output_dir runs/discophon
 
 Models are pre-trained DinoSRs, or encoders of transformers (HuBERT, wav2vec 2.0, data2vec), whose units are k-means
-clusters of a layer; `--mfccs` adds the baseline, k-means on MFCCs. Labels are JSONL, CTM, or a folder of TextGrids;
-`--data synthetic` has its own. Intervals are bootstrapped over speakers. Needs the extras `train` and `analysis`;
-`--abx` the extra `abx`, and `--discophon`, which runs the benchmark's own evaluation, the extra `discophon`.
+clusters of a layer; `--kmeans` adds those of `dinosr kmeans`, and `--mfccs` the baseline, k-means on MFCCs. Labels are
+JSONL, CTM, or a folder of TextGrids; `--data synthetic` has its own. Intervals are bootstrapped over speakers. Needs
+the extras `train` and `analysis`; `--abx` the extra `abx`, and `--discophon`, which runs the benchmark's own
+evaluation, the extra `discophon`.
 """
 
 import argparse
@@ -32,11 +33,11 @@ from ..analysis.unit_evaluation import REPORT, Reference, evaluate_units
 from ..data import SpeechSource, open_recordings
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import UNIT_SOURCES
-from ..units import UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
+from ..units import LayerKMeans, UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
 from ..utils.command_line import ArgumentError, Parser, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
-from ._evaluation import add_labels, open_labelled_speech
+from ._evaluation import add_labels, open_labelled_speech, require_speakers
 from ._shared import add_device, add_dtype
 
 
@@ -55,6 +56,9 @@ def make_parser() -> Parser:
     add_labels(parser)
     parser.add_argument("--sources", nargs="+", choices=UNIT_SOURCES, help="what gives a DinoSR's units (all it has)")
     parser.add_argument("--layers", type=int, nargs="+", help="layers with a codebook (all)")
+    parser.add_argument(
+        "--kmeans", nargs="+", default=[], metavar="FILE", help="files of dinosr kmeans, to evaluate their units too"
+    )
     parser.add_argument(
         "--kmeans_data", nargs="+", default=[], help="recordings to fit k-means on, not those of --data"
     )
@@ -79,12 +83,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ArgumentError("Give either --data with --labels, or --discophon.")
     unused = partial(refuse_unused, options, make_parser().get_default)
     if options.discophon:
-        of_data = ("labels", "tier", "step_seconds", "speakers", "num_samples")
+        of_data = ("labels", "tier", "step_seconds", "fold_stress", "speakers", "num_samples")
         unused(of_data, "DiscoPhon has labels of its own, and no intervals", "give --data instead")
         if not options.kmeans_data:
             unused(["audio_column"], "DiscoPhon has files", "give --data instead")
     else:
         unused(["languages"], "--discophon is not", "give it instead of --data")
+    if options.kmeans and len(options.models) > 1:
+        raise ArgumentError("--kmeans has clusters of one model, but there are several. Evaluate that one alone.")
     if bool(options.kmeans_data) != bool(options.kmeans_layers or options.mfccs):
         raise ArgumentError(
             "--kmeans_data belongs to --kmeans_layers and --mfccs: give it with one of them, or leave it out."
@@ -122,11 +128,21 @@ def extract_units(
 
     if has_codebooks(config):
         model = load_model(name, **where)
+        fitted = []
+        for file in options.kmeans:  # all of them before hours of work
+            kmeans = LayerKMeans.load(file)
+            extractor = UnitExtractor(
+                model, layers=[kmeans.layer], source=kmeans.source, is_smoothed=kmeans.is_smoothed
+            )
+            extractor.check_kmeans(kmeans)
+            fitted.append(extracted(f"k-means of {file}", extractor, len(kmeans.centroids), kmeans=kmeans))
         for kind in options.sources or model.config.unit_sources:
             layers = options.layers if options.layers and kind != "anchor" else unit_layers(model.config, kind)
             yield extracted(kind, UnitExtractor(model, layers=layers, source=kind), model.config.num_units(kind))
-    elif not options.kmeans_layers:
-        raise ValueError(f"{name} has no codebooks. Give --kmeans_data and --kmeans_layers for k-means units.")
+        yield from fitted
+    elif options.kmeans or not options.kmeans_layers:
+        advice = "Give --kmeans_data and --kmeans_layers for k-means units, and no --kmeans, which is for a DinoSR."
+        raise ValueError(f"{name} has no codebooks. {advice}")
     if fit is None:
         return
     num_clusters = num_clusters_for(name, options)
@@ -175,6 +191,8 @@ def add_abx(
 
 def evaluate_on_phones(options: argparse.Namespace) -> tuple[LayerReport, list[dict]]:
     source, reference = open_labelled_speech(options.data, options, options.split)
+    if options.abx:
+        require_speakers(reference, "ABX within and across speakers")
     minutes = source.seconds / 60
     print(f"{len(reference.labels):,} of {len(source):,} recordings have labels; {minutes:.1f} minutes in total.")
     rows: list[dict] = []

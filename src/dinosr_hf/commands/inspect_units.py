@@ -19,7 +19,7 @@ from ..model.modeling_dinosr import check_unit_layers
 from ..units import load_model, scored_units
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file, write_atomically
-from ._shared import AudioBar, add_audio_column, add_device, add_dtype, default_layer
+from ._shared import AudioBar, add_audio_column, add_device, add_dtype
 
 # Meaning of a unit's score, by source.
 SCORES = {"student": "probability", "teacher": "distance", "anchor": "probability"}
@@ -33,6 +33,7 @@ def make_parser() -> Parser:
     parser.add_argument("--split", help="split of the data, if it has several")
     add_audio_column(parser)
     parser.add_argument("--labels", help="phones, as for dinosr evaluate (none: a page without phones)")
+    parser.add_argument("--tier", default="phones", help="tier of TextGrids with the phones (%(default)s)")
     parser.add_argument("--words", help="words to draw with the units; may be the --labels file, if that has both")
     parser.add_argument("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
     parser.add_argument("--layer", type=int, help="layer, counted from 1 (5, or the last without units there)")
@@ -61,10 +62,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     output = claim_output_file(options.output)
     recordings = open_recordings([options.data], split=options.split, audio_column=options.audio_column)
-    labels = read_alignments(options.labels) if options.labels else None
+    labels = read_alignments(options.labels, tier=options.tier) if options.labels else None
     words = read_alignments(options.words, tier="words") if options.words else None
     model = load_model(options.model, device=options.device, dtype=options.dtype)
-    layer = options.layer or default_layer(model.config, options.source)
+    layer = options.layer or model.config.default_layer(options.source)
     check_unit_layers(model.config, [layer], options.source)
     frames = {"stride": model.config.inputs_to_logits_ratio, "field": model.config.receptive_field}
     inspector = CodewordInspector(

@@ -13,7 +13,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from ..analysis.discophon import NUM_UNITS, parts_of, units_line
+import numpy as np
+
+from ..analysis.discophon import NUM_UNITS, pad_units, parts_of, units_line
 from ..analysis.segmentation import find_runs
 from ..data import SAMPLING_RATE, SpeechSource
 from ..data.finding import literal_paths
@@ -151,6 +153,8 @@ class UnitCorpus(ExtractionFolder):
         check_choice("form", form, FORMATS)
         if shard_seconds <= 0:
             raise ValueError(f"shard_seconds={shard_seconds} must be more than 0.")
+        if kmeans is not None:
+            extractor.check_kmeans(kmeans)
         clusters = None if kmeans is None else kmeans.digest
         settings = {"layers": extractor.layers, "kmeans_sha256": clusters, "format": form, "deduplicate": deduplicate}
         place = {"process": process, "num_processes": num_processes}
@@ -224,15 +228,16 @@ class UnitCorpus(ExtractionFolder):
 
     def _write_discophon(self) -> list[str]:
         """Write DiscoPhon's files from the shards, a folder for each layer; return their names."""
-        lines = defaultdict[Path, list[str]](list)
-        layers = self.extractor.layers
+        lines, lengths = defaultdict[Path, list[str]](list), dict(self.recordings.utterances)
+        layers, stride = self.extractor.layers, self.extractor.config.inputs_to_logits_ratio
         for shard in shards_of(self.folder):
             for _, row in json_lines(shard):
                 if row["id"] not in self._parts:  # it cannot be read any more
                     continue
                 part, name = self._parts[row["id"]]
                 for layer in layers:
-                    units = row[f"units_{layer}" if len(layers) > 1 else "units"]
+                    codes = np.array(row[f"units_{layer}" if len(layers) > 1 else "units"])
+                    units = pad_units(codes, lengths[row["id"]], stride).tolist()
                     lines[self.folder / f"layer-{layer}" / part.units_file].append(units_line(name, units))
         for file, own in lines.items():
             file.parent.mkdir(exist_ok=True)

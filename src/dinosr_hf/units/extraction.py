@@ -95,6 +95,9 @@ class LayerKMeans(KMeans):
     layer: int
     source: str
     is_smoothed: bool = False  # as for `UnitExtractor`
+    # Of the model that they were fitted on; None: not known, as in files of earlier releases.
+    dtype: str | None = None
+    model_sha256: str | None = None
 
     @property
     def digest(self) -> str:
@@ -105,7 +108,7 @@ class LayerKMeans(KMeans):
         """Write a safetensors file atomically, and return its path."""
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        about = {"layer": self.layer, "source": self.source, "is_smoothed": self.is_smoothed}
+        about = {name: value for name, value in vars(self).items() if name != "centroids"}
         metadata = {"kmeans": json.dumps(about)}
         return write_atomically(file, save({"centroids": np.ascontiguousarray(self.centroids)}, metadata=metadata))
 
@@ -188,15 +191,45 @@ class UnitExtractor:
         return str(self._network.name_or_path)
 
     @property
+    def about_model(self) -> dict[str, str]:
+        """The model's precision, and the digest of its weights in that, which is the same wherever the model is."""
+        return {"dtype": str(self._network.dtype).removeprefix("torch."), "model_sha256": model_digest(self._network)}
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What units and features depend on, apart from the layers; the model by its digest, so it can be moved."""
-        about = {"dtype": str(self._network.dtype).removeprefix("torch."), "model_sha256": model_digest(self._network)}
-        return {**about, "source": self.source, "is_smoothed": self.is_smoothed, **self._runner.settings}
+        return {**self.about_model, "source": self.source, "is_smoothed": self.is_smoothed, **self._runner.settings}
 
     @property
     def frame_seconds(self) -> float:
         """Seconds from one unit to the next: 0.02 for the base model."""
         return self.config.inputs_to_logits_ratio / SAMPLING_RATE
+
+    def check_kmeans(self, kmeans: LayerKMeans) -> None:
+        """
+        Raise `ValueError` unless clusters are of this layer, source and model.
+
+        Models are compared if they have the precision in which the clusters were fitted.
+        """
+        dimensions = (kmeans.centroids.shape[1], self.config.hidden_size)
+        if self.layers != [kmeans.layer] or self.source != kmeans.source or dimensions[0] != dimensions[1]:
+            raise ValueError(
+                f"k-means is of layer {kmeans.layer} of the {kmeans.source} with {dimensions[0]} dimensions, but"
+                f" units were asked for of layers {self.layers} of the {self.source} with {dimensions[1]}. Use it"
+                " with the layer, source and model that it was fitted on."
+            )
+        if kmeans.is_smoothed != self.is_smoothed:
+            raise ValueError(
+                f"k-means was fitted with is_smoothed={kmeans.is_smoothed}, but the extractor has"
+                f" is_smoothed={self.is_smoothed}. Use the same."
+            )
+        own = self.about_model
+        if kmeans.dtype == own["dtype"] and kmeans.model_sha256 != own["model_sha256"]:
+            raise ValueError(
+                f"k-means was fitted on another model: its digest is {kmeans.model_sha256}, and that of"
+                f" {self.name or 'this one'} is {own['model_sha256']}. Use it with the model that it was fitted on, or"
+                " fit it again."
+            )
 
     def units(
         self,
@@ -214,24 +247,13 @@ class UnitExtractor:
 
         Args:
             recordings: As `open_source` or `open_recordings` opens them.
-            kmeans: Clusters of the extractor's layer and source (else `ValueError`) to use as units; None: codewords,
-                which every layer must have, or the anchor's labels.
+            kmeans: Clusters to use as units, see `check_kmeans`; None: codewords, which every layer must have, or the
+                anchor's labels.
             indices: Indices of the recordings to process; None: all.
             on_progress: Called after each batch with its seconds of audio, without context.
         """
         if kmeans is not None:
-            dimensions = (kmeans.centroids.shape[1], self.config.hidden_size)
-            if self.layers != [kmeans.layer] or self.source != kmeans.source or dimensions[0] != dimensions[1]:
-                raise ValueError(
-                    f"k-means is of layer {kmeans.layer} of the {kmeans.source} with {dimensions[0]} dimensions, but"
-                    f" units were asked for of layers {self.layers} of the {self.source} with {dimensions[1]}. Use it"
-                    " with the layer, source and model that it was fitted on."
-                )
-            if kmeans.is_smoothed != self.is_smoothed:
-                raise ValueError(
-                    f"k-means was fitted with is_smoothed={kmeans.is_smoothed}, but the extractor has"
-                    f" is_smoothed={self.is_smoothed}. Use the same."
-                )
+            self.check_kmeans(kmeans)
         else:
             check_unit_layers(self.config, self.layers, self.source)
         # Some units wait for the mean and variance of the complete recording.
@@ -363,4 +385,5 @@ def fit_layer_kmeans(
     for _, rows in extractor.features(recordings, on_progress=on_progress):
         drawn.append(np.array(rows[generator.random(len(rows)) < share, 0]))
     clusters = fit_kmeans(np.concatenate(drawn), num_clusters, seed, max_frames=max_frames)
-    return LayerKMeans(clusters.centroids, extractor.layers[0], extractor.source, extractor.is_smoothed)
+    about = (extractor.layers[0], extractor.source, extractor.is_smoothed)
+    return LayerKMeans(clusters.centroids, *about, **extractor.about_model)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
+
+from ..alignment import SILENCE
 
 PHONE_CLASSES = ("vowels", "approximants", "nasals", "plosives", "affricates", "fricatives", "silence", "other")
 
@@ -36,14 +39,31 @@ def _ipa_letters(label: str) -> str:
     return "".join(letter for letter in text if unicodedata.category(letter) in ("Ll", "Lo"))
 
 
+def _is_arpabet(name: str) -> bool:
+    """Return whether a name without stress is ARPABET; single small letters are IPA, where "y" is another phone."""
+    return name.upper() in _ARPABET and (name.isupper() or len(name) > 1)
+
+
+def fold_phone(label: str) -> str:
+    """
+    Return the phone of a label that tells more: "AH" of "AH0", ARPABET with stress, and of Kaldi's "AH_B" and "AH0_I".
+
+    Silence of any name ("sil", "sp", "pau") becomes "SIL". The digits of other labels stay: they may be tones.
+    """
+    name = re.sub("_[BIES]$", "", label)
+    if name.upper() in _SILENCES:
+        return SILENCE
+    bare = re.sub("[012]$", "", name)
+    return bare if _is_arpabet(bare) else name
+
+
 def phone_position(label: str) -> tuple[int, int, str]:
     """Return a sort key of phones: index of the class, place within it, and the label itself."""
     name, letters = label.rstrip("012"), _ipa_letters(label)
     found, place = "other", 0
     if label.upper() in _SILENCES:
         found = "silence"
-    # Single small letters are IPA, where "y" and "r" are other phones.
-    elif name.upper() in _ARPABET and (name.isupper() or len(name) > 1):
+    elif _is_arpabet(name):
         found, place = _ARPABET[name.upper()]
     elif letters:
         found, place = _IPA.get(letters[0], ("other", 0))
