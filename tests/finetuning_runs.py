@@ -71,7 +71,7 @@ def recognise(model: Path, train: Path, out: Path, *, data=None, start=None, rec
     return finetune(
         Recognition(RecognitionArguments(**(recognition or {}))),
         InitialModelArguments(model=str(model), **(start or {})),
-        LabelledDataArguments(train_data=[str(train)], **{"min_seconds": 0.01, **(data or {})}),
+        LabelledDataArguments(**{"train_data": [str(train)], "min_seconds": 0.01, **(data or {})}),
         FinetuningArguments(output_dir=str(out), **run_settings(**run)),
         on_trainer=on_trainer,
     )

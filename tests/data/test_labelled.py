@@ -187,6 +187,8 @@ def test_several_at_once(tmp_path):
     source = open_labelled([first, second])
     assert rows_of(source) == {"one": 1_600, "four": 2_000, "five": 2_100}
     assert source.ids == ["0:0.wav", "1:0.wav", "1:1.wav"]
+    assert (source.names, source.datasets) == ([str(first), str(second)], [0, 1, 1])
+    assert source.name == f"{first}, {second}"
     assert source.skipped == {"unreadable": ["0:2.wav"], "no label": ["0:1.wav"]}
     part = source.load(1, 100, 50)
     assert part.tolist() == source.load(1)[100:150].tolist()

@@ -132,6 +132,23 @@ def test_emission_delay_is_measured_and_saved(model, corpus, tmp_path, monkeypat
     assert stored_emission_delay(tokenizer) == len(rows) / 100
 
 
+def test_each_dataset_has_its_hours_in_the_record(model, tmp_path):
+    folders = [write_corpus(tmp_path / name, count, seed=count) for name, count in (("a", 5), ("b", 7))]
+    table = folders[1] / "metadata.csv"
+    table.write_text(re.sub("^02.wav,.*", "02.wav,...,en", table.read_text(), flags=re.MULTILINE))
+
+    def spoil(trainer):
+        (folders[1] / "05.wav").write_bytes(b"nothing")
+
+    data = {"train_data": [*map(str, folders)], "eval_data": [*map(str, folders)]}
+    record = recognise(model, folders[0], tmp_path / "out", data=data, max_steps=3, on_trainer=spoil)
+    counts = [(entry["name"], entry["utterances"], entry["unreadable"]) for entry in record.data]
+    assert counts == [(str(folders[0]), 5, 0), (str(folders[1]), 6, 1)]
+    lengths = open_labelled(folders[0]).num_samples
+    assert record.data[0]["hours"] == pytest.approx(sum(lengths) / 16_000 / 3600)
+    assert [result["dataset"] for result in record.evaluation] == [", ".join(map(str, folders))]
+
+
 def test_only_arguments_change_the_configuration(finished, model):
     _, out, _ = finished
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (model, out))
@@ -182,9 +199,10 @@ def test_fine_tuning_continues_with_another_vocabulary(finished, corpus, tmp_pat
 
 
 @pytest.mark.parametrize("is_best", [True, False], ids=["the best", "the last"])
-def test_checkpoint_with_the_lowest_word_error_rate_is_kept(model, corpus, tmp_path, monkeypatch, is_best):
-    rates = iter([0.5, 0.2, 0.9, *[0.4] * 9])
-    monkeypatch.setattr(Recognition, "metrics", lambda self, prediction: {"wer": next(rates), "cer": 0.0})
+def test_checkpoint_with_the_lowest_ranking_is_kept(model, corpus, tmp_path, monkeypatch, is_best):
+    rankings = iter([0.5, 0.2, 0.9, *[0.4] * 9])
+    metrics = {"wer": 1.0, "cer": 1.0}  # which do not tell them apart
+    monkeypatch.setattr(Recognition, "metrics", lambda self, prediction: metrics | {"ranking": next(rankings)})
     seen = []
 
     class Keep(TrainerCallback):

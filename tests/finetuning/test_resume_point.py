@@ -397,7 +397,7 @@ def best_is_first(model, corpus, tmp_path_factory):
     options = {**OPTIONS, **BEST, "data": {"eval_data": [str(corpus)]}}
 
     def set_best_and_interrupt(trainer):
-        trainer.compute_metrics = lambda prediction: {"wer": trainer.state.global_step / 10}
+        trainer.compute_metrics = lambda prediction: {"ranking": trainer.state.global_step / 10}
         InterruptAfter(3)(trainer)
 
     with pytest.raises(Interrupted):
@@ -406,7 +406,7 @@ def best_is_first(model, corpus, tmp_path_factory):
 
 
 def rate_by_step(trainer):
-    trainer.compute_metrics = lambda prediction: {"wer": trainer.state.global_step / 10}
+    trainer.compute_metrics = lambda prediction: {"ranking": trainer.state.global_step / 10}
 
 
 def test_the_best_checkpoint_is_found_in_a_moved_folder(model, corpus, best_is_first, tmp_path):

@@ -15,6 +15,7 @@ from conftest import FIXTURES
 from dinosr_hf import DinoSRConfig, DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from dinosr_hf.hub.conversion import (
     ConversionError,
+    _text_normalization,
     convert,
     convert_to_fairseq,
     convert_to_spidr,
@@ -22,6 +23,7 @@ from dinosr_hf.hub.conversion import (
     unit_statistics,
 )
 from dinosr_hf.hub.conversion.fairseq import config_from_fairseq, settings_notes
+from dinosr_hf.recognition.text import SPECIAL_TOKENS, TextNormalization
 from scripts import load_command
 from tiny import tiny_config
 from tolerances import SAME_ARITHMETIC
@@ -307,6 +309,22 @@ def test_a_recogniser_of_fairseq_is_converted(recogniser, dictionary, folder, tm
     # fairseq: 0 is its blank, 4 the first letter of the file
     assert tokenizer.decode([0, 5, 5, 0, 5, 4, 6, 0]) == "EE T"
     assert config.pad_token_id == tokenizer.pad_token_id == 0
+    assert TextNormalization.load(tmp_path / "out") == TextNormalization(case="upper", keep="")
+
+
+@pytest.mark.parametrize(
+    ("labels", "rule"),
+    [
+        (["|", "A", "'", "É", "-"], TextNormalization(case="upper", keep="'-")),
+        (["|", "a", "b"], TextNormalization(case="lower", keep="")),
+        (["|", "a", "B"], None),
+        (["|", "AA", "B"], None),
+        (["|", "好", "不"], None),
+        (["|", "I", "İ"], None),
+    ],
+)
+def test_the_letters_of_a_dictionary_tell_the_text_normalisation(labels, rule):
+    assert _text_normalization({label: number for number, label in enumerate([*SPECIAL_TOKENS, *labels])}) == rule
 
 
 def test_a_recogniser_with_an_unprefixed_head_is_converted(recogniser, dictionary, tmp_path):

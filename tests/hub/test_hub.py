@@ -21,6 +21,7 @@ from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
 from dinosr_hf.hub import Dataset, build_card, prepare, push, read_provenance
 from dinosr_hf.hub.card import METRIC_NAMES, build_results, code, redact_paths, render_card
 from dinosr_hf.recognition import TextNormalization
+from dinosr_hf.recognition.decoding import DecodingOptions, find_decoding
 from dinosr_hf.training.run_record import METRICS, record_of, write_record
 from dinosr_hf.utils.model_folder import save_folder
 from hub_server import TOKEN, hub_server
@@ -143,6 +144,10 @@ def test_arguments_replace_fields_of_the_provenance_file(saved, tmp_path):
             {"datasets": [{**PROVENANCE["datasets"][0], "task_id": "clean"}, PROVENANCE["datasets"][1]]},
             "datasets: corpus/train has task_id, but the run measured no wer, cer, accuracy on it",
         ),
+        (
+            {"datasets": [*PROVENANCE["datasets"], {"name": "corpus", "license": "mit"}]},
+            "datasets: corpus is none of the run's, .*/test; .*/train; remove it or rename it",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -165,6 +170,19 @@ def test_the_error_lists_all_missing_fields_at_once(saved):
         read_provenance(saved[0] / "recogniser")
     fields = re.findall(r"^- (\w+): ", str(caught.value), re.MULTILINE)
     assert list(dict.fromkeys(fields)) == ["repo_id", "license", "languages", "datasets", "base_model"]
+
+
+def test_a_result_on_several_datasets_has_an_entry_of_its_own(saved, tmp_path):
+    both = "/home/jo/corpus/train, /home/jo/corpus/test"
+    run = dataclasses.asdict(RECORD)
+    run["evaluation"] = [{**RECORD.evaluation[0], "dataset": both}]
+    run["data"] = [{**RECORD.data[0], "name": f"/home/jo/corpus/{name}"} for name in ("train", "test")]
+    with pytest.raises(ValueError, match=r"no entry matches .*/train, .*/test, which.*evaluated on"):
+        read(saved, tmp_path, provenance_with(run=run), name="pretrained")
+    datasets = [*PROVENANCE["datasets"], {"name": "train, test", "license": "cc-by-4.0", "title": "Both"}]
+    provenance, record = read(saved, tmp_path, provenance_with(run=run, datasets=datasets), name="pretrained")
+    assert [provenance.dataset(entry["name"]).name for entry in record.data] == ["corpus/train", "test"]
+    assert "| word error rate, % | Both |" in build_card(record, provenance, saved[1]["recogniser"]).content
 
 
 @pytest.mark.parametrize(
@@ -400,6 +418,25 @@ def test_a_prepared_folder_has_the_model_and_nothing_else(saved, provenance_and_
     assert said == pipeline("automatic-speech-recognition", model=str(folder / "recogniser"))(torch.ones(4000).numpy())
 
 
+def test_a_prepared_recogniser_has_the_files_of_its_decoding(saved, provenance_and_record, tmp_path):
+    for folder, name in (("models", "lm.arpa"), ("words", "lexicon.txt"), ("tuned", "decoding.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(name)
+    files = [str(tmp_path / "models" / "lm.arpa"), str(tmp_path / "words" / "lexicon.txt")]
+    DecodingOptions(*files, lm_weight=0.5).save(tmp_path / "tuned" / "decoding.json")
+    include = [tmp_path / "tuned" / "decoding.json", files[0]]
+    out = prepare(saved[0] / "recogniser", tmp_path / "ready", *provenance_and_record, include=include)
+    assert str(tmp_path) not in (out / "decoding.json").read_text()
+    moved = out.rename(tmp_path / "moved")
+    for file in files:
+        Path(file).unlink()
+    options = find_decoding(moved)
+    assert options == DecodingOptions(str(moved / "lm.arpa"), str(moved / "lexicon.txt"), lm_weight=0.5)
+    assert [Path(file).read_text() for file in (options.language_model, options.lexicon)] == ["lm.arpa", "lexicon.txt"]
+    with pytest.raises(ValueError, match=r"lm\.arpa is to be included, but is not a file"):
+        prepare(saved[0] / "recogniser", tmp_path / "again", *provenance_and_record, include=include[:1])
+
+
 def test_a_prepared_recogniser_has_the_text_normalisation_of_its_run(saved, provenance_and_record, tmp_path):
     run = shutil.copytree(saved[0] / "recogniser", tmp_path / "run")
     TextNormalization(case="upper", keep="-").save(run)
@@ -454,7 +491,7 @@ def test_folders_that_cannot_be_prepared_are_refused(saved, provenance_and_recor
     with pytest.raises(ValueError, match="is to be included, but is not a file"):
         prepare(folder / "recogniser", tmp_path / "ready", provenance, record, include=[tmp_path / "nothing"])
     (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"vocab\.json is a file of the model"):
+    with pytest.raises(ValueError, match=r"vocab\.json is in the folder already"):
         prepare(folder / "recogniser", tmp_path / "ready", provenance, record, include=[tmp_path / "vocab.json"])
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")

@@ -79,6 +79,15 @@ def test_empty_texts():
     assert report.confusions == {("", "oh"): 1, ("", "no"): 1, ("a", ""): 1, ("b", ""): 1}
 
 
+def test_ranking():
+    said = ["a b c", "ax b c", "axxx b c", f"a{'x' * 99} b c", "x y c"]  # 0, 1, 1, 1 and 2 word errors
+    rankings = [score(["a b c", "d e f"], [first, "d e f"]).ranking for first in said]
+    assert rankings == sorted(rankings) and len(set(rankings)) == len(said)
+    unspaced = ["你好世界", "再见"]
+    blank, some = score(unspaced, ["", ""]), score(unspaced, ["你好", "见"])
+    assert blank.wer == some.wer == 1.0 and (blank.ranking, some.ranking) == (1.0, 0.5)
+
+
 def test_confusions_are_pairs_of_words():
     report = score(REFERENCES, PREDICTIONS)
     assert report.confusions[("ship", "sheep")] == 1

@@ -125,7 +125,8 @@ LIMITS = [{}, {"max_characters": 13}, {"max_seconds": 2.5}, {"max_lines": 1, "ma
 
 
 def columns(text):
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+    seen = (character for character in text if unicodedata.category(character) not in ("Mn", "Me", "Cf"))
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in seen)
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)

@@ -63,6 +63,15 @@ def frames_of(labels, blank=0, repeats=2):
         ("ok… 25℃ ❤️ 👋🏽! ™", {"keep": "…℃❤️👋"}, "ok… 25℃ ❤ 👋"),
         ("™ ™️ ㊙ ㊙️ ℹ ℹ️ Ⓜ Ⓜ️ ¨ ˜ ‗ か゛", {}, "か"),
         ("ሰላም፡ለዓለም བོད་སྐད། राम।श्याम a|b", {}, "ሰላም ለዓለም བོད སྐད राम श्याम a b"),
+        ("well…maybe not...or‥so end!Next?no", {}, "well maybe not or so end next no"),
+        ("ہے۔میں هل؟نعم؛لا ሰላም፧ለ 你好！世界。好", {}, "ہے میں هل نعم لا ሰላም ለ 你好 世界 好"),
+        ("U.S.A. 3.5 a,b;c:d Ողջո՜ւյն", {}, "usa 35 abcd ողջույն"),
+        ("a…b...c", {"keep": "."}, "a...b...c"),
+        ("a…b...c", {"keep": "…"}, "a…b c"),
+        ("ทำน้ำ ຄຳ ໜັງ ໝາ ⵜⴰⵎⴰⵣⵉⵖⵜⵯ kʷaˤ ㅋㅋㄱㅏ և", {}, "ทำน้ำ ຄຳ ໜັງ ໝາ ⵜⴰⵎⴰⵣⵉⵖⵜⵯ kʷaˤ ㅋㅋㄱㅏ և"),
+        ("\u0e19\u0e4d\u0e32 \u0e84\u0ecd.\u0eb2", {}, "\u0e19\u0e33 \u0e84\u0eb3"),  # am of two signs
+        ("צ׳ צה״ל կ՚ը", {}, "צ' צהל կ'ը"),
+        ("ʰe\u0301 ﬁʰﬁ", {}, "ʰé fiʰfi"),
         ("I\u200e\u0307zmir", {"case": "lower_turkic"}, "izmir"),
         ("Well-known/old_name – really", {}, "well known old name really"),
         ("ﬁne ① Ｆ", {}, "fine 1 f"),
@@ -203,7 +212,7 @@ def test_characters_outside_the_vocabulary_count_as_errors(tmp_path):
     assert task.report(source, predictions, tmp_path, "test") == {"wer": 0.5, "cer": 1 / 5}
     # The metric that selects the best checkpoint counts what the vocabulary can spell.
     prediction = type("P", (), {"predictions": predictions, "label_ids": targets})
-    assert task.metrics(prediction) == {"wer": 0.0, "cer": 0.0}
+    assert task.metrics(prediction) == {"wer": 0.0, "cer": 0.0, "ranking": 0.0}
 
 
 @pytest.mark.parametrize("text", ["hello", "aa", "hello moon ooh", "o o", "don't", "a 'b' n't ."])
@@ -276,7 +285,7 @@ def test_transcripts_that_look_alike_have_the_same_labels():
 def test_a_vocabulary_of_decomposed_phones_stays_usable(tmp_path):
     make_processor(build_vocabulary(["a\u0303 t b\u200e"], "phonemes"), "phonemes").save_pretrained(tmp_path)
     TextNormalization("phonemes").save(tmp_path)
-    task = recognition("x", processor=str(tmp_path))
+    task = recognition("t", processor=str(tmp_path))
     source = labelled("ã t", "a\u0303 b")
     targets = task.targets(source)
     assert [len(target) for target in targets] == [2, 2]
@@ -285,7 +294,7 @@ def test_a_vocabulary_of_decomposed_phones_stays_usable(tmp_path):
 
 def test_predictions_are_normalised_like_references(tmp_path):
     make_processor(build_vocabulary(["haʻi"])).save_pretrained(tmp_path)  # of an older release
-    task = recognition("x", processor=str(tmp_path))
+    task = recognition("hi", processor=str(tmp_path))
     (frames,), _ = encode(["haʻi"], task.processor.tokenizer)
     assert task.report(labelled("haʻi"), [frames_of(frames)], tmp_path, "test") == {"wer": 0.0, "cer": 0.0}
 
@@ -293,7 +302,8 @@ def test_predictions_are_normalised_like_references(tmp_path):
 @pytest.mark.parametrize("case", ["lower", "upper", "keep", "lower_turkic"])
 def test_normalised_texts_stay_as_they_are(case):
     normalize = TextNormalization(case=case, keep="'-…")
-    for text in map("".join, itertools.product([*"aİIßΣ’´ŉ‐…（ﬁ¨\u200d\u200eก\u200b\u0307", "क्"], repeat=3)):
+    signs = [*"aİIßΣ’´ŉ‐….!（ﬁ¨\u200d\u200eก\u0e4d\u0e32\u200b\u0307", "क्"]
+    for text in map("".join, itertools.product(signs, repeat=3)):
         assert normalize(normalize(text)) == normalize(text)
 
 
@@ -303,6 +313,13 @@ def test_utterances_excluded_from_training():
     assert task.exclusion_reason(target, 6) is None
     assert task.exclusion_reason(target, 5) == "too short for their transcript"
     assert task.exclusion_reason(np.zeros(0, dtype=np.int64), 9) == "with an empty transcript"
+
+
+def test_a_transcript_without_any_known_label_is_empty():
+    task = recognition("hello moon")
+    targets = task.targets(labelled("zz zz", "zz moon"))
+    assert [len(target) for target in targets] == [0, len("|moon")]
+    assert task.exclusion_reason(targets[0], 9) == "with an empty transcript"
 
 
 def test_transformers_loads_the_processor(tmp_path):
@@ -331,7 +348,7 @@ def saved(folder, *labels, **arguments):
 
 def test_existing_processor_sets_vocabulary_and_normalisation(tmp_path):
     name = saved(tmp_path, "HELLO MOON", case="upper")
-    task = recognition("other letters", processor=name)
+    task = recognition("other hello", processor=name)
     assert task.processor.tokenizer.get_vocab() == build_vocabulary(["HELLO MOON"])
     assert task.normalization == TextNormalization(case="upper")
     assert task.config_changes()["vocab_size"] == len(build_vocabulary(["HELLO MOON"]))
@@ -343,16 +360,18 @@ def test_existing_processor_sets_vocabulary_and_normalisation(tmp_path):
 
 def test_normalisation_that_differs_from_the_processor_raises(tmp_path):
     name = saved(tmp_path, "hello", keep_punctuation="'-")
-    assert recognition("x", processor=name, keep_punctuation="'-").normalization.keep == "'-"
+    assert recognition("hello", processor=name, keep_punctuation="'-").normalization.keep == "'-"
     with pytest.raises(ArgumentError, match=r"has units=characters, case=lower.* but the arguments are.*case=upper"):
         recognition("x", processor=name, case="upper")
 
 
 def test_processor_without_normalisation_takes_the_arguments(tmp_path):
     make_processor(build_vocabulary(["A B"], "phonemes"), "phonemes").save_pretrained(tmp_path)
-    assert recognition("x", processor=str(tmp_path)).normalization.units == "phonemes"
+    assert recognition("B", processor=str(tmp_path)).normalization.units == "phonemes"
     make_processor(build_vocabulary(["HI"])).save_pretrained(tmp_path / "letters")
-    assert recognition("x", processor=str(tmp_path / "letters"), case="upper").normalization.case == "upper"
+    assert recognition("hi", processor=str(tmp_path / "letters"), case="upper").normalization.case == "upper"
+    with pytest.raises(ArgumentError, match=r"lacks most labels of .*, such as h i\. .* \| H I\. .*case .*lower"):
+        recognition("hi hi", processor=str(tmp_path / "letters"))
     with pytest.raises(ArgumentError, match=r"has units=characters.*arguments are units=phonemes"):
         recognition("x", processor=str(tmp_path / "letters"), units="phonemes")
 

@@ -56,14 +56,28 @@ class EchoDecoder:
 
 
 def test_errors_are_summed_over_utterances():
-    # "a x" has 2 errors against each of "a b a", "b" and "": 6 errors in 4 words; the mean of rates differs.
+    # "a x" has 2 word errors and 3 character errors against each of "a b a", "b" and "": 6 errors in 4 words; the mean
+    # of rates differs.
     seen = []
     said = ["A b a", "b", ""]
     trials = tune(EchoDecoder, said, ["a b A", "b", ""], [(1.0, 0.5), (2.0, 0.0), (3.0, 0.0)], normalize=str.lower)
-    assert trials == [Trial(2.0, 0.0, 0, 4), Trial(1.0, 0.5, 6, 4), Trial(3.0, 0.0, 6, 4)]
-    assert trials[1].word_error_rate == 1.5
+    assert trials == [Trial(2.0, 0.0, 0, 4, 0, 6), Trial(1.0, 0.5, 6, 4, 9, 6), Trial(3.0, 0.0, 6, 4, 9, 6)]
+    assert trials[1].word_error_rate == trials[1].character_error_rate == 1.5
     trials = tune(EchoDecoder, said, ["a b A", "b", ""], [(2.0, 0.0)], on_trial=seen.append)
-    assert seen == trials == [Trial(2.0, 0.0, 2, 4)], "without normalisation, A differs from a"
+    assert seen == trials == [Trial(2.0, 0.0, 2, 4, 2, 6)], "without normalisation, A differs from a"
+
+
+def test_trials_with_as_many_word_errors_are_ranked_by_characters():
+    def make_decoder(lm_weight, word_score):
+        said = type("Said", (), {"text": {0.0: "", 1.0: "你好", 2.0: "你"}[lm_weight]})
+        return type("Decoder", (), {"decode": lambda self, frames: [said]})()
+
+    trials = tune(make_decoder, [None], ["你好吗"], [(0.0, 0.0), (1.0, 0.0), (2.0, 0.0)])
+    assert [(trial.lm_weight, trial.word_errors, trial.character_errors) for trial in trials] == [
+        (1.0, 1, 1),
+        (2.0, 1, 2),
+        (0.0, 1, 3),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +147,7 @@ def test_script_writes_the_best_trial(recogniser, script, capsys):
     table = [line.split() for line in printed.splitlines() if line.endswith("%") and "search" not in line]
     assert len(table) == 4
     assert [float(value) for value in table[0][:2]] == [options.lm_weight, options.word_score]
-    rates = [float(value.rstrip("%")) for *_, value in table]
+    rates = [float(value.rstrip("%")) for *_, value in table]  # of characters: there are less than two words each
     assert rates == sorted(rates) and rates[0] < rates[-1]
 
 

@@ -113,4 +113,6 @@ def test_units_of_lines(text, units):
 
 def test_widths():
     assert [num_columns(text) for text in ("ab", "漢字", "カ", "ｶ", "é", "한")] == [2, 4, 2, 1, 1, 2]
+    marked = ("e\u0301", "カ\u309a", "น้ำ", "हिन्दी", f"می{ZWNJ}روم", "1\u20e3")
+    assert [num_columns(text) for text in marked] == [1, 2, 2, 5, 5, 1]
     assert graphemes("e\u0301x") == ["e\u0301", "x"]

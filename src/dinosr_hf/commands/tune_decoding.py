@@ -79,7 +79,8 @@ def pairs_of(options: argparse.Namespace) -> list[tuple[float, float]]:
 
 
 def row(trial: Trial) -> str:
-    return f"{trial.lm_weight:9.2f}  {trial.word_score:10.2f}  {trial.word_error_rate:15.2%}"
+    rates = f"{trial.word_error_rate:15.2%}  {trial.character_error_rate:20.2%}"
+    return f"{trial.lm_weight:9.2f}  {trial.word_score:10.2f}  {rates}"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -109,7 +110,8 @@ def run(options: argparse.Namespace) -> None:
         )
     best = trials[0]
     decoder.reweighted(best.lm_weight, best.word_score).options.save(output)
-    print("lm_weight  word_score  word error rate", *map(row, itertools.islice(trials, 20)), sep="\n")
+    print("lm_weight  word_score  word error rate  character error rate")
+    print(*map(row, trials[:20]), sep="\n")
     print(f"greedy search: {without.word_error_rate:.2%}, beam search: {best.word_error_rate:.2%}")
     print(f"The best trial is in {output}.")
 

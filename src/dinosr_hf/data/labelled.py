@@ -23,19 +23,32 @@ class LabelledSource:
     """
     Utterances of `source` and their labels, one text each; None or empty if it has none. `ValueError` if all are.
 
-    Utterances without one are left out, and counted in `skipped["no label"]`. `name` is that of the data in messages.
+    Utterances without one are left out, and counted in `skipped["no label"]`. `name` is that of the data in messages;
+    of a `JoinedSource`, one for each of its sources.
 
     Attributes:
+        names: Name of each dataset.
+        datasets: Dataset of each utterance, by its index in `names`, like `indices`.
         indices: Index in `source` of each utterance with a label, in the order of `labels`, `ids` and `num_samples`.
         skipped: Ids of what was left out, by reason.
     """
 
     def __init__(
-        self, source: SpeechSource, labels: Sequence[str | None], *, name: str = "The data", split: str | None = None
+        self,
+        source: SpeechSource,
+        labels: Sequence[str | None],
+        *,
+        name: str | Sequence[str] = "The data",
+        split: str | None = None,
     ) -> None:
         assert len(labels) == len(source), (len(labels), len(source))
-        self.source, self.name, self.split = source, name, split
+        sources = source.sources if isinstance(source, JoinedSource) else [source]
+        self.names = [name] if isinstance(name, str) else list(name)
+        assert len(self.names) == len(sources), (self.names, len(sources))
+        self.source, self.name, self.split = source, ", ".join(self.names), split
+        numbers = [number for number, one in enumerate(sources) for _ in range(len(one))]
         self.indices = [index for index, label in enumerate(labels) if remove_invisible(label or "").strip()]
+        self.datasets = [numbers[index] for index in self.indices]
         self.labels = [str(labels[index]) for index in self.indices]
         self.ids = [source.utterances[index].id for index in self.indices]
         self.num_samples = [source.utterances[index].num_samples for index in self.indices]
@@ -44,9 +57,9 @@ class LabelledSource:
         if without:
             self.skipped.setdefault("no label", []).extend(without)
             counts = f"{len(without):,} of {len(source):,} recordings"
-            logger.warning("%s: %s have no label and are left out, for example %s.", name, counts, without[0])
+            logger.warning("%s: %s have no label and are left out, for example %s.", self.name, counts, without[0])
         if not self.indices:
-            raise ValueError(f"{name}: none of its {len(source):,} recordings has a label. Is it another column?")
+            raise ValueError(f"{self.name}: none of its {len(source):,} recordings has a label. Is it another column?")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -106,4 +119,4 @@ def open_labelled(
     source = sources[0] if len(sources) == 1 else JoinedSource(sources)
     with argument_errors("" if column is None else f"{column_option}={column}: "):
         labels = source.labels(column)
-    return LabelledSource(source, labels, name=", ".join(map(str, several)), split=split)
+    return LabelledSource(source, labels, name=[*map(str, several)], split=split)

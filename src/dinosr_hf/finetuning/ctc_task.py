@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..recognition.decoding import GreedyDecoder
 from ..recognition.scoring import score, texts_of
 from ..recognition.text import (
     CASES,
+    NORMALIZATION_FILE,
     UNITS,
     TextNormalization,
     build_vocabulary,
@@ -64,7 +66,7 @@ class Recognition(Task):
 
     name = "automatic-speech-recognition"
     model_class = DinoSRForCTC
-    metric = "wer"
+    metric = "ranking"
     greater_is_better = False
 
     def __init__(self, arguments: RecognitionArguments) -> None:
@@ -88,6 +90,7 @@ class Recognition(Task):
                     f"processor={error} Without processor, the vocabulary is built from the training transcripts."
                 ) from error
             self.normalization = self._processor_normalization(known)
+            self._check_vocabulary(train)
             self.processor.feature_extractor = feature_extractor()  # the training does what ours does
         else:
             vocabulary = build_vocabulary(map(self.normalization, train.labels), self.normalization.units)
@@ -106,6 +109,18 @@ class Recognition(Task):
                 f" case={explicit.case} and keep_punctuation={explicit.keep}. Leave them out."
             )
         return known
+
+    def _check_vocabulary(self, train: LabelledSource) -> None:
+        """Raise `ArgumentError` if the processor's vocabulary lacks most labels of the training transcripts."""
+        encoded, unknown = encode(self._references(train), self._tokenizer)
+        if unknown.total() > sum(map(len, encoded)):
+            shown = " ".join(label for label, _ in unknown.most_common(10))
+            raise ArgumentError(
+                f"processor={self.arguments.processor} lacks most labels of the transcripts of {train.name}, such as"
+                f" {shown}. Its labels are {shorten(' '.join(self.labels()), 200, placeholder=' ...')}. Give a"
+                f" processor that has them; if it has no {NORMALIZATION_FILE}, another case may be enough, which is"
+                f" {self.normalization.case}."
+            )
 
     def config_changes(self) -> dict[str, Any]:
         """Return the vocabulary's size and special labels, and the settings of the loss."""
@@ -142,10 +157,10 @@ class Recognition(Task):
         return "too short for their transcript" if frames_needed(target) > num_frames else None
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Compute word and character error rate against the references as the vocabulary can spell them."""
+        """Compute error rates, and what ranks checkpoints, for the references as the vocabulary can spell them."""
         references = [self._tokenizer.decode(labels, group_tokens=False) for labels in prediction.label_ids]
         errors = score(references, texts_of(prediction.predictions, self._tokenizer))
-        return {"wer": errors.wer, "cer": errors.cer}
+        return {"wer": errors.wer, "cer": errors.cer, "ranking": errors.ranking}
 
     def report(self, source: LabelledSource, predictions: Any, folder: Path, name: str) -> Mapping[str, float]:
         """Write an `ErrorReport` against the complete references, also of characters outside the vocabulary."""

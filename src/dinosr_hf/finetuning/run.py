@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from textwrap import shorten
@@ -65,13 +65,23 @@ def _training_set(
     )
 
 
+def _describe_data(train: LabelledDataset, unreadable: Collection[int] = ()) -> list[dict[str, Any]]:
+    """Return an entry of the record for each dataset that is trained on; `unreadable` are indices in `train`."""
+    source, described = train.source, []
+    for number, name in enumerate(source.names):
+        own = [index for index, position in enumerate(train.positions) if source.datasets[position] == number]
+        hours = sum(train.num_samples[index] for index in own) / SAMPLING_RATE / 3600
+        counts = {"utterances": len(own), "unreadable": len({*own} & {*unreadable})}
+        described.append({"name": name, "split": source.split, "hours": hours, **counts})
+    return described
+
+
 def _make_trainer(
     task: Task, start: InitialModelArguments, data: LabelledDataArguments, arguments: FinetuningArguments
 ) -> tuple[SpeechTrainer, LabelledDataset | None]:
     """Open data and model; return the trainer, which has the training and evaluation data, and the test data."""
     set_seed(arguments.seed)
-    if arguments.device.type == "cpu":
-        set_cpu_threads(arguments.num_threads, arguments.world_size)
+    set_cpu_threads(arguments.num_threads, arguments.world_size)
     check_initial_model(start)  # before the data, which can take long
     with argument_errors(kinds=(ValueError, OSError)):
         splits = open_splits(data, arguments.seed)
@@ -136,7 +146,7 @@ def _train_and_save(
         record,
         steps=trainer.state.global_step,
         evaluation=_evaluate(trainer, task, {"eval": trainer.eval_dataset, "test": test}),
-        data=[record.data[0] | {"unreadable": trainer.num_unreadable()}],
+        data=_describe_data(trainer.train_dataset, trainer.unreadable()),
         finished=time_now(),
     )
     if trainer.is_world_process_zero():
@@ -209,14 +219,11 @@ def finetune(
         trainer, test = _make_trainer(task, start, data, arguments)
         if on_trainer is not None:
             on_trainer(trainer)
-        train, source = trainer.train_dataset, trainer.train_dataset.source
-        hours = sum(train.num_samples) / SAMPLING_RATE / 3600
-        trained_on = {"name": source.name, "split": source.split, "hours": hours}
         record = RunRecord(
             task=task.name,
             arguments=given,
             base_model=None if start.from_scratch else start.model,
-            data=[{**trained_on, "utterances": len(train), "unreadable": 0}],
+            data=_describe_data(trainer.train_dataset),
             started=started,
             hardware=describe_hardware(arguments.device, arguments.world_size),
         )

@@ -319,11 +319,11 @@ class SpeechTrainer(Trainer):
             raise CheckpointError(f"{error} {advice}") from error
         super()._load_best_model()
 
-    def num_unreadable(self) -> int:
-        """Return how many training recordings no process could read so far; call in all processes."""
+    def unreadable(self) -> set[int]:
+        """Return the indices of training recordings that a process could not read so far; call in all processes."""
         from accelerate.utils import gather_object
 
-        return len(set(gather_object(sorted(self._unreadable))))
+        return set(gather_object(sorted(self._unreadable)))
 
     @torch.no_grad()
     def evaluation_loop(

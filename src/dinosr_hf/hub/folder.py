@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..model import modeling_dinosr
 from ..model.configuration_dinosr import DinoSRConfig
+from ..recognition.decoding import DecodingOptions
 from ..recognition.text import TextNormalization
 from ..training.run_record import RECORD_NAME, RunRecord
 from ..utils.files import atomic_folder
@@ -96,6 +98,31 @@ def _check_loads(folder: Path, model: PreTrainedModel) -> None:
         assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
 
+def _with_decoding_files(include: Sequence[StrPath]) -> list[Path]:
+    """Return the files to include, with the language model and lexicon of a decoding.json; `ValueError` if missing."""
+    files = [Path(os.path.abspath(file)) for file in include]
+    for file in files:  # those that are added as well
+        if not file.is_file():
+            raise ValueError(f"{file} is to be included, but is not a file.")
+        if file.name == "decoding.json":
+            options = DecodingOptions.load(file)
+            files += map(Path, map(os.path.abspath, filter(None, (options.language_model, options.lexicon))))
+    return list(dict.fromkeys(files))
+
+
+def _include(file: Path, folder: Path) -> None:
+    """Copy a file into a folder; a decoding.json so that it names language model and lexicon in that folder."""
+    if (folder / file.name).exists():
+        raise ValueError(f"{file} is to be included, but {file.name} is in the folder already. Rename yours.")
+    if file.name != "decoding.json":
+        shutil.copyfile(file, folder / file.name)
+        return
+    options = DecodingOptions.load(file)
+    paths = {"language_model": options.language_model, "lexicon": options.lexicon}
+    moved: Any = {name: None if path is None else str(folder / Path(path).name) for name, path in paths.items()}
+    dataclasses.replace(options, **moved).save(folder / file.name)
+
+
 def prepare(
     folder: StrPath, out: StrPath, provenance: Provenance, record: RunRecord, *, include: Sequence[StrPath] = ()
 ) -> Path:
@@ -111,7 +138,8 @@ def prepare(
         out: Path to the folder to write; new or empty.
         provenance: Facts that the record lacks; `read_provenance` returns both.
         record: Record of the run.
-        include: Paths of further files to copy, such as a recogniser's decoding.json.
+        include: Paths of further files to copy, such as a recogniser's decoding.json, whose language model and lexicon
+            are copied as well. All lie side by side in `out`.
 
     Raises:
         ValueError: If `out` has files, the model does not fit the record's task, a recogniser has no tokenizer or one
@@ -120,9 +148,7 @@ def prepare(
     folder, out = Path(folder), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} has files already. Give a new folder, or remove this one.")
-    for file in map(Path, include):
-        if not file.is_file():
-            raise ValueError(f"{file} is to be included, but is not a file.")
+    included = _with_decoding_files(include)
     model = _open_model(folder, record)
     processor = open_processor(folder, is_recogniser=record.task == "automatic-speech-recognition")
     if isinstance(processor, Wav2Vec2Processor):
@@ -146,10 +172,8 @@ def prepare(
         for name, content in results.items():
             (temporary / EVAL_RESULTS_FOLDER).mkdir(exist_ok=True)
             (temporary / EVAL_RESULTS_FOLDER / name).write_text(content, encoding="utf-8")
-        for file in map(Path, include):
-            if (temporary / file.name).exists():
-                raise ValueError(f"{file} is to be included, but {file.name} is a file of the model. Rename yours.")
-            shutil.copyfile(file, temporary / file.name)
+        for file in included:
+            _include(file, temporary)
         _check_loads(temporary, model)
     return out
 

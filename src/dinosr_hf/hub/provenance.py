@@ -49,9 +49,12 @@ class Dataset:
         return self.title or " ".join(filter(None, (self.id, self.config))) or self.name
 
     def is_named(self, name: str) -> bool:
-        """Return whether a run's name for a dataset means this one."""
-        own, given = ([part for part in re.split(r"[\\/]", text) if part] for text in (self.name, name))
-        return given[-len(own) :] == own
+        """Return whether a run's name for a dataset means this one; a name for several has them all, after commas."""
+        own, given = (
+            [re.split(r"[\\/]+", each.strip("\\/")) for each in text.split(", ")] for text in (self.name, name)
+        )
+        pairs = zip(own, given, strict=False)
+        return len(own) == len(given) and all(whole[-len(parts) :] == parts for parts, whole in pairs)
 
 
 # Fields of text, in which YAML may have read a number, such as a dataset that is named by its year.
@@ -207,7 +210,9 @@ def _find_run_problems(record: RunRecord, datasets: list[Dataset]) -> Iterator[s
             yield f"datasets: {entry['name']} needs hours, which the run did not count"
     results = {entry["dataset"] for entry in record.evaluation if main_metric(entry) is not None}
     for dataset in datasets:
-        if dataset.task_id and not any(map(dataset.is_named, results)):
+        if not any(map(dataset.is_named, verbs)):
+            yield f"datasets: {dataset.name} is none of the run's, {'; '.join(verbs)}; remove it or rename it"
+        elif dataset.task_id and not any(map(dataset.is_named, results)):
             yield f"datasets: {dataset.name} has task_id, but the run measured no {', '.join(HUB_METRICS)} on it"
     if not record.data:
         yield "data: the record of the run has no training data"

@@ -39,16 +39,31 @@ class ErrorReport(NamedTuple):
     wer: float  # word errors over words
     cer: float  # character errors over characters, spaces included
 
+    @property
+    def totals(self) -> dict[str, int]:
+        """Sums over all utterances: "word_errors", "num_words", "character_errors" and "num_characters"."""
+        return {name: sum(getattr(row, name) for row in self.utterances) for name in UtteranceErrors._fields[3:]}
+
+    @property
+    def ranking(self) -> float:
+        """
+        A number that is lower for a better recogniser: by its word errors and, among equals, its character error rate.
+
+        By the latter alone if references have less than two words on average, as in scripts without spaces.
+        """
+        num_words = self.totals["num_words"]
+        return self.cer if num_words < 2 * len(self.utterances) else self.wer + self.cer / (1 + self.cer) / num_words
+
     def save(self, folder: str | os.PathLike, name: str) -> None:
         """Write `predictions-<name>.jsonl`, an utterance per line, worst first, and tables, `errors-<name>.md`."""
-        rows = sorted(self.utterances, key=lambda row: (-row.word_errors, row.id))
+        rows = sorted(self.utterances, key=lambda row: (-row.word_errors, -row.character_errors, row.id))
         lines = "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
         write_atomically(Path(folder, f"predictions-{name}.jsonl"), lines)
         write_atomically(Path(folder, f"errors-{name}.md"), self.to_markdown(name))
 
     def to_markdown(self, name: str, num_confusions: int = 30) -> str:
         """Format rates and the most frequent confusions of words as tables."""
-        words, errors = (sum(getattr(row, count) for row in self.utterances) for count in ("num_words", "word_errors"))
+        words, errors = self.totals["num_words"], self.totals["word_errors"]
         total = [f"{len(self.utterances):,}", f"{words:,}", f"{errors:,}", f"{self.wer:.2%}", f"{self.cer:.2%}"]
         rates = markdown_table(["utterances", "words", "word errors", "WER", "CER"], [total])
         rows = [
@@ -134,8 +149,7 @@ def speech_errors_metric() -> Any:
 
         def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
             report = score(references, predictions)
-            sums = {name: sum(getattr(row, name) for row in report.utterances) for name in UtteranceErrors._fields[3:]}
-            return {"wer": report.wer, "cer": report.cer, **sums}
+            return {"wer": report.wer, "cer": report.cer, **report.totals}
 
     return SpeechErrors(keep_in_memory=True)
 

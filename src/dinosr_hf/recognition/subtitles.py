@@ -48,7 +48,7 @@ def _divisions(text: str, max_columns: int, least: float) -> Iterator[list[str]]
     ends = np.cumsum([num_columns(unit) for unit in units])
     count = max(1, math.ceil(least))
     while count < len(units):
-        numbers = np.ceil(ends * count / ends[-1] - 1e-9).tolist()
+        numbers = np.ceil(ends * count / max(1, ends[-1]) - 1e-9).clip(1).tolist()
         groups = itertools.groupby(zip(units, numbers, strict=True), key=itemgetter(1))
         yield ["".join(unit for unit, _ in group) for _, group in groups]
         count += 1 + count // 50

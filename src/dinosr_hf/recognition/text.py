@@ -37,13 +37,17 @@ WORD_DELIMITER = "|"
 
 # Signs that look alike; and selectors of emoji, which only change how a sign looks.
 _ALIKE = str.maketrans(
-    dict.fromkeys("’‘ʼʻ`´", "'") | dict.fromkeys("‐\u2011−", "-") | dict.fromkeys("\ufe0e\ufe0f") | {"ŉ": "'n"}
+    dict.fromkeys("’‘ʼʻ`´׳՚", "'") | dict.fromkeys("‐\u2011−", "-") | dict.fromkeys("\ufe0e\ufe0f") | {"ŉ": "'n"}
 )
 # Removed before NFKC, which makes letters of some emoji (ℹ, ™) and combining marks of accents without a letter (¨).
 _EMOJI = regex.compile(r"(?V1)[\p{Emoji}\p{Sk}ͺ‗‾--[0-9#*]]")
-# Dashes, slashes, and what stands between the words of scripts such as Ethiopic, Tibetan and Devanagari.
-_SEPARATOR = regex.compile(r"(?V1)[\p{Pd}\p{Pc}/\\⁄[[\p{P}\p{S}]&&\p{lb=BA}]]")
-_PUNCTUATION = regex.compile(r"[\p{P}\p{S}\p{Me}]")  # Me: the frame of a keycap
+# Text without the letters of which NFKC would make others: Thai and Lao am, Lao ho no and ho mo, Armenian yev, the
+# Tamazight labialisation mark, modifier letters, and letters of Korean that stand alone.
+_NFKC_RUN = regex.compile("[^\u0e33\u0eb3\u0edc\u0edd\u0587\u2d6f\u02b0-\u02b8\u02e0-\u02e4\u3131-\u318e]+")
+# Dashes, slashes, what stands between the words of scripts such as Ethiopic, Tibetan and Devanagari, and what can only
+# end a sentence or clause, in any script; two dots or more are an ellipsis, as NFKC has it.
+_SEPARATOR = regex.compile(r"(?V1)[\p{Pd}\p{Pc}/\\⁄[[\p{P}\p{S}]&&[\p{lb=BA}\p{lb=EX}\p{Sentence_Terminal}]]--.]|\.\.")
+_PUNCTUATION = regex.compile(r"\.{2,}|[\p{P}\p{S}\p{Me}]")  # Me: the frame of a keycap
 # The dot of "İ" that `str.lower` leaves: "i" has one already. Lithuanian has it below another accent.
 _SECOND_DOT = regex.compile(r"(?<=[ij])\u0307(?!\p{ccc=230})")
 
@@ -52,9 +56,10 @@ def _words(text: str, keep: str) -> str:
     """Return the NFKC form of a text without what is not spoken, but with characters of `keep` that NFKC makes."""
 
     def replacement(sign: regex.Match[str]) -> str:
-        return sign[0] if sign[0] in keep else " " if _SEPARATOR.match(sign[0]) else ""
+        return sign[0] if sign[0][0] in keep else " " if _SEPARATOR.match(sign[0]) else ""
 
-    return _PUNCTUATION.sub(replacement, remove_invisible(unicodedata.normalize("NFKC", _EMOJI.sub("", text))))
+    text = _NFKC_RUN.sub(lambda run: unicodedata.normalize("NFKC", run[0]), _EMOJI.sub("", text))
+    return _PUNCTUATION.sub(replacement, remove_invisible(text))
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,9 @@ class TextNormalization:
             characters are removed; then `case` and `keep` have no effect.
         case: "lower", "upper", "keep", or "lower_turkic" for Turkish, Azerbaijani and others with a dotless i: there
             I is ı in lower case and İ is i, but "lower" makes i of both.
-        keep: Punctuation, symbols, emoji and invisible characters to keep. Dashes, slashes and signs between words
-            become spaces, all others are removed. All apostrophes count as ', all hyphens as -.
+        keep: Punctuation, symbols, emoji and invisible characters to keep. Dashes, slashes, signs between words and
+            those that end a sentence (! ? …) become spaces, all others are removed. All apostrophes count as ', all
+            hyphens as -.
     """
 
     units: str = "characters"
@@ -83,8 +89,8 @@ class TextNormalization:
         """
         Return the text in one case, without punctuation and invisible characters, with single spaces between words.
 
-        Its Unicode form is NFKC, except for what is kept; that of phonemes is NFC. For what is invisible, see
-        `remove_invisible`.
+        Its Unicode form is NFKC, except for what is kept and for letters of which NFKC makes others; that of phonemes
+        is NFC. For what is invisible, see `remove_invisible`.
         """
         if self.units == "phonemes":
             return visible_text(text)
@@ -92,6 +98,7 @@ class TextNormalization:
         parts = regex.split(f"([{regex.escape(keep)}])", text) if keep else [text]  # the odd ones are kept
         parts[::2] = [_words(part, keep) for part in parts[::2]]
         text = _SECOND_DOT.sub("", unicodedata.normalize("NFC", "".join(parts)))
+        text = text.replace("\u0e4d\u0e32", "\u0e33").replace("\u0ecd\u0eb2", "\u0eb3")  # am, typed as two signs
         if self.case == "lower_turkic":
             text = text.replace("İ", "i").replace("I", "ı")
         text = text.upper() if self.case == "upper" else text if self.case == "keep" else text.lower()
@@ -180,13 +187,15 @@ def label_pattern(labels: Iterable[str]) -> str:
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizer) -> tuple[list[np.ndarray], Counter[str]]:
     """
-    Encode normalised transcripts as labels, int64 (L,) each, without those that the vocabulary lacks.
+    Encode normalised transcripts as labels, int64 (L,) each, without those that the vocabulary lacks; empty if only
+    word delimiters are left.
 
     Returns the labels, and the number of times that each label that is not in the vocabulary was dropped.
     """
     known_labels: dict[str, Any] = tokenizer.get_vocab()
     # Vocabularies of other programs may have phones in another Unicode form.
     vocabulary = {visible_text(label): index for label, index in known_labels.items()} | known_labels
+    delimiter = None
     if units_of(tokenizer) == "phonemes":
         spelled = [text.split() for text in texts]
     else:
@@ -197,8 +206,9 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizer) -> tuple[list[n
         pattern = re.compile(f"{label_pattern(labels)}|.", re.DOTALL)
         spelled = [pattern.findall(text.replace(" ", delimiter)) for text in texts]
     dropped = Counter(label for labels in spelled for label in labels if label not in vocabulary)
-    known = ([vocabulary[label] for label in labels if label in vocabulary] for labels in spelled)
-    return [np.array(indices, dtype=np.int64) for indices in known], dropped
+    known = ([label for label in labels if label in vocabulary] for labels in spelled)
+    kept = (labels if {*labels} - {delimiter} else [] for labels in known)
+    return [np.array([vocabulary[label] for label in labels], dtype=np.int64) for labels in kept], dropped
 
 
 def frames_needed(labels: np.ndarray) -> int:

@@ -6,6 +6,7 @@ wav2vec 2.0 (arXiv 2006.11477) tries 128 pairs, with weights in [0, 5] and word 
 
 import math
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -19,17 +20,24 @@ WORD_SCORES = (-5.0, 5.0)
 
 
 class Trial(NamedTuple):
-    """Number of word errors of a development set with a pair of weights, and of words in all references."""
+    """Errors of a development set with a pair of weights, and numbers of words and characters in all references."""
 
     lm_weight: float
     word_score: float
     word_errors: int
     num_words: int
+    character_errors: int
+    num_characters: int
 
     @property
     def word_error_rate(self) -> float:
         """Word errors over reference words, of all utterances together."""
         return self.word_errors / self.num_words
+
+    @property
+    def character_error_rate(self) -> float:
+        """Character errors over reference characters, of all utterances together."""
+        return self.character_errors / self.num_characters
 
 
 def random_pairs(
@@ -65,27 +73,28 @@ def tune(
     on_trial: Callable[[Trial], object] | None = None,
 ) -> list[Trial]:
     """
-    Decode a development set with each pair of weights, and count word errors.
+    Decode a development set with each pair of weights, and count word and character errors.
 
     Args:
         make_decoder: Returns a decoder for a language model weight and a word score: `BeamSearchDecoder.reweighted`.
         log_probs: Emissions of each utterance, float (T, V).
         references: Transcript of each utterance.
         pairs: Pairs of weights to try, at least one.
-        normalize: Applied to references and hypotheses before words are counted.
+        normalize: Applied to references and hypotheses before errors are counted.
         on_trial: Called with each trial when it is done.
 
-    Returns a trial for each pair, the fewest errors first; ties are in the order of `pairs`. Raises `ValueError` if no
-    reference has a word, or the numbers of utterances differ.
+    Returns a trial for each pair, the best by `ErrorReport.ranking` first; ties are in the order of `pairs`. Raises
+    `ValueError` if no reference has a word, or the numbers of utterances differ.
     """
     if not pairs:
         raise ValueError("There are no pairs of weights to try. Give at least one.")
-    expected, trials = [normalize(reference) for reference in references], []
+    expected = [normalize(reference) for reference in references]
+    ranked: list[tuple[float, Trial]] = []
     for lm_weight, word_score in pairs:
         decoder = make_decoder(lm_weight, word_score)
-        rows = score(expected, [normalize(decoder.decode(frames)[0].text) for frames in log_probs]).utterances
-        errors, num_words = sum(row.word_errors for row in rows), sum(row.num_words for row in rows)
-        trials.append(Trial(lm_weight, word_score, errors, num_words))
+        report = score(expected, [normalize(decoder.decode(frames)[0].text) for frames in log_probs])
+        trial = Trial(lm_weight, word_score, **report.totals)
+        ranked.append((report.ranking, trial))
         if on_trial is not None:
-            on_trial(trials[-1])
-    return sorted(trials, key=lambda trial: trial.word_errors)
+            on_trial(trial)
+    return [trial for _, trial in sorted(ranked, key=itemgetter(0))]

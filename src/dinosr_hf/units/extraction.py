@@ -385,5 +385,5 @@ def fit_layer_kmeans(
     for _, rows in extractor.features(recordings, on_progress=on_progress):
         drawn.append(np.array(rows[generator.random(len(rows)) < share, 0]))
     clusters = fit_kmeans(np.concatenate(drawn), num_clusters, seed, max_frames=max_frames)
-    about = (extractor.layers[0], extractor.source, extractor.is_smoothed)
-    return LayerKMeans(clusters.centroids, *about, **extractor.about_model)
+    about: dict[str, Any] = {"source": extractor.source, "is_smoothed": extractor.is_smoothed, **extractor.about_model}
+    return LayerKMeans(clusters.centroids, extractor.layers[0], **about)

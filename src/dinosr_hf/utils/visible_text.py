@@ -117,7 +117,8 @@ def graphemes(text: str) -> list[str]:
 
 
 def num_columns(text: str) -> int:
-    """Return the width of a text: wide characters (Chinese, Japanese, Korean) count as two."""
+    """Return the width of a text: wide characters (Chinese, Japanese, Korean) count as two, combining marks as 0."""
     if text.isascii():
         return len(text)
-    return len(text) + sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    seen = [character for character in text if unicodedata.category(character) not in ("Mn", "Me", "Cf")]
+    return len(seen) + sum(unicodedata.east_asian_width(character) in "WF" for character in seen)

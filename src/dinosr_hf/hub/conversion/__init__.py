@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from ...model.modeling_dinosr import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
-from ...recognition.text import make_processor
+from ...recognition.text import SPECIAL_TOKENS, WORD_DELIMITER, TextNormalization, make_processor
 from ...utils.command_line import check_choice
 from ...utils.files import atomic_file, atomic_folder, write_atomically
 from ...utils.model_folder import feature_extractor, open_weights
@@ -71,6 +72,16 @@ def _read_layout(file: Path, given: Mapping[str, Any]) -> Layout:
     return layout
 
 
+def _text_normalization(vocabulary: Mapping[str, int]) -> TextNormalization | None:
+    """Return the rule that a dictionary of single letters of one case tells; None if it tells none."""
+    labels = vocabulary.keys() - {*SPECIAL_TOKENS, WORD_DELIMITER}
+    letters = "".join(sorted(labels))
+    if len(letters) > len(labels) or not (letters.isupper() or letters.islower()) or {*"İı"} & labels:
+        return None
+    signs = (letter for letter in letters if unicodedata.category(letter)[0] in "PS")
+    return TextNormalization(case="upper" if letters.isupper() else "lower", keep="".join(signs))
+
+
 def convert(
     file: str | os.PathLike,
     out_dir: str | os.PathLike,
@@ -93,7 +104,8 @@ def convert(
         file: Path of the checkpoint; for data2vec of transformers, of its folder. Or a name on the Hub, of which the
             checkpoint and its config.json are downloaded, see `download_checkpoint`.
         out_dir: Path of the folder to write, which must not exist or be empty. It gets weights as safetensors,
-            configuration, feature extractor or processor, a card and the model's code, atomically.
+            configuration, feature extractor or processor, text normalisation if the dictionary has single letters of
+            one case, a card and the model's code, atomically.
         as_: "pretraining", "ctc", or "model" (the encoder alone); None: everything in the file.
         dictionary: Path of a recogniser's `dict.ltr.txt` from fairseq; None: convert its encoder alone.
         config: Path of a spidr checkpoint's config.json; None: the one beside the file, or if there is none, derive
@@ -130,12 +142,15 @@ def convert(
     if layout.unused:
         logger.warning("Not used: %s.", "; ".join(f"{name} ({reason})" for name, reason in layout.unused.items()))
     processor = feature_extractor() if layout.vocabulary is None else make_processor(layout.vocabulary)
+    normalization = None if layout.vocabulary is None else _text_normalization(layout.vocabulary)
     pipeline_tag, tags = CLASSES[layout.architecture][1], ["dinosr", "speech", "audio"]
     metadata = ModelCardData(license=license, library_name="transformers", pipeline_tag=pipeline_tag, tags=tags)
     card = render_card(metadata, model, title=Path(file).name, layout=layout)
     with atomic_folder(out_dir) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
+        if normalization is not None:
+            normalization.save(temporary)
         card.save(temporary / "README.md")
     return model
 
