@@ -37,9 +37,15 @@ demo: $(INSTALLED) ## a DinoSR learns the units of synthetic speech, then to rec
 
 HF_SUITE = tests/hf_common/run.sh $(VENV)/bin/python
 
+# Once, or all processes of the tests would compile the same modules at the same time.
+$(VENV)/.compiled: $(INSTALLED)
+	@$(VENV)/bin/python -c "import datasets, matplotlib.pyplot, onnxruntime, pandas, peft, scipy.stats, sklearn.cluster; \
+		from dinosr_hf import analysis, finetuning, hub, inference, pretraining, recognition, units"
+	@touch $@
+
 # Side by side, and in more processes than two cores, because tests wait for processes, signals and the disk.
-test: $(INSTALLED) ## the tests, and transformers' own
-	@log=$$(mktemp); HF_COMMON_WORKERS=1 $(HF_SUITE) >$$log 2>&1 & other=$$!; \
+test: $(VENV)/.compiled ## the tests, and transformers' own
+	@log=$$(mktemp); HF_COMMON_WORKERS=0 $(HF_SUITE) >$$log 2>&1 & other=$$!; \
 	trap 'kill $$other 2>/dev/null; rm -f $$log' EXIT; failed=0; \
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal || failed=1; \
 	wait $$other || failed=1; cat $$log; exit $$failed

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 
@@ -32,6 +33,7 @@ def is_listed(nodeid: str, patterns: list[str]) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_printoptions(threshold=8, edgeitems=1)  # transformers formats all tensors that it compares
     for marker in ("is_pipeline_test", "is_training_test", "accelerate_tests", "flash_attn_test", "generate"):
         config.addinivalue_line("markers", f"{marker}: transformers' own marker")
 
