@@ -226,6 +226,12 @@ def test_frames_with_no_or_several_labels_need_another_loss():
             model(x, mask, labels=labels)
 
 
+def test_a_single_class_of_frames_is_no_regression():
+    model = head(DinoSRForAudioFrameClassification, num_labels=1)
+    x, mask = padded(utterances())
+    assert model(x, mask, labels=torch.zeros(3, model.config.num_frames(LENGTHS[0]), dtype=torch.long)).loss == 0
+
+
 def test_a_batch_without_labelled_frames_has_no_loss_but_a_gradient():
     model = head(DinoSRForAudioFrameClassification)
     x = waveforms(2, 500)

@@ -447,7 +447,7 @@ def test_adapters_must_be_merged_before_the_teacher_moves(adapted):
     model = DinoSRForPreTraining(tiny_config())
     targets = rf"{adapted}\.layers\.\d+\.attention\.q_proj"
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=targets), model)
-    with pytest.raises(ValueError, match="merge the adapters first"):
+    with pytest.raises(ValueError, match="Merge the adapters first"):
         model.update_targets(1)
 
 

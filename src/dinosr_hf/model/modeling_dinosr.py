@@ -658,8 +658,8 @@ class DinoSRTeacher(DinoSREncoder):
         followed = (*encoder.layers.parameters(), *encoder.layer_norm.parameters())
         if len(averaged) != len(followed) or any(parameter.requires_grad for parameter in averaged):
             raise ValueError(
-                "The teacher has trainable parameters, or other ones than the student, as adapters make them. It is"
-                " their average: merge the adapters first, and leave requires_grad of the teacher False."
+                "The teacher has trainable parameters, or other ones than the student, as adapters make them, but it"
+                " is the student's average. Merge the adapters first, and leave the teacher's requires_grad False."
             )
         if averaged[0].dtype in (torch.bfloat16, torch.float16):
             raise ValueError(
@@ -1266,7 +1266,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             The decays used: `codebook_decay`, and `ema_decay`, which is 1.0 if the teacher is frozen.
 
         Raises:
-            ValueError: If `step` is less than 1, or the teacher cannot be averaged: it has adapters, or is bfloat16.
+            ValueError: If `step` is less than 1, or the teacher cannot follow: it has adapters, or half precision.
         """
         if step < 1:
             raise ValueError(
@@ -1625,19 +1625,16 @@ def mean_and_deviation_over_time(features: torch.Tensor, frame_mask: torch.Tenso
 
 def classification_loss(config: DinoSRConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
-    Compute the mean loss of logits (..., C): cross entropy of classes int64 (...), or as `problem_type` says.
+    Compute the mean cross entropy of logits (..., C) and classes int64 (...), -100 for none, to a scalar.
 
-    "multi_label_classification" is binary cross entropy of 0 and 1 (..., C), "regression", and a single logit without
-    a `problem_type`, squared error of floats (..., C). Negative classes, and negative values for "multi_label", are no
-    labels; without any label the loss is 0.
+    With `problem_type="multi_label_classification"` it is the binary cross entropy of 0 and 1 (..., C), where negative
+    values are no labels. Without any label the loss is 0.
     """
     if config.problem_type == "multi_label_classification":
-        labels = labels.to(logits.dtype).view_as(logits)
+        labels = labels.to(logits.dtype).reshape(logits.shape)
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), reduction="none")
         is_label = labels >= 0
         return (losses * is_label).sum() / is_label.sum().clamp(min=1)
-    if config.problem_type == "regression" or (config.problem_type is None and logits.shape[-1] == 1):
-        return nn.functional.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
     total = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1)
 
@@ -1670,7 +1667,8 @@ class DinoSRForSequenceClassification(DinoSRClassifier):  # trf-ignore: TRF057
         Args:
             input_values, attention_mask: As for `DinoSRModel`.
             **kwargs: As for `DinoSRModel`.
-            labels: int64 (B,) for cross entropy, or what the `problem_type` needs, see `classification_loss`.
+            labels: int64 (B,); by `problem_type`, 0 and 1 (B, num_labels) for "multi_label_classification", or float
+                (B, num_labels) for the squared error of "regression", which is the default if `num_labels` is 1.
 
         Returns:
             `logits` (B, num_labels), and with labels `loss`.
@@ -1679,7 +1677,12 @@ class DinoSRForSequenceClassification(DinoSRClassifier):  # trf-ignore: TRF057
         features = self.projector(features)
         pooled = mean_over_time(features, self._frame_mask(attention_mask, features.shape[1]))
         logits = self.classifier(pooled)
-        loss = None if labels is None else classification_loss(self.config, logits, labels)
+        default = "regression" if self.num_labels == 1 else None
+        loss = None
+        if labels is not None and (self.config.problem_type or default) == "regression":
+            loss = nn.functional.mse_loss(logits, labels.to(logits.dtype).reshape(logits.shape))
+        elif labels is not None:
+            loss = classification_loss(self.config, logits, labels)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

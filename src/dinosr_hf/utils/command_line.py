@@ -128,7 +128,7 @@ def refuse_unknown(
 
 
 def _expand_home(value: Any) -> Any:
-    """Write out ~ at the beginning of paths, as a shell does, but not in files nor behind an equals sign."""
+    """Replace ~ at the beginning of a path, which a shell does neither in files nor behind an equals sign."""
     if isinstance(value, list):
         return [_expand_home(part) for part in value]
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
@@ -223,9 +223,13 @@ def _as_flags(key: str, value: Any) -> list[str]:
 
 
 def plain_words(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with flags as `--output_dir`, however typed, and with ~ written out."""
-    parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
-    return [f"--{name[2:].replace('-', '_')}{sign}" * bool(name) + _expand_home(value) for name, sign, value in parts]
+    """Return the words of a command line with flags as `--output_dir`, however typed, and ~ as the home folder."""
+    plain = []
+    for word in words:
+        name, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        flag = f"--{name[2:].replace('-', '_')}{sign}" if name else ""
+        plain.append(flag + _expand_home(value))
+    return plain
 
 
 def _refuse_rest(words: Sequence[str], known: Sequence[str]) -> None:
