@@ -58,3 +58,9 @@ def recordings(tmp_path_factory):
         audio = generator.standard_normal((int(rate * seconds), channels)).cumsum(axis=0) * 0.002
         soundfile.write(folder / f"{number:02d}.{suffix}", np.clip(audio, -0.9, 0.9), rate)
     return folder
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leave the pictures of reports empty: each takes a second."""
+    monkeypatch.setattr("dinosr_hf.analysis.reports.save_figure", lambda figure, path, dpi: path.touch())

@@ -37,6 +37,8 @@ def is_installed(module):
 
 needs_fastabx = pytest.mark.skipif(not is_installed("fastabx"), reason="fastabx needs Python 3.12")
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 class Utterances(NamedTuple):
     """The part of a source that items need."""

@@ -31,6 +31,8 @@ from scripts import load_command
 from tiny import randomize, tiny_config
 from tolerances import SAME_ARITHMETIC
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 # Frames of 20 ms whose centres are at 12.5, 32.5, ... ms.
 CODES = [2, 2, 0, 0, 0, 1]
 PHONES = [Segment("a", 0.0, 0.045), Segment("b", 0.045, 0.105), Segment("SIL", 0.105, 0.13)]

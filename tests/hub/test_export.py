@@ -29,7 +29,7 @@ from tolerances import ACTIVATIONS, SAME_ARITHMETIC
 
 ROOT = Path(__file__).parents[2]
 # Few layers, since exporting time grows with their number.
-CHANGES = {"num_hidden_layers": 1, "num_codebooks": 1, "num_conv_pos_embeddings": 2}
+CHANGES = {"num_hidden_layers": 1, "num_codebooks": 1, "num_conv_pos_embeddings": 1}
 TEXTS = ["a cab", "dad fed", "be a bad cafe", "fade"]
 PITCHES = dict(zip("abcdef ", (700, 1100, 1700, 2600, 4000, 6100, 300), strict=True))  # Hz
 FRAMES = 6  # of a letter and of the silence after it; 20 samples each
@@ -210,57 +210,45 @@ def test_export_does_not_change_the_model(folders, tmp_path, monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_log_mel_recogniser_is_exported(tmp_path):
-    save_recogniser(tmp_path / "torch", feature_encoder="log_mel", **CHANGES)
-    export_onnx(tmp_path / "torch", tmp_path / "onnx")
-    right, exported = TorchModel(tmp_path / "torch"), OnnxModel(tmp_path / "onnx", num_threads=1)
-    for lengths in ([560], [879], [880], [16_007], [7_003, 11_111, 720]):
-        for a, b in zip(outputs(right, lengths), outputs(exported, lengths), strict=True):
-            np.testing.assert_allclose(b, a, **ACTIVATIONS)
-    quiet = [synthesize(text * 5)[0] * np.float32(1e-3) for text in TEXTS]
-    assert compare(right, exported, quiet).changed_decisions == 0
-    with pytest.raises(ValueError, match=r"Waveform 0 has shape \(559,\).* at least 560 samples"):
-        exported.run([np.zeros(559)])
-
-
 def test_all_models_but_the_pretraining_model_can_be_exported():
     assert {*OUTPUTS, "DinoSRForPreTraining"} == set(AUTO_CLASSES.values())
 
 
+PAPERS_CONVOLUTIONS = {"conv_dim": [9] * 7, "conv_stride": [5] + [2] * 6, "conv_kernel": [10, 3, 3, 3, 3, 2, 2]}
+# An export takes long, so some have another front end as well. With it: lengths of batches, and the fewest samples.
+SHORT = [[1301, 601, 777]], 40
+LOG_MEL = [[560], [879], [880], [16_007], [7_003, 11_111, 720]], 560
+EXPORTED = {
+    "DinoSRForAudioFrameClassification": ({"feature_encoder": "log_mel", "use_weighted_layer_sum": True}, *LOG_MEL),
+    "DinoSRForSequenceClassification": ({"feature_encoder": "log_mel", "use_weighted_layer_sum": True}, *LOG_MEL),
+    "DinoSRForXVector": ({}, *SHORT),
+    "DinoSRModel": (PAPERS_CONVOLUTIONS, [[400], [16_001], [7_003, 11_111, 720]], 400),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in OUTPUTS if name != "DinoSRForCTC"])
+@pytest.mark.parametrize("name", EXPORTED)
 def test_other_models_are_exported(tmp_path, name):
-    weighted = {"use_weighted_layer_sum": True} if "Classification" in name else {}
-    front_end = "log_mel" if name == "DinoSRForSequenceClassification" else "conv"
-    config = tiny_config(feature_encoder=front_end, **CHANGES, **weighted)
-    model = randomize(getattr(dinosr_hf, name)(config))
+    changes, batches, fewest = EXPORTED[name]
+    model = randomize(getattr(dinosr_hf, name)(tiny_config(**CHANGES, **changes)))
+    model.to(torch.bfloat16 if name == "DinoSRModel" else torch.float32)
     export_onnx(model, tmp_path / "onnx", processor=feature_extractor())
     exported = OnnxModel(tmp_path / "onnx", num_threads=1)
     assert isinstance(exported.processor, Wav2Vec2FeatureExtractor)
     save_folder(model, tmp_path / "torch")
     right = TorchModel(tmp_path / "torch")
-    waves = [waveforms(1, length, length)[0].numpy() for length in (1301, 601, 777)]
-    for a, b in zip(right.run(waves), exported.run(waves, batch_size=3), strict=True):
-        assert a.ndim == (1 if name in ("DinoSRForSequenceClassification", "DinoSRForXVector") else 2)
-        np.testing.assert_allclose(b, a, **ACTIVATIONS)
-    assert compare(right, exported, waves).changed_transcripts is None
+    for lengths in batches:
+        waves = [waveforms(1, length, length)[0].numpy() for length in lengths]
+        for a, b in zip(right.run(waves), exported.run(waves, batch_size=3), strict=True):
+            assert a.ndim == (1 if name in ("DinoSRForSequenceClassification", "DinoSRForXVector") else 2)
+            np.testing.assert_allclose(b, a, **ACTIVATIONS)
+    quiet = [synthesize(text * 5)[0] * np.float32(1e-3) for text in TEXTS]
+    found = compare(right, exported, quiet)
+    assert found.changed_decisions == 0 and found.changed_transcripts is None
+    with pytest.raises(ValueError, match=rf"Waveform 0 has shape \({fewest - 1},\).* at least {fewest} samples"):
+        exported.run([np.zeros(fewest - 1)])
     with pytest.raises(ValueError, match=f"is a {name}, which has no transcripts"):
         exported.transcribe(waves)
-
-
-@pytest.mark.slow
-def test_the_papers_convolutions_and_bfloat16_are_exported(tmp_path):
-    sizes = {"conv_dim": [9] * 7, "conv_stride": [5, 2, 2, 2, 2, 2, 2], "conv_kernel": [10, 3, 3, 3, 3, 2, 2]}
-    model = save_recogniser(tmp_path / "torch", **sizes, **CHANGES)
-    half = DinoSRForCTC.from_pretrained(tmp_path / "torch", dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path / "torch")
-    export_onnx(tmp_path / "torch", tmp_path / "onnx")
-    right, exported = TorchModel(tmp_path / "torch"), OnnxModel(tmp_path / "onnx", num_threads=1)
-    for lengths in ([400], [16_001], [7_003, 11_111, 720]):
-        for a, b in zip(outputs(right, lengths), outputs(exported, lengths), strict=True):
-            np.testing.assert_allclose(b, a, **ACTIVATIONS)
-    full = model(torch.zeros(1, 400) + torch.arange(400) % 7).logits.detach()
-    assert (half.float()(torch.zeros(1, 400) + torch.arange(400) % 7).logits - full).abs().max() > 1e-3
 
 
 def test_pretraining_model_is_refused(tmp_path):
@@ -360,7 +348,7 @@ def test_compiled_recogniser_has_the_same_output():
     torch.compiler.reset()
     graphs = torch._dynamo.utils.counters
     graphs.clear()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "certain side effects": the hooks that record hidden states
         for lengths in ([1231, 801, 460], [999, 400], [1777, 1602, 60, 333]):

@@ -548,7 +548,7 @@ elastic_launch(config, work)(sys.argv[1:])
 
 @pytest.mark.slow
 def test_torchrun_brings_a_run_back_whose_process_was_killed(tmp_path, recordings):
-    write_config(tmp_path, data=str(recordings), **{**CHANCE, "max_steps": 60}, checkpoint_steps=5)
+    write_config(tmp_path, data=str(recordings), **{**CHANCE, "max_steps": 30}, checkpoint_steps=5)
     launch(tmp_path, "whole", 2)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     words = [tmp_path / "tiny.yaml", "--output_dir", tmp_path / "killed"]

@@ -46,9 +46,10 @@ def main(argv: Sequence[str]) -> None:
     with command(__file__):
         options = parse(argv)
         print("Written:", export_onnx(options.model, options.onnx, overwrite=options.overwrite))
-        models: dict[str, FolderModel] = {"torch": TorchModel(options.model), "onnx": OnnxModel(options.onnx)}
         if options.int8:
             print("Written:", quantize_onnx(options.onnx, options.int8, overwrite=options.overwrite))
-            models["int8"] = OnnxModel(options.int8)
         if options.verify:
+            models: dict[str, FolderModel] = {"torch": TorchModel(options.model), "onnx": OnnxModel(options.onnx)}
+            if options.int8:
+                models["int8"] = OnnxModel(options.int8)
             verify(models, options.verify)
