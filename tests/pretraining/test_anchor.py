@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, HubertConfig, HubertModel
 
 from audio_files import write
 from dinosr_hf import DinoSRForPreTraining
@@ -23,8 +23,9 @@ from dinosr_hf.pretraining.anchor import MfccAnchor, TrackAnchor, anchor_digest,
 from dinosr_hf.pretraining.anchor_arguments import anchor_label_names, anchor_weights_at
 from dinosr_hf.pretraining.anchor_making import make_anchor
 from dinosr_hf.pretraining.scaling import scale_to_batch
-from dinosr_hf.units import UnitExtractor
-from pretraining_runs import metrics_of, tiny_arguments
+from dinosr_hf.units import open_extractors
+from dinosr_hf.utils.model_folder import feature_extractor
+from pretraining_runs import CHANCE, TINY, assert_same_run, metrics_of, tiny_arguments
 
 CPU = torch.device("cpu")
 EMPTY = np.array([], np.uint8)  # of a recording without labels
@@ -354,14 +355,26 @@ def test_recordings_without_a_frame_leave_no_anchor(files):
         made(files, folder, anchor=str(files / "a.jsonl"))
 
 
-def test_labels_of_a_model_are_clusters_of_its_layer(files, recordings):
-    arguments = tiny_arguments(files, recordings, anchor=str(files / "model"), anchor_layer=1, num_anchor_labels=5)
+def save_hubert(folder):
+    """Save a tiny HuBERT, with twice as many frames a second as the models that are trained here."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_dim", "conv_kernel")
+    names += ("num_conv_pos_embeddings", "num_conv_pos_embedding_groups")
+    config = HubertConfig(**{name: TINY[name] for name in names}, conv_stride=[5, 8, 4])
+    HubertModel(config).save_pretrained(folder)
+    feature_extractor().save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("model", "stride"), [("model", 320), ("hubert", 160)])
+def test_labels_of_a_model_are_clusters_of_its_layer(files, recordings, model, stride):
+    save_hubert(files / "hubert")
+    arguments = tiny_arguments(files, recordings, anchor=str(files / model), anchor_layer=1, num_anchor_labels=5)
     source = FolderSource(recordings)
     anchor = make_anchor(arguments, source, CPU)
-    assert (anchor.num_labels, anchor.stride, anchor.field, anchor.model_field) == (5, 320, 325, 325)
+    assert (anchor.num_labels, anchor.stride, anchor.field) == (5, stride, 325)
+    assert (anchor.model_stride, anchor.model_field) == (320, 325)
     assert set(anchor.tracks) == {utterance.id for utterance in source.utterances}
-    model = DinoSRForPreTraining.from_pretrained(files / "model")
-    features = dict(UnitExtractor(model, layers=[1], is_smoothed=True).features(source))
+    (extractor,) = open_extractors(files / model, layers=[1], is_smoothed=True)
+    features = dict(extractor.features(source))
     assert all(len(track) == len(features[name]) for name, track in anchor.tracks.items())
     # Frames of a cluster are nearer to its mean than to the others'.
     together = np.concatenate([features[name][:, 0] for name in anchor.tracks])
@@ -371,18 +384,31 @@ def test_labels_of_a_model_are_clusters_of_its_layer(files, recordings):
     assert (nearest == labels).mean() > 0.95
 
 
-@pytest.mark.parametrize("anchor", ["mfcc", "labels.jsonl", "model"])
-def test_a_run_has_its_anchor(files, recordings, anchor):
-    options = {"anchor": anchor if anchor == "mfcc" else str(files / anchor), "max_steps": 6, "log_steps": 3}
-    options |= {"anchor_layer": 2} if anchor == "model" else {}
-    model = run(tiny_arguments(files, recordings, **options))
+@pytest.mark.parametrize(
+    ("anchor", "front_end"), [("mfcc", "log_mel"), ("labels.jsonl", "conv"), ("model", "log_mel"), ("hubert", "conv")]
+)
+def test_a_run_has_its_anchor_and_resumes_bit_for_bit(files, recordings, caplog, anchor, front_end):
+    save_hubert(files / "hubert")
+    options = {**CHANCE, "feature_encoder": front_end, "max_steps": 6, "log_steps": 3, "checkpoint_steps": 4}
+    options |= {"anchor": anchor if anchor == "mfcc" else str(files / anchor)}
+    options |= {"anchor_layer": 2} if anchor in ("model", "hubert") else {}
+    arguments, out = tiny_arguments(files, recordings, **options), files / "out"
+    model = run(arguments)
     assert model.config.num_anchor_labels == (4 if anchor == "labels.jsonl" else 8)
-    last = metrics_of(files / "out")[-1]
+    last = metrics_of(out)[-1]
     num_masked, num_unmasked = last["anchor_frames"]
     assert num_unmasked > 0 and 0 < num_masked <= last["masked_frames"]
     assert (num_masked < last["masked_frames"]) == (anchor == "labels.jsonl")  # which has not all recordings
     assert all(0 <= accuracy <= 1 for accuracy in last["anchor_accuracies"])
     assert (last["anchor_weight"], last["anchor_unmasked_share"]) == (2.0, 0.5)
+    whole = shutil.copytree(out, files / "whole")
+    shutil.rmtree(out / "checkpoint-6")
+    for name in ("finished.json", "model.safetensors"):
+        (out / name).unlink()
+    with caplog.at_level("INFO", "dinosr_hf"):
+        run(arguments)
+    assert f"Resuming from {out / 'checkpoint-4'}: step 4 of 6" in caplog.text
+    assert_same_run(out, whole)
 
 
 def test_a_run_learns_its_anchor(tmp_path, recordings):

@@ -31,7 +31,6 @@ from dinosr_hf.pretraining.checkpoint import CheckpointWriter
 from kills import run_through_kills
 from pretraining_runs import (
     ANCHORED,
-    CHANCE,
     CONFIGS,
     ROOT,
     assert_same_run,
@@ -548,7 +547,8 @@ elastic_launch(config, work)(sys.argv[1:])
 
 @pytest.mark.slow
 def test_torchrun_brings_a_run_back_whose_process_was_killed(tmp_path, recordings):
-    write_config(tmp_path, data=str(recordings), **{**CHANCE, "max_steps": 30}, checkpoint_steps=5)
+    options = {**ANCHORED, "feature_encoder": "log_mel", "max_steps": 30}
+    write_config(tmp_path, data=str(recordings), **options, checkpoint_steps=5)
     launch(tmp_path, "whole", 2)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     words = [tmp_path / "tiny.yaml", "--output_dir", tmp_path / "killed"]
