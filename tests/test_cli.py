@@ -2,6 +2,7 @@
 
 import ast
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,46 @@ def test_completion_knows_commands_flags_choices_and_recipes(shell, monkeypatch,
     for word in ("finetune-classifier", "--window_seconds", "safetensors", "base_ls960", "--max_steps"):
         assert word in script
     assert "--no_overwrite" not in script
+
+
+# The function that the script registers for `dinosr`, called as bash calls it.
+ASK_BASH = r"""
+source "$1"; shift
+[[ $(complete -p dinosr) =~ -F\ ([^ ]+) ]]
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+"${BASH_REMATCH[1]}"
+printf "%s\n" "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not here")
+def test_bash_completes_what_the_user_types(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("shtab")
+    monkeypatch.setattr(sys, "argv", ["dinosr", "completion", "bash"])
+    dinosr_cli.main()
+    (tmp_path / "dinosr.bash").write_text(capsys.readouterr().out)
+    (tmp_path / "runs").mkdir()
+    for name in ("own.yaml", "other.txt"):
+        (tmp_path / name).touch()
+
+    def offers(line):
+        words = [shutil.which("bash"), "--norc", "-c", ASK_BASH, "bash", "./dinosr.bash", *line.split(" ")]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return set(done.stdout.splitlines())
+
+    expected = {
+        "dinosr finetune-c": "finetune-classifier",
+        "dinosr pretrain --max_st": "--max_steps",
+        "dinosr pretrain small --data runs --max_st": "--max_steps",
+        "dinosr demo --max_st": "--max_steps",
+        "dinosr demo --test_u": "--test_utterances",
+        "dinosr demo-recognition --learning_r": "--learning_rate",
+        "dinosr pretrain base_ls": "base_ls960",
+        "dinosr finetune ow": "own.yaml",
+        "dinosr pretrain --data ot": "other.txt",
+        "dinosr units model ot": "other.txt",
+        "dinosr convert a b --to sp": "spidr",
+    }
+    assert {line: offers(line) for line in expected} == {line: {word} for line, word in expected.items()}
+    assert offers("dinosr finetune-classifier ") == {*recipes(), "own.yaml", "runs"}

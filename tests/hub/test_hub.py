@@ -377,9 +377,14 @@ def test_the_card_of_a_pretrained_model_tells_its_objective(saved, tmp_path, cha
 
 def test_the_card_of_a_converted_model_names_what_the_file_does_not_tell(saved):
     layout = SimpleNamespace(name="fairseq", license="none", notes=[], unused={})
-    card = render_card(ModelCardData(), saved[1]["pretrained"], title="x.pt", layout=layout)
+    metadata = ModelCardData(pipeline_tag="feature-extraction")
+    card = render_card(metadata, saved[1]["pretrained"], title="x.pt", layout=layout)
     assert card.text.count("neither the languages nor the hours of audio") == 1
     assert facts(card)["objective"].startswith("DinoSR") and "languages" not in facts(card)
+    assert 'AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)' in card.text
+    metadata.pipeline_tag = "automatic-speech-recognition"
+    card = render_card(metadata, saved[1]["recogniser"], title="x.pt", layout=layout)
+    assert 'pipeline("automatic-speech-recognition", model="path/to/this/folder", trust' in card.text
 
 
 @pytest.mark.parametrize(

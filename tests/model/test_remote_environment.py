@@ -21,7 +21,9 @@ from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, AutoTok
 from transformers.utils import is_torchaudio_available
 
 import dinosr_hf
+from conftest import FIXTURES
 from dinosr_hf.hub import Dataset, Provenance, prepare
+from dinosr_hf.hub.conversion import convert
 from hub_server import hub_server
 from recognisers import save_models
 from tiny import waveforms
@@ -192,7 +194,10 @@ def test_the_lines_of_the_card_run_where_the_package_is_not(other_python, models
         record = dataclasses.replace(RECORD, task=task, base_model=None)
         folder = prepare(models / "someone" / name, tmp_path / name, provenance, record)
         script += use_of(folder / "README.md", provenance.repo_id, folder)
-    script += "print(features.flatten()[:50].tolist())\n"
+    show = "print(features.flatten()[:50].tolist())\n"
+    convert(FIXTURES / "dev_tiny" / "checkpoint.pt", tmp_path / "converted")
+    converted = use_of(tmp_path / "converted" / "README.md", "path/to/this/folder", tmp_path / "converted")
+    script += show + converted + show
     np.save(tmp_path / "speech.npy", SPEECH)
     (tmp_path / "use.py").write_text(script)
     command = [other_python, tmp_path / "use.py", tmp_path / "speech.npy"]
@@ -200,13 +205,14 @@ def test_the_lines_of_the_card_run_where_the_package_is_not(other_python, models
     kept |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    text, labels, features = map(ast.literal_eval, done.stdout.splitlines())
+    text, labels, *features = map(ast.literal_eval, done.stdout.splitlines())
     assert text == {"text": here["array"]} and [found["label"] for found in labels] == here["classification"]
-    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "pretrained")
-    with torch.no_grad():
-        inputs = extractor(SPEECH, sampling_rate=16_000, return_tensors="pt")
-        expected = AutoModel.from_pretrained(tmp_path / "pretrained")(**inputs).last_hidden_state.flatten()[:50]
-    torch.testing.assert_close(torch.tensor(features), expected, **SAME_ARITHMETIC)
+    for name, found in zip(("pretrained", "converted"), features, strict=True):
+        extractor = AutoFeatureExtractor.from_pretrained(tmp_path / name)
+        with torch.no_grad():
+            inputs = extractor(SPEECH, sampling_rate=16_000, return_tensors="pt")
+            expected = AutoModel.from_pretrained(tmp_path / name)(**inputs).last_hidden_state.flatten()[:50]
+        torch.testing.assert_close(torch.tensor(found), expected, **SAME_ARITHMETIC)
 
 
 def test_pretraining_folder_is_no_recogniser_here(models):

@@ -77,7 +77,7 @@ def render_card(metadata: ModelCardData, model: PreTrainedModel, **values: Any) 
     Render a card from the template.
 
     Args:
-        metadata: The Hub's metadata.
+        metadata: The Hub's metadata. Its `pipeline_tag` decides which lines the card shows to use the model.
         model: Model whose sizes the card tells.
         **values: Further values of the template: `layout` of a converted checkpoint, or `run` and its facts.
     """
