@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Build sdist and wheel, install the wheel into an empty environment outside of the repository, and use it there.
-# Usage: .ci/wheel.sh [PYTHON], the Python to build and to install it with (python3).
+# Usage: .ci/wheel.sh [PYTHON [DIST]]: the Python to build and to install it with (python3); a folder with an sdist and
+# a wheel that `make build` made, to test these.
 set -euo pipefail
 unset PYTHONPATH PYTHONDONTWRITEBYTECODE # the processes share what the first one compiles
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 python=$(realpath -s "$(command -v "${1:-python3}")")
+dist=${2:+$(realpath -e "$2")}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
@@ -13,9 +15,13 @@ make_environment() { # its folder, what to install
 	"$python" -m venv --without-pip "$1"
 	"$python" -m pip --python "$1/bin/python" install -q --no-compile -c "$root/constraints.txt" "$2"
 }
-make_environment tools build
-tools/bin/python -m build --outdir dist "$root" >build.log || { cat build.log && exit 1; }
-wheel=$(echo dist/*.whl)
+# Here and in `make build` the wheel is built from the sdist, which so holds all that building needs.
+if [[ -z $dist ]]; then
+	dist=dist
+	make_environment tools build
+	tools/bin/python -m build --outdir $dist "$root" >build.log || { cat build.log && exit 1; }
+fi
+wheel=$(echo "$dist"/*.whl)
 "$python" - "$wheel" "$root" <<'PYTHON'
 import sys
 from pathlib import Path

@@ -49,21 +49,33 @@ def library_versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a run did."""
+    """
+    What a run did.
 
-    task: str  # one of `TASKS`
-    arguments: dict[str, Any]  # all of them, in plain types
-    base_model: str | None  # folder or Hub name; None: random weights
-    # `name` as given; `split` or None; `hours` of audio and number of `utterances`, None for a stream; in fine-tuning
-    # how many of these were `unreadable`.
+    Attributes:
+        task: One of `TASKS`.
+        arguments: All arguments, in plain types.
+        base_model: Folder or Hub name of the model that the run began with; None: random weights.
+        data: A mapping for each data: `name` as given; `split` or None; `hours` of audio and number of `utterances`,
+            None for a stream; in fine-tuning how many of these were `unreadable`.
+        steps: Number of optimizer updates.
+        evaluation: A mapping for each result at the end: `dataset`, `split` or None, `num_utterances`, and any of
+            `METRICS`.
+        versions: Versions of the libraries; at least of dinosr_hf, torch and transformers.
+        started: Time in ISO 8601, with time zone.
+        finished: Time as `started`; None while the run is going on.
+        hardware: Description of the devices, such as `describe_hardware` returns.
+    """
+
+    task: str
+    arguments: dict[str, Any]
+    base_model: str | None
     data: list[dict[str, Any]]
-    steps: int = 0  # optimizer updates
-    # Results at the end: `dataset`, `split` or None, `num_utterances`, and any of `METRICS`.
+    steps: int = 0
     evaluation: list[dict[str, Any]] = field(default_factory=list)
-    # Of the libraries; at least of dinosr_hf, torch and transformers.
     versions: dict[str, str] = field(default_factory=library_versions)
-    started: str  # ISO 8601 with time zone
-    finished: str | None = None  # None while the run is going on
+    started: str
+    finished: str | None = None
     hardware: str
 
 
