@@ -21,6 +21,7 @@ from contest import headline
 from dinosr_hf.data import SAMPLING_RATE, DatasetSource, SpeechSource, open_recordings
 from dinosr_hf.data.synthetic import SyntheticCorpus
 from dinosr_hf.inference.windowed import plan_windows
+from dinosr_hf.model.modeling_dinosr import UNIT_SOURCES
 from dinosr_hf.units import UnitExtractor, UnitStreamer, load_model
 
 WHOLE = 1e6  # seconds: longer than any recording
@@ -36,8 +37,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--sources",
         nargs="+",
         default=["student", "teacher"],
-        choices=["student", "teacher"],
-        help="networks that give the units (%(default)s)",
+        choices=UNIT_SOURCES,
+        help="what gives the units (%(default)s)",
     )
     parser.add_argument(
         "--windows", type=float, nargs="+", default=[10.0, 30.0], help="seconds of a window (%(default)s)"
