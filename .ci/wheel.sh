@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build sdist and wheel, install the wheel into an empty environment outside of the repository, and use it there.
-# Usage: .ci/wheel.sh [PYTHON [DIST]]: the Python to build and to install it with (python3); a folder with an sdist and
-# a wheel that `make build` made, to test these.
+# Usage: .ci/wheel.sh [PYTHON [DIST]]: the Python to build and to install it with (python3); a folder that `make build`
+# made, to test its wheel.
 set -euo pipefail
 unset PYTHONPATH PYTHONDONTWRITEBYTECODE # the processes share what the first one compiles
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
@@ -15,13 +15,15 @@ make_environment() { # its folder, what to install
 	"$python" -m venv --without-pip "$1"
 	"$python" -m pip --python "$1/bin/python" install -q --no-compile -c "$root/constraints.txt" "$2"
 }
-# Here and in `make build` the wheel is built from the sdist, which so holds all that building needs.
+# Here and in `make build` the wheel is built from the sdist, so the sdist has all that building needs.
 if [[ -z $dist ]]; then
 	dist=dist
 	make_environment tools build
 	tools/bin/python -m build --outdir $dist "$root" >build.log || { cat build.log && exit 1; }
 fi
-wheel=$(echo "$dist"/*.whl)
+wheels=("$dist"/*.whl)
+[[ ${#wheels[@]} == 1 ]] || { echo "$dist has ${#wheels[@]} wheels instead of one" && exit 1; }
+wheel=${wheels[0]}
 "$python" - "$wheel" "$root" <<'PYTHON'
 import sys
 from pathlib import Path

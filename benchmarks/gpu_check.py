@@ -1,5 +1,5 @@
 """
-Check on one GPU, in less than eight minutes, what the other benchmarks and the tests check on a CPU.
+Check on one GPU, within eight minutes, the most important of what the benchmarks and the tests check on a CPU.
 
     python benchmarks/gpu_check.py --output gpu.md
     python benchmarks/gpu_check.py --spidr_python spidr_env/bin/python --parts step compile

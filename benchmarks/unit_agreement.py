@@ -21,7 +21,7 @@ from contest import headline
 from dinosr_hf.data import SAMPLING_RATE, DatasetSource, SpeechSource, open_recordings
 from dinosr_hf.data.synthetic import SyntheticCorpus
 from dinosr_hf.inference.windowed import plan_windows
-from dinosr_hf.model.modeling_dinosr import UNIT_SOURCES
+from dinosr_hf.model.modeling_dinosr import UNIT_SOURCES, check_unit_layers
 from dinosr_hf.units import UnitExtractor, UnitStreamer, load_model
 
 WHOLE = 1e6  # seconds: longer than any recording
@@ -38,7 +38,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=["student", "teacher"],
         choices=UNIT_SOURCES,
-        help="what gives the units (%(default)s)",
+        help="what gives the units; the anchor's are of the last layer (%(default)s)",
     )
     parser.add_argument(
         "--windows", type=float, nargs="+", default=[10.0, 30.0], help="seconds of a window (%(default)s)"
@@ -121,6 +121,9 @@ class Study:
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
+    config = load_model(options.model).config
+    for source in options.sources:
+        check_unit_layers(config, [options.layer], source)
     for source in options.sources:
         study = Study(options, source)
         study.check()

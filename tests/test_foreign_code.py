@@ -43,8 +43,6 @@ COMMANDS = {
     ),
     "tune_decoding": ("recogniser", "{model} {corpus} {lm} --trials 1"),
 }
-# Where the work ends that has opened the model, if it does not end well.
-ENDS = {"evaluate_layers": "There is one class only in train", "evaluate_abx": "There is no triphone in 3 recordings"}
 KINDS = ("its own type", "an unknown type", "unknown processors")
 # Those that do all of their work, which takes long.
 SLOW = {(script, kind) for script in ("finetune_ctc", "fit_kmeans", "inspect_units") for kind in KINDS[::2]}
@@ -78,7 +76,9 @@ def work(tmp_path_factory):
         *(f"{number}.wav,a b,c{number},k{number % 2}" for number in range(3)),
     ]
     (folder / "corpus" / "metadata.csv").write_text("\n".join(rows))
-    (folder / "labels.ctm").write_text("".join(f"{number} 1 0.0 0.5 AA\n" for number in range(3)))
+    phones = [("B", 0.0), ("AA", 0.15), ("B", 0.3)]
+    lines = [f"{number} 1 {start} 0.15 {phone}\n" for number in range(3) for phone, start in phones]
+    (folder / "labels.ctm").write_text("".join(lines))
     (folder / "nothing.yaml").write_text("")
     write_arpa(folder / "lm.arpa", ["A B"])
     datasets = [{"name": entry, "license": "cc0-1.0"} for entry in ("train", "test")]
@@ -129,7 +129,9 @@ def test_no_script_runs_code_of_a_model(work, tmp_path, monkeypatch, script, kin
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
     monkeypatch.setattr("builtins.input", lambda *_: questions.append(1) or "y")
     questions, module, message = [], load_command(script), None
-    monkeypatch.setattr(module, "import_fastabx", lambda: None, raising=False)  # it is needed behind the model
+    # What needs Python 3.12, and comes behind the model.
+    monkeypatch.setattr(module, "import_fastabx", lambda: None, raising=False)
+    monkeypatch.setattr(module, "abx_error", lambda *_, **options: 0.5, raising=False)
     # The network is needed behind it too, and takes long.
     monkeypatch.setattr("dinosr_hf.hub.export._export_network", lambda model, output, file: file.touch())
     monkeypatch.setattr("dinosr_hf.hub.export._check_network", lambda *_: None)
@@ -141,7 +143,7 @@ def test_no_script_runs_code_of_a_model(work, tmp_path, monkeypatch, script, kin
             message = end.code
     assert questions == [] and not marker.exists() and not (folder / "it_ran").exists()
     if kind == "its own type":
-        assert message is None or ENDS.get(script, "no end is known") in message
+        assert message is None
     if kind == "an unknown type":
         assert message.startswith(f"{script}.py: ") and "\n" not in message
         assert re.search("names Python code that would have to run to open it, which|is a Evil", message)

@@ -52,7 +52,7 @@ def _parser_of(name: str, files: dict[str, str]) -> Parser:
 
 
 def all_commands(files: dict[str, str], recipe_files: dict[str, str]) -> argparse.ArgumentParser:
-    """Return a parser of `dinosr` with all subcommands; the arguments are what shtab takes to complete such names."""
+    """Return a parser of `dinosr` with all subcommands, whose files and recipes shtab completes by these mappings."""
     whole = argparse.ArgumentParser("dinosr")
     subcommands = whole.add_subparsers()
     for name, (_, text) in COMMANDS.items():

@@ -64,7 +64,7 @@ class RunRecord:
         versions: Versions of the libraries; at least of dinosr_hf, torch and transformers.
         started: Time in ISO 8601, with time zone.
         finished: Time as `started`; None while the run is going on.
-        hardware: Description of the devices, such as `describe_hardware` returns.
+        hardware: Description of the devices, as by `describe_hardware`.
     """
 
     task: str
