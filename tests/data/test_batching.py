@@ -595,7 +595,7 @@ def test_pinned_batches_are_of_the_same_types(source):
             assert all(isinstance(part, SkippedUtterance) for part in skipped)
 
 
-@pytest.mark.parametrize(("num_workers", "context"), [(0, None), (2, "fork"), (1, "forkserver")])
+@pytest.mark.parametrize(("num_workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])
 def test_workers_give_the_same_steps(source, num_workers, context):
     dataset = step_dataset(source, mode="pad", speed_change=0.2)
     loader = StepLoader(dataset, num_workers=num_workers, multiprocessing_context=context)
