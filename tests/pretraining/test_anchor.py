@@ -23,7 +23,7 @@ from dinosr_hf.pretraining.anchor import MfccAnchor, TrackAnchor, anchor_digest,
 from dinosr_hf.pretraining.anchor_arguments import anchor_label_names, anchor_weights_at
 from dinosr_hf.pretraining.anchor_making import make_anchor
 from dinosr_hf.pretraining.scaling import scale_to_batch
-from dinosr_hf.units import open_extractors
+from dinosr_hf.units import fit_layer_kmeans, open_extractors
 from dinosr_hf.utils.model_folder import feature_extractor
 from pretraining_runs import CHANCE, TINY, assert_same_run, metrics_of, tiny_arguments
 
@@ -382,6 +382,30 @@ def test_labels_of_a_model_are_clusters_of_its_layer(files, recordings, model, s
     means = np.stack([together[labels == label].mean(axis=0) for label in range(5)])
     nearest = ((together[:, None] - means) ** 2).sum(axis=-1).argmin(axis=1)
     assert (nearest == labels).mean() > 0.95
+
+
+@pytest.mark.parametrize(("limits", "enough"), [((100, 1), 100), ((1, 100), 500), ((10**6, 1), None)])
+def test_clusters_of_a_layer_are_of_random_recordings(files, recordings, monkeypatch, limits, enough):
+    fitted = []
+
+    def fit(extractor, some, *args, **kwargs):
+        fitted.append(some.ids)
+        return fit_layer_kmeans(extractor, some, *args, **kwargs)
+
+    monkeypatch.setattr(anchor_making, "fit_layer_kmeans", fit)
+    monkeypatch.setattr(anchor_making, "MAX_LAYER_FRAMES", limits[0])
+    monkeypatch.setattr(anchor_making, "MIN_CLUSTER_FRAMES", limits[1])
+    source = FolderSource(recordings)
+    for seed in (0, 0, 1):
+        options = {"anchor": str(files / "model"), "anchor_layer": 1, "num_anchor_labels": 5, "seed": seed}
+        anchor = make_anchor(tiny_arguments(files, recordings, **options), source, CPU)
+        assert all(len(track) > 0 for track in anchor.tracks.values()) and set(anchor.tracks) == set(source.ids)
+    assert fitted[0] == fitted[1] != fitted[2]
+    if enough is None:
+        assert set(fitted[0]) == set(source.ids)
+    else:
+        num_frames = [len(anchor.tracks[name]) for name in fitted[0]]
+        assert sum(num_frames[:-1]) < enough <= sum(num_frames)
 
 
 @pytest.mark.parametrize(

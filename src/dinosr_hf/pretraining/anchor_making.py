@@ -18,6 +18,8 @@ from ..analysis.baselines import MFCC_KINDS, NUM_MFCCS
 from ..analysis.kmeans import KMeans, fit_kmeans
 from ..data import SAMPLING_RATE, AudioFileError, SpeechSource, SpeechStream
 from ..data.collator import utterance_hash
+from ..data.mixture import PartialSource
+from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import check_layers
 from ..training.resume import CheckpointError
 from ..units import fit_layer_kmeans, open_extractors
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 # Of MFCCs that k-means is fitted on: 17 minutes of speech, 4 s of a core with 128 clusters. Twice as many take twice
 # the time, and 20,000 frames have clusters that are only 1 % wider.
 MAX_MFCC_FRAMES = 50_000
+# Of a layer likewise, but so many for each cluster if that is more: with 500 clusters, 100,000 frames take three times
+# as long for labels that tell no more of phones (docs/experiments.md).
+MAX_LAYER_FRAMES, MIN_CLUSTER_FRAMES = 50_000, 100
 # Samples from one label of a file to the next.
 _LABEL_STRIDE = 160
 
@@ -233,6 +238,17 @@ def _in_random_order(source: SpeechSource, min_samples: int, seed: int) -> list[
     return sorted(usable, key=lambda index: utterance_hash(seed, 0, utterances[index].id, "anchor"))
 
 
+def _random_recordings(source: SpeechSource, config: DinoSRConfig, num_frames: int, seed: int) -> PartialSource:
+    """Draw recordings that have so many frames together; all if they have fewer."""
+    drawn = []
+    for index in _in_random_order(source, config.receptive_field, seed):
+        drawn.append(index)
+        num_frames -= int(config.num_frames(source.utterances[index].num_samples))
+        if num_frames <= 0:
+            break
+    return PartialSource(source, drawn)
+
+
 def _small(labels: list[int] | NDArray[np.int64], num_labels: int) -> NDArray[np.unsignedinteger]:
     """Store labels in as few bytes as they need."""
     return np.asarray(labels).astype(np.min_scalar_type(num_labels))
@@ -288,7 +304,7 @@ def _check_model(arguments: PretrainingArguments, source: SpeechSource) -> None:
 
 def _model_anchor(arguments: PretrainingArguments, source: SpeechSource, device: torch.device) -> TrackAnchor:
     """
-    Cluster a layer of a model, and label all recordings.
+    Cluster a layer of a model on random recordings, and label all.
 
     HuBERT's way, but with features normalised over each recording and averaged over three frames: their clusters tell
     more of phones (docs/experiments.md).
@@ -298,7 +314,9 @@ def _model_anchor(arguments: PretrainingArguments, source: SpeechSource, device:
     _check_model(arguments, source)
     (extractor,) = open_extractors(options.anchor, layers=[options.anchor_layer], is_smoothed=True, device=device)
     logger.info(f"Labelling {len(source):,} recordings with layer {options.anchor_layer} of {options.anchor}.")
-    kmeans = fit_layer_kmeans(extractor, source, num_labels, seed=options.seed)
+    max_frames = max(MAX_LAYER_FRAMES, MIN_CLUSTER_FRAMES * num_labels)
+    some = _random_recordings(source, extractor.config, max_frames, options.seed)
+    kmeans = fit_layer_kmeans(extractor, some, num_labels, max_frames=max_frames, seed=options.seed)
     tracks = _no_tracks(source, num_labels)
     tracks |= {name: _small(codes[0], num_labels) for name, codes in extractor.units(source, kmeans=kmeans)}
     _check_tracks(tracks)
