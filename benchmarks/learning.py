@@ -6,16 +6,17 @@ Compare what models learn of phones from the same recordings in the same time.
 
 The contestants train one after the other, `--minutes` of wall-clock time each, start of the program included:
 
-- `ours`: `--recipe`, by examples/pretrain.py;
+- `ours`: the recipes of `--recipe`, by examples/pretrain.py, with equal shares of the time: the first, then each on
+  the model before and with clusters of it as anchor;
 - `ours-spidr`: the same with the objective of SpidR, as examples/configs/spidr_base.yaml has it, but for the decay;
-- `paper`: the recipe without what is not in the paper: convolutions, no anchor, no revival of codewords, one speed;
+- `paper`: the first without what is not in the paper: convolutions, no anchor, no revival of codewords, one speed;
 - `spidr-dinosr` and `spidr`: Meta's package with the objectives of DinoSR and SpidR, its own optimizer and schedule;
 - `mfcc-textbook` and `mfcc-tuned`: k-means on MFCCs, which take what time they need.
 
-All have the recipe's sizes, learning rate, dropout and number of codewords; the number of steps comes from a short
-timing run, and learning-rate schedules end with it. spidr gets the recipe's crops and, where it has such a setting,
-its decay of teacher and codebooks; its schedules are scaled to the number of steps, and its masks are as dense as its
-defaults. The paper's convolutions have 2/3 as many channels as the model is wide, as the base model's.
+All have the first recipe's sizes, learning rate, dropout and number of codewords; the number of steps comes from a
+short timing run, and learning-rate schedules end with it. spidr gets that recipe's crops and, where it has such a
+setting, its decay of teacher and codebooks; its schedules are scaled to the number of steps, and its masks are as
+dense as its defaults. The paper's convolutions have 2/3 as many channels as the model is wide, as the base model's.
 
 Layer and kind of unit (student or teacher, and of ours the anchor) are those with the highest PNMI on the validation
 speakers; the table is of the test speakers. Kinds with another number of units than the codebooks have take no part.
@@ -67,6 +68,7 @@ PRETRAIN = CONFIGS.parent / "pretrain.py"
 SPIDR_CONTESTANT = Path(__file__).parent / "spidr_contestant.py"
 MARKER = ".learning"  # only a folder with this file is emptied
 CONTESTANTS = ("ours", "ours-spidr", "paper", "spidr-dinosr", "spidr", *(f"mfcc-{kind}" for kind in MFCC_KINDS))
+RECIPES = [CONFIGS / f"{name}.yaml" for name in ("small", "small_again", "small_again")]
 SPIDR_RECIPE = CONFIGS / "spidr_base.yaml"
 # Its settings that are SpidR's objective; its decay is for 400,000 steps.
 SPIDR_OBJECTIVE = ("head_input", "teacher_init", "attention_init", "qkv_bias", "layerdrop", "mask_min_spans")
@@ -116,7 +118,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--validation", required=True, help="recordings of other speakers, to choose layers on")
     add("--test", required=True, help="recordings of yet other speakers, to evaluate on")
     add("--labels", required=True, help="phones of validation and test (.jsonl, .jsonl.gz, .ctm, folder of TextGrids)")
-    add("--recipe", type=Path, default=CONFIGS / "small.yaml", help="our recipe, a YAML file (%(default)s)")
+    add("--recipe", nargs="+", type=Path, default=RECIPES, help="our recipes, YAML files (small, twice small_again)")
     add("--minutes", type=float, default=30.0, help="wall-clock time of each contestant (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run for each (0 1 2)")
     add("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads (%(default)s)")
@@ -126,8 +128,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.minutes <= 0 or options.threads < 1:
         parser.error("--minutes must be above 0, and --threads at least 1.")
-    if not options.recipe.is_file():
-        parser.error(f"--recipe={options.recipe} does not exist. Give a YAML file for examples/pretrain.py.")
+    for recipe in options.recipe:
+        if not recipe.is_file():
+            parser.error(f"--recipe={recipe} does not exist. Give YAML files for examples/pretrain.py.")
     return options
 
 
@@ -269,21 +272,26 @@ def run_ours(
     folder: Path,
     parts: Mapping[str, Part],
     change: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    is_single: bool = False,
 ) -> dict[str, Any]:
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(change(read_recipe(options.recipe))), encoding="utf-8")
-    start = partial(run_pretraining, recipe, options, seed)
-    seconds = start(folder / "timing", NUM_TIMED)
-    elapsed = {line["step"]: line["elapsed_seconds"] for line in metrics_of(folder / "timing")}
-    per_step = (elapsed[NUM_TIMED] - elapsed[NUM_TIMED // 3]) / (NUM_TIMED - NUM_TIMED // 3)
-    startup = seconds - NUM_TIMED * per_step
-    seconds = start(folder / "model", max(1, int((60 * options.minutes - startup) / per_step)))
-    found: dict[str, Any] = {
-        "minutes": seconds / 60,
-        "hours": metrics_of(folder / "model")[-1]["audio_hours"],
-    }
+    recipes = [change(read_recipe(path)) for path in (options.recipe[:1] if is_single else options.recipe)]
+    seconds, hours = 0.0, 0.0
+    before: dict[str, str] = {}
+    for number, settings in enumerate(recipes, 1):
+        recipe, model, timing = (folder / name.format(number) for name in ("recipe-{}.yaml", "model-{}", "timing-{}"))
+        recipe.write_text(yaml.safe_dump(settings | before), encoding="utf-8")
+        before = dict.fromkeys(("base_model", "anchor"), str(model))
+        start = partial(run_pretraining, recipe, options, seed)
+        timed = start(timing, NUM_TIMED)
+        elapsed = {line["step"]: line["elapsed_seconds"] for line in metrics_of(timing)}
+        per_step = (elapsed[NUM_TIMED] - elapsed[NUM_TIMED // 3]) / (NUM_TIMED - NUM_TIMED // 3)
+        left = (60 * options.minutes - seconds) / (len(recipes) + 1 - number) - (timed - NUM_TIMED * per_step)
+        seconds += start(model, max(1, int(left / per_step)))
+        hours += metrics_of(model)[-1]["audio_hours"]
+    found: dict[str, Any] = {"minutes": seconds / 60, "hours": hours}
     for split, part in parts.items():
-        found[split] = model_figures(folder / "model", part)
+        found[split] = model_figures(model, part)
     return found
 
 
@@ -322,8 +330,8 @@ def serve_spidr(process: subprocess.Popen, arguments: PretrainingArguments, seed
 def run_spidr(
     options: argparse.Namespace, seed: int, folder: Path, parts: Mapping[str, Part], objective: str
 ) -> dict[str, Any]:
-    words = [str(options.recipe), "--data", *options.train, "--batching", "crop", "--speed_change", "0"]
-    arguments = parse_arguments(words, options.recipe)
+    words = [str(options.recipe[0]), "--data", *options.train, "--batching", "crop", "--speed_change", "0"]
+    arguments = parse_arguments(words)
     config = arguments.model_config()
     recordings = {}
     for split, part in parts.items():
@@ -381,7 +389,7 @@ def run_spidr(
 def run_mfcc(
     options: argparse.Namespace, seed: int, folder: Path, parts: Mapping[str, Part], kind: str
 ) -> dict[str, Any]:
-    num_clusters = parse_arguments([str(options.recipe)], options.recipe).model_config().codebook_size
+    num_clusters = parse_arguments([str(options.recipe[0])]).model_config().codebook_size
     since, train = time.perf_counter(), open_recordings(options.train)
     kmeans = fit_mfcc_kmeans(train, num_clusters, kind, seed=seed)
     found: dict[str, Any] = {"minutes": (time.perf_counter() - since) / 60, "hours": train.seconds / 3600}
@@ -394,7 +402,7 @@ def run_mfcc(
 RUNNERS = {
     "ours": partial(run_ours, change=dict),
     "ours-spidr": partial(run_ours, change=with_spidr_objective),
-    "paper": partial(run_ours, change=without_additions),
+    "paper": partial(run_ours, change=without_additions, is_single=True),
     "spidr-dinosr": partial(run_spidr, objective="dinosr"),
     "spidr": partial(run_spidr, objective="spidr"),
     **{f"mfcc-{kind}": partial(run_mfcc, kind=kind) for kind in MFCC_KINDS},
@@ -418,7 +426,7 @@ def result_of(name: str, seed: int, options: argparse.Namespace, parts: Mapping[
     path = folder / "result.json"
     kept = ("train", "validation", "test", "labels", "minutes", "threads")
     settings = {key: getattr(options, key) for key in kept} | {
-        "recipes": [path.read_text(encoding="utf-8") for path in (options.recipe, SPIDR_RECIPE)],
+        "recipes": [path.read_text(encoding="utf-8") for path in (*options.recipe, SPIDR_RECIPE)],
         "spidr_python": options.spidr_python if name.startswith("spidr") else None,
         "machine": machine_of(options),
     }

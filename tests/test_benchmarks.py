@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 from scripts import ROOT, load_command, load_script
@@ -166,6 +167,10 @@ num_conv_pos_embedding_groups: 4, num_codebooks: 2, codebook_size: 7, mask_lengt
 codebook_decay: 0.5, codebook_end_decay: 0.8, codebook_end_decay_step: 2, step_seconds: 3, micro_seconds: 3,
 min_seconds: 0.5, max_seconds: 1.2, num_workers: 0, learning_rate: 0.002}
 """
+TINY_AGAIN = """
+{anchor_layer: 3, num_anchor_labels: 5, fit_heads_steps: 1, codebook_revival_share: 0.1, step_seconds: 3,
+micro_seconds: 3, min_seconds: 0.5, max_seconds: 1.2, num_workers: 0}
+"""
 # As much of spidr's public interface as the benchmark uses; a unit lasts a little longer than a phone.
 FAKE_SPIDR = {
     "config.py": """
@@ -260,10 +265,12 @@ def learning(tmp_path, monkeypatch):
             labels.append(json.dumps({"name": name, "phones": phones}))
         (tmp_path / split / "metadata.csv").write_text("\n".join(table) + "\n")
     (tmp_path / "phones.jsonl").write_text("\n".join(labels) + "\n")
-    recipe = tmp_path / "recipe.yaml"
+    recipe, again = tmp_path / "recipe.yaml", tmp_path / "again.yaml"
     recipe.write_text(TINY_RECIPE)
+    again.write_text(TINY_AGAIN)
     words = [word for split in speakers for word in (f"--{split}", str(tmp_path / split))]
-    words += ["--labels", str(tmp_path / "phones.jsonl"), "--recipe", str(recipe), "--threads", "1"]
+    words += ["--labels", str(tmp_path / "phones.jsonl"), "--threads", "1"]
+    words += ["--recipe", str(recipe), str(again)]
     words += ["--output_dir", str(tmp_path / "runs"), "--seeds", "0"]
     benchmark.run = lambda *flags: benchmark.main([*words, *flags])
     pretrain, run_command = load_command("pretrain"), subprocess.run
@@ -292,10 +299,16 @@ def test_learning_prints_a_table(learning, tmp_path, capsys, monkeypatch):
     assert re.fullmatch(r"(student|teacher), layer [23]", lines[0][1])
     # 16,000, 17,600 and 19,200 samples, with a frame of 320 every 320
     assert "seeds 0; 165 test frames" in printed
-    record = json.loads((tmp_path / "runs" / "paper-0.01min-0" / "model" / "config.json").read_text())
+    runs = tmp_path / "runs"
+    record = json.loads((runs / "paper-0.01min-0" / "model-1" / "config.json").read_text())
     assert record["conv_dim"] == [24] * 7 and record["conv_stride"] == list(DinoSRConfig().conv_stride)
     assert record["codebook_revival_share"] == 0 and record["codebook_end_decay"] == 0.8
-    spidr = json.loads((tmp_path / "runs" / "ours-spidr-0.01min-0" / "model" / "config.json").read_text())
+    assert not (runs / "paper-0.01min-0" / "model-2").exists()
+    again = yaml.safe_load((runs / "ours-0.01min-0" / "model-2" / "arguments.yaml").read_text())
+    assert again["base_model"] == again["anchor"] == str(runs / "ours-0.01min-0" / "model-1")
+    seen = [learning.metrics_of(runs / "ours-0.01min-0" / f"model-{number}")[-1]["audio_hours"] for number in (1, 2)]
+    assert lines[0][5] == f"{sum(seen):.2f}"
+    spidr = json.loads((runs / "ours-spidr-0.01min-0" / "model-2" / "config.json").read_text())
     assert (spidr["head_input"], spidr["qkv_bias"], spidr["mask_min_spans"]) == ("own_layer", False, 2)
     assert spidr["codebook_revival_share"] > 0
     monkeypatch.setattr(learning, "RUNNERS", {})  # finished runs are read

@@ -60,12 +60,20 @@ def test_heads_and_codebooks_can_start_anew(tmp_path, base, size):
     assert size != 8 or not torch.equal(model.heads[0].weight, before["heads.0.weight"])
 
 
-def test_the_recipe_needs_a_base_model_and_gives_a_plan(tmp_path, base):
-    with pytest.raises(ArgumentError, match="fit_heads_steps is for training a base_model on"):
-        read_config("adapt")
-    arguments = read_config("adapt", "--base_model", str(base), "--min_seconds", "0.3")
-    assert str(RunPlan(arguments, None))
-    assert arguments.model_config().num_codebooks == 2 and arguments.data.eval_share == 0.1
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("adapt", "fit_heads_steps is for training a base_model on"), ("small_again", "base_model=runs/small")],
+)
+def test_a_recipe_for_training_on_needs_a_base_model_and_gives_a_plan(tmp_path, base, name, problem, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match=problem):
+        read_config(name)
+    Path("runs").mkdir()
+    Path("runs/small").symlink_to(base)
+    flags = ["--base_model", str(base)] if name == "adapt" else []
+    arguments = read_config(name, *flags, "--min_seconds", "0.3")
+    assert str(RunPlan(arguments, None)) and arguments.model_config().num_codebooks == 2
+    assert (arguments.data.eval_share, arguments.run.anchor) == ((0.1, None) if flags else (0, "runs/small"))
     (tmp_path / "arguments.yaml").write_text(arguments.to_yaml())
     assert parse_arguments([str(tmp_path / "arguments.yaml")], "unused") == arguments
 

@@ -199,6 +199,16 @@ def test_notes_on_unusual_runs(flags, message):
     assert f"Note: {notes[0]}" in str(RunPlan(tiny(*flags), EPOCH))
 
 
+def test_a_base_model_does_not_begin_at_random():
+    arguments = tiny("--ema_decay", "0.999", "--codebook_decay", "0.99", "--codebook_end_decay", "0.99")
+    assert len(RunPlan(arguments, EPOCH).notes) == 2
+    arguments.run.base_model = "runs/base"
+    assert RunPlan(arguments, EPOCH).notes == []
+    arguments.run.new_codebooks = True
+    (note,) = RunPlan(arguments, EPOCH).notes
+    assert "random start" in note
+
+
 def test_usual_runs_have_no_notes(tiny_plan):
     assert tiny_plan.notes == []
     assert "Note" not in str(tiny_plan)
