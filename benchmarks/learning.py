@@ -6,8 +6,8 @@ Compare what models learn of phones from the same recordings in the same time.
 
 The contestants train one after the other, `--minutes` of wall-clock time each, start of the program included:
 
-- `ours`: the recipes of `--recipe`, by examples/pretrain.py, with equal shares of the time: the first, then each on
-  the model before and with clusters of it as anchor;
+- `ours`: the recipes of `--recipe`, by examples/pretrain.py: the first, then each on the model before and with
+  clusters of it as anchor; they share the time as their numbers of steps are;
 - `ours-spidr`: the same with the objective of SpidR, as examples/configs/spidr_base.yaml has it, but for the decay;
 - `paper`: the first without what is not in the paper: convolutions, no anchor, no revival of codewords, one speed;
 - `spidr-dinosr` and `spidr`: Meta's package with the objectives of DinoSR and SpidR, its own optimizer and schedule;
@@ -68,7 +68,7 @@ PRETRAIN = CONFIGS.parent / "pretrain.py"
 SPIDR_CONTESTANT = Path(__file__).parent / "spidr_contestant.py"
 MARKER = ".learning"  # only a folder with this file is emptied
 CONTESTANTS = ("ours", "ours-spidr", "paper", "spidr-dinosr", "spidr", *(f"mfcc-{kind}" for kind in MFCC_KINDS))
-RECIPES = [CONFIGS / f"{name}.yaml" for name in ("small", "small_again", "small_again")]
+RECIPES = [CONFIGS / f"{name}.yaml" for name in ("small", "small_again")]
 SPIDR_RECIPE = CONFIGS / "spidr_base.yaml"
 # Its settings that are SpidR's objective; its decay is for 400,000 steps.
 SPIDR_OBJECTIVE = ("head_input", "teacher_init", "attention_init", "qkv_bias", "layerdrop", "mask_min_spans")
@@ -118,7 +118,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--validation", required=True, help="recordings of other speakers, to choose layers on")
     add("--test", required=True, help="recordings of yet other speakers, to evaluate on")
     add("--labels", required=True, help="phones of validation and test (.jsonl, .jsonl.gz, .ctm, folder of TextGrids)")
-    add("--recipe", nargs="+", type=Path, default=RECIPES, help="our recipes, YAML files (small, twice small_again)")
+    add("--recipe", nargs="+", type=Path, default=RECIPES, help="our recipes, YAML files (small, small_again)")
     add("--minutes", type=float, default=30.0, help="wall-clock time of each contestant (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run for each (0 1 2)")
     add("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads (%(default)s)")
@@ -286,7 +286,8 @@ def run_ours(
         timed = start(timing, NUM_TIMED)
         elapsed = {line["step"]: line["elapsed_seconds"] for line in metrics_of(timing)}
         per_step = (elapsed[NUM_TIMED] - elapsed[NUM_TIMED // 3]) / (NUM_TIMED - NUM_TIMED // 3)
-        left = (60 * options.minutes - seconds) / (len(recipes) + 1 - number) - (timed - NUM_TIMED * per_step)
+        share = settings["max_steps"] / sum(each["max_steps"] for each in recipes[number - 1 :])
+        left = share * (60 * options.minutes - seconds) - (timed - NUM_TIMED * per_step)
         seconds += start(model, max(1, int(left / per_step)))
         hours += metrics_of(model)[-1]["audio_hours"]
     found: dict[str, Any] = {"minutes": seconds / 60, "hours": hours}

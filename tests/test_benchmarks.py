@@ -165,11 +165,11 @@ TINY_RECIPE = """
 conv_kernel: [20, 16], conv_stride: [20, 16], num_conv_pos_embeddings: 2, conv_pos_kernel_size: 5,
 num_conv_pos_embedding_groups: 4, num_codebooks: 2, codebook_size: 7, mask_length: 3, codebook_revival_share: 0.1,
 codebook_decay: 0.5, codebook_end_decay: 0.8, codebook_end_decay_step: 2, step_seconds: 3, micro_seconds: 3,
-min_seconds: 0.5, max_seconds: 1.2, num_workers: 0, learning_rate: 0.002}
+min_seconds: 0.5, max_seconds: 1.2, num_workers: 0, learning_rate: 0.002, max_steps: 1}
 """
 TINY_AGAIN = """
 {anchor_layer: 3, num_anchor_labels: 5, fit_heads_steps: 1, codebook_revival_share: 0.1, step_seconds: 3,
-micro_seconds: 3, min_seconds: 0.5, max_seconds: 1.2, num_workers: 0}
+micro_seconds: 3, min_seconds: 0.5, max_seconds: 1.2, num_workers: 0, max_steps: 3}
 """
 # As much of spidr's public interface as the benchmark uses; a unit lasts a little longer than a phone.
 FAKE_SPIDR = {
