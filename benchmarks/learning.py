@@ -6,8 +6,8 @@ Compare what models learn of phones from the same recordings in the same time.
 
 The contestants train one after the other, `--minutes` of wall-clock time each, start of the program included:
 
-- `ours`: the recipes of `--recipe`, by examples/pretrain.py: the first, then each on the model before and with
-  clusters of it as anchor; they share the time as their numbers of steps are;
+- `ours`: the recipes of `--recipe`, by examples/pretrain.py: the first, then each on the model before and with its
+  clusters as the anchor; they share the time in proportion to their `max_steps`;
 - `ours-spidr`: the same with the objective of SpidR, as examples/configs/spidr_base.yaml has it, but for the decay;
 - `paper`: the first without what is not in the paper: convolutions, no anchor, no revival of codewords, one speed;
 - `spidr-dinosr` and `spidr`: Meta's package with the objectives of DinoSR and SpidR, its own optimizer and schedule;
@@ -128,9 +128,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.minutes <= 0 or options.threads < 1:
         parser.error("--minutes must be above 0, and --threads at least 1.")
-    for recipe in options.recipe:
+    for number, recipe in enumerate(options.recipe):
         if not recipe.is_file():
             parser.error(f"--recipe={recipe} does not exist. Give YAML files for examples/pretrain.py.")
+        if missing := {"max_steps", *(["anchor_layer"] if number else [])} - set(read_recipe(recipe)):
+            parser.error(f"--recipe={recipe} lacks {' and '.join(sorted(missing))}. Add it to the file.")
     return options
 
 

@@ -1,5 +1,6 @@
 """Benchmarks print their tables, and refuse to time code that fails its check."""
 
+import argparse
 import io
 import json
 import platform
@@ -307,7 +308,8 @@ def test_learning_prints_a_table(learning, tmp_path, capsys, monkeypatch):
     again = yaml.safe_load((runs / "ours-0.01min-0" / "model-2" / "arguments.yaml").read_text())
     assert again["base_model"] == again["anchor"] == str(runs / "ours-0.01min-0" / "model-1")
     seen = [learning.metrics_of(runs / "ours-0.01min-0" / f"model-{number}")[-1]["audio_hours"] for number in (1, 2)]
-    assert lines[0][5] == f"{sum(seen):.2f}"
+    hours = json.loads((runs / "ours-0.01min-0" / "result.json").read_text())["result"]["hours"]
+    assert hours == pytest.approx(sum(seen)) and 0 < seen[0] < hours
     spidr = json.loads((runs / "ours-spidr-0.01min-0" / "model-2" / "config.json").read_text())
     assert (spidr["head_input"], spidr["qkv_bias"], spidr["mask_min_spans"]) == ("own_layer", False, 2)
     assert spidr["codebook_revival_share"] > 0
@@ -319,6 +321,25 @@ def test_learning_prints_a_table(learning, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(learning, "describe_machine", lambda *_: "another machine")
     with pytest.raises(SystemExit, match="run anew"):
         learning.run(*contestants)
+
+
+def test_learning_shares_the_time_by_steps(learning, tmp_path, monkeypatch):
+    started = {}
+
+    def run_pretraining(recipe, options, seed, folder, max_steps):
+        started[folder.name] = max_steps
+        return (60 if "2" in folder.name else 10) + 0.5 * max_steps  # the second makes its anchor
+
+    lines = [{"step": step, "elapsed_seconds": 0.5 * step, "audio_hours": 2.0} for step in (10, 30)]
+    monkeypatch.setattr(learning, "run_pretraining", run_pretraining)
+    monkeypatch.setattr(learning, "metrics_of", lambda folder: lines)
+    recipes = [tmp_path / name for name in ("a.yaml", "b.yaml")]
+    for number, recipe in enumerate(recipes, 1):
+        recipe.write_text(f"max_steps: {1000 * number}\n")
+    options = argparse.Namespace(recipe=recipes, minutes=30.0)
+    found = learning.run_ours(options, 0, tmp_path, {}, dict)
+    assert started == {"timing-1": 30, "model-1": 1180, "timing-2": 30, "model-2": 2280}
+    assert found == {"minutes": 30.0, "hours": 4.0}
 
 
 def test_learning_trains_spidr_in_another_python(learning, tmp_path, capsys, monkeypatch):
@@ -378,6 +399,10 @@ def test_learning_refuses_if_its_check_fails(learning, capsys, monkeypatch, tmp_
         learning.run(*flags, "--recipe", "none.yaml")
     errors = capsys.readouterr().err
     assert "--minutes must be above 0" in errors and "--recipe=none.yaml does not exist" in errors
+    recipe = tmp_path / "recipe.yaml"
+    with pytest.raises(SystemExit):
+        learning.run(*flags, "--recipe", str(recipe), str(recipe))
+    assert "recipe.yaml lacks anchor_layer. Add it to the file" in capsys.readouterr().err
 
 
 def test_learning_chooses_units_on_validation_speakers(learning):

@@ -217,6 +217,7 @@ def bases(tmp_path_factory):
     for name, config in (
         ("tiny", parse_arguments([], TINY).model_config()),
         ("small", read_config("small").model_config()),
+        ("again", read_config("small").model_config()),
         ("base", DinoSRConfig()),
     ):
         config.save_pretrained(path / "runs" / name)

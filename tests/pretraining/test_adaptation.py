@@ -74,6 +74,10 @@ def test_a_recipe_for_training_on_needs_a_base_model_and_gives_a_plan(tmp_path, 
     arguments = read_config(name, *flags, "--min_seconds", "0.3")
     assert str(RunPlan(arguments, None)) and arguments.model_config().num_codebooks == 2
     assert (arguments.data.eval_share, arguments.run.anchor) == ((0.1, None) if flags else (0, "runs/small"))
+    if name == "small_again":
+        save_folder(DinoSRForPreTraining(read_config("small").model_config()), tmp_path / "small")
+        again = read_config(name, *(word for flag in ("base_model", "anchor") for word in (f"--{flag}", "small")))
+        assert again.model_config().num_anchor_labels == 500 and RunPlan(again, None).notes == []
     (tmp_path / "arguments.yaml").write_text(arguments.to_yaml())
     assert parse_arguments([str(tmp_path / "arguments.yaml")], "unused") == arguments
 

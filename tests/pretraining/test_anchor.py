@@ -390,6 +390,7 @@ def test_clusters_of_a_layer_are_of_random_recordings(files, recordings, monkeyp
 
     def fit(extractor, some, *args, **kwargs):
         fitted.append(some.ids)
+        assert kwargs["max_frames"] == max(limits[0], 5 * limits[1])
         return fit_layer_kmeans(extractor, some, *args, **kwargs)
 
     monkeypatch.setattr(anchor_making, "fit_layer_kmeans", fit)
@@ -406,6 +407,23 @@ def test_clusters_of_a_layer_are_of_random_recordings(files, recordings, monkeyp
     else:
         num_frames = [len(anchor.tracks[name]) for name in fitted[0]]
         assert sum(num_frames[:-1]) < enough <= sum(num_frames)
+
+
+def test_of_long_recordings_a_part_counts(files, monkeypatch):
+    for name in "abcd":
+        write(files / "long" / f"{name}.wav", 6 * 16_000)
+    monkeypatch.setattr(anchor_making, "MAX_LAYER_FRAMES", 250)  # less than one of them has, and three parts of 2 s
+    monkeypatch.setattr(anchor_making, "MIN_CLUSTER_FRAMES", 1)
+    fitted = []
+
+    def fit(extractor, some, *args, **kwargs):
+        fitted.extend(some.ids)
+        return fit_layer_kmeans(extractor, some, *args, **kwargs)
+
+    monkeypatch.setattr(anchor_making, "fit_layer_kmeans", fit)
+    options = {"anchor": str(files / "model"), "anchor_layer": 1, "num_anchor_labels": 5, "max_seconds": 2.0}
+    make_anchor(tiny_arguments(files, files / "long", **options), FolderSource(files / "long"), CPU)
+    assert len(fitted) == len(set(fitted)) == 3
 
 
 @pytest.mark.parametrize(

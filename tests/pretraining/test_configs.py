@@ -15,6 +15,7 @@ from dinosr_hf.training.schedules import make_schedule
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 NAMES = ("base_ls960", "base_1gpu", "large_ll60k", "multilingual", "small", "spidr_base", "tiny_cpu")
+TRAINING_ON = ("adapt", "small_again")  # test_adaptation.py opens these
 # For fine-tuning: tests/finetuning opens these.
 OTHERS = ("ctc_", "classify_", "superb_")
 BASE = DinoSRConfig()
@@ -26,8 +27,7 @@ def read(name, *flags):
 
 def test_all_configurations_are_tested():
     stems = {path.stem for path in CONFIGS.glob("*.yaml")}
-    training_on = {"adapt", "small_again"}  # test_adaptation.py opens these
-    assert {stem for stem in stems if not stem.startswith(OTHERS)} == {*NAMES, *training_on}
+    assert {stem for stem in stems if not stem.startswith(OTHERS)} == {*NAMES, *TRAINING_ON}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,13 +43,13 @@ def test_configuration_gives_a_plan(name, tmp_path):
     assert parse_arguments([str(path)], "unused") == arguments
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *TRAINING_ON])
 def test_numbers_are_numbers_to_yaml(name):
     # YAML 1.1 reads 5e-4 as text: our parser accepts it, other readers of the file would not.
     content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     text = {key for key, value in content.items() if isinstance(value, str)}
     names = {"data", "batching", "output_dir", "mixed_precision", "schedule", "feature_encoder", "anchor"}
-    assert text <= {*names, "head_input", "ema_schedule", "teacher_init", "attention_init"}
+    assert text <= {*names, "base_model", "head_input", "ema_schedule", "teacher_init", "attention_init"}
 
 
 def test_an_unknown_key_is_refused(tmp_path):

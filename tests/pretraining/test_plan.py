@@ -199,14 +199,17 @@ def test_notes_on_unusual_runs(flags, message):
     assert f"Note: {notes[0]}" in str(RunPlan(tiny(*flags), EPOCH))
 
 
-def test_a_base_model_does_not_begin_at_random():
-    arguments = tiny("--ema_decay", "0.999", "--codebook_decay", "0.99", "--codebook_end_decay", "0.99")
-    assert len(RunPlan(arguments, EPOCH).notes) == 2
-    arguments.run.base_model = "runs/base"
-    assert RunPlan(arguments, EPOCH).notes == []
-    arguments.run.new_codebooks = True
-    (note,) = RunPlan(arguments, EPOCH).notes
-    assert "random start" in note
+def test_a_base_model_does_not_begin_at_random(tmp_path):
+    slow = ["--ema_decay", "0.999", "--codebook_decay", "0.99", "--codebook_end_decay", "0.99"]
+    assert len(RunPlan(tiny(*slow), EPOCH).notes) == 2
+    base, network = (str(tmp_path / name) for name in ("base", "network"))
+    model = DinoSRForPreTraining(tiny().model_config())
+    save_folder(model, base)
+    save_folder(model.dinosr, network)
+    assert RunPlan(tiny(*slow, "--base_model", base), EPOCH).notes == []
+    for anew in (["--new_codebooks", "true"], ["--codebook_size", "100"], ["--base_model", network]):
+        (note,) = RunPlan(tiny(*slow, "--base_model", base, *anew), EPOCH).notes
+        assert "random start" in note
 
 
 def test_usual_runs_have_no_notes(tiny_plan):

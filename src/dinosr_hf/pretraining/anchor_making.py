@@ -238,12 +238,14 @@ def _in_random_order(source: SpeechSource, min_samples: int, seed: int) -> list[
     return sorted(usable, key=lambda index: utterance_hash(seed, 0, utterances[index].id, "anchor"))
 
 
-def _random_recordings(source: SpeechSource, config: DinoSRConfig, num_frames: int, seed: int) -> PartialSource:
-    """Draw recordings that have so many frames together; all if they have fewer."""
-    drawn = []
-    for index in _in_random_order(source, config.receptive_field, seed):
+def _random_recordings(
+    arguments: PretrainingArguments, source: SpeechSource, config: DinoSRConfig, num_frames: int
+) -> PartialSource:
+    """Draw recordings that have so many frames in parts of `max_seconds`, one of each; all if they have fewer."""
+    max_samples, drawn = int(arguments.data.max_seconds * SAMPLING_RATE), []
+    for index in _in_random_order(source, config.receptive_field, arguments.run.seed):
         drawn.append(index)
-        num_frames -= int(config.num_frames(source.utterances[index].num_samples))
+        num_frames -= int(config.num_frames(min(source.utterances[index].num_samples, max_samples)))
         if num_frames <= 0:
             break
     return PartialSource(source, drawn)
@@ -315,7 +317,7 @@ def _model_anchor(arguments: PretrainingArguments, source: SpeechSource, device:
     (extractor,) = open_extractors(options.anchor, layers=[options.anchor_layer], is_smoothed=True, device=device)
     logger.info(f"Labelling {len(source):,} recordings with layer {options.anchor_layer} of {options.anchor}.")
     max_frames = max(MAX_LAYER_FRAMES, MIN_CLUSTER_FRAMES * num_labels)
-    some = _random_recordings(source, extractor.config, max_frames, options.seed)
+    some = _random_recordings(arguments, source, extractor.config, max_frames)
     kmeans = fit_layer_kmeans(extractor, some, num_labels, max_frames=max_frames, seed=options.seed)
     tracks = _no_tracks(source, num_labels)
     tracks |= {name: _small(codes[0], num_labels) for name, codes in extractor.units(source, kmeans=kmeans)}

@@ -43,6 +43,16 @@ def _with_new_codebooks(name: str, base: DinoSRConfig, config: DinoSRConfig) -> 
     return model
 
 
+def keeps_codebooks(arguments: PretrainingArguments) -> bool:
+    """Return whether a run goes on with its base model's codebooks. Raises `ArgumentError` if that cannot be read."""
+    config, name = arguments.model_config(), arguments.run.base_model
+    if name is None or arguments.run.new_codebooks:
+        return False
+    with argument_errors("base_model="):
+        base = open_dinosr_config(name)
+    return has_codebooks(base) and all(getattr(base, size) == getattr(config, size) for size in CODEBOOK_SIZES)
+
+
 def initial_model(arguments: PretrainingArguments) -> DinoSRForPreTraining:
     """
     Build the model of a run before its first step.
@@ -58,11 +68,10 @@ def initial_model(arguments: PretrainingArguments) -> DinoSRForPreTraining:
     with argument_errors("base_model="):
         base = open_dinosr_config(name)
         is_pretraining = has_codebooks(base)
-        has_same_sizes = all(getattr(base, size) == getattr(config, size) for size in CODEBOOK_SIZES)
         if is_pretraining and arguments.run.new_codebooks:
             logger.info("Starting from network and teacher of %s; heads and codebooks start anew.", name)
             return _with_new_codebooks(name, base, config)
-        if is_pretraining and has_same_sizes:
+        if keeps_codebooks(arguments):
             anew = "; the anchor's head starts anew" if config.num_anchor_labels or base.num_anchor_labels else ""
             logger.info("Starting from %s, with its teacher, heads and codebooks%s.", name, anew)
             return _with_new_anchor(name, config)

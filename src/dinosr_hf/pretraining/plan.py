@@ -16,6 +16,7 @@ from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..training.schedules import make_schedule
 from ..utils.extras import import_extra
 from .anchor_arguments import anchor_weights_at
+from .base_model import keeps_codebooks
 from .pretraining_arguments import DataArguments, PretrainingArguments, RunArguments
 from .scaling import Change, changes_table, format_value
 
@@ -259,14 +260,13 @@ def _notes(plan: RunPlan) -> Iterator[str]:
                 f"The {decay} decay ends at {format_value(reached)} instead of {format_value(end)}:"
                 f" {name}={getattr(config, name):,} is past the last update."
             )
-    begins_anew = run.base_model is None
     memory = 1 / max(1 - config.ema_decay, 1e-12)
-    if begins_anew and memory > MAX_MEMORY_SHARE * run.max_steps:
+    if run.base_model is None and memory > MAX_MEMORY_SHARE * run.max_steps:
         yield (
             f"The teacher averages over {memory:,.0f} updates, and the run has {run.max_steps:,}: it hardly leaves"
             " its initial weights. Lower ema_decay and ema_end_decay, or train longer."
         )
-    if (begins_anew or run.new_codebooks) and plan.first_move < MIN_FIRST_MOVE:
+    if plan.first_move < MIN_FIRST_MOVE and not keeps_codebooks(plan.arguments):
         yield (
             f"The first update of the codebooks takes codewords {plan.first_move:.0%} of the way from their random"
             " start to their frames (the paper: 98 %), so few may stay in use. Lower codebook_decay, with"
