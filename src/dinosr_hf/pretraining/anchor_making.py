@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # the time, and 20,000 frames have clusters that are only 1 % wider.
 MAX_MFCC_FRAMES = 50_000
 # Of a layer likewise, but so many for each cluster if that is more: with 500 clusters, 100,000 frames take three times
-# as long for labels that tell no more of phones (docs/experiments.md).
+# as long for labels that tell no more about phones (docs/experiments.md).
 MAX_LAYER_FRAMES, MIN_CLUSTER_FRAMES = 50_000, 100
 # Samples from one label of a file to the next.
 _LABEL_STRIDE = 160
