@@ -50,6 +50,12 @@ def test_a_fork_can_be_killed_and_does_not_outlive_its_time():
 
 
 def test_processes_know_of_each_other():
-    code = "import os, torch; torch.distributed.init_process_group('gloo'); print(torch.distributed.get_world_size())"
-    done = forks.run_in_processes(2, ["-c", f"{code}; raise SystemExit(int(os.environ['RANK']) * 5)"])
+    code = """
+import os, torch
+torch.distributed.init_process_group("gloo")
+torch.distributed.barrier()  # the first process, which serves the others, stays until all have met
+print(torch.distributed.get_world_size())
+raise SystemExit(int(os.environ["RANK"]) * 5)
+"""
+    done = forks.run_in_processes(2, ["-c", code])
     assert (done.returncode, done.stdout) == (5, "2\n2\n")
