@@ -43,10 +43,13 @@ $(VENV)/.compiled: $(INSTALLED)
 		from dinosr_hf import analysis, finetuning, hub, inference, pretraining, recognition, units"
 	@touch $@
 
-# Side by side, and in more processes than two cores, because tests wait for processes, signals and the disk.
+# Side by side, and in more processes than two cores, because tests wait for processes and signals. Their files are in
+# memory where there are 4 GB of it for files, as checkpoints wait for a disk many times.
 test: $(VENV)/.compiled ## the tests, and transformers' own
-	@log=$$(mktemp); HF_COMMON_WORKERS=0 $(HF_SUITE) >$$log 2>&1 & other=$$!; \
-	trap 'kill $$other 2>/dev/null; rm -f $$log' EXIT; failed=0; \
+	@[ "$$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 ] 2>/dev/null && in=/dev/shm || in=$${TMPDIR:-/tmp}; \
+	export TMPDIR=$$(mktemp -d "$$in/dinosr-tests-XXXXXX"); \
+	log=$$TMPDIR/hf.log; HF_COMMON_WORKERS=0 $(HF_SUITE) >$$log 2>&1 & other=$$!; \
+	trap 'kill $$other 2>/dev/null; rm -rf "$$TMPDIR"' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; failed=0; \
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal || failed=1; \
 	wait $$other || failed=1; cat $$log; exit $$failed
 

@@ -1,14 +1,10 @@
-"""
-What all tests share: no network, one thread (also in the processes they start), a folder of their own for the code of
-models, and where the fixtures are.
-"""
+"""What all tests share: no network, one thread (also in the processes they start), a folder for the code of models."""
 
 import atexit
 import gc
 import os
 import shutil
 import tempfile
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,8 +16,6 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-
-FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def pytest_collection_finish():
@@ -62,5 +56,6 @@ def recordings(tmp_path_factory):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Leave the pictures of reports empty: each takes a second."""
+    """Leave the pictures of reports and pages empty: each takes up to a second."""
     monkeypatch.setattr("dinosr_hf.analysis.reports.save_figure", lambda figure, path, dpi: path.touch())
+    monkeypatch.setattr("dinosr_hf.analysis.inspection.page.png_uri", lambda figure, dpi: "data:image/png;base64,")

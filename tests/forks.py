@@ -3,55 +3,118 @@ Run Python programs in forks of a process that has imported what takes seconds: 
 
 For programs that need none of it to be imported anew; what is read from the environment at import, such as
 OMP_NUM_THREADS, is that of the tests. What huggingface_hub reads is read again.
+
+This file, run as a program, is that process. All workers of a test run share it: the first that needs it starts it,
+and it ends with the run. For each program it forks a keeper, which forks the program, and tells its end.
 """
 
-import gc
+import contextlib
 import importlib
-import multiprocessing
 import os
+import pickle
 import runpy
+import select
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
-import huggingface_hub
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        *(
-            f"dinosr_hf.{room}"
-            for room in ("pretraining", "finetuning", "recognition", "units", "analysis", "hub.export")
-        ),
-        *("datasets", "matplotlib.pyplot", "scipy.stats", "sklearn.cluster", "soundfile", "soxr"),
-    ]
+_PRELOADED = (
+    *(f"dinosr_hf.{room}" for room in ("pretraining", "finetuning", "recognition", "units", "analysis", "hub.export")),
+    *("datasets", "matplotlib.pyplot", "scipy.stats", "sklearn.cluster", "soundfile", "soxr"),
 )
 
 
-def _become(
-    words: Sequence[str], environment: Mapping[str, str], work: str, files: Sequence[Path], is_new_session: bool
-) -> None:
-    """Be the program that `python WORDS` would be, with these files as stdin, stdout and stderr."""
-    gc.freeze()  # what the fork inherits is looked through by no collection, which would copy its memory
-    multiprocessing.set_start_method(None, force=True)  # that of Python, not the one that this fork was made by
-    if is_new_session:
+_ANSWER = struct.Struct("q")  # the number of a process, then its exit status
+_MAX_SERVERS = 5  # that end at once, before something is wrong
+_servers: list[subprocess.Popen] = []  # that this process has started
+
+
+class _Request(NamedTuple):
+    """The program that `python WORDS` would be, and its files as stdin, stdout and stderr."""
+
+    words: list[str]
+    environment: dict[str, str]
+    work: str
+    files: list[Path]
+    is_new_session: bool
+
+
+def _address(run: int) -> str:
+    """Name of the socket of a test run, known to its first process, in the namespace that is no part of the disk."""
+    return f"\0dinosr-forks-{run}"
+
+
+def _serve(run: int) -> _Request:
+    """Serve a test run; return in each fork that is to become a program, and nowhere else."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(_address(run))
+    except OSError:  # another worker was first
+        os._exit(0)
+    listener.listen(64)
+    import gc
+
+    for name in _PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()  # what forks inherit is looked through by no collection, which would copy its memory
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        while not select.select([listener], [], [], 1)[0]:
+            try:
+                os.kill(run, 0)
+            except ProcessLookupError:
+                os._exit(0)
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            break
+        connection.close()
+    listener.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    request = _Request(*pickle.load(connection.makefile("rb")))
+    if (pid := os.fork()) == 0:
+        connection.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return request
+    with contextlib.suppress(BrokenPipeError):  # a test may end before its program
+        connection.sendall(_ANSWER.pack(pid))
+        connection.sendall(_ANSWER.pack(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+    os._exit(0)
+
+
+def _become(request: _Request) -> None:
+    import huggingface_hub
+    from transformers import dynamic_module_utils
+    from transformers.utils import hub
+
+    if request.is_new_session:
         os.setsid()
-    for number, (file, flags) in enumerate(zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
+    for number, (file, flags) in enumerate(zip(request.files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
         os.dup2(os.open(file, flags), number)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(request.environment)
     importlib.reload(huggingface_hub.constants)
     huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
-    os.chdir(work)
-    sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if cache := request.environment.get("HF_MODULES_CACHE"):
+        hub.HF_MODULES_CACHE = dynamic_module_utils.HF_MODULES_CACHE = cache
+    os.chdir(request.work)
+    sys.path[:0] = [path for path in request.environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    words = request.words
+    sys.modules["__main__"] = ModuleType("__main__")
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
-        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+        exec(compile(words[1], "<string>", "exec"), vars(sys.modules["__main__"]))
     elif words[0] == "-m":
         sys.argv = list(words[1:])
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -59,6 +122,37 @@ def _become(
         sys.argv = list(words)
         sys.path.insert(0, os.path.dirname(words[0]))
         runpy.run_path(words[0], run_name="__main__")
+
+
+def _exit_status(request: _Request) -> int:
+    """Be the program, and return the status with which Python would end."""
+    try:
+        _become(request)
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _connect() -> socket.socket:
+    """Connect to the server of this test run, and start it first if there is none."""
+    run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    connection = socket.socket(socket.AF_UNIX)
+    while True:
+        try:
+            connection.connect(_address(run))
+            return connection
+        except ConnectionRefusedError:
+            if not _servers or _servers[-1].poll() is not None:
+                if len(_servers) == _MAX_SERVERS:
+                    raise
+                _servers.append(subprocess.Popen([sys.executable, __file__, str(run)], stdin=subprocess.DEVNULL))
+            time.sleep(0.01)
 
 
 class Program:
@@ -84,15 +178,29 @@ class Program:
         for file in files:
             file.write_text(text if file.name == "stdin" else "")
         self.stdout, self.stderr = files[1:]
-        arguments = ([*map(str, words)], dict(os.environ if env is None else env), str(cwd or os.getcwd()), files)
-        self._process = _CONTEXT.Process(target=_become, args=(*arguments, new_session))
-        self._process.start()
-        self.pid = self._process.pid
+        environment = dict(os.environ if env is None else env)
+        request = _Request([*map(str, words)], environment, str(cwd or os.getcwd()), files, new_session)
+        self._connection = _connect()
+        self._connection.sendall(pickle.dumps(tuple(request)))
+        self._connection.shutdown(socket.SHUT_WR)
+        self.pid = self._answer()
+        self._exitcode: int | None = None
+
+    def _answer(self) -> int:
+        if len(answer := self._connection.recv(_ANSWER.size, socket.MSG_WAITALL)) < _ANSWER.size:
+            raise RuntimeError("The process that forks programs has ended.")
+        return _ANSWER.unpack(answer)[0]
+
+    def _join(self, timeout: float) -> None:
+        if self._exitcode is None and select.select([self._connection], [], [], timeout)[0]:
+            self._exitcode = self._answer()
+            self._connection.close()
 
     @property
     def returncode(self) -> int | None:
         """Its exit status, negative for a signal; None while it runs."""
-        return self._process.exitcode
+        self._join(0)
+        return self._exitcode
 
     @property
     def is_running(self) -> bool:
@@ -100,13 +208,13 @@ class Program:
 
     def wait(self, timeout: float = 280) -> subprocess.CompletedProcess:
         """Wait for its end, and return what it left; it is killed after so many seconds."""
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            self._process.kill()
+        self._join(timeout)
+        if self._exitcode is None:
+            os.kill(self.pid, signal.SIGKILL)
             raise TimeoutError(f"The program did not end within {timeout} s: {self.stderr.read_text()[-3000:]}")
         with self._folder:
             output = [file.read_text(errors="replace") for file in (self.stdout, self.stderr)]
-        return subprocess.CompletedProcess([], self._process.exitcode, *output)
+        return subprocess.CompletedProcess([], self._exitcode, *output)
 
 
 def run_in_processes(
@@ -133,3 +241,15 @@ def run_in_processes(
 def run(words: Sequence[Any], *, timeout: float = 280, **options: Any) -> subprocess.CompletedProcess:
     """Run `python WORDS`, with the options of `Program`, and return its exit status and output."""
     return Program(words, **options).wait(timeout)
+
+
+if __name__ == "__main__":
+    status = _exit_status(_serve(int(sys.argv[1])))
+    threading._shutdown()  # waits for threads, as at the end of a program
+    from multiprocessing import util
+
+    util._exit_function()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)

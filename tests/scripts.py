@@ -1,4 +1,4 @@
-"""Commands of the package and scripts of benchmarks/ as modules."""
+"""Commands of the package and scripts of benchmarks/ as modules, and the folder of the fixtures."""
 
 import importlib
 import importlib.util
@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def load_command(name: str) -> ModuleType:

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import forks
-from conftest import FIXTURES
 from dinosr_hf import DinoSRForPreTraining
 from hub_server import hub_server
-from scripts import ROOT, load_command
+from scripts import FIXTURES, ROOT, load_command
 
 CASE = FIXTURES / "spidr_objective"
 GUIDE = (ROOT / "docs" / "adapting.md").read_text(encoding="utf-8")
@@ -24,7 +23,7 @@ COMMANDS = [
 ]
 SMALL_STEPS = "--step_seconds 8 --micro_seconds 8 --min_seconds 0.5 --max_seconds 2 --num_buckets 2 --num_workers 0"
 SMALL = {  # later flags win
-    "pretrain": f"{SMALL_STEPS} --max_steps 3 --fit_heads_steps 1 --eval_steps 1 --checkpoint_steps 0 --num_threads 1",
+    "pretrain": f"{SMALL_STEPS} --max_steps 3 --fit_heads_steps 1 --eval_steps 3 --checkpoint_steps 0 --num_threads 1",
     "extract_units": "--layers 2 --num_threads 1",
     "finetune_ctc": "--step_seconds 8 --micro_seconds 8 --max_steps 2 --freeze_steps 1 --eval_steps 2 --save_steps 2"
     " --mask_feature_length 8",

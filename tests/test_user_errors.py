@@ -184,6 +184,7 @@ def test_pre_training_names_min_seconds_where_all_is_shorter(work, tmp_path, mon
 
 def test_a_stream_of_short_recordings_ends(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # it sleeps 5 s at the end of a stream
     rows = [{"array": [0.0, 0.1] * 400, "sampling_rate": 16_000}] * 3
     datasets.Dataset.from_dict({"audio": rows}).to_parquet(tmp_path / "short.parquet")
     found = pretrain(monkeypatch, tmp_path, "--data", tmp_path / "short.parquet", "--streaming", "true")

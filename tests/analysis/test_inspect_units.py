@@ -48,6 +48,7 @@ def test_the_script_writes_a_page(folder, capsys, source):
     assert re.search(r"Spectrogram of a\.wav from .*, with its words, phones, units as boxes below", html)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_phones_may_be_in_another_tier(folder, tmp_path):
     tier = '"IntervalTier" "MAU" 0 0.2 1 0 0.2 "murmur"'
     (tmp_path / "a.TextGrid").write_text(f'File type = "ooTextFile"\n"TextGrid" 0 0.2 <exists> 1 {tier}\n')
@@ -58,6 +59,7 @@ def test_phones_may_be_in_another_tier(folder, tmp_path):
     assert "murmur" in (folder / "new" / "page.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_labels_may_be_those_of_an_unreadable_recording(folder, tmp_path):
     speech = tmp_path / "speech"
     shutil.copytree(folder / "speech", speech / "ann")
@@ -87,12 +89,14 @@ def test_the_anchor_of_a_model_without_one_is_refused(folder, tmp_path):
         SCRIPT.main([str(tmp_path / "model"), *options(folder, "--source", "anchor", "--device", "cpu")[1:]])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_script_reports_left_out_moments(folder, capsys):
     SCRIPT.main(options(folder, "--layer", "3", "--max_megabytes", "0", "--title", "<mine>", "--device", "cpu"))
     assert re.search(r"with 0 moments.*\n[\d,]+ more had no room", capsys.readouterr().out)
     assert "<title>&lt;mine&gt;</title>" in (folder / "new" / "page.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_anchor_has_its_own_units_on_the_last_layer(folder, monkeypatch):
     counts = []
     render = SCRIPT.render_page

@@ -208,6 +208,7 @@ def decode(uri):
     return kind, base64.b64decode(content)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("audio", ["flac", "ogg"])
 def test_sounds_equal_the_recording(folder, audio):
     page = Tree(make_page(folder, audio=audio, context_seconds=0.1).html)
@@ -235,6 +236,7 @@ def test_the_moment_is_marked(page, folder):
     assert marks[0] == (f"{100 * 40 / length:.1f}", f"{100 * 960 / length:.1f}")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_page_size_is_limited(folder):
     full = make_page(folder)
     assert (full.num_clips, full.num_left_out) == (9, 0)
@@ -251,6 +253,7 @@ def test_page_size_is_limited(folder):
     assert len(none.html) < len(small.html) < len(full.html)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_page_without_labels_and_scores(folder):
     page = make_page(folder, inspect(with_labels=False, with_scores=False))
     tree = Tree(page.html)
@@ -260,6 +263,7 @@ def test_a_page_without_labels_and_scores(folder):
     assert "the longest first" in page.html
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_recordings_that_became_unreadable_are_left_out(tmp_path, caplog):
     write_recordings(tmp_path)
     recordings = open_recordings([tmp_path])

@@ -39,7 +39,7 @@ class ExportTesterMixin:
                 transformers.set_seed(0)
                 config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
                 if dynamic:  # which takes its time for every layer
-                    config.num_hidden_layers = config.num_codebooks = 1
+                    config.num_hidden_layers = config.num_codebooks = config.num_conv_pos_embeddings = 1
                 inputs = self._prepare_for_class(inputs, model_class)
                 model = model_class(config).eval()
                 with torch.no_grad():

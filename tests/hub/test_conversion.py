@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoFeatureExtractor
 
-from conftest import FIXTURES
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.hub.conversion import ConversionError, convert
 from dinosr_hf.hub.conversion.fairseq import config_from_fairseq
 from dinosr_hf.hub.conversion.layout import parse_conv_layers
+from scripts import FIXTURES
 
 CHECKPOINT = FIXTURES / "dev_tiny" / "checkpoint.pt"
 

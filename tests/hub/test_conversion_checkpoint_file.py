@@ -11,12 +11,12 @@ import zipfile
 import pytest
 import torch
 
-from conftest import FIXTURES
 from dinosr_hf import DinoSRModel
 from dinosr_hf.hub.conversion import ConversionError, convert
 from dinosr_hf.hub.conversion.checkpoint_file import open_checkpoint
 from dinosr_hf.hub.conversion.fairseq import config_from_fairseq
 from dinosr_hf.utils.model_folder import open_weights
+from scripts import FIXTURES
 from tiny import tiny_config
 
 CASE = FIXTURES / "dev_tiny"

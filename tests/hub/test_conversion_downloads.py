@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import forks
-from conftest import FIXTURES
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.hub.conversion import ConversionError, convert
 from dinosr_hf.hub.conversion.downloads import is_hub_name
 from hub_server import hub_server
+from scripts import FIXTURES
 
 CASE = FIXTURES / "spidr_objective"
 ROOT = FIXTURES.parents[1]

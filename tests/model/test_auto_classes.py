@@ -34,11 +34,18 @@ CODE = {
 NUM_SAMPLES = 5_011
 
 
-@pytest.fixture(scope="module", params=["conv", "log_mel"])
-def model(request):
+FRONT_ENDS = ["conv", "log_mel"]
+
+
+def make_model(front_end):
     torch.manual_seed(0)
-    changes = {"feature_encoder": request.param, "num_anchor_labels": 3 if request.param == "log_mel" else 0}
+    changes = {"feature_encoder": front_end, "num_anchor_labels": 3 if front_end == "log_mel" else 0}
     return randomize(DinoSRForPreTraining(tiny_config(**changes))).eval()
+
+
+@pytest.fixture(scope="module", params=FRONT_ENDS)
+def model(request):
+    return make_model(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +113,6 @@ ALONE = """
     import torch
     from transformers import AutoModel, AutoModelForCTC, AutoModelForPreTraining
 
-    folder, work = sys.argv[1:]
-    x = torch.load(f"{work}/x.pt")
-    mask = torch.load(f"{work}/mask.pt")
-
     def open_all(folder):
         opened = {}
         for auto in (AutoModel, AutoModelForCTC, AutoModelForPreTraining):
@@ -118,7 +121,7 @@ ALONE = """
             opened[auto.__name__] = model
         return opened
 
-    def outputs(models):
+    def outputs(models, x, mask):
         with torch.no_grad():
             scored = models["AutoModelForPreTraining"](x, mask_time_indices=mask)
             return {
@@ -128,47 +131,51 @@ ALONE = """
                 "codes": scored.codes,
             }
 
-    first = open_all(folder)
-    again = f"{work}/again"
-    first["AutoModelForPreTraining"].save_pretrained(again)
-    torch.save({"first": outputs(first), "again": outputs(open_all(again))}, f"{work}/outputs.pt")
+    for work in sys.argv[1:]:
+        x, mask = torch.load(f"{work}/x.pt"), torch.load(f"{work}/mask.pt")
+        first = open_all(f"{work}/saved")
+        first["AutoModelForPreTraining"].save_pretrained(f"{work}/again")
+        found = {"first": outputs(first, x, mask), "again": outputs(open_all(f"{work}/again"), x, mask)}
+        torch.save(found, f"{work}/outputs.pt")
 
-    first["AutoModelForCTC"].save_pretrained(f"{work}/ctc")
-    ctc = AutoModelForCTC.from_pretrained(f"{work}/ctc", trust_remote_code=True).eval()
-    torch.testing.assert_close(ctc(x).logits, first["AutoModelForCTC"](x).logits, atol=1e-5, rtol=0.0)
-    first["AutoModelForPreTraining"].train()(x).loss.backward()
-    first["AutoModelForPreTraining"].update_targets(1)
+        first["AutoModelForCTC"].save_pretrained(f"{work}/ctc")
+        ctc = AutoModelForCTC.from_pretrained(f"{work}/ctc", trust_remote_code=True).eval()
+        torch.testing.assert_close(ctc(x).logits, first["AutoModelForCTC"](x).logits, atol=1e-5, rtol=0.0)
+        first["AutoModelForPreTraining"].train()(x).loss.backward()
+        first["AutoModelForPreTraining"].update_targets(1)
 """
 
 
-def test_remote_code_where_dinosr_hf_cannot_be_imported(folder, model, tmp_path):
-    x = waveforms(2, NUM_SAMPLES)
-    mask = torch.zeros(2, model.config.num_frames(NUM_SAMPLES), dtype=torch.bool)
-    mask[:, 4:11] = True
-    torch.save(x, tmp_path / "x.pt")
-    torch.save(mask, tmp_path / "mask.pt")
+def test_remote_code_where_dinosr_hf_cannot_be_imported(tmp_path):
+    x, models = waveforms(2, NUM_SAMPLES), {name: make_model(name) for name in FRONT_ENDS}
+    masks = {name: torch.zeros(2, model.config.num_frames(NUM_SAMPLES)).bool() for name, model in models.items()}
+    for name, model in models.items():
+        masks[name][:, 4:11] = True
+        model.save_pretrained(tmp_path / name / "saved")
+        torch.save(x, tmp_path / name / "x.pt")
+        torch.save(masks[name], tmp_path / name / "mask.pt")
     script = tmp_path / "alone.py"
     script.write_text(textwrap.dedent(ALONE))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
-    result = subprocess.run(
-        [sys.executable, script, folder, tmp_path], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, script, *(tmp_path / name for name in FRONT_ENDS)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    with torch.no_grad():
-        scored = model(x, mask_time_indices=mask)
-        hidden = model.dinosr(x).last_hidden_state
-    for when, got in torch.load(tmp_path / "outputs.pt").items():
-        torch.testing.assert_close(got["AutoModel"], hidden, **SAME_ARITHMETIC, msg=when)
-        torch.testing.assert_close(got["AutoModelForCTC"], hidden, **SAME_ARITHMETIC, msg=when)
-        torch.testing.assert_close(got["loss"], scored.loss, **SAME_ARITHMETIC, msg=when)
-        assert torch.equal(got["codes"], scored.codes), when
-    # the folder that was saved there opens here, and is whole
-    again = tmp_path / "again"
-    assert {path.name for path in again.glob("*.py")} == CODE
-    assert set(json.loads((again / "config.json").read_text())["auto_map"]) == {"AutoConfig", *AUTO_CLASSES}
-    state = DinoSRForPreTraining.from_pretrained(again).state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    for name, model in models.items():
+        with torch.no_grad():
+            scored = model(x, mask_time_indices=masks[name])
+            hidden = model.dinosr(x).last_hidden_state
+        for when, got in torch.load(tmp_path / name / "outputs.pt").items():
+            torch.testing.assert_close(got["AutoModel"], hidden, **SAME_ARITHMETIC, msg=when)
+            torch.testing.assert_close(got["AutoModelForCTC"], hidden, **SAME_ARITHMETIC, msg=when)
+            torch.testing.assert_close(got["loss"], scored.loss, **SAME_ARITHMETIC, msg=when)
+            assert torch.equal(got["codes"], scored.codes), when
+        # the folder that was saved there opens here, and is whole
+        again = tmp_path / name / "again"
+        assert {path.name for path in again.glob("*.py")} == CODE
+        assert set(json.loads((again / "config.json").read_text())["auto_map"]) == {"AutoConfig", *AUTO_CLASSES}
+        state = DinoSRForPreTraining.from_pretrained(again).state_dict()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
 
 def test_ctc_pipeline_parts_are_registered():

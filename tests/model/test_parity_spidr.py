@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import FIXTURES
 from dinosr_hf import DinoSRForPreTraining, sample_span_mask
 from dinosr_hf.hub.conversion import convert
 from dinosr_hf.hub.conversion.spidr import read_spidr
 from dinosr_hf.model.masking_dinosr import TorchDraws
+from scripts import FIXTURES
 from tolerances import ACTIVATIONS, CODEBOOK_COUNTS, CODEBOOK_SUMS, GRADIENTS, LOSSES, WEIGHTS
 
 CASE = FIXTURES / "spidr_objective"

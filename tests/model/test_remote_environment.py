@@ -21,11 +21,11 @@ from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, AutoTok
 from transformers.utils import is_torchaudio_available
 
 import dinosr_hf
-from conftest import FIXTURES
 from dinosr_hf.hub import Dataset, Provenance, prepare
 from dinosr_hf.hub.conversion import convert
 from hub_server import hub_server
 from recognisers import save_models
+from scripts import FIXTURES
 from tiny import waveforms
 from tolerances import SAME_ARITHMETIC
 

@@ -16,7 +16,7 @@ OPTIONS = {**ANCHORED, "max_steps": 3, "log_steps": 1, "checkpoint_steps": 2}
 
 
 def arguments_of(tmp_path, recordings, **changes):
-    return tiny_arguments(tmp_path, recordings, **OPTIONS, eval_data=str(recordings), **changes)
+    return tiny_arguments(tmp_path, recordings, **OPTIONS, eval_data=str(recordings), eval_seconds=3, **changes)
 
 
 @pytest.fixture(scope="module")

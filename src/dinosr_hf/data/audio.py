@@ -196,7 +196,9 @@ class _Stream:
             size = min(count, BLOCK_FRAMES)
             block = self.sound.read(size, dtype="float32", always_2d=True)
             self._position += len(block)
-            blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
+            blocks.append(
+                block[:, 0] if block.shape[1] == 1 else sum(block.T) / block.shape[1]
+            )  # mean(axis=1) is slower
             count -= len(block)
             if len(block) < size:
                 break
