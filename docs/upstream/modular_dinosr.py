@@ -405,7 +405,7 @@ class DinoSRTeacher(DinoSREncoder):
         return self
 
     @torch.no_grad()
-    def follow(self, student: DinoSREncoder, decay: float):
+    def ema_update(self, student: DinoSREncoder, decay: float):
         """Average layers and norm, keeping `decay` of the old; copy the positional convolutions."""
         for (name, own), other in zip(self.named_parameters(), student.parameters(), strict=True):
             own.lerp_(other, 1.0 if name.startswith("pos_conv_embed.") else 1 - decay)
@@ -805,7 +805,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):
         ema_decay = 1.0
         if not self.apply_freeze(step):
             ema_decay = _anneal(config.ema_decay, config.ema_end_decay, config.ema_anneal_steps, step)
-            self.teacher.follow(self.dinosr.encoder, ema_decay)
+            self.teacher.ema_update(self.dinosr.encoder, ema_decay)
         return {"codebook_decay": codebook_decay, "ema_decay": ema_decay}
 
     def apply_freeze(self, step: int) -> bool:

@@ -316,7 +316,7 @@ def test_teacher_equals_its_slow_twin_across_the_freeze(freeze_mode, freeze_step
         freeze_mode=freeze_mode,
     ).train()
     with torch.no_grad():  # T2: the first teacher is the student
-        for own, live in model.teacher.pairs_with(model.dinosr):
+        for own, live in model.teacher.parameter_pairs(model.dinosr):
             own.copy_(live)
     twin = SlowTeacher(model.config, state_of(model))
     moved = {}
@@ -449,6 +449,15 @@ def test_adapters_must_be_merged_before_the_teacher_moves(adapted):
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=targets), model)
     with pytest.raises(ValueError, match="Merge the adapters first"):
         model.update_targets(1)
+
+
+def test_a_teacher_that_cannot_follow_leaves_the_codebooks_as_they_were():
+    model = pretraining_model().to(torch.bfloat16).train()
+    model(waveforms(2, 801).bfloat16(), mask_time_indices=every_third(2, model.config.num_frames(801)))
+    before = {name: value.clone() for name, value in model.codebooks.state_dict().items()}
+    with pytest.raises(ValueError, match=r"dtype is torch\.bfloat16, in which steps of .* are rounded away"):
+        model.update_targets(1)
+    assert all(torch.equal(value, before[name]) for name, value in model.codebooks.state_dict().items())
 
 
 def test_targets_do_not_depend_on_the_mask():

@@ -38,7 +38,7 @@ def is_same(one, other):
 
 
 def teacher_is_student(model):
-    return all(torch.equal(own, live) for own, live in model.teacher.pairs_with(model.dinosr))
+    return all(torch.equal(own, live) for own, live in model.teacher.parameter_pairs(model.dinosr))
 
 
 def test_a_pretraining_checkpoint_keeps_teacher_heads_and_codebooks(tmp_path, base):

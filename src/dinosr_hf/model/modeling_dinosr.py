@@ -26,7 +26,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any, Unpack
 
 import torch
@@ -567,32 +566,31 @@ class DinoSREncoder(nn.Module):
             The last layer's output (B, T, D), and for each of `return_layers` its output and its feed-forward
             network's, each (B, T, D).
         """
-        # SpidR's reference zeroes the padding in the positional convolutions alone.
-        keeps_padding = self.config.reference_padding and self.config.head_input == "own_layer"
-        if not keeps_padding:
-            hidden_states = zero_padding(hidden_states, frame_mask)
+        # The authors zero the padding once, so it leaks into valid frames at every further convolution. SpidR's
+        # reference zeroes it in the positional convolutions alone.
+        is_reference, is_spidr = self.config.reference_padding, self.config.head_input == "own_layer"
+        input_mask = None if is_reference and is_spidr else frame_mask
+        position_mask = None if is_reference and not is_spidr else frame_mask
+        layer_mask = None if is_reference else frame_mask
+        hidden_states = zero_padding(hidden_states, input_mask)
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=frame_mask
         )
-        position_mask = frame_mask
-        if self.config.reference_padding:
-            # The authors zero the padding once, so it leaks into valid frames at every further convolution.
-            frame_mask, position_mask = None, frame_mask if keeps_padding else None
         hidden_states = hidden_states + self.pos_conv_embed(hidden_states, position_mask)
         hidden_states = self.dropout(self.layer_norm(hidden_states))
 
         frames = None
         if may_use_fast_forms(hidden_states, self):
             has_dropout = self.training and self.config.attention_dropout > 0
-            frames = valid_frames(self.config, hidden_states, frame_mask, attention_mask, has_dropout)
+            frames = valid_frames(self.config, hidden_states, layer_mask, attention_mask, has_dropout)
         if frames is not None:
-            attention_mask, frame_mask = None, None
+            attention_mask, layer_mask = None, None
         layer_outputs = {}
         for number, layer in enumerate(self.layers, start=1):
-            hidden_states, feed_forward_output = layer(hidden_states, attention_mask, frame_mask, frames, **kwargs)
+            hidden_states, feed_forward_output = layer(hidden_states, attention_mask, layer_mask, frames, **kwargs)
             if number in return_layers:
                 if frames is None:
-                    feed_forward_output = zero_padding(feed_forward_output, frame_mask)
+                    feed_forward_output = zero_padding(feed_forward_output, layer_mask)
                 else:
                     feed_forward_output = frames.unpack(feed_forward_output)
                 layer_outputs[number] = (hidden_states, feed_forward_output)
@@ -626,14 +624,16 @@ class DinoSRTeacher(DinoSREncoder):
         """Stay in evaluation mode."""
         return self
 
-    def own_features(self, input_values: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor | None:
+    def front_end_features(
+        self, input_values: torch.Tensor, frame_mask: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """(B, S) to features (B, T, D) by the teacher's own front end; None if it has none."""
         if self.feature_extractor is None or self.feature_projection is None:
             return None
         features, _ = self.feature_projection(self.feature_extractor(input_values, frame_mask).transpose(1, 2))
         return features
 
-    def drawn_anew(self) -> set[nn.Parameter]:
+    def reinitialized_parameters(self) -> set[nn.Parameter]:
         """Return the parameters that do not begin as the student's, by `teacher_init`."""
         # CODEPATH: "random" for SpidR's checkpoints, "student" for all others.
         if self.config.teacher_init == "student":
@@ -641,14 +641,14 @@ class DinoSRTeacher(DinoSREncoder):
         drawn = ("attention.", "feed_forward.")
         return {p for layer in self.layers for name, p in layer.named_parameters() if name.startswith(drawn)}
 
-    def pairs_with(self, student: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    def parameter_pairs(self, student: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Pair each parameter of the teacher with that of a student, a `DinoSRModel`."""
         theirs = dict(student.named_parameters())
         for name, parameter in self.named_parameters():
             yield parameter, theirs[name] if name in theirs else theirs[f"encoder.{name}"]
 
     @torch.no_grad()
-    def follow(self, encoder: DinoSREncoder, decay: float) -> None:
+    def ema_update(self, encoder: DinoSREncoder, decay: float) -> None:
         """
         Average the layers, keeping `decay` of the old; copy the positional convolutions (docs/parity.md, T4).
 
@@ -905,9 +905,9 @@ class DinoSRPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
             if module.usage is not None:
                 init.ones_(module.usage)
         elif isinstance(module, DinoSRForPreTraining):
-            drawn_anew = module.teacher.drawn_anew()
-            for own, students in module.teacher.pairs_with(module.dinosr):
-                if own not in drawn_anew:
+            reinitialized_parameters = module.teacher.reinitialized_parameters()
+            for own, students in module.teacher.parameter_pairs(module.dinosr):
+                if own not in reinitialized_parameters:
                     init.copy_(own, students)
         elif isinstance(module, DinoSRMarginLoss):
             init.normal_(module.weight)
@@ -1191,8 +1191,10 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             self.codebooks.accumulate(targets, codes)
         head_inputs = student.feed_forward_outputs or (student.last_hidden_state,)
         predictors = [states.flatten(0, 1).index_select(0, masked_frames) for states in head_inputs]  # (M, D)
-        pairs = zip(self.heads, cycle(predictors), strict=False)  # one for each head, or the same for all
-        output = masked_prediction_losses(torch.stack([head(states) for head, states in pairs]), codes)  # (N, M, V)
+        if len(predictors) == 1:  # all heads are on the last layer
+            predictors *= len(self.heads)
+        logits = [head(states) for head, states in zip(self.heads, predictors, strict=True)]
+        output = masked_prediction_losses(torch.stack(logits), codes)  # (N, M, V)
         output.target_energies = target_energies
         output.feature_energies = energy_sums(student.extract_features, frame_mask)
         return output
@@ -1202,7 +1204,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         self, input_values: torch.Tensor, features: torch.Tensor, frame_mask: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's normalised targets (N, B, T, D), and the energies of its layers (N, 2)."""
-        projected = self.teacher.own_features(input_values, frame_mask)
+        projected = self.teacher.front_end_features(input_values, frame_mask)
         if projected is None:
             # Without the projection's dropout, which is the student's alone.
             projected = self.dinosr.feature_projection.projection(features.detach())
@@ -1252,7 +1254,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
     @torch.no_grad()
     def update_targets(self, step: int, *, moves_teacher: bool = True) -> dict[str, float]:
         """
-        Commit the codebooks, then move the teacher: once after each step of the optimizer.
+        Move the teacher and commit the codebooks: once after each step of the optimizer.
 
         The codebooks take what training forward passes accumulated since the last call, over all processes: every
         process must call this. The teacher's layers move towards the student's by exponential average, its positional
@@ -1267,17 +1269,18 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
 
         Raises:
             ValueError: If `step` is less than 1, or the teacher cannot follow: it has adapters, or half precision.
+                Nothing has changed then.
         """
         if step < 1:
             raise ValueError(
                 f"step={step} must be at least 1: it is the number of completed optimizer steps, 1 after the first."
             )
+        ema_decay = self.config.ema_decay_at(step) if moves_teacher else 1.0
+        if ema_decay < 1:
+            self.teacher.ema_update(self.dinosr.encoder, ema_decay)  # first, as it may refuse to
         num_steps = self.config.codebook_update_steps
         codebook_decay = self.config.codebook_decay_at(max(0, step - num_steps))
         self.codebooks.commit(codebook_decay, is_due=step % num_steps == 0)
-        ema_decay = self.config.ema_decay_at(step) if moves_teacher else 1.0
-        if ema_decay < 1:
-            self.teacher.follow(self.dinosr.encoder, ema_decay)
         if self.config.freeze_teacher_step is None or step <= self.config.freeze_teacher_step:
             self.teacher.copy_front_end(self.dinosr.feature_extractor, self.dinosr.feature_projection)
         self.apply_freeze(step)
@@ -1345,7 +1348,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         layers = check_layers(self.config, layers, with_codebooks=False)
         encoder = self.teacher if source == "teacher" else self.dinosr.encoder
         frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
-        features = self.teacher.own_features(input_values, frame_mask) if source == "teacher" else None
+        features = self.teacher.front_end_features(input_values, frame_mask) if source == "teacher" else None
         if features is None:
             convolved = self.dinosr.feature_extractor(input_values, frame_mask)
             features, _ = self.dinosr.feature_projection(convolved.transpose(1, 2))
@@ -1440,7 +1443,8 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         numbers, first = check_unit_layers(self.config, layers, source), self.config.codebook_layers[0]
         heads: list[Any] = [self.anchor_head if source == "anchor" else self.heads[n - first] for n in numbers]
         has_own_inputs = source == "student" and self.config.head_input == "own_layer"
-        pairs = zip(heads, hidden_states if has_own_inputs else cycle([hidden_states]), strict=False)
+        inputs = hidden_states if has_own_inputs else [hidden_states] * len(heads)
+        pairs = zip(heads, inputs, strict=True)
         return torch.stack([head(features).float().argmax(dim=-1) for head, features in pairs])
 
     @torch.no_grad()

@@ -81,6 +81,6 @@ def initial_model(arguments: PretrainingArguments) -> DinoSRForPreTraining:
     model = DinoSRForPreTraining(config)
     model.dinosr.load_state_dict(network.state_dict())
     with torch.no_grad():
-        for own, live in model.teacher.pairs_with(model.dinosr):
+        for own, live in model.teacher.parameter_pairs(model.dinosr):
             own.copy_(live)
     return model
