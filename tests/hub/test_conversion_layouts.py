@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoProcessor, Data2VecAudioConfig, Data2VecAudioForCTC, Wav2Vec2Config, Wav2Vec2Model
 
-from conftest import FIXTURES
 from dinosr_hf import DinoSRConfig, DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from dinosr_hf.hub.conversion import (
     ConversionError,
@@ -24,7 +23,7 @@ from dinosr_hf.hub.conversion import (
 )
 from dinosr_hf.hub.conversion.fairseq import config_from_fairseq, settings_notes
 from dinosr_hf.recognition.text import SPECIAL_TOKENS, TextNormalization
-from scripts import load_command
+from scripts import FIXTURES, load_command
 from tiny import tiny_config
 from tolerances import SAME_ARITHMETIC
 
@@ -298,6 +297,8 @@ def dictionary(tmp_path):
 
 
 def test_a_recogniser_of_fairseq_is_converted(recogniser, dictionary, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"as_='ctc' needs the recogniser's labels\. Give its dictionary too"):
+        convert(save(recogniser, tmp_path), tmp_path / "out", as_="ctc")
     model = convert(save(recogniser, tmp_path), tmp_path / "out", dictionary=dictionary)
     assert type(model) is DinoSRForCTC
     assert equal_states(model.dinosr, DinoSRModel.from_pretrained(folder))

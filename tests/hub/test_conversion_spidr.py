@@ -2,15 +2,16 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import FIXTURES
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.hub.conversion import ConversionError, convert, convert_to_spidr
 from dinosr_hf.hub.conversion.spidr import read_spidr
+from scripts import FIXTURES
 from tolerances import ACTIVATIONS, LOSSES
 
 CASE = FIXTURES / "spidr_tiny"
@@ -197,6 +198,19 @@ def test_a_flat_state_dict_is_read_as_a_checkpoint(spidr, tmp_path):
     flat = convert(tmp_path / "final.pt", tmp_path / "flat").state_dict()
     whole = convert(OBJECTIVE / "checkpoint.pt", tmp_path / "whole").state_dict()
     assert all(torch.equal(flat[name], tensor) for name, tensor in whole.items())
+
+
+def test_what_the_configuration_tells_is_not_taken_from_the_command_line(tmp_path):
+    message = r"num_attention_heads=8 is for a checkpoint without config\.json, and \S+/config\.json tells the number"
+    with pytest.raises(ValueError, match=message):
+        convert(OBJECTIVE / "checkpoint.pt", tmp_path / "out", num_attention_heads=8)
+
+
+def test_a_folder_with_a_checkpoint_is_asked_for_the_file(tmp_path):
+    shutil.copy(OBJECTIVE / "config.json", tmp_path)
+    shutil.copy(OBJECTIVE / "checkpoint.pt", tmp_path / "final.pt")
+    with pytest.raises(ConversionError, match=r"is not a model's folder .* Give the checkpoint in it: \S+/final\.pt"):
+        convert(tmp_path, tmp_path / "out")
 
 
 def test_classifiers_of_labelled_frames_are_named_and_left(spidr, tmp_path, caplog):

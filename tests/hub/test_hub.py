@@ -17,7 +17,7 @@ from test_run_record import RECORD
 from transformers import pipeline
 
 import forks
-from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
+from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from dinosr_hf.hub import Dataset, build_card, prepare, push, read_provenance
 from dinosr_hf.hub.card import METRIC_NAMES, build_results, code, redact_paths, render_card
 from dinosr_hf.recognition import TextNormalization
@@ -346,6 +346,7 @@ def test_the_card_tells_front_end_objective_languages_and_hours(saved, provenanc
     provenance, record = provenance_and_record
     found = facts(build_card(record, provenance, saved[1]["recogniser"]))
     assert found["front end"] == "3 convolutions of the waveform" and found["objective"] == "CTC"
+    assert "codebooks" not in found["encoder"]
     assert found["languages"] == "en" and found["training audio"] == "9.8 hours"
 
 
@@ -375,12 +376,24 @@ def test_the_card_of_a_pretrained_model_tells_its_objective(saved, tmp_path, cha
     assert "model, pre-trained from random weights with dinosr-hf" in card.text
 
 
+def test_the_card_tells_of_codebooks_only_where_there_are_some(saved, tmp_path):
+    run = dataclasses.asdict(RECORD) | {"task": "pretraining", "base_model": None, "evaluation": []}
+    given = provenance_with(run=run, base_model=None, datasets=PROVENANCE["datasets"][:1])
+    provenance, record = read(saved, tmp_path, given)
+    config = tiny_config()
+    objective, size = "DinoSR: predict the teacher's codewords at masked frames", f"width {config.hidden_size}"
+    for model_class, codebooks in ((DinoSRForPreTraining, ", 2 codebooks of 7 codewords"), (DinoSRModel, "")):
+        found = facts(build_card(record, provenance, model_class(config)))
+        assert found["objective"] == objective and found["encoder"].endswith(size + codebooks)
+
+
 def test_the_card_of_a_converted_model_names_what_the_file_does_not_tell(saved):
     layout = SimpleNamespace(name="fairseq", license="none", notes=[], unused={})
     metadata = ModelCardData(pipeline_tag="feature-extraction")
     card = render_card(metadata, saved[1]["pretrained"], title="x.pt", layout=layout)
     assert card.text.count("neither the languages nor the hours of audio") == 1
     assert facts(card)["objective"].startswith("DinoSR") and "languages" not in facts(card)
+    assert "codebooks" in facts(card)["encoder"]
     assert 'AutoModel.from_pretrained("path/to/this/folder", trust_remote_code=True)' in card.text
     metadata.pipeline_tag = "automatic-speech-recognition"
     card = render_card(metadata, saved[1]["recogniser"], title="x.pt", layout=layout)

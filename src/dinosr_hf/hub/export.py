@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
 from ..data import SAMPLING_RATE
+from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForCTC, DinoSRForXVector
 from ..utils.extras import import_extra
 from ..utils.files import atomic_folder
@@ -54,6 +55,14 @@ _PROBLEM = (
     " DinoSRModel.from_pretrained(folder), or fine-tune it first."
 )
 _require = partial(import_extra, extra="onnx", purpose="ONNX")
+
+
+def _fewest_samples(config: DinoSRConfig, model_class: type[PreTrainedModel], num_frames: int = 1) -> int:
+    """Return the number of samples of the shortest utterance of which the model's head gets so many frames."""
+    if issubclass(model_class, DinoSRForXVector):
+        layers = zip(config.tdnn_kernel, config.tdnn_dilation, strict=True)
+        num_frames += sum(dilation * (kernel - 1) for kernel, dilation in layers)
+    return config.receptive_field + (num_frames - 1) * config.inputs_to_logits_ratio
 
 
 class FolderModel(ABC):
@@ -85,18 +94,19 @@ class FolderModel(ABC):
         """
         Return for each waveform, float (S,) at 16 kHz, its output: float32 (T, D) without padding frames, or (D,).
 
-        Raises `ValueError` if a waveform has another shape or is too short for a frame, or `batch_size` is below 1.
+        Raises `ValueError` if a waveform has another shape or is too short for an output, or `batch_size` is below 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is out of range: it must be at least 1.")
         outputs: list[np.ndarray] = []
+        fewest = _fewest_samples(self.config, self.model_class)
         for begin in range(0, len(waveforms), batch_size):
             batch = [np.asarray(waveform, dtype=np.float32) for waveform in waveforms[begin : begin + batch_size]]
             for number, waveform in enumerate(batch, start=begin):
-                if waveform.ndim != 1 or self.config.num_frames(len(waveform)) < 1:
+                if waveform.ndim != 1 or len(waveform) < fewest:
                     raise ValueError(
                         f"Waveform {number} has shape {waveform.shape}, but must be (samples,): one channel at 16 kHz"
-                        f" with at least {self.config.receptive_field} samples."
+                        f" with at least {fewest} samples."
                     )
             inputs = self.processor(
                 batch, sampling_rate=SAMPLING_RATE, padding=True, return_attention_mask=True, return_tensors="np"
@@ -185,12 +195,6 @@ def _noise(num_samples: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(mask.shape, generator=generator) * mask, mask.long()
 
 
-def _min_samples(model: PreTrainedModel) -> int:
-    """Return the number of samples of the shortest utterance with two frames of output."""
-    num_lost = model.tdnn.num_frames_lost if isinstance(model, DinoSRForXVector) else 0
-    return model.config.receptive_field + (1 + num_lost) * model.config.inputs_to_logits_ratio
-
-
 @contextmanager
 def _silence() -> Iterator[None]:
     """Hide the exporters' warnings, which are about packages that are not needed and about their next releases."""
@@ -204,7 +208,7 @@ def _silence() -> Iterator[None]:
 
 
 def _export_network(model: PreTrainedModel, output: str, file: Path) -> None:
-    shortest = _min_samples(model)
+    shortest = _fewest_samples(cast(DinoSRConfig, model.config), type(model), num_frames=2)
     # Two utterances of different lengths: the exporter could take a size of 1, or equal sizes, for constant.
     example = _noise([2 * shortest + 7, shortest + 3])
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("samples", min=shortest)}
@@ -226,7 +230,8 @@ def _export_network(model: PreTrainedModel, output: str, file: Path) -> None:
 
 def _check_network(model: PreTrainedModel, output: str, folder: Path) -> None:
     """Compare the network with torch, at other batch sizes and lengths than those of the export."""
-    exported, shortest = OnnxModel(folder, num_threads=1), _min_samples(model)
+    exported = OnnxModel(folder, num_threads=1)
+    shortest = _fewest_samples(exported.config, exported.model_class, num_frames=2)
     for num_samples in ([3 * shortest + 11, shortest, 2 * shortest + 1], [shortest + 5]):
         input_values, attention_mask = _noise(num_samples)
         with torch.inference_mode():

@@ -29,16 +29,14 @@ from .provenance import Provenance
 ARCHITECTURES = {
     "pretraining": ("DinoSRForPreTraining", "DinoSRModel"),
     "automatic-speech-recognition": ("DinoSRForCTC",),
-    "audio-classification": (
-        *("DinoSRForSequenceClassification", "DinoSRForAudioFrameClassification", "DinoSRForXVector"),
-    ),
+    "audio-classification": ("DinoSRForSequenceClassification",),
 }
 
 # Files of a run that do not belong on the Hub.
 RUN_FILES = (
     *(RECORD_NAME, "metrics.jsonl", "arguments.yaml", "finished.json", "training_args.bin", "trainer_state.json"),
     *("optimizer.pt", "scheduler.pt", "training_state.pt", "process_states.pt", "anchor.safetensors"),
-    *("plan.png", "checkpoint-*", "abandoned-checkpoint-*", "best-*", "step-*"),
+    *("anchor_origin.json", "plan.png", "checkpoint-*", "abandoned-checkpoint-*", "best-*", "step-*"),
 )
 
 StrPath = str | os.PathLike

@@ -31,9 +31,9 @@ from ..utils.model_folder import open_dinosr_config
 
 _KINDS = ("DinoSRForCTC", "DinoSRForPreTraining")
 
-# Samples of a muted microphone differ by less, those of the quietest room by more.
+# Peak to peak: a muted microphone stays below this, the quietest room above.
 _SILENCE = 1e-4
-# Of the picture: so wide that the units of a slow phone have their numbers.
+# Size of the picture: wide enough to print the numbers of a slow phone's units.
 _INCHES_PER_SECOND, _MIN_INCHES = 2.5, 3.4
 _PIXELS_PER_INCH = 96  # on the page
 

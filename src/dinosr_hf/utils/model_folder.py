@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -55,11 +55,24 @@ class FolderTokenizer(Wav2Vec2CTCTokenizer):
 
 
 def find_file(name: str | os.PathLike, file: str) -> Path | None:
-    """Return the path of a file of a model, in a folder or on the Hub; None if the model has no such file."""
+    """
+    Return the path of a file of a model, in a folder or on the Hub; None if the model has no such file.
+
+    None as well, with a warning, if the Hub cannot be reached and the cache does not tell.
+    """
     if Path(name).is_dir():
         return path if (path := Path(name, file)).is_file() else None
     try:
         return Path(hf_hub_download(str(name), file))
+    except LocalEntryNotFoundError:
+        if try_to_load_from_cache(str(name), file) is None:
+            logger.warning(
+                "The Hub cannot be reached, and %s is not in the cache: going on as if %s had none. If it has one,"
+                " download it: hf download %s",
+                file,
+                *(name, name),
+            )
+        return None
     except EntryNotFoundError:
         return None
 

@@ -59,6 +59,11 @@ def _read_layout(file: Path, given: Mapping[str, Any]) -> Layout:
             beside = file.with_name("config.json")  # as on the Hub
             settings_file = given["config"] or (beside if beside.is_file() else None)
             settings = None if settings_file is None else read_settings(settings_file)
+            if settings is not None and given["num_attention_heads"] is not None:
+                raise ValueError(
+                    f"num_attention_heads={given['num_attention_heads']} is for a checkpoint without config.json, and"
+                    f" {settings_file} tells the number. Leave it out."
+                )
             layout = read_spidr(checkpoint, settings, given["num_attention_heads"], given["objective"])
         elif is_recogniser(checkpoint):
             layout = read_recogniser(checkpoint, given["dictionary"])
@@ -132,6 +137,8 @@ def convert(
     path = download_checkpoint(str(file)) if is_hub_name(str(file)) else Path(file)
     layout = _read_layout(path, given | {"objective": objective})
     if as_ not in (None, "model", layout.architecture):
+        if as_ == "ctc" and layout.name == "fairseq, CTC":
+            raise ValueError("as_='ctc' needs the recogniser's labels. Give its dictionary too, dict.ltr.txt.")
         choices = " or ".join(dict.fromkeys((layout.architecture, "model")))
         raise ValueError(f"as_={as_!r} does not apply to this checkpoint ({layout.name}). Choose {choices}.")
     if as_ == "model" and layout.architecture != "model":

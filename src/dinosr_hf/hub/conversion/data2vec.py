@@ -29,6 +29,10 @@ def read_data2vec_folder(folder: Path) -> Layout:
     wav2vec 2.0, HuBERT and WavLM do not fit: they have one positional convolution with weight norm.
     """
     settings = read_settings(folder / "config.json")
+    if "model_type" not in settings and (files := sorted(folder.glob("*.pt"))):
+        raise ConversionError(
+            f"{folder} is not a model's folder of transformers. Give the checkpoint in it: {files[0]}."
+        )
     if (kind := settings.get("model_type")) != "data2vec-audio":
         raise ConversionError(
             f"{folder} is a model of type {kind!r}, whose encoder is different. Of transformers' models, only"
