@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,6 +57,14 @@ def test_arrays_and_dicts(either):
         assert either(given)["text"] == text
     assert either({"array": wave, "sampling_rate": 16_000, "path": None})["text"] == text
     assert either(noise(2_000, seed=1))["text"] != text
+
+
+def test_a_row_of_datasets_has_a_decoder(ours):
+    wave = noise(4_000)
+    decoder = SimpleNamespace(
+        get_all_samples=lambda: SimpleNamespace(data=torch.from_numpy(np.stack([wave, wave])), sample_rate=32_000)
+    )
+    assert ours(decoder)["text"] == ours({"raw": wave, "sampling_rate": 32_000})["text"] != ours(wave)["text"]
 
 
 def test_batches_are_their_utterances(either):

@@ -16,6 +16,7 @@ import forks
 from audio_files import noise, sf
 from dinosr_hf import DinoSRForCTC
 from dinosr_hf.data import FileSource, normalize_waveform, open_recordings
+from dinosr_hf.inference import windowed
 from dinosr_hf.inference.windowed import RunningMoments, plan_windows
 from dinosr_hf.recognition import TextNormalization, Transcriber
 from dinosr_hf.recognition.decoding import DecodingOptions, GreedyDecoder
@@ -233,7 +234,8 @@ def test_more_context_is_closer_to_one_pass(recogniser, recordings):
     assert errors[2] < errors[1] < errors[0] and errors[2] < 0.9 * errors[0]
 
 
-def test_audio_is_read_in_parts_of_at_most_a_batch(recogniser, recordings):
+def test_audio_is_read_in_parts(recogniser, recordings, monkeypatch):
+    monkeypatch.setattr(windowed, "_PART_SAMPLES", 960)
     source, sizes = open_recordings([recordings]), []
     load = source.load
     source.load = lambda index, start=0, num_samples=None: sizes.append(num_samples) or load(index, start, num_samples)
@@ -324,6 +326,13 @@ def test_a_recogniser_on_the_hub_brings_its_text_rules_and_its_decoding(recognis
         places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         done = forks.run(["-c", code], env={**os.environ, **places})
     assert done.returncode == 0, done.stderr
+    offline = {**os.environ, **places, "HF_HUB_OFFLINE": "1"}
+    again = forks.run(["-c", code], env=offline)
+    assert (again.stdout, again.returncode) == (done.stdout, 0) and "not in the cache" not in again.stderr
+    next((tmp_path / "home" / "hub" / "models--someone--whole").glob("snapshots/*/decoding.json")).unlink()
+    unknown = forks.run(["-c", code], env=offline)
+    assert "; GreedyDecoder; None" in unknown.stdout.splitlines()[1]
+    assert "The Hub cannot be reached, and decoding.json is not in the cache: going on as if" in unknown.stderr
     plain, whole = done.stdout.splitlines()
     assert plain == "None; GreedyDecoder; None"
     assert whole.startswith(f"{TextNormalization(case='upper', keep='-')}; BeamSearchDecoder; DecodingOptions(")

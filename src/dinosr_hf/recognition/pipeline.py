@@ -38,17 +38,20 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
     """
     `AutomaticSpeechRecognitionPipeline` for `DinoSRForCTC`; give it to `pipeline` as `pipeline_class`.
 
-    `load_audio` reads files and bytes, and its resampler converts arrays of other rates than 16 kHz, given in a dict
-    with "sampling_rate". Samples before channels, NaN and arrays without samples are refused; a recording too short
-    for a frame has an empty transcript. Times of words (`return_timestamps="word"`) are those of
-    `CTCDecoder.word_times`; times of characters ("char") are transformers'. URLs are left to transformers, which needs
-    ffmpeg for them.
+    `load_audio` reads files and bytes, and its resampler converts other rates than 16 kHz: of arrays, given in a dict
+    with "sampling_rate", and of the `AudioDecoder` in a row of `datasets`. Samples before channels, NaN and arrays
+    without samples are refused; a recording too short for a frame has an empty transcript. Times of words
+    (`return_timestamps="word"`) are those of `CTCDecoder.word_times`; times of characters ("char") are transformers'.
+    URLs are left to transformers, which needs ffmpeg for them.
     """
 
     # transformers' own classes disagree about these signatures.
     def preprocess(self, inputs: Any, **parameters: Any) -> Any:  # type: ignore[override]
         """Read and resample audio, then do what the base class does."""
-        if isinstance(inputs, (bytes, Path)) or (isinstance(inputs, str) and "://" not in inputs):
+        if callable(getattr(inputs, "get_all_samples", None)):  # of a row of `datasets`, or torchcodec's own
+            decoded = inputs.get_all_samples()
+            inputs = self._resampled({"raw": decoded.data, "sampling_rate": decoded.sample_rate})
+        elif isinstance(inputs, (bytes, Path)) or (isinstance(inputs, str) and "://" not in inputs):
             inputs = load_audio(inputs)
         elif isinstance(inputs, dict) and "sampling_rate" in inputs and ("raw" in inputs or "array" in inputs):
             inputs = self._resampled(dict(inputs))
@@ -63,7 +66,7 @@ class SpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
             rate = int(given)
         except (TypeError, ValueError) as error:
             raise ValueError(f"sampling_rate is {given!r}, but must be a whole number of Hz.") from error
-        inputs.pop("path", None)  # rows of `datasets` have one
+        inputs.pop("path", None)  # rows of older `datasets` have one
         if "stride" in inputs:
             inputs["stride"] = tuple(round(length * SAMPLING_RATE / rate) for length in inputs["stride"])
         return {"raw": load_audio(Samples(samples, rate)), "sampling_rate": SAMPLING_RATE, **inputs}

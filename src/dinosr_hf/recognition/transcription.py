@@ -48,16 +48,20 @@ def cut_at_pauses(is_pause: np.ndarray, max_frames: int) -> list[tuple[int, int]
     the last pause in its first half; if there is none either, after `max_frames`.
     """
     begins, ends = np.flatnonzero(np.diff(is_pause, prepend=False, append=False)).reshape(-1, 2).T
+
+    def pauses_between(first: int, end: int) -> np.ndarray:
+        parts = np.stack([np.maximum(begins, first), np.minimum(ends, end)], axis=1)
+        return parts[parts[:, 0] < parts[:, 1]]
+
     pieces, start = [], 0
     while len(is_pause) - start > max_frames:
         stop = start + max_frames
-        for low in (start + max_frames // 2, start + 1):
-            left, right = np.maximum(begins, low), np.minimum(ends, stop)
-            lengths = right - left
-            if lengths.max(initial=0) > 0:
-                longest = lengths.argmax() if low > start + 1 else np.flatnonzero(lengths > 0)[-1]
-                stop = int(left[longest] + right[longest] + 1) // 2
-                break
+        pauses = pauses_between(start + max_frames // 2, stop)
+        if len(pauses):
+            chosen = pauses[(pauses[:, 1] - pauses[:, 0]).argmax()]
+            stop = int(chosen.sum() + 1) // 2
+        elif len(pauses := pauses_between(start + 1, stop)):
+            stop = int(pauses[-1].sum() + 1) // 2
         pieces.append((start, stop))
         start = stop
     return [*pieces, (start, len(is_pause))]
