@@ -394,13 +394,20 @@ def test_a_run_crops_only_its_training_speech(pretrained, tones, tmp_path):
     [
         (ClassificationArguments, {"crop_seconds": 0.0}, "crop_seconds=0.0 is out of range: it must be more than 0"),
         (InitialModelArguments, {"freeze_encoder": True, "lora_rank": 2}, "lora_rank would have no effect"),
+        (InitialModelArguments, {"lora_alpha": 8}, "lora_alpha would have no effect without adapters"),
+        (InitialModelArguments, {"lora_targets": ["k_proj"]}, "lora_targets would have no effect without adapters"),
+        (
+            InitialModelArguments,
+            {"network": "teacher", "from_scratch": True},
+            "network=teacher would have no effect with from_scratch",
+        ),
         (
             InitialModelArguments,
             {"freeze_encoder": True, "mask_time_prob": 0.1, "layerdrop": 0.0},
             "layerdrop, mask_time_prob would have no effect with freeze_encoder",
         ),
     ],
-    ids=["crop", "adapters", "encoder-fields"],
+    ids=["crop", "adapters", "scale", "targets", "random-teacher", "encoder-fields"],
 )
 def test_invalid_arguments_are_refused(group, values, message):
     with pytest.raises(ArgumentError, match=message):

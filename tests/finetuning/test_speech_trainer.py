@@ -359,7 +359,9 @@ def test_accumulation_keeps_a_pass_below_micro_seconds(tmp_path, model, step_sec
 @pytest.mark.slow
 def test_compiled_models_are_unfrozen(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", 1)  # another length would be traced again
-    model = write_model(tmp_path / "model", num_hidden_layers=1, num_codebooks=1)  # each layer takes seconds to trace
+    few = {"conv_dim": [11], "conv_kernel": [40], "conv_stride": [20], "num_conv_pos_embeddings": 1}
+    few |= {"num_hidden_layers": 1, "num_codebooks": 1}  # each layer takes seconds to trace
+    model = write_model(tmp_path / "model", **few)
     watch = Watch()
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
     graphs = torch._dynamo.utils.counters
@@ -384,12 +386,27 @@ def test_compiled_models_are_unfrozen(tmp_path):
         ({"warmup_steps": 4}, "warmup_steps=4 has no effect.*warmup_share"),
         ({"step_seconds": 0}, "step_seconds=0 is out of range"),
         ({"push_to_hub": True}, "push_to_hub=True has no effect: publish the finished folder with dinosr publish"),
+        ({"hub_model_id": "me/mine"}, "hub_model_id=me/mine has no effect: publish the finished folder"),
+        ({"hub_token": "hf_S3cr3t"}, "hub_token has no effect: publish the finished folder"),
         ({"fsdp": "full_shard"}, "fsdp splits the weights, and evaluation and saving need them whole"),
         ({"deepspeed": "zero.json"}, "deepspeed splits the weights"),
         ({"hold_share": 0.7, "warmup_share": 0.5}, "hold_share=0.7 is out of range"),
         ({"schedule": "linear"}, "schedule=linear is out of range: it must be one of tri_stage"),
     ],
-    ids=["batch", "accumulation", "scheduler", "warmup", "step", "push", "fsdp", "deepspeed", "hold", "schedule"],
+    ids=[
+        "batch",
+        "accumulation",
+        "scheduler",
+        "warmup",
+        "step",
+        "push",
+        "name",
+        "token",
+        "fsdp",
+        "deepspeed",
+        "hold",
+        "schedule",
+    ],
 )
 def test_invalid_arguments_are_refused(changes, message):
     with pytest.raises(ArgumentError, match=message):

@@ -91,7 +91,7 @@ class Recognition(Task):
                 ) from error
             self.normalization = self._processor_normalization(known)
             self._check_vocabulary(train)
-            self.processor.feature_extractor = feature_extractor()  # the training does what ours does
+            self.processor.feature_extractor = feature_extractor()  # that of the training, whatever theirs does
         else:
             vocabulary = build_vocabulary(map(self.normalization, train.labels), self.normalization.units)
             self.processor = make_processor(vocabulary, self.normalization.units)

@@ -111,6 +111,14 @@ class InitialModelArguments:
                 (self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "more than 0"),
             ]
         )
+        if self.from_scratch and self.network != "student":
+            raise ArgumentError(
+                f"network={self.network} would have no effect with from_scratch, whose weights are random. Remove one"
+                " or the other."
+            )
+        for name, default in (("lora_alpha", 16), ("lora_targets", ["q_proj", "v_proj"])):
+            if not self.lora_rank and getattr(self, name) != default:
+                raise ArgumentError(f"{name} would have no effect without adapters. Set lora_rank, or remove it.")
         changes = self.config_changes()
         with argument_errors():
             DinoSRConfig(**changes)  # checks the ranges
@@ -137,7 +145,10 @@ _NO_EFFECT = {
         *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     ),
     "the task decides which checkpoint is the best. Remove it": ("metric_for_best_model", "greater_is_better"),
-    "publish the finished folder with dinosr publish instead": ("push_to_hub",),
+    "publish the finished folder with dinosr publish instead": (
+        *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
+        "hub_revision",
+    ),
     "SpeechTrainer has its own batches, losses and evaluation. Remove it": (
         *("auto_find_batch_size", "label_smoothing_factor", "train_sampling_strategy", "length_column_name"),
         *("data_seed", "dataloader_drop_last", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
@@ -183,7 +194,8 @@ class FinetuningArguments(TrainingArguments):
         for instead, names in _NO_EFFECT.items():
             for name in names:
                 if name in _DEFAULTS and getattr(self, name) != _DEFAULTS[name]:
-                    raise ArgumentError(f"{name}={getattr(self, name)} has no effect: {instead}.")
+                    given = name if name == "hub_token" else f"{name}={getattr(self, name)}"
+                    raise ArgumentError(f"{given} has no effect: {instead}.")
         check_ranges(
             [
                 *shared_rules(self),
@@ -205,10 +217,6 @@ class FinetuningArguments(TrainingArguments):
             self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"
         separate_restarts()
         super().__post_init__()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the values for `training_args.bin`, which `Trainer` writes and uploads: without the token."""
-        return {**vars(self), "hub_token": None}
 
     def to_record(self) -> dict[str, Any]:
         """Return the values for `run.json`: the fields of this class, and changed ones of `TrainingArguments`."""

@@ -33,7 +33,7 @@ def _copy_teacher(model: DinoSRPreTrainedModel, name: str, config: DinoSRConfig)
         )
     with argument_errors("network=teacher of model="):
         checkpoint = open_weights(DinoSRForPreTraining, name)
-    for averaged, own in checkpoint.teacher.pairs_with(model.base_model):
+    for averaged, own in checkpoint.teacher.parameter_pairs(model.base_model):
         own.copy_(averaged)
 
 
@@ -61,7 +61,7 @@ def load_model(
             # A vocabulary other than that of a fine-tuned checkpoint needs a new head, with a warning.
             options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, **changes}
             model = open_weights(model_class, name, may_lack=rf"(?!{model_class.base_model_prefix}\.)", **options)
-    if arguments.network == "teacher" and not arguments.from_scratch:
+    if arguments.network == "teacher":
         _copy_teacher(model, name, config)
     if arguments.freeze_feature_encoder and not arguments.from_scratch:
         model.freeze_feature_encoder()

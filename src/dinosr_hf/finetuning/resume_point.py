@@ -27,7 +27,7 @@ MANIFEST = "checkpoint.json"  # in a checkpoint of `Trainer`
 
 # Beginnings of the names of arguments that change no weight: where a run writes, what it reports, and what it runs on.
 _UNCHECKED = (
-    *("output_dir", "resume_from_checkpoint", "save_total_limit", "push_to_hub", "hub_", "run_name", "report_to"),
+    *("output_dir", "resume_from_checkpoint", "save_total_limit", "run_name", "report_to"),
     *("project", "disable_tqdm", "log_", "logging_", "num_threads", "dataloader_", "use_cpu", "ddp_", "local_rank"),
     "dry_run",
 )

@@ -267,11 +267,6 @@ class SpeechTrainer(Trainer):
         """Return the folder that checkpoints are in, or while one is being written, that for unfinished ones."""
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload a checkpoint, as `Trainer` does, once it is finished."""
-        if self._unfinished is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """
         Write a checkpoint as `Trainer` does, but atomically, with digests of its files and the record of the run.
