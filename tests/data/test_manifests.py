@@ -238,7 +238,7 @@ def test_table_of_parts(tmp_path):
     ]
     source = TableSource(table(tmp_path, rows))
     # Only parts at the end of the file may be too long: two numbers, each right to half a hundredth.
-    assert source.utterances == [("first", 8_000), ("long.wav", 16_000), ("long.wav#2", 16_000 - 160)]
+    assert source.utterances == [("first", 8_000), ("long.wav@0.5", 16_000), ("long.wav@2", 16_000 - 160)]
     np.testing.assert_array_equal(source.load(0), whole[4_000:12_000])
     np.testing.assert_array_equal(source.load(1, 100, 50), whole[8_100:8_150])
     np.testing.assert_array_equal(source.load(2, 15_000), whole[47_000:47_840])

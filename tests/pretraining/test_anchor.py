@@ -18,14 +18,22 @@ from dinosr_hf.analysis.baselines import mfcc
 from dinosr_hf.analysis.kmeans import KMeans
 from dinosr_hf.data import FolderSource, SpeechStream, StreamWindow
 from dinosr_hf.data.collator import Part
-from dinosr_hf.pretraining import ArgumentError, CheckpointError, anchor_making, read_checkpoint, run
+from dinosr_hf.pretraining import (
+    ArgumentError,
+    CheckpointError,
+    RunArguments,
+    anchor_making,
+    parse_arguments,
+    read_checkpoint,
+    run,
+)
 from dinosr_hf.pretraining.anchor import MfccAnchor, TrackAnchor, anchor_digest, load_anchor, save_anchor
 from dinosr_hf.pretraining.anchor_arguments import anchor_label_names, anchor_weights_at
 from dinosr_hf.pretraining.anchor_making import make_anchor
 from dinosr_hf.pretraining.scaling import scale_to_batch
 from dinosr_hf.units import fit_layer_kmeans, open_extractors
 from dinosr_hf.utils.model_folder import feature_extractor
-from pretraining_runs import CHANCE, TINY, assert_same_run, metrics_of, tiny_arguments
+from pretraining_runs import CHANCE, CONFIGS, TINY, assert_same_run, metrics_of, tiny_arguments, write_config
 
 CPU = torch.device("cpu")
 EMPTY = np.array([], np.uint8)  # of a recording without labels
@@ -540,6 +548,85 @@ def test_a_resumed_run_tells_of_recordings_that_its_anchor_does_not_know(files, 
         (speech / name).unlink()
     with pytest.raises(ArgumentError, match="data: none of 3 recordings has labels"):  # and it knows one
         resumed(8, str(speech))
+
+
+def test_labels_of_other_recordings_with_the_same_ids_are_not_taken(files, recordings):
+    speech, options = files / "speech", {"anchor": str(files / "model"), "anchor_layer": 1, "checkpoint_steps": 2}
+    speech.mkdir()
+    for name in ("01.flac", "02.ogg", "04.wav"):
+        shutil.copy(recordings / name, speech)
+    run(tiny_arguments(files, speech, **options, max_steps=2))
+    samples, rate = soundfile.read(speech / "04.wav")
+    soundfile.write(speech / "04.wav", samples[: 3 * len(samples) // 4], rate)
+    message = r"data: 1 of 3 recordings, such as 04\.wav, are longer or shorter .* base_model=.*checkpoint-2\.$"
+    with pytest.raises(ArgumentError, match=message):
+        run(tiny_arguments(files, speech, **options, max_steps=4))
+
+
+def test_labels_that_a_run_made_before_its_first_checkpoint_are_not_made_again(files, recordings, monkeypatch, caplog):
+    options = {"anchor": str(files / "model"), "anchor_layer": 1, "max_steps": 1, "num_anchor_labels": 5}
+    run(tiny_arguments(files, recordings, **options))
+
+    def start_again(**changes):
+        for path in (files / "out").iterdir():
+            if not path.name.startswith("anchor"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with caplog.at_level("INFO", "dinosr_hf"):
+            run(tiny_arguments(files, recordings, **{**options, **changes}))
+
+    def fit(*args, **kwargs):
+        raise AssertionError("the recordings are labelled again")
+
+    monkeypatch.setattr(anchor_making, "fit_layer_kmeans", fit)
+    start_again()
+    assert f"the labels in {files / 'out'}, of the same layer and recordings." in caplog.text
+    for changes in ({"anchor_layer": 2}, {"num_anchor_labels": 6}, {"seed": 1}, {"max_seconds": 1.5}):
+        with pytest.raises(AssertionError, match="labelled again"):
+            start_again(**changes)
+    file = files / "out" / "anchor.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a label
+    with pytest.raises(AssertionError, match="labelled again"):
+        start_again()
+
+
+def test_another_spelling_of_a_path_is_the_same_anchor(files, recordings, monkeypatch):
+    options = {"anchor_layer": 1, "checkpoint_steps": 2}
+    run(tiny_arguments(files, recordings, **options, max_steps=2, anchor=str(files / "model")))
+    monkeypatch.chdir(files)
+    run(tiny_arguments(files, recordings, **options, max_steps=4, anchor="./model/"))
+    shutil.copytree(files / "model", files / "other")
+    with pytest.raises(CheckpointError, match=r"anchor=other, but .* was trained with anchor=.*model"):
+        run(tiny_arguments(files, recordings, **options, max_steps=6, anchor="other"))
+
+
+def test_an_anchor_on_the_command_line_replaces_that_of_the_recipe(files, recordings):
+    path = write_config(files, data=str(recordings), anchor=str(files / "model"), anchor_layer=1, anchor_weight=3.0)
+
+    def parsed(*flags):
+        arguments = parse_arguments([str(path), "--num_anchor_labels", "9", *flags], CONFIGS / "tiny_cpu.yaml")
+        return arguments.run.anchor, arguments.run.anchor_layer, arguments.run.anchor_weight
+
+    assert parsed() == parsed("--anchor", str(files / "model")) == (str(files / "model"), 1, 3.0)
+    assert parsed("--anchor", "mfcc") == ("mfcc", None, 3.0)
+    assert parsed("--anchor", "none", "--num_anchor_labels", "0") == (None, None, RunArguments.anchor_weight)
+    with pytest.raises(ArgumentError, match="anchor_layer=2 is set, but anchor=mfcc has no layers"):
+        parsed("--anchor", "mfcc", "--anchor_layer", "2")
+    path = write_config(files, data=str(recordings), anchor="mfcc", anchor_features="textbook", num_anchor_labels=9)
+    arguments = parse_arguments([str(path), "--anchor", str(files / "labels.jsonl")], CONFIGS / "tiny_cpu.yaml")
+    assert (arguments.model.num_anchor_labels, arguments.run.anchor_features) == (4, RunArguments.anchor_features)
+
+
+def test_labels_may_have_another_name(files, recordings):
+    rows = [{"name": "04", "MAU": ["x", "y"] * 70}]
+    (files / "mau.jsonl").write_text(json.dumps(rows[0]))
+    options = {"anchor": str(files / "mau.jsonl"), "label_tier": "MAU"}
+    anchor = made(files, recordings, **options)
+    assert [name for name, track in anchor.tracks.items() if len(track)] == ["04.wav"]
+    with pytest.raises(ArgumentError, match=r'line 1, must be .* a list "phones"'):
+        made(files, recordings, **{**options, "label_tier": "phones"})
+    with pytest.raises(ArgumentError, match="label_tier=MAU has no effect without labels"):
+        tiny_arguments(files, recordings, label_tier="MAU", anchor="mfcc")
 
 
 def test_a_run_from_another_folder_s_checkpoint_takes_its_anchor_along(tmp_path, recordings):

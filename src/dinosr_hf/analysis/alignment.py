@@ -121,8 +121,8 @@ def _labels_of_steps(
     if (num_frames and covered < shortest - field) or covered > longest + field:
         raise ValueError(
             f"{len(labels):,} labels of {step_seconds} s cover {covered / SAMPLING_RATE:.3f} s, but {num_frames:,} "
-            f"frames cover {shortest / SAMPLING_RATE:.3f} s. Check step_seconds and that both are of the same "
-            "recording; cut the labels where the audio was cut."
+            f"frames cover {shortest / SAMPLING_RATE:.3f} s. Check that both are of the same recording, cut the "
+            f"labels where the audio was cut, and give a label every {step_seconds} s (or a command its step_seconds)."
         )
     positions = np.floor(centers / step + 1e-9).astype(np.int64)
     return [labels[position] for position in np.minimum(positions, len(labels) - 1)]

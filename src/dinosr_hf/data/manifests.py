@@ -144,7 +144,7 @@ class TableSource(SpeechSource):
     - `num_frames` and `sampling_rate`, else `num_samples` (at 16 kHz), else `duration` (seconds): its length. If a
       line has none, the file's header is read;
     - `offset` (seconds), with `duration`: the part of the file that is the utterance;
-    - `id`: the utterance's id, else the path. Duplicates get #2, #3, ...
+    - `id`: the utterance's id, else the path, of a part with its offset: `talk.flac@12.5`. Duplicates get #2, #3, ...
 
     Other columns are only read by `labels`. So the `metadata.csv` of an audio folder is such a table, and so are the
     manifests of NeMo and the `.tsv` files of Common Voice, whose recordings are in the folder `clips` beside them.
@@ -271,7 +271,8 @@ def _entries(table: Path) -> Iterator[_Entry]:
         elif duration is None:
             raise ValueError(f"{where}: offset={offset} needs a duration, which says where the part ends.")
         path = _with_slashes(path, table.parent)
-        name = label_text(row.get("id"), f"{where}, id") or path
+        part = path if offset is None else f"{path}@{offset:f}"  # labels of the whole file are not those of a part
+        name = label_text(row.get("id"), f"{where}, id") or part
         yield _Entry(path, name, int(samples)) if samples is not None else _Entry(path, name, None, duration, offset)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -64,10 +64,10 @@ def anchor_kind(name: str) -> Kind:
     return "labels"
 
 
-def read_anchor_labels(path: str) -> dict[str, Labels]:
+def read_anchor_labels(path: str, tier: str) -> dict[str, Labels]:
     """Read frame labels by recording, as `read_alignments` does. Raises `ArgumentError` if there are none."""
     with argument_errors(f"anchor={path} has no frame labels that can be read: "):
-        return read_alignments(path)
+        return read_alignments(path, tier=tier)
 
 
 def anchor_label_names(labels: Mapping[str, Labels]) -> list[str]:
@@ -81,6 +81,26 @@ def anchor_label_names(labels: Mapping[str, Labels]) -> list[str]:
                 yield SILENCE
 
     return sorted(set(names()))
+
+
+def drop_settings_of_another_anchor(
+    model: ModelArguments, run: RunArguments, defaults: Mapping[str, Any], keep: Collection[str]
+) -> None:
+    """
+    Reset what a recipe sets for its own anchor, and the one that the command line names instead does not have.
+
+    Another model keeps `anchor_layer`, as a run that repeats the recipe on its own result needs it.
+
+    `defaults` are those of `RunArguments`, `keep` the names of what is on the command line itself.
+    """
+    kind = None if run.anchor in (None, NONE) else anchor_kind(run.anchor)
+    unused = {"mfcc": ["anchor_layer"], "model": ["anchor_features"], "labels": ["anchor_layer", "anchor_features"]}
+    names = [name for name in defaults if name.startswith("anchor_")] if kind is None else unused[kind]
+    for name in names:
+        if name not in keep:
+            setattr(run, name, defaults[name])
+    if kind in (None, "labels") and "num_anchor_labels" not in keep:
+        model.num_anchor_labels = 0
 
 
 def settle_anchor(model: ModelArguments, data: DataArguments, run: RunArguments, defaults: Mapping[str, Any]) -> None:
@@ -116,7 +136,7 @@ def settle_anchor(model: ModelArguments, data: DataArguments, run: RunArguments,
             last = open_config(run.anchor).num_hidden_layers
         raise ArgumentError(f"anchor={run.anchor} is a model: set --anchor_layer, from 1 to {last}.")
     if kind == "labels":
-        _settle_label_file(model, run.anchor)
+        _settle_label_file(model, run.anchor, data.label_tier)
     else:
         model.num_anchor_labels = model.num_anchor_labels or model.codebook_size
     ends = (run.anchor_end_weight, run.anchor_end_unmasked_share)
@@ -128,8 +148,8 @@ def settle_anchor(model: ModelArguments, data: DataArguments, run: RunArguments,
         )
 
 
-def _settle_label_file(model: ModelArguments, path: str) -> None:
-    num_labels = len(anchor_label_names(read_anchor_labels(path)))
+def _settle_label_file(model: ModelArguments, path: str, tier: str) -> None:
+    num_labels = len(anchor_label_names(read_anchor_labels(path, tier)))
     if model.num_anchor_labels not in (0, num_labels):
         raise ArgumentError(
             f"num_anchor_labels={model.num_anchor_labels}, but anchor={path} has {num_labels} different labels, with"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +28,10 @@ from ..training.resume import CheckpointError
 from ..units import fit_layer_kmeans, open_extractors
 from ..units.baseline_models import baseline_config
 from ..utils.command_line import ArgumentError, argument_errors
+from ..utils.digests import file_digest, value_digest
+from ..utils.files import write_atomically
+from ..utils.model_folder import open_config
+from ..utils.text_files import read_json
 from ..utils.threads import threads_of_all_processes
 from .anchor import Anchor, MfccAnchor, TrackAnchor, anchor_digest, load_anchor, save_anchor
 from .anchor_arguments import anchor_kind, anchor_label_names, read_anchor_labels
@@ -39,6 +46,9 @@ MAX_MFCC_FRAMES = 50_000
 # Of a layer likewise, but so many for each cluster if that is more: with 500 clusters, 100,000 frames take three times
 # as long for labels that tell no more about phones (docs/experiments.md).
 MAX_LAYER_FRAMES, MIN_CLUSTER_FRAMES = 50_000, 100
+ORIGIN_FILE = "anchor_origin.json"
+# Labels by which a recording may be longer or shorter than before: durations in tables are rounded.
+_MAX_ROUNDING = 3
 # Samples from one label of a file to the next.
 _LABEL_STRIDE = 160
 
@@ -70,23 +80,58 @@ def open_anchor(
         if accelerator.is_main_process:
             with threads_of_all_processes(accelerator.num_processes):
                 if checkpoint is None:
-                    started = time.perf_counter()
-                    made = make_anchor(arguments, source, accelerator.device)
-                    seconds = time.perf_counter() - started
-                    logger.info(f"Anchor {arguments.run.anchor}: {made.num_labels} labels, made in {seconds:.1f} s.")
+                    made = _left_anchor(arguments, source) or _newly_made(arguments, source, accelerator.device)
                 else:
                     made = _anchor_of(checkpoint, arguments, source, accelerator.device)
             save_anchor(made, output_dir)
+            if checkpoint is None and (origin := _origin(arguments, source)) is not None:
+                left = {"origin": origin, "anchor": anchor_digest(made)}
+                write_atomically(output_dir / ORIGIN_FILE, json.dumps(left) + "\n")
         anchor = load_anchor(output_dir)
     if checkpoint is not None and isinstance(anchor, TrackAnchor) and isinstance(source, SpeechSource):
         _compare_recordings(anchor, source, checkpoint)
     return anchor
 
 
+def _newly_made(arguments: PretrainingArguments, source: SpeechSource | SpeechStream, device: torch.device) -> Anchor:
+    started = time.perf_counter()
+    made = make_anchor(arguments, source, device)
+    seconds = time.perf_counter() - started
+    logger.info(f"Anchor {arguments.run.anchor}: {made.num_labels} labels, made in {seconds:.1f} s.")
+    return made
+
+
+def _origin(arguments: PretrainingArguments, source: SpeechSource | SpeechStream) -> str | None:
+    """Return a digest of what labels of a model are made from; None for other anchors, which are made in seconds."""
+    options = arguments.run
+    if options.anchor is None or anchor_kind(options.anchor) != "model":
+        return None
+    assert isinstance(source, SpeechSource)
+    found = (Path(options.anchor).glob(name) for name in ("*.json", "model*.safetensors", "pytorch_model*.bin"))
+    model = [file_digest(file) for file in sorted(itertools.chain.from_iterable(found))]
+    if not model:
+        model = [options.anchor, str(getattr(open_config(options.anchor), "_commit_hash", None))]
+    drawn = (arguments.model.num_anchor_labels, options.anchor_layer, options.seed, arguments.data.max_seconds)
+    return value_digest([model, *drawn, source.utterances])
+
+
+def _left_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechStream) -> Anchor | None:
+    """Return the anchor that a run left in the folder before its first checkpoint, if it was made from the same."""
+    folder = Path(arguments.run.output_dir)
+    try:
+        left, anchor = read_json(folder / ORIGIN_FILE), load_anchor(folder)
+    except (OSError, ValueError, CheckpointError):
+        return None
+    if left != {"origin": _origin(arguments, source), "anchor": anchor_digest(anchor)}:
+        return None
+    logger.info(f"Anchor {arguments.run.anchor}: the labels in {folder}, of the same layer and recordings.")
+    return anchor
+
+
 def _check_same_anchor(checkpoint: Checkpoint, arguments: PretrainingArguments) -> None:
     before, now = checkpoint.manifest["arguments"], arguments.to_dict()
     for name in ("anchor", "anchor_layer", "anchor_features"):
-        if before.get(name) != now[name]:
+        if os.path.realpath(str(before.get(name))) != os.path.realpath(str(now[name])):  # for all spellings of a path
             raise CheckpointError(
                 f"{name}={now[name]}, but {checkpoint.path} was trained with {name}={before.get(name)}, and the anchor"
                 " stays the same during a run. Give the same, or start another run in another output_dir with"
@@ -121,7 +166,11 @@ def _anchor_of(
 
 
 def _compare_recordings(anchor: TrackAnchor, source: SpeechSource, checkpoint: Checkpoint) -> None:
-    """Warn of recordings that the anchor does not know; raise `ArgumentError` if it has labels of none."""
+    """
+    Warn of recordings that the anchor does not know.
+
+    Raises `ArgumentError` if it has labels of none, or knows other recordings by their ids.
+    """
     ids = source.ids
     advice = f"start another run in another output_dir with base_model={checkpoint.path}."
     if not any(len(anchor.tracks.get(utterance_id, ())) for utterance_id in ids):
@@ -130,6 +179,19 @@ def _compare_recordings(anchor: TrackAnchor, source: SpeechSource, checkpoint: C
             f"data: none of {len(ids):,} recordings has labels of the anchor, which was made when the run began: their"
             f" ids are like {ids[0]}, those with labels like {known}. Give the data of then (of several, the name of"
             f" each is part of the ids), or {advice}"
+        )
+    others = [
+        utterance_id
+        for utterance_id, num_samples in source.utterances
+        if (track := anchor.tracks.get(utterance_id)) is not None
+        and len(track)
+        and abs(len(track) - (num_samples - anchor.field) // anchor.stride - 1) > _MAX_ROUNDING
+    ]
+    if others:
+        raise ArgumentError(
+            f"data: {len(others):,} of {len(ids):,} recordings, such as {others[0]}, are longer or shorter than those"
+            " of the same ids were when the anchor was made: its labels are of other recordings. Give the data of"
+            f" then, or {advice}"
         )
     if new := [utterance_id for utterance_id in ids if utterance_id not in anchor.tracks]:
         logger.warning(
@@ -163,7 +225,7 @@ def check_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechS
     assert isinstance(source, SpeechSource)  # `settle_anchor` refuses streams
     with argument_errors(f"anchor={name}: ", (OSError, ValueError)):
         if anchor_kind(name) == "labels":
-            _match_labels(read_anchor_labels(name), source)
+            _match_labels(read_anchor_labels(name, arguments.data.label_tier), source)
         else:
             _check_model(arguments, source)
 
@@ -274,7 +336,7 @@ def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> Trac
     """Turn the labels of a file into tracks."""
     config, path = arguments.model_config(), arguments.run.anchor
     assert path is not None
-    labels = read_anchor_labels(path)
+    labels = read_anchor_labels(path, arguments.data.label_tier)
     numbers = {name: number for number, name in enumerate(anchor_label_names(labels))}
     field = config.receptive_field
     names = _match_labels(labels, source)
@@ -286,8 +348,7 @@ def _label_anchor(arguments: PretrainingArguments, source: SpeechSource) -> Trac
         try:
             own = frame_labels(labels[names[utterance_id]], num_steps, stride=_LABEL_STRIDE, field=field)
         except ValueError as error:
-            every = "Labels that are not segments must come every 0.01 s."
-            raise ArgumentError(f"{utterance_id}: {error} {every}") from error
+            raise ArgumentError(f"{utterance_id}: {error}") from error
         tracks[utterance_id] = _small([numbers[label] for label in own], len(numbers))
     logger.info(f"{sum(len(track) > 0 for track in tracks.values()):,} of {len(source):,} recordings have labels.")
     _check_tracks(tracks)

@@ -40,7 +40,7 @@ from ..training.sealed_files import check_files, describe_files, seal
 from ..utils.files import TEMPORARY_PREFIX, atomic_folder, remove
 from ..utils.model_folder import save_folder
 from ..utils.names import one_line
-from .manifest import FORMAT, MANIFEST, PROCESS_FILE, TRAINING_FILE, Manifest, read_manifest
+from .checkpoint_manifest import FORMAT, MANIFEST, PROCESS_FILE, TRAINING_FILE, Manifest, read_manifest
 from .run_folder import FINISHED_FILE, finished_step
 
 logger = logging.getLogger(__name__)

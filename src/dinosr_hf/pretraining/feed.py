@@ -26,7 +26,7 @@ from ..data import (
 from ..data.collator import FrameLabeler, utterance_speed
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import ArgumentError
-from .manifest import FeedState
+from .checkpoint_manifest import FeedState
 from .pretraining_arguments import DataArguments
 
 logger = logging.getLogger(__name__)
@@ -172,54 +172,53 @@ class StepFeed:
         """Yield the plans from that of the position on: of the source in each epoch, or of windows of a stream."""
         while True:
             if isinstance(self._source, SpeechStream):
-                yield from self._window_plans(self._source)
+                try:
+                    yield from self._window_plans(self._source)
+                except StreamChangedError as error:
+                    self._step = 0
+                    logger.warning(f"The position in the stream is lost: {error} Epoch {self._epoch + 1} starts now.")
             else:
                 yield self._plan(self._source)
             self._epoch, self._window, self._stream_state = self._epoch + 1, 0, None
 
     def _skip_window(self, reason: str) -> None:
-        """Warn that a window is skipped: the next one may be usable."""
+        """Go on to the first step of the next window, which may be usable, with a warning."""
         self._step = 0
         logger.warning(f"Skipping window {self._window} of epoch {self._epoch}: {reason}")
 
     def _window_plans(self, stream: SpeechStream) -> Iterator[_StepPlan]:
         """
-        Yield the plans of the rest of an epoch's windows; none if the stream has changed since the position was saved.
+        Yield the plans of the rest of an epoch's windows. Raises `ArgumentError` if an epoch has none, and
+        `StreamChangedError` if the stream has changed since the position was saved.
         """
         hours, fastest = self._data.window_seconds / 3600, 1 + self._data.speed_change
         at_speed = " at the highest speed" if fastest > 1 else ""
         logger.info(f"Epoch {self._epoch} of the stream: reading the first {hours:.2g} hours.")
         usable, longest_of_all, problem = self._window > 0, 0.0, ""
-        try:
-            for window in stream.windows(self._epoch, self._window, self._stream_state):
-                self._window, self._stream_state = window.index, window.state
-                longest = max(utterance.num_samples for utterance in window.source.utterances) / fastest
-                longest_of_all = max(longest_of_all, longest)
-                if longest < self._min_samples:
-                    self._skip_window(
-                        f"its longest utterance has {longest / SAMPLING_RATE:.2f} s{at_speed}, less than"
-                        f" min_seconds={self._data.min_seconds:g}."
-                    )
-                    continue
-                try:
-                    plan = self._plan(window.source)
-                except ArgumentError as error:
-                    problem = str(error)
-                    self._skip_window(problem)
-                else:
-                    usable = True
-                    yield plan
-        except StreamChangedError as error:
-            self._step = 0
-            logger.warning(f"The position in the stream is lost: {error} Epoch {self._epoch + 1} starts now.")
-        else:
-            if not usable:
-                raise ArgumentError(
-                    problem
-                    or f"No recording of the stream is at least min_seconds={self._data.min_seconds:g} long (the"
-                    f" longest has {longest_of_all / SAMPLING_RATE:.3g} s{at_speed})."
-                    " Lower --min_seconds."
+        for window in stream.windows(self._epoch, self._window, self._stream_state):
+            self._window, self._stream_state = window.index, window.state
+            longest = max(utterance.num_samples for utterance in window.source.utterances) / fastest
+            longest_of_all = max(longest_of_all, longest)
+            if longest < self._min_samples:
+                self._skip_window(
+                    f"its longest utterance has {longest / SAMPLING_RATE:.2f} s{at_speed}, less than"
+                    f" min_seconds={self._data.min_seconds:g}."
                 )
+                continue
+            try:
+                plan = self._plan(window.source)
+            except ArgumentError as error:
+                problem = str(error)
+                self._skip_window(problem)
+                continue
+            usable = True
+            yield plan
+        if not usable:
+            raise ArgumentError(
+                problem
+                or f"No recording of the stream is at least min_seconds={self._data.min_seconds:g} long (the longest"
+                f" has {longest_of_all / SAMPLING_RATE:.3g} s{at_speed}). Lower --min_seconds."
+            )
 
     def summarize(self) -> PlanSummary | None:
         """Summarize the current epoch over all processes; None for a stream, which is not known in advance."""

@@ -153,6 +153,49 @@ class HeldOut:
                 if not skipped:
                     yield LabelledSpeech(inputs["input_values"][0].numpy(), phones)
 
+    def _read(self, batch: Sequence[Crop]) -> tuple[list[Crop], dict[str, torch.Tensor]]:
+        """Read a batch; return the parts that can be read, and inputs with a row for each. Warn of the others."""
+        inputs, skipped = self._dataset.read(batch)
+        for utterance_id, message, _ in skipped:
+            logger.warning("Skipped held-out utterance %s: %s", utterance_id, message)
+        unread = {entry.utterance_id for entry in skipped}
+        return [part for part in batch if self._utterances[part.index].id not in unread], inputs
+
+    def _count_phones(
+        self, model: DinoSRForPreTraining, part: Crop, waveform: torch.Tensor, tables: NDArray[np.int64]
+    ) -> None:
+        """Add to the tables (N, P, V) how often each phone of a part occurs with each code; nothing without labels."""
+        if (phones := self._labels.get(self._utterances[part.index].id)) is not None:
+            codes = _units(model, waveform[: part.num_samples].numpy())
+            for table, row in zip(tables, codes, strict=True):
+                table += contingency(phones, row, num_codes=tables.shape[-1], phones=self._phones)[0]
+
+    def _measure(
+        self, model: DinoSRForPreTraining, batches: Sequence[Sequence[Crop]], sums: MetricSums
+    ) -> tuple[NDArray[np.int64], int]:
+        """
+        Add what the model makes of these batches to the sums.
+
+        Returns tables of how often each phone occurs with each code, int64 (N, P, V), with one more for an anchor, and
+        the number of unreadable utterances.
+        """
+        config, num_skipped = self._config, 0
+        num_tables = config.num_codebooks + (config.num_anchor_labels > 0)
+        num_codes = max(config.codebook_size, config.num_anchor_labels)
+        tables = np.zeros((num_tables, len(self._phones), num_codes), dtype=np.int64)
+        for batch in batches:
+            parts, inputs = self._read(batch)
+            num_skipped += len(batch) - len(parts)
+            if not parts:
+                continue
+            # Not `model(...)`, which a compiled model would compile anew for each new shape.
+            output = model.forward(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+            num_samples = sum(part.num_samples for part in parts)
+            sums.add(output, num_samples, inputs["input_values"].numel() - num_samples)
+            for part, waveform in zip(parts, inputs["input_values"], strict=True):
+                self._count_phones(model, part, waveform, tables)
+        return tables, num_skipped
+
     def evaluate(
         self, model: DinoSRForPreTraining, accelerator: Accelerator | None = None
     ) -> dict[str, float | list[float]]:
@@ -178,40 +221,18 @@ class HeldOut:
         started = time.perf_counter()
         rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         reduce = partial(accelerator.reduce, reduction="sum") if accelerator else torch.Tensor.clone
-        config, device = self._config, model.device
-        sums = MetricSums(config, device)
-        phones: list[str] = []
-        codes = [np.zeros((config.num_codebooks + (config.num_anchor_labels > 0), 0), dtype=np.int64)]
-        num_skipped = 0
+        sums = MetricSums(self._config, model.device)
         with _evaluating(model), accelerator.autocast() if accelerator else nullcontext():
-            for batch in self._batches[rank::world_size]:
-                inputs, skipped = self._dataset.read(batch)
-                for utterance_id, message, _ in skipped:
-                    logger.warning("Skipped held-out utterance %s: %s", utterance_id, message)
-                num_skipped += len(skipped)
-                if len(skipped) == len(batch):
-                    continue
-                unread = {entry.utterance_id for entry in skipped}
-                kept = [part for part in batch if self._utterances[part.index].id not in unread]
-                num_samples = sum(part.num_samples for part in kept)
-                # Not `model(...)`, which a compiled model would compile anew for each new shape.
-                output = model.forward(**{name: tensor.to(device) for name, tensor in inputs.items()})
-                sums.add(output, num_samples, inputs["input_values"].numel() - num_samples)
-                for part, waveform in zip(kept, inputs["input_values"], strict=True):
-                    if (labels := self._labels.get(self._utterances[part.index].id)) is not None:
-                        phones += labels
-                        codes.append(_units(model, waveform[: part.num_samples].numpy()))
-        joined, num_codes = np.concatenate(codes, axis=1), max(config.codebook_size, config.num_anchor_labels)
-        counted = [contingency(phones, layer, num_codes=num_codes, phones=self._phones)[0] for layer in joined]
-        tables = torch.from_numpy(np.stack(counted))  # (N, P, V)
+            tables, num_skipped = self._measure(model, self._batches[rank::world_size], sums)
         figures = sums.compute(reduce)
-        counts = reduce(torch.cat([tables.flatten(), torch.tensor([num_skipped])]).to(device)).cpu()
+        own = torch.cat([torch.from_numpy(tables).flatten(), torch.tensor([num_skipped])])
+        counts = reduce(own.to(model.device)).cpu()
         self.seconds_taken = time.perf_counter() - started
         if not figures["masked_frames"]:
             raise ValueError(f"None of {self.num_utterances:,} held-out utterances could be read.")
         del figures["masked_frames"], figures["padded_share"]
         figures["skipped_files"] = int(counts[-1])
-        return figures | _phone_figures(counts[:-1].view_as(tables), config)
+        return figures | _phone_figures(counts[:-1].view(tables.shape), self._config)
 
 
 def _units(model: DinoSRForPreTraining, waveform: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -72,11 +72,18 @@ class FrameCounts(NamedTuple):
 class StepTotals(NamedTuple):
     """What the processes found in a step before its forward pass, summed over all of them."""
 
-    frames: FrameCounts  # that the step's losses are means over
+    masked_frames: int
+    anchor_masked_frames: int
+    anchor_unmasked_frames: int
     skipped_files: int
     utterances: int
     save_requests: int
     stop_requests: int
+
+    @property
+    def frames(self) -> FrameCounts:
+        """The numbers of frames that the step's losses are means over."""
+        return FrameCounts(self.masked_frames, self.anchor_masked_frames, self.anchor_unmasked_frames)
 
 
 class Update(NamedTuple):
@@ -267,12 +274,19 @@ class Pretraining:
         masks = [batch.inputs["mask_time_indices"] for batch in step.micro_batches]
         counts = [FrameCounts.of(batch.inputs) for batch in step.micro_batches]
         num_skipped = sum(len(batch.skipped) for batch in step.micro_batches)
-        num_utterances = num_skipped + sum(int(mask.any(dim=-1).sum()) for mask in masks)
-        frames = [sum(column) for column in zip(*counts, strict=True)]
-        own = [*frames, num_skipped, num_utterances, int(self.signals.save), int(self.signals.stop > 0)]
-        if self.accelerator.num_processes > 1:
-            own = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum").tolist()
-        return StepTotals(FrameCounts(*own[:3]), *own[3:])
+        own = StepTotals(
+            masked_frames=sum(count.masked for count in counts),
+            anchor_masked_frames=sum(count.anchor_masked for count in counts),
+            anchor_unmasked_frames=sum(count.anchor_unmasked for count in counts),
+            skipped_files=num_skipped,
+            utterances=num_skipped + sum(int(mask.any(dim=-1).sum()) for mask in masks),
+            save_requests=int(self.signals.save),
+            stop_requests=int(self.signals.stop > 0),
+        )
+        if self.accelerator.num_processes == 1:
+            return own
+        summed = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum")
+        return StepTotals(*summed.tolist())
 
     def _answer_signals(self, is_stop: bool) -> None:
         """Save, or save and stop: a signal to any process is answered by all of them."""
@@ -306,10 +320,16 @@ class Pretraining:
         if problem:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skip_reasons.most_common())
             # The checkpoint comes before this step: the run that resumes reads it again, and counts it then.
+            is_silence = dict(self.skip_reasons.most_common(1)).keys() == {"silent"}
+            advice = (
+                "Cut the recordings where they are silent"
+                if is_silence
+                else "Look at the disk, make the manifest again"
+            )
             self._stop(
                 f"{progress.skipped_files + totals.skipped_files:,} of {progress.utterances + totals.utterances:,}"
-                f" recordings could not be read, and {problem}. In this session: {reasons}. The log names them."
-                f" Look at the disk, make the manifest again{way_out}."
+                f" recordings could not be used, and {problem}. In this session: {reasons}. The log names them."
+                f" {advice}{way_out}."
             )
         progress.skipped_files += totals.skipped_files
         progress.utterances += totals.utterances

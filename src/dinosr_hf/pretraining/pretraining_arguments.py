@@ -26,10 +26,10 @@ from ..model.configuration_dinosr import (
 )
 from ..training.run_record import public_values
 from ..training.shared_arguments import argument, shared_argument, shared_rules
-from ..utils.command_line import ArgumentError, argument_errors, check_ranges, explicit_names, parse_groups
+from ..utils.command_line import ArgumentError, argument_errors, check_ranges, explicit_names, flag_names, parse_groups
 from ..utils.model_folder import open_dinosr_config
 from ..utils.threads import MAX_THREADS
-from .anchor_arguments import check_mfcc_frames, settle_anchor
+from .anchor_arguments import anchor_kind, check_mfcc_frames, drop_settings_of_another_anchor, settle_anchor
 
 # The fields of DinoSRConfig that pre-training exposes, in the order of --help. Types and defaults are DinoSRConfig's;
 # the other fields belong to fine-tuning and are set there.
@@ -182,7 +182,7 @@ class DataArguments:
     num_workers: int = argument(4, "Number of data loading processes of each training process.")
     max_skipped_share: float = argument(
         0.01,
-        "Stop the run if more than this share of the recent utterances cannot be read (at least 1,000 are counted).",
+        "Stop the run if more than this share of the recent utterances cannot be used (at least 1,000 are counted).",
     )
     eval_data: str | None = argument(
         None, "Held-out speech, anything that `data` can be; unset: that of eval_share, or no evaluation."
@@ -195,6 +195,9 @@ class DataArguments:
     eval_split: str | None = argument(None, "Split of eval_data.")
     eval_labels: str | None = argument(
         None, "Phone labels of the held-out speech (.jsonl, .ctm, a folder of TextGrids); synthetic has its own."
+    )
+    label_tier: str = argument(
+        "phones", "Tier of TextGrids, or key in JSONL, of the labels of eval_labels and anchor."
     )
     eval_seconds: float = argument(1800.0, "Maximum seconds of held-out audio to evaluate on.")
 
@@ -335,6 +338,7 @@ class PretrainingArguments:
 
 
 GROUPS: Any = (ModelArguments, DataArguments, RunArguments)
+_RUN_DEFAULTS = {spec.name: spec.default for spec in dataclasses.fields(RunArguments)}
 
 
 def parse_arguments(
@@ -350,6 +354,8 @@ def parse_arguments(
             and a `base_model` that cannot be opened or contradicts the sizes that are set.
     """
     arguments = PretrainingArguments(*parse_groups(argv, GROUPS, default_config, description=description))
+    if "anchor" in (flags := flag_names(argv, GROUPS)):
+        drop_settings_of_another_anchor(arguments.model, arguments.run, _RUN_DEFAULTS, flags)
     if arguments.run.base_model is not None:
         typed, explicit = (explicit_names(argv, GROUPS, config) for config in (None, default_config))
         _take_sizes(arguments, arguments.run.base_model, explicit, typed)
@@ -470,8 +476,12 @@ def _check(arguments: PretrainingArguments) -> None:
         if values[name] and run.base_model is None:
             raise ArgumentError(f"{name} is for training a base_model on. Give one, or leave {name} out.")
     _check_codebook_decay(arguments.model)
-    defaults = {spec.name: spec.default for spec in dataclasses.fields(RunArguments)}
-    settle_anchor(arguments.model, data, run, defaults)
+    settle_anchor(arguments.model, data, run, _RUN_DEFAULTS)
+    has_label_file = data.eval_labels is not None or (run.anchor is not None and anchor_kind(run.anchor) == "labels")
+    if data.label_tier != "phones" and not has_label_file:
+        raise ArgumentError(
+            f"label_tier={data.label_tier} has no effect without labels. Give eval_labels, or remove it."
+        )
     with argument_errors():
         config = arguments.model_config()
     check_mfcc_frames(run, config.inputs_to_logits_ratio)

@@ -45,7 +45,7 @@ from .feed import StepFeed
 from .held_out import HeldOut
 from .loop import Pretraining
 from .plan import RunPlan, describe_left_out, plan_figure
-from .pretraining_arguments import DataArguments, PretrainingArguments, value_for
+from .pretraining_arguments import DataArguments, PretrainingArguments, RunArguments, value_for
 from .run_folder import begin_record, finished_step, recorded_run, truncate_metrics
 from .scaling import Change, changes_table, scale_to_batch
 from .train_state import check_fits
@@ -193,7 +193,8 @@ def open_held_out(arguments: PretrainingArguments, held_out: SpeechSource | None
         with argument_errors("eval_data="):
             source = open_source(data.eval_data, **options)
     if data.eval_labels is not None:
-        labels = read_alignments(data.eval_labels)
+        with argument_errors("eval_labels="):
+            labels = read_alignments(data.eval_labels, tier=data.label_tier)
     with argument_errors(f"{name}: "):
         return HeldOut(
             source,
@@ -342,6 +343,43 @@ def _resume(arguments: PretrainingArguments, accelerator: Accelerator) -> Checkp
     return checkpoint
 
 
+def _end_step(options: RunArguments, finished_at: int, accelerator: Accelerator) -> int:
+    """Return the last step of a run: the one it finished at (0: not) if patience ended it, else `max_steps`."""
+    if not (finished_at and options.eval_patience):
+        return options.max_steps
+    best = BestModel(options.output_dir, options.eval_patience, accelerator)
+    return finished_at if best.ended_at(finished_at) else options.max_steps
+
+
+def _refuse_other_run(arguments: PretrainingArguments, saved: Mapping[str, Any]) -> None:
+    """Raise `ArgumentError` if the saved arguments, of the finished run in `output_dir`, are those of another run."""
+    if changes := _changes(saved, arguments, _IDENTITY):
+        output_dir = Path(arguments.run.output_dir)
+        raise ArgumentError(
+            f"output_dir={output_dir} has a finished run with other arguments, so nothing would be trained: {changes}."
+            f" Give another output_dir, and base_model={output_dir} there to train that model on."
+        )
+
+
+def _open_finished(output_dir: Path, last: Checkpoint | None) -> DinoSRForPreTraining | None:
+    """Open the model of a finished run; None if it cannot be opened, but the run's `last` checkpoint has it too."""
+    try:
+        with argument_errors("output_dir="):
+            model = open_weights(
+                DinoSRForPreTraining, output_dir, advice="Give another output_dir to begin a new run."
+            )
+    except ArgumentError as error:
+        if last is None:
+            raise
+        logger.warning(f"{error} It is written again from {last.path.name}.")
+        return None
+    logger.info(
+        "This run is finished. To train on, raise max_steps, or eval_patience if that ended it; to start another, give"
+        " another output_dir."
+    )
+    return model
+
+
 def _finished_model(
     arguments: PretrainingArguments, checkpoint: Checkpoint | None, accelerator: Accelerator
 ) -> DinoSRForPreTraining | None:
@@ -351,42 +389,21 @@ def _finished_model(
     `checkpoint` is one of the run's own. Raises `ArgumentError` if without a checkpoint a model would be lost, or what
     is finished is another run.
     """
-    options = arguments.run
-    output_dir, max_steps = Path(options.output_dir), options.max_steps
+    output_dir = Path(arguments.run.output_dir)
     found: list[Any] = [None, 0]
     if accelerator.is_main_process:  # others may see an older state of a shared disk
         found = [recorded_run(output_dir) if checkpoint is None else None, finished_step(output_dir)]
     record, last_step = broadcast_object_list(found)
-    is_patient = bool(last_step and options.eval_patience)
-    if is_patient and BestModel(output_dir, options.eval_patience, accelerator).ended_at(last_step):
-        max_steps = last_step
+    end_step = _end_step(arguments.run, last_step, accelerator)
     if record is not None and record.finished is not None:
         last_step = max(last_step, record.steps)  # finished.json may be damaged
-    if last_step < max_steps:
+    if last_step < end_step:
         if checkpoint is None and (record is None or record.finished is not None):
             refuse_existing_model(output_dir)  # else it is of this run, which did not finish
         return None
     saved = checkpoint.manifest["arguments"] if checkpoint else record.arguments if record else {}
-    if changes := _changes(saved, arguments, _IDENTITY):
-        raise ArgumentError(
-            f"output_dir={output_dir} has a finished run with other arguments, so nothing would be trained: {changes}."
-            f" Give another output_dir, and base_model={output_dir} there to train that model on."
-        )
-    try:
-        with argument_errors("output_dir="):
-            model = open_weights(
-                DinoSRForPreTraining, output_dir, advice="Give another output_dir to begin a new run."
-            )
-    except ArgumentError as error:
-        if checkpoint is None or checkpoint.step < max_steps:
-            raise
-        logger.warning(f"{error} It is written again from {checkpoint.path.name}.")
-        return None
-    logger.info(
-        "This run is finished. To train on, raise max_steps, or eval_patience if that ended it; to start another, give"
-        " another output_dir."
-    )
-    return model
+    _refuse_other_run(arguments, saved)
+    return _open_finished(output_dir, last=checkpoint if checkpoint and checkpoint.step >= end_step else None)
 
 
 def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRForPreTraining:

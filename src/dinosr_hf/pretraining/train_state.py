@@ -20,8 +20,8 @@ from ..utils.compat import enable_gradient_checkpointing
 from ..utils.names import one_line
 from .anchor import Anchor, anchor_digest
 from .checkpoint import Checkpoint, CheckpointWriter, load_model_weights, load_training_state
+from .checkpoint_manifest import RunProgress
 from .feed import StepFeed
-from .manifest import RunProgress
 from .metrics import MetricSums
 from .monitor import CollapseMonitor
 from .pretraining_arguments import ARCHITECTURE, PretrainingArguments, RunArguments

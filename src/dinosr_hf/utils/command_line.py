@@ -260,6 +260,12 @@ def _flag_names(flags: Sequence[str], known: Sequence[str]) -> set[str]:
     return {name if name in known else name.removeprefix("no_") for name in names}
 
 
+def flag_names(argv: Sequence[str], groups: Sequence[Any]) -> set[str]:
+    """Return the names of the arguments that are flags of a command line which `parse_groups` accepts."""
+    known, _, flags = _file_and_flags(argv, groups, None)
+    return _flag_names(flags, known)
+
+
 def explicit_names(argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None = None) -> set[str]:
     """Return the names of the arguments that a command line which `parse_groups` accepts sets, by file or flag."""
     known, from_file, flags = _file_and_flags(argv, groups, default_config)
