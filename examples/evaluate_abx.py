@@ -1,9 +1,10 @@
 r"""
 Evaluate the ABX error of features and units of selected layers, within and across speakers, in a table.
 
-    python examples/evaluate_abx.py runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/abx
-    python examples/evaluate_abx.py runs/base hubert --data dev-clean --labels textgrids --output_dir runs/abx \
-        --layers 5 9 --distances angular cosine
+    python examples/evaluate_abx.py runs/base --data dev-clean --labels phones.jsonl.gz --speakers folder \
+        --output_dir runs/abx
+    python examples/evaluate_abx.py runs/base hubert --data dev-clean --labels textgrids --speakers folder \
+        --output_dir runs/abx --layers 5 9 --distances angular cosine
 
 The same as `dinosr abx`; `--help` says more.
 """

@@ -1,7 +1,8 @@
 r"""
 Evaluate what each layer of one or several models knows about phones and speakers, in a table and a plot.
 
-    python examples/evaluate_layers.py runs/base --data dev-clean --labels phones.jsonl.gz --output_dir runs/layers
+    python examples/evaluate_layers.py runs/base --data dev-clean --labels phones.jsonl.gz --speakers folder \
+        --output_dir runs/layers
     python examples/evaluate_layers.py runs/base hubert --data test --fit_data train --labels textgrids \
         --output_dir runs/layers
 

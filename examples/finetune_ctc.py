@@ -3,7 +3,7 @@ Fine-tune a DinoSR as a speech recogniser.
 
     accelerate launch examples/finetune_ctc.py                               # the tiny model, on synthetic speech
     accelerate launch examples/finetune_ctc.py examples/configs/ctc_10h.yaml --model runs/base \
-        --train_data librispeech/train --eval_data librispeech/dev --output_dir runs/recogniser
+        --train_data librispeech/train --eval_data librispeech/dev --output_dir runs/my_recogniser
 
 The same as `dinosr finetune`; `--help` says more.
 """

@@ -2,7 +2,7 @@
 Prepare the folder of a run for the Hub, and upload it with --push.
 
     python examples/prepare_for_hub.py runs/tiny hub/tiny --provenance provenance.yaml
-    python examples/prepare_for_hub.py runs/tiny hub/tiny --provenance provenance.yaml --push
+    python examples/prepare_for_hub.py runs/tiny hub/tiny-2 --provenance provenance.yaml --push
 
 The same as `dinosr publish`; `--help` says more.
 """

@@ -2,7 +2,7 @@
 Pre-train a DinoSR.
 
     accelerate launch examples/pretrain.py                                      # a tiny model on synthetic speech
-    accelerate launch examples/pretrain.py --data my_recordings --max_steps 2000
+    accelerate launch examples/pretrain.py --data my_recordings --output_dir runs/mine
     accelerate launch examples/pretrain.py examples/configs/base_ls960.yaml --data my_recordings --output_dir runs/base
 
 The same as `dinosr pretrain`; `--help` says more.

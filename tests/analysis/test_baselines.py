@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dinosr_hf import DinoSRConfig
+from dinosr_hf.analysis import baselines
 from dinosr_hf.analysis.baselines import mfcc
 from dinosr_hf.analysis.kmeans import fit_kmeans
 from dinosr_hf.analysis.quality import unit_quality
@@ -97,6 +98,13 @@ def test_features_equal_slow_mfcc(num_samples, tuned):
     waveform = noise(num_samples) * np.where(np.arange(num_samples) < 2_000, 1.0, 1e-3)
     # float32 keeps 7 digits of values up to 100; the spectrum passes through complex64.
     np.testing.assert_allclose(mfcc(waveform, tuned=tuned), slow_mfcc(waveform, tuned), atol=1e-3)
+
+
+def test_long_recordings_are_transformed_in_parts(monkeypatch):
+    whole = mfcc(noise(9_000))
+    for windows in (1, 7, 50):
+        monkeypatch.setattr(baselines, "_MAX_WINDOWS", windows)
+        np.testing.assert_allclose(mfcc(noise(9_000)), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("field", [80, 400, 480, 930], ids=lambda field: f"field {field}")

@@ -12,7 +12,7 @@ from transformers import Data2VecAudioConfig, Data2VecAudioModel, HubertConfig, 
 
 from audio_files import datasets, flac, write
 from dinosr_hf import DinoSRForPreTraining
-from dinosr_hf.analysis import Segment, UnitQuality
+from dinosr_hf.analysis import Segment, UnitQuality, mfcc_units
 from dinosr_hf.analysis.segmentation import SegmentCounts
 from dinosr_hf.analysis.speech import open_reference
 from dinosr_hf.analysis.unit_evaluation import (
@@ -25,6 +25,7 @@ from dinosr_hf.analysis.unit_evaluation import (
 )
 from dinosr_hf.commands._evaluation import open_labelled_speech
 from dinosr_hf.data import normalize_waveform, open_recordings
+from dinosr_hf.inference.windowed import WindowedInference
 from dinosr_hf.units import BaselineExtractor, LayerKMeans, UnitExtractor, fit_layer_kmeans, load_baseline, load_model
 from dinosr_hf.utils.model_folder import save_folder
 from scripts import load_command
@@ -445,7 +446,7 @@ def test_the_script_evaluates_the_anchor(corpus, trained, anchored, tmp_path):
     assert rows[2]["active_codes"] <= 5 and len({row["num_frames"] for row in rows}) == 1
     script.main([*words, "--sources", "anchor"])
     assert json.loads((tmp_path / "units.json").read_text(encoding="utf-8")) == rows[2:]
-    with pytest.raises(SystemExit, match=r"evaluate_units.py: source=.anchor.*num_anchor_labels=0"):
+    with pytest.raises(SystemExit, match=r"evaluate_units.py: \S+: source=.anchor.*num_anchor_labels=0"):
         script.main([str(trained), *words[1:], "--sources", "anchor"])
 
 
@@ -539,6 +540,51 @@ def test_the_script_requires_both_options_of_kmeans(words):
 def test_the_script_refuses_options_of_kmeans_without_it(words, message):
     with pytest.raises(SystemExit, match=rf"^evaluate_units\.py: {message}"):
         load_command("evaluate_units").main(["m", "--data", "d", "--output_dir", "o", *words])
+
+
+LATER_PROBLEMS = [
+    ("evaluate_units", ["no/such/model"], [], "no/such/model is neither a folder nor a model on the Hub"),
+    ("evaluate_units", [], ["--kmeans_data", "d", "--kmeans_layers", "9"], r"layer=9 does not exist\."),
+    ("evaluate_units", [], ["--layers", "1"], r"layer=1 has no codebook\."),
+    ("evaluate_units", [], ["--step_seconds", "0.2"], r"0\.wav: "),
+    ("evaluate_layers", ["no/such/model"], [], "no/such/model is neither a folder nor a model on the Hub"),
+    ("evaluate_layers", [], ["--layers", "9"], r"layer=9 does not exist\."),
+    ("evaluate_layers", [], ["--step_seconds", "0.2"], r"\d.wav: "),
+]
+
+
+@pytest.mark.parametrize(("script", "models", "flags", "message"), LATER_PROBLEMS)
+def test_what_would_stop_it_later_stops_it_before_the_first_recording(
+    corpus, trained, tmp_path, monkeypatch, script, models, flags, message
+):
+    def run(*args, **kwargs):
+        raise AssertionError("a recording was read")
+
+    monkeypatch.setattr(WindowedInference, "run", run)
+    words = [*words_for(corpus, trained, *models), "--output_dir", str(tmp_path), *flags]
+    if script == "evaluate_layers":
+        words = [word for word in words if word not in ("--num_samples", "0")]
+    with pytest.raises(SystemExit, match=rf"^{script}\.py: (\S+: )?{message}"):
+        load_command(script).main(words)
+
+
+def test_recordings_without_labels_are_not_evaluated(corpus, tmp_path):
+    lines = (corpus / "phones.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "phones.jsonl").write_text("".join(lines[1:3]))
+    words = ["model", "--data", str(corpus / "speech"), "--labels", str(tmp_path / "phones.jsonl")]
+    options = load_command("evaluate_units").parse([*words, "--output_dir", str(tmp_path)])
+    source, reference = open_labelled_speech(options.data, options)
+    assert source.ids == ["1.wav", "2.wav"] and len(reference.speakers) == 6
+
+
+def test_of_much_speech_mfccs_are_clustered_on_a_share_of_the_frames(corpus, monkeypatch):
+    recordings = open_recordings([str(corpus / "speech")])
+    sizes = []
+    monkeypatch.setattr(mfcc_units, "fit_kmeans", lambda rows, *args: sizes.append(len(rows)))
+    mfcc_units.fit_mfcc_kmeans(recordings, 3, "tuned")
+    monkeypatch.setattr(mfcc_units, "MAX_FRAMES_IN_MEMORY", 40)
+    mfcc_units.fit_mfcc_kmeans(recordings, 3, "tuned")
+    assert sizes[0] == 87 and 25 < sizes[1] < 55
 
 
 def test_recordings_without_labels_are_counted_and_said(tmp_path, caplog):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from audio_files import noise, sf
-from dinosr_hf.data import FileSource
+from dinosr_hf.data import FileSource, normalize_waveform
 from dinosr_hf.inference import windowed
 from dinosr_hf.inference.windowed import WindowedInference
 from tiny import tiny_config
@@ -53,6 +53,18 @@ def test_large_rows_are_kept_in_a_file(source, monkeypatch):
     found = run(source)
     assert isinstance(found[1], np.memmap) and not isinstance(plain[1], np.memmap)
     np.testing.assert_array_equal(found[1], plain[1])
+
+
+def test_a_long_recording_is_measured_in_few_parts(tmp_path, monkeypatch):
+    sf.write(tmp_path / "a.wav", noise(40_000, 0), 16_000, subtype="FLOAT")
+    source = FileSource([tmp_path / "a.wav"])
+    monkeypatch.setattr(windowed, "_PART_SAMPLES", 16_000)
+    reads, load = [], source.load
+    monkeypatch.setattr(source, "load", lambda index, *part: reads.append(part) or load(index, *part))
+    found = run(source, normalizes=True, batch_seconds=0.01)  # as of a model that takes one window at a time
+    assert reads[:3] == [(0, 16_000), (16_000, 16_000), (32_000, 8_000)]
+    wave, hop = normalize_waveform(load(0)), tiny_config().inputs_to_logits_ratio
+    np.testing.assert_allclose(found[0][:, 0], wave[: len(found[0]) * hop : hop], rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_requested_recordings(source):

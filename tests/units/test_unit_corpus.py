@@ -290,6 +290,7 @@ def test_audio_that_cannot_be_read_is_listed_by_kind(script, model_folder, tmp_p
     words = [str(model_folder), str(folder), "--layers", "2", "--device", "cpu", "--output_dir", str(out)]
     script.main([*words, *features])
     assert "extract_units.py: 1 recordings could not be read" in capsys.readouterr().err
+    assert json.loads((out / "left_out-000.json").read_text()) == {"talk.m4a": "unsupported .m4a"}
     if not features:
         assert json.loads((out / "summary.json").read_text())["left_out"] == {"talk.m4a": "unsupported .m4a"}
         assert load_units(out)["id"] == ["good.aiff"]
@@ -306,7 +307,10 @@ def test_layers_by_default(script, command, capsys):
 
 def test_the_script_writes_features(script, command, tmp_path, capsys):
     script.main([*command, *FEATURES, "--layers", "1", "3"])
-    assert f"{NUM_RECORDINGS} recordings, with 2 file(s) each, in {tmp_path / 'units'}" in capsys.readouterr().out
+    said = f"{NUM_RECORDINGS} recordings, with 2 file(s) each, are in {tmp_path / 'units'}"
+    assert said in capsys.readouterr().out
+    script.main([*command, *FEATURES, "--layers", "1", "3"])  # where nothing is to do
+    assert said in capsys.readouterr().out
     files = sorted(path.relative_to(tmp_path / "units").as_posix() for path in (tmp_path / "units").rglob("*.npy"))
     assert len(files) == 2 * NUM_RECORDINGS and files[0] == "layer-1/00.npy"
 

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from ..data import AudioFileError, SpeechSource
 from ..utils.command_line import check_choice
-from .alignment import FIELD
+from .alignment import FIELD, STRIDE
 from .baselines import MFCC_KINDS, NUM_MFCCS, mfcc
 from .kmeans import KMeans, fit_kmeans
 
 logger = logging.getLogger(__name__)
+
+MAX_FRAMES_IN_MEMORY = 4_000_000  # of MFCCs: 0.6 GB
 
 
 def _features(recordings: SpeechSource, kind: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -36,11 +38,15 @@ def _features(recordings: SpeechSource, kind: str) -> Iterator[tuple[str, NDArra
 
 def fit_mfcc_kmeans(recordings: SpeechSource, num_clusters: int, kind: str, *, seed: int = 0) -> KMeans:
     """
-    Cluster the MFCCs of recordings with `kmeans.fit_kmeans`.
+    Cluster the MFCCs of recordings with `kmeans.fit_kmeans`; of more than 22 hours, those of a random share of frames.
 
     `kind` is "textbook" or "tuned". Raises `ValueError` for another, and as `fit_kmeans`.
     """
-    features = [np.empty((0, NUM_MFCCS), np.float32), *(rows for _, rows in _features(recordings, kind))]
+    share = min(1.0, MAX_FRAMES_IN_MEMORY / max(1, sum(length for _, length in recordings.utterances) // STRIDE))
+    generator = np.random.default_rng(seed)
+    features = [np.empty((0, NUM_MFCCS), np.float32)]
+    for _, rows in _features(recordings, kind):
+        features.append(rows if share == 1 else rows[generator.random(len(rows)) < share])
     return fit_kmeans(np.concatenate(features), num_clusters, seed)
 
 

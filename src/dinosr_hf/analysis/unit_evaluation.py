@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..data import SAMPLING_RATE
+from ..data import SAMPLING_RATE, SpeechSource
+from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import argument_errors, check_ranges
 from ..utils.visible_text import visible_text
 from .alignment import FIELD, SILENCE, STRIDE, Labels, frame_labels, match_labels, relabel
@@ -184,6 +185,15 @@ class Reference:
         self.step_seconds = step_seconds
         spoken = (label for own in self.labels.values() for label in own)
         self.phones = sorted({SILENCE, *(label if isinstance(label, str) else label.label for label in spoken)})
+
+    def check_lengths(self, source: SpeechSource, config: DinoSRConfig) -> None:
+        """Raise `ValueError` if the labels of a recording do not fit its frames; nothing is read."""
+        frames: dict[str, Any] = {"stride": config.inputs_to_logits_ratio, "field": config.receptive_field}
+        for recording, num_samples in source.utterances:
+            num_frames = int(config.num_frames(num_samples))
+            if recording in self.labels and num_frames:
+                with argument_errors(f"{recording}: "):
+                    frame_labels(self.labels[recording], num_frames, step_seconds=self.step_seconds, **frames)
 
     def count_by_speaker(
         self,

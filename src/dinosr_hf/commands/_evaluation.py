@@ -1,12 +1,18 @@
 """Flags of the commands that evaluate against phones."""
 
 import argparse
+from collections.abc import Sequence
 
 from ..analysis.speech import open_reference
 from ..analysis.unit_evaluation import Reference
 from ..data import SpeechSource
-from ..utils.command_line import Parser
+from ..data.mixture import PartialSource
+from ..model.modeling_dinosr import check_layers
+from ..units.baseline_models import baseline_config
+from ..utils.command_line import Parser, argument_errors
 from ._shared import add_audio_column
+
+SpeechWithReference = tuple[SpeechSource, Reference]
 
 
 def add_labels(parser: Parser) -> None:
@@ -30,13 +36,33 @@ def add_networks(parser: Parser) -> None:
     parser.add_argument("--sources", nargs="+", default=["student"], choices=networks, help=text)
 
 
-def open_labelled_speech(
-    name: str, options: argparse.Namespace, split: str | None = None
-) -> tuple[SpeechSource, Reference]:
-    """Open recordings, of a split if they have several, and their phones, by the flags of `add_labels`."""
+def open_labelled_speech(name: str, options: argparse.Namespace, split: str | None = None) -> SpeechWithReference:
+    """Open the recordings that have labels, and their phones, by the flags of `add_labels`."""
     columns = {"speaker_column": options.speakers, "audio_column": options.audio_column}
     labels = {name: getattr(options, name) for name in ("labels", "tier", "step_seconds", "fold_stress")}
-    return open_reference(name, split=split, **labels, **columns)
+    source, reference = open_reference(name, split=split, **labels, **columns)
+    with_labels = [index for index, recording in enumerate(source.ids) if recording in reference.labels]
+    return PartialSource(source, with_labels), reference
+
+
+def check_inputs(
+    models: Sequence[str], layers: Sequence[int] | None, labelled: SpeechWithReference | None = None
+) -> None:
+    """
+    Raise `ValueError` now for what would stop the run hours later.
+
+    That is a model that cannot be opened or has no such layer, or labels that do not fit its frames.
+    """
+    checked = set()
+    for name in models:
+        config = baseline_config(name)
+        with argument_errors(f"{name}: "):
+            check_layers(config, layers or [1], with_codebooks=False)
+        frames = config.inputs_to_logits_ratio, config.receptive_field
+        if labelled is not None and frames not in checked:
+            source, reference = labelled
+            reference.check_lengths(source, config)
+            checked.add(frames)
 
 
 def require_speakers(reference: Reference, what: str) -> None:

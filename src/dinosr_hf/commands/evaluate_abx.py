@@ -31,7 +31,7 @@ from ..units.baseline_models import baseline_config
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file, write_atomically
 from ..utils.tables import csv_table, markdown_table
-from ._evaluation import add_labels, add_networks, open_labelled_speech, require_speakers
+from ._evaluation import add_labels, add_networks, check_inputs, open_labelled_speech, require_speakers
 from ._shared import add_device, add_dtype
 
 
@@ -100,6 +100,7 @@ def run(options: argparse.Namespace) -> None:
         import_fastabx()
     source, reference = open_labelled_speech(options.data, options, options.split)
     require_speakers(reference, "ABX within and across speakers")
+    check_inputs(options.models, options.layers, (source, reference))
     out = claim_output_file(Path(options.output_dir, "abx.md")).parent
     rows = []
     for number, name in enumerate(options.models):

@@ -21,7 +21,7 @@ from ..units import open_extractors
 from ..utils.command_line import Parser, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
-from ._evaluation import add_labels, add_networks, open_labelled_speech, require_speakers
+from ._evaluation import add_labels, add_networks, check_inputs, open_labelled_speech, require_speakers
 from ._shared import add_device, add_dtype
 
 
@@ -59,12 +59,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     claim_output_file(Path(options.output_dir, "layers.md"))
-    held_out = Recordings.with_labels(*open_labelled_speech(options.data, options, options.split))
+    labelled = open_labelled_speech(options.data, options, options.split)
+    if not options.fit_data:
+        require_speakers(labelled[1], "A split into speakers to fit on and to evaluate on")
+    check_inputs(options.models, options.layers, labelled)
+    held_out = Recordings.with_labels(*labelled)
     if options.fit_data:
-        fit = Recordings.with_labels(*open_labelled_speech(options.fit_data, options, options.fit_split))
+        labelled = open_labelled_speech(options.fit_data, options, options.fit_split)
+        check_inputs(options.models, options.layers, labelled)
+        fit = Recordings.with_labels(*labelled)
         check_disjoint_speakers(fit, held_out)
     else:
-        require_speakers(held_out.reference, "A split into speakers to fit on and to evaluate on")
         fit, held_out = held_out.split(options.seed)
     print(f"Fitted on {len(fit.speakers)} speakers, evaluated on {len(held_out.speakers)} others.")
     rows = []

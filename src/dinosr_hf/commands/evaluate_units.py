@@ -32,12 +32,12 @@ from ..analysis.reports import LayerReport, Metric, write_report
 from ..analysis.unit_evaluation import REPORT, Reference, evaluate_units
 from ..data import SpeechSource, open_recordings
 from ..model.configuration_dinosr import DinoSRConfig
-from ..model.modeling_dinosr import UNIT_SOURCES
+from ..model.modeling_dinosr import UNIT_SOURCES, check_unit_layers
 from ..units import LayerKMeans, UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
-from ..utils.command_line import ArgumentError, Parser, command, parse_options, refuse_unused
+from ..utils.command_line import ArgumentError, Parser, argument_errors, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
-from ._evaluation import add_labels, open_labelled_speech, require_speakers
+from ._evaluation import add_labels, check_inputs, open_labelled_speech, require_speakers
 from ._shared import add_device, add_dtype
 
 
@@ -106,7 +106,7 @@ ABX_METRICS = {f"abx_{speaker}": Metric(f"ABX {speaker} speakers") for speaker i
 
 
 class UnitSet(NamedTuple):
-    """Units of recordings of one kind, in rows (L, T) of the layers; `config` is of the frames' length."""
+    """The units of one kind for all recordings, each (L, T); `config` gives stride and receptive field."""
 
     model: str
     kind: str
@@ -140,9 +140,6 @@ def extract_units(
             layers = options.layers if options.layers and kind != "anchor" else unit_layers(model.config, kind)
             yield extracted(kind, UnitExtractor(model, layers=layers, source=kind), model.config.num_units(kind))
         yield from fitted
-    elif options.kmeans or not options.kmeans_layers:
-        advice = "Give --kmeans_data and --kmeans_layers for k-means units, and no --kmeans, which is for a DinoSR."
-        raise ValueError(f"{name} has no codebooks. {advice}")
     if fit is None:
         return
     num_clusters = num_clusters_for(name, options)
@@ -150,6 +147,22 @@ def extract_units(
         extractor = load_baseline(name, layers=[layer], is_smoothed=options.smooth, **where)
         kmeans = fit_layer_kmeans(extractor, fit, num_clusters)
         yield extracted("k-means", extractor, num_clusters, kmeans=kmeans)
+
+
+def check_models(options: argparse.Namespace) -> None:
+    """Raise `ValueError`, before hours of work, if a model lacks the requested units."""
+    for name in options.models:
+        config = open_config(name)
+        if has_codebooks(config):
+            for kind in options.sources or config.unit_sources:
+                layers = options.layers if options.layers and kind != "anchor" else unit_layers(config, kind)
+                with argument_errors(f"{name}: "):
+                    check_unit_layers(config, layers, kind)
+        elif options.kmeans or not options.kmeans_layers:
+            advice = (
+                "Give --kmeans_data and --kmeans_layers for k-means units, and no --kmeans, which is for a DinoSR."
+            )
+            raise ValueError(f"{name} has no codebooks. {advice}")
 
 
 def num_clusters_for(name: str, options: argparse.Namespace) -> int:
@@ -193,8 +206,10 @@ def evaluate_on_phones(options: argparse.Namespace) -> tuple[LayerReport, list[d
     source, reference = open_labelled_speech(options.data, options, options.split)
     if options.abx:
         require_speakers(reference, "ABX within and across speakers")
+    check_models(options)
+    check_inputs(options.models, options.kmeans_layers, (source, reference))
     minutes = source.seconds / 60
-    print(f"{len(reference.labels):,} of {len(source):,} recordings have labels; {minutes:.1f} minutes in total.")
+    print(f"{len(source):,} of {len(reference.speakers):,} recordings have labels; {minutes:.1f} minutes in total.")
     rows: list[dict] = []
     for part in unit_sets(source, options):
         if options.abx:
@@ -213,6 +228,8 @@ def evaluate_on_phones(options: argparse.Namespace) -> tuple[LayerReport, list[d
 
 def evaluate_on_discophon(options: argparse.Namespace) -> tuple[LayerReport, list[dict]]:
     benchmark = discophon.DiscoPhon(options.discophon, options.languages, options.split or "test")
+    check_models(options)
+    check_inputs(options.models, options.kmeans_layers)
     print(f"{len(benchmark.source):,} recordings of {', '.join(benchmark.languages)}.")
     rows: list[dict] = []
     for part in unit_sets(benchmark.source, options):

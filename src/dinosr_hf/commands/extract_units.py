@@ -105,13 +105,14 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
     with files:
         to_do = source.seconds_of(files.todo())
         with AudioBar(to_do, num_processes=state.num_processes, is_shown=state.is_main_process) as bar:
-            num_written = files.write(on_progress=bar.advance)
+            files.write(on_progress=bar.advance)
         state.wait_for_everyone()
-        if isinstance(files, FeatureFiles):
-            print(f"{num_written:,} recordings, with {len(extractor.layers)} file(s) each, in {options.output_dir}")
-            return len(source.left_out) + len(extractor.unreadable)
         if not state.is_main_process:
             return 0
+        if isinstance(files, FeatureFiles):
+            number = f"{files.num_complete:,} recordings, with {len(extractor.layers)} file(s) each"
+            print(f"{number}, are in {options.output_dir}; {bar}")
+            return len(files.left_out)
         summary = files.finish()
     print(
         f"{summary['num_recordings']:,} recordings, {summary['hours']:,.2f} hours, layers {options.layers} of the"

@@ -2,7 +2,7 @@
 Pre-train a DinoSR.
 
     dinosr pretrain                                         # a tiny model on synthetic speech
-    dinosr pretrain --data my_recordings --max_steps 2000
+    dinosr pretrain --data my_recordings --output_dir runs/mine
     dinosr pretrain base_ls960 --data my_recordings --output_dir runs/base
 
 Arguments come from a YAML file or recipe (by default tiny_cpu) and from flags, which take precedence; others have the

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # Larger rows of a recording are kept in a temporary file: an hour of a base model's layer has 0.5 GB.
 _MAX_BYTES_IN_MEMORY = 2**30
+_PART_SAMPLES = 60 * SAMPLING_RATE  # that are read at a time for mean and variance of a long recording
 
 # Computes rows (T, ...) of each window from its normalised samples, float32 (S,).
 Compute = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
@@ -227,9 +228,8 @@ class WindowedInference:
         try:
             is_whole = task.num_samples == recording.num_samples
             if self._normalizes and not is_whole and recording.moments is None:
-                size = max(self._config.receptive_field, int(self._batch_samples))  # a batch is in memory anyway
-                starts = range(0, recording.num_samples, size)
-                sizes = (min(size, recording.num_samples - start) for start in starts)
+                starts = range(0, recording.num_samples, _PART_SAMPLES)
+                sizes = (min(_PART_SAMPLES, recording.num_samples - start) for start in starts)
                 recording.moments = RunningMoments(
                     parts=(source.load(recording.index, *part) for part in zip(starts, sizes, strict=True))
                 )

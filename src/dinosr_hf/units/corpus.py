@@ -112,9 +112,20 @@ class ExtractionFolder(OutputFolder):
         return [index for index in self._share if self.recordings.utterances[index].id not in done]
 
     def write_left_out(self) -> None:
-        """Write id -> error message of this process's unreadable recordings to `left_out-000.json`, if any are."""
-        if self.extractor.unreadable:
-            _write_json(self.folder / f"left_out-{self._process:03}.json", self.extractor.unreadable)
+        """
+        Write id -> reason of this process's unreadable recordings to `left_out-000.json`, if any are.
+
+        Those that could not be opened are the main process's.
+        """
+        left_out = {**(self.recordings.left_out if self._process == 0 else {}), **self.extractor.unreadable}
+        if left_out:
+            _write_json(self.folder / f"left_out-{self._process:03}.json", left_out)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Id -> reason of the recordings that all processes have written to `left_out-*.json`."""
+        files = sorted(self.folder.glob("left_out-*.json"))
+        return {name: reason for file in files for name, reason in read_json(file).items()}
 
 
 class UnitCorpus(ExtractionFolder):
@@ -250,9 +261,6 @@ class UnitCorpus(ExtractionFolder):
 
         Call this in the main process after all others are done.
         """
-        left_out = self.recordings.left_out
-        for file in sorted(self.folder.glob("left_out-*.json")):
-            left_out |= read_json(file)
         done, known = self._done(), dict(self.recordings.utterances)
         summary = {
             "model_name": self.extractor.name,
@@ -263,7 +271,7 @@ class UnitCorpus(ExtractionFolder):
             "num_units": self._num_units,
             "files": [path.name for path in shards_of(self.folder)],
             **({"discophon": self._write_discophon()} if self._form == "discophon" else {}),
-            "left_out": left_out,
+            "left_out": self.left_out,
         }
         _write_json(self.folder / "summary.json", summary)
         return summary

@@ -56,6 +56,11 @@ class FeatureFiles(ExtractionFolder):
     def _complete(self) -> list[str]:
         return [name for name, paths in self._files.items() if all(path.exists() for path in paths)]
 
+    @property
+    def num_complete(self) -> int:
+        """Number of recordings that have all their files."""
+        return len(self._complete())
+
     def write(self, *, on_progress: Progress = None) -> int:
         """Extract this process's recordings that are still to do, and return their number."""
         self.open()
