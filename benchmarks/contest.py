@@ -206,7 +206,9 @@ def compete(script: str, names: Sequence[str], argv: Sequence[str], repeats: int
             for name, process in running.items():
                 process.stdin.write("step\n")
                 process.stdin.flush()
-                found[name]["times"].append(json.loads(process.stdout.readline())["seconds"])
+                if not (line := process.stdout.readline()):
+                    sys.exit(f"The contestant {name} failed; its message is above.")
+                found[name]["times"].append(json.loads(line)["seconds"])
         for name, process in running.items():
             process.stdin.write("end\n")
             process.stdin.flush()
@@ -214,6 +216,7 @@ def compete(script: str, names: Sequence[str], argv: Sequence[str], repeats: int
     finally:
         for process in running.values():
             process.kill()
+            process.wait()
     return found
 
 

@@ -44,15 +44,14 @@ def run_script(script: str, *flags: str | Path) -> None:
 
 
 def pretrained(folder: Path, seed: int, steps: int) -> Path:
-    out = folder / f"pretrained-{seed}"
-    if not (out / "model.safetensors").exists():
-        run_script("pretrain.py", "--output_dir", out, "--seed", str(seed), "--max_steps", str(steps))
+    """Pre-train a model, or go on with the run, or find it finished."""
+    out = folder / f"pretrained-{steps}-{seed}"
+    run_script("pretrain.py", "--output_dir", out, "--seed", str(seed), "--max_steps", str(steps))
     return out
 
 
 def word_error_rate(out: Path, flags: Sequence[str | Path]) -> float:
-    if not (out / "run.json").exists():
-        run_script("finetune_ctc.py", EXAMPLES / "configs" / "ctc_tiny.yaml", "--output_dir", out, *flags)
+    run_script("finetune_ctc.py", EXAMPLES / "configs" / "ctc_tiny.yaml", "--output_dir", out, *flags)
     figures = json.loads((out / "run.json").read_text(encoding="utf-8"))["evaluation"]
     return next(figure["wer"] for figure in figures if figure["split"] == "test")
 
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     model = pretrained(folder, seed, options.pretraining_steps)
                     flags = ["--model", model, "--seed", str(seed), "--synthetic_utterances", str(num_utterances)]
                     flags += ["--max_steps", str(options.max_steps), "--learning_rate", str(rate), *extra]
-                    name = f"{start}-{labels}-{rate}-{seed}".replace(" ", "_")
+                    name = f"{start}-{labels}-{rate}-{options.max_steps}-{seed}".replace(" ", "_")
                     found.append(word_error_rate(folder / name, flags))
                 cells = " | ".join(f"{wer:.1%}" for wer in found)
                 described = start if start == "pre-trained" else f"{start}, learning rate {rate:g}"

@@ -2,7 +2,7 @@ r"""
 Compare what models learn of phones from the same recordings in the same time.
 
     python benchmarks/learning.py --train speech/train --validation speech/validation --test speech/test \
-        --labels phones.jsonl.gz --minutes 30 --seeds 0 1 2 --threads 2 --spidr_python spidr_env/bin/python
+        --labels phones.jsonl.gz --minutes 30 --threads 2 --processes 2 --spidr_python spidr_env/bin/python
 
 The contestants train one after the other, `--minutes` of wall-clock time each, start of the program included:
 
@@ -18,13 +18,16 @@ short timing run, and learning-rate schedules end with it. spidr gets that recip
 setting, its decay of teacher and codebooks; its schedules are scaled to the number of steps, and its masks are as
 dense as its defaults. The paper's convolutions have 2/3 as many channels as the model is wide, as the base model's.
 
-Layer and kind of unit (student or teacher, and of ours the anchor) are those with the highest PNMI on the validation
-speakers; the table is of the test speakers. Kinds with another number of units than the codebooks have take no part.
+Layer and kind of unit (student, teacher, k-means on the student's last layer, and of ours the anchor) are those with
+the highest PNMI on the validation speakers; the table is of the test speakers. Kinds whose number of units differs
+from the codebooks' are left out. On CPUs `--processes` trains ours in several processes, which is faster for small
+models; spidr, fed by one process, has all threads in one. Fitting k-means to 17 minutes of speech is not counted.
+
 Nothing is trained unless the evaluation gives the phones themselves a PNMI of 1 and a constant unit 0, and all three
 parts have different speakers, as far as a column speaker_id tells. A finished run is only read; one with other data,
 another recipe or another machine is replaced. So a contest can be stopped, and goes on with the same command.
 
-spidr (`pip install spidr`; licence CC BY-NC 4.0) needs Python 3.12, as may be in an environment of its own:
+spidr (`pip install spidr`; licence CC BY-NC 4.0) needs Python 3.12, which may be a separate environment:
 
     python3.12 -m venv spidr_env && spidr_env/bin/pip install spidr
 """
@@ -60,7 +63,7 @@ from dinosr_hf.data.labelled import find_metadata
 from dinosr_hf.hub.conversion import convert
 from dinosr_hf.pretraining import PretrainingArguments, open_data, parse_arguments
 from dinosr_hf.pretraining.feed import StepFeed
-from dinosr_hf.units import UnitExtractor, load_model
+from dinosr_hf.units import LayerKMeans, UnitExtractor, fit_layer_kmeans, load_model
 from dinosr_hf.utils.files import claim_output_folder
 from dinosr_hf.utils.tables import markdown_table
 
@@ -74,7 +77,7 @@ SPIDR_RECIPE = CONFIGS / "spidr_base.yaml"
 SPIDR_OBJECTIVE = ("head_input", "teacher_init", "attention_init", "qkv_bias", "layerdrop", "mask_min_spans")
 # Steps of a timing run; the first third is slower.
 NUM_TIMED = 30
-# Settings of a recipe that the paper has not, besides those whose names have "anchor" in them.
+# Recipe settings that the paper does not use, besides those with "anchor" in their names.
 NOT_IN_THE_PAPER = ("feature_encoder", "codebook_revival_share", "speed_change")
 # Their setting -> our field of the configuration.
 SPIDR_SETTINGS = {
@@ -97,6 +100,8 @@ SPIDR_SETTINGS = {
 EXACT = 1e-9
 # Rounding moves few frames to another unit.
 CONVERTED = 2e-3
+KMEANS_FRAMES = 50_000
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative difference of a contestant's wall-clock time from what it was to take.
 TIME_TOLERANCE = 0.1
 
@@ -122,16 +127,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--minutes", type=float, default=30.0, help="wall-clock time of each contestant (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run for each (0 1 2)")
     add("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads (%(default)s)")
+    add("--processes", type=int, default=1, help="CPU processes of our contestants, which share the threads (1)")
     add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="who takes part (all)")
     add("--spidr_python", default=sys.executable, help="path of the Python that has spidr (this one)")
     add("--output_dir", type=Path, default=Path("runs/learning"), help="folder for all runs (%(default)s)")
     options = parser.parse_args(argv)
-    if options.minutes <= 0 or options.threads < 1:
-        parser.error("--minutes must be above 0, and --threads at least 1.")
+    if options.minutes <= 0 or not 1 <= options.processes <= options.threads:
+        parser.error("--minutes must be above 0, --processes at least 1, and --threads at least as many.")
+    if options.processes > 1 and torch.cuda.is_available():
+        parser.error("--processes is for CPUs only.")
     for number, recipe in enumerate(options.recipe):
         if not recipe.is_file():
             parser.error(f"--recipe={recipe} does not exist. Give YAML files for examples/pretrain.py.")
-        if missing := {"max_steps", *(["anchor_layer"] if number else [])} - set(read_recipe(recipe)):
+        if missing := {"max_steps", "micro_seconds", *(["anchor_layer"] if number else [])} - set(read_recipe(recipe)):
             parser.error(f"--recipe={recipe} lacks {' and '.join(sorted(missing))}. Add it to the file.")
     return options
 
@@ -203,12 +211,22 @@ def figures_by_layer(
     }
 
 
-def model_figures(folder: Path, part: Part) -> dict[str, Figures]:
+def fit_clusters(folder: Path, options: argparse.Namespace, seed: int) -> LayerKMeans:
+    """Cluster the last layer of a pre-trained model of ours on the recordings that it learnt from."""
+    model = load_model(folder, device=DEVICE)
+    extractor = UnitExtractor(model, layers=[model.config.num_hidden_layers], is_smoothed=True)
+    train = open_recordings(options.train)
+    return fit_layer_kmeans(extractor, train, model.config.codebook_size, max_frames=KMEANS_FRAMES, seed=seed)
+
+
+def model_figures(folder: Path, part: Part, kmeans: LayerKMeans) -> dict[str, Figures]:
     """Return the metrics of all units of a pre-trained model of ours, of kinds with as many units as codewords."""
-    model = load_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(folder, device=DEVICE)
     frames = {"stride": model.config.inputs_to_logits_ratio, "field": model.config.receptive_field}
-    found = {}
     num_codes = model.config.codebook_size
+    clustered = UnitExtractor(model, layers=[kmeans.layer], is_smoothed=kmeans.is_smoothed)
+    units = clustered.units(part.source, kmeans=kmeans)
+    found = figures_by_layer(part, [f"k-means, layer {kmeans.layer}"], units, num_codes, **frames)
     for kind in model.config.unit_sources:
         if model.config.num_units(kind) != num_codes:  # PNMI rises with their number
             continue
@@ -231,11 +249,16 @@ def choose(by_split: Mapping[str, Mapping[str, Figures]]) -> tuple[str, Figures]
 
 def run_pretraining(recipe: Path, options: argparse.Namespace, seed: int, folder: Path, max_steps: int) -> float:
     """Run the public command; return its wall-clock seconds."""
-    words = ["--data", *options.train, "--output_dir", folder, "--seed", seed, "--num_threads", options.threads]
+    words = ["--data", *options.train, "--output_dir", folder, "--seed", seed]
     words += ["--max_steps", max_steps, "--log_steps", max(1, max_steps // 30)]
-    words += ["--checkpoint_steps", 0, "--save_steps", 0]
+    words += ["--checkpoint_steps", 0, "--save_steps", 0, "--num_threads", options.threads // options.processes]
+    launch, environment = [sys.executable], dict(os.environ)
+    if options.processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
+        environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        words += ["--micro_seconds", read_recipe(recipe)["micro_seconds"] / options.processes]
     since = time.perf_counter()
-    done = subprocess.run([sys.executable, str(PRETRAIN), str(recipe), *map(str, words)])
+    done = subprocess.run([*launch, str(PRETRAIN), str(recipe), *map(str, words)], env=environment)
     if done.returncode:
         sys.exit("The pre-training failed; its message is above.")
     return time.perf_counter() - since
@@ -292,9 +315,10 @@ def run_ours(
         left = share * (60 * options.minutes - seconds) - (timed - NUM_TIMED * per_step)
         seconds += start(model, max(1, int(left / per_step)))
         hours += metrics_of(model)[-1]["audio_hours"]
+    kmeans = fit_clusters(model, options, seed)
     found: dict[str, Any] = {"minutes": seconds / 60, "hours": hours}
     for split, part in parts.items():
-        found[split] = model_figures(model, part)
+        found[split] = model_figures(model, part, kmeans)
     return found
 
 
@@ -378,10 +402,11 @@ def run_spidr(
     names = [f"student, layer {layer}" for layer in config.codebook_layers]
     # Its teacher has units too, which spidr does not return.
     convert(folder / "checkpoint.pt", folder / "model", config=folder / "config.json")
+    kmeans = fit_clusters(folder / "model", options, seed)
     for split, part in parts.items():
         with np.load(folder / f"{split}.npz") as codes:
             units = [(part.source.utterances[int(index)].id, codes[index]) for index in codes.files]
-        found[split] = model_figures(folder / "model", part)
+        found[split] = model_figures(folder / "model", part, kmeans)
         for name, own in figures_by_layer(part, names, units, config.codebook_size).items():
             if abs(own["pnmi"] - found[split][name]["pnmi"]) > CONVERTED:
                 sys.exit(f"The converted model of spidr has other units: {name}, {own} and {found[split][name]}.")
@@ -427,7 +452,7 @@ def result_of(name: str, seed: int, options: argparse.Namespace, parts: Mapping[
     """Return what a contestant has learnt; a finished run with the same settings is only read."""
     folder = folder_of(name, seed, options)
     path = folder / "result.json"
-    kept = ("train", "validation", "test", "labels", "minutes", "threads")
+    kept = ("train", "validation", "test", "labels", "minutes", "threads", "processes")
     settings = {key: getattr(options, key) for key in kept} | {
         "recipes": [path.read_text(encoding="utf-8") for path in (*options.recipe, SPIDR_RECIPE)],
         "spidr_python": options.spidr_python if name.startswith("spidr") else None,
