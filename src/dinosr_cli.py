@@ -1,5 +1,5 @@
 """
-The command `dinosr`. It stands outside of the package, whose import takes seconds, so that its help is there at once.
+The command `dinosr`. It lives outside the package, which takes seconds to import, so `--help` appears at once.
 
 A subcommand is a module of `dinosr_hf.commands` with a `main(argv)`; only the chosen one is imported.
 """
@@ -12,7 +12,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-# Name: the module, which but for the last two is also that of a script of examples/, and what it does.
+# Subcommand: (module in `dinosr_hf.commands`, summary). All but the last two also have a script in examples/.
 COMMANDS = {
     "pretrain": ("pretrain", "pre-train a DinoSR, or adapt one to other speech"),
     "finetune": ("finetune_ctc", "fine-tune a speech recogniser"),
