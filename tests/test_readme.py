@@ -67,7 +67,8 @@ def folder(tmp_path_factory):
     save_folder(DinoSRForPreTraining(config), path / "runs" / "tiny")
     config = DinoSRConfig(**{**config.to_diff_dict(), "use_weighted_layer_sum": True, "num_labels": 5})
     save_folder(DinoSRForSequenceClassification(config), path / "runs" / "classifier")
-    save_recogniser(path / "runs" / "recogniser", num_hidden_layers=1, num_codebooks=1)
+    few = {"num_hidden_layers": 1, "num_codebooks": 1, "num_conv_pos_embeddings": 1}  # a document exports it
+    save_recogniser(path / "runs" / "recogniser", **few, conv_dim=[11], conv_kernel=[40], conv_stride=[20])
     write_arpa(path / "runs" / "words.arpa", ["the sheep sails", "the ship"])
     noise = np.random.default_rng(0).standard_normal(22_050).cumsum() * 1e-3
     soundfile.write(path / "speech.wav", np.clip(noise, -0.9, 0.9), 22_050)

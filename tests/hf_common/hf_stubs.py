@@ -38,7 +38,14 @@ class ExportTesterMixin:
             with self.subTest(model_class.__name__):
                 transformers.set_seed(0)
                 config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-                if dynamic:  # which takes its time for every layer
+                if dynamic:  # which takes its time for every layer; the frames stay the same
+                    if config.feature_encoder == "conv":
+                        field, stride = config.receptive_field, config.inputs_to_logits_ratio
+                        config.conv_dim, config.conv_kernel, config.conv_stride = (
+                            config.conv_dim[:1],
+                            [field],
+                            [stride],
+                        )
                     config.num_hidden_layers = config.num_codebooks = config.num_conv_pos_embeddings = 1
                 inputs = self._prepare_for_class(inputs, model_class)
                 model = model_class(config).eval()
