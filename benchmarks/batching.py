@@ -10,9 +10,7 @@ the padding planned.
 """
 
 import argparse
-import datetime
 import itertools
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +20,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 import torch
+from contest import headline
 
 from dinosr_hf import DinoSRConfig
 from dinosr_hf.data import (
@@ -150,10 +149,7 @@ def main(argv: Sequence[str]) -> None:
         summaries[case].append(summary)
         speeds[case].append(time_epoch(dataset, options.workers))
 
-    print(
-        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {options.workers} worker(s), Python"
-        f" {platform.python_version()}, torch {torch.__version__}"
-    )
+    print(f"{headline(torch.device('cpu'), torch.get_num_threads())}, {options.workers} worker(s)")
     hours = source.seconds / 3600
     print(
         f"{options.data or 'synthetic'}: {len(source):,} utterances, {hours:.2f} h; steps of {options.step_seconds:g}"

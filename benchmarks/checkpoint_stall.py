@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import torch
 from accelerate import Accelerator
-from contest import headline, model_config
+from contest import CONFIGS, SIZES, headline, model_config
 from safetensors.torch import load_file
 
 from dinosr_hf import DinoSRForPreTraining
@@ -27,12 +27,12 @@ from dinosr_hf.data import SAMPLING_RATE, open_source
 from dinosr_hf.pretraining import parse_arguments, read_checkpoint
 from dinosr_hf.pretraining.train_state import TrainState, make_train_state
 
-CONFIG = Path(__file__).parents[1] / "examples" / "configs" / "tiny_cpu.yaml"
+CONFIG = CONFIGS / "tiny_cpu.yaml"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the stall of a checkpoint.")
-    parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="model of the demo or of the paper")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="model of the demo or of the paper")
     parser.add_argument("--repeats", type=int, default=5, help="number of checkpoints (%(default)s)")
     return parser.parse_args(argv)
 

@@ -30,12 +30,13 @@ SIZES = ("tiny", "base")
 
 
 # Five convolutions with longer strides, half the work of the paper's seven.
-TINY_FRONT_END = {
+TINY_AS_IN_THE_PAPER = {
     "feature_encoder": "conv",
     "num_anchor_labels": 0,
     "conv_dim": [64, 64, 96, 128, 128],
     "conv_kernel": [20, 8, 4, 4, 4],
     "conv_stride": [10, 4, 2, 2, 2],
+    "codebook_revival_share": 0.0,
 }
 
 
@@ -44,7 +45,7 @@ def model_config(size: str) -> DinoSRConfig:
     if size == "base":
         return DinoSRConfig()
     return DinoSRConfig(
-        **{**parse_arguments([], CONFIGS / "tiny_cpu.yaml").model_config().to_dict(), **TINY_FRONT_END}
+        **{**parse_arguments([], CONFIGS / "tiny_cpu.yaml").model_config().to_dict(), **TINY_AS_IN_THE_PAPER}
     )
 
 

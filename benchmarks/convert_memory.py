@@ -10,8 +10,6 @@ is printed.
 """
 
 import argparse
-import datetime
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import transformers
-from contest import model_config
+from contest import headline, model_config
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.hub.conversion.fairseq import to_fairseq
@@ -73,8 +70,7 @@ def main(argv: Sequence[str]) -> None:
         if not all(torch.equal(tensor, converted[name]) for name, tensor in weights.items()):
             sys.exit("The converted weights differ from the file's, so nothing is reported.")
         size = file.stat().st_size
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{datetime.date.today()}, {platform.machine()}, {versions}")
+    print(headline(torch.device("cpu"), torch.get_num_threads(), "transformers"))
     print(f"file                              {size / 1e6:8.0f} MB" + (", with moments" if options.optimizer else ""))
     print(f"peak of a process that imports    {before / 1e6:8.0f} MB")
     print(f"peak of a process that converts   {peak / 1e6:8.0f} MB, {peak / size:.2f} times the file, {seconds:.0f} s")

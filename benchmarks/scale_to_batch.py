@@ -23,11 +23,9 @@ The scaled values are checked before the first run, and after the last that all 
 
 import argparse
 import dataclasses
-import datetime
 import json
 import logging
 import math
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -35,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
+from contest import CONFIGS, headline
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.analysis.kmeans import fit_kmeans
@@ -51,7 +49,8 @@ from dinosr_hf.pretraining import (
 )
 from dinosr_hf.pretraining.scaling import changes_table, scale_to_batch
 
-TINY = Path(__file__).parent.parent / "examples" / "configs" / "tiny_cpu.yaml"
+TINY = CONFIGS / "tiny_cpu.yaml"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The tiny model's values are for steps of 40 s: halves what is counted in steps.
 TINY_AT_80_SECONDS = (
     *("--codebook_end_decay_step", "100", "--ema_anneal_steps", "200"),
@@ -255,11 +254,8 @@ def main(argv: Sequence[str]) -> None:
     if max(hours) > (1 + AUDIO_TOLERANCE) * min(hours):
         sys.exit(f"No comparison: the runs had between {min(hours):.2f} and {max(hours):.2f} hours of audio.")
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    print(
-        f"\n{datetime.date.today()}, {device}, Python {platform.python_version()}, torch {torch.__version__},"
-        f" transformers {transformers.__version__}; seeds {', '.join(map(str, options.seeds))}\n"
-    )
+    machine = headline(torch.device(DEVICE), torch.get_num_threads(), "transformers")
+    print(f"\n{machine}; seeds {', '.join(map(str, options.seeds))}\n")
     print(f"| run | step | updates | hours of audio | {' | '.join(FIGURES.values())} |")
     print("|" + "---|" * (4 + len(FIGURES)))
     for kind in options.runs:

@@ -160,6 +160,11 @@ def test_dataloading_is_not_timed_if_recordings_differ(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+def test_convert_memory_converts_what_it_wrote(capsys):
+    load_script("benchmarks/convert_memory.py").main(["--size", "tiny"])
+    assert re.search(r"peak of a process that converts +\d+ MB, [\d.]+ times the file", capsys.readouterr().out)
+
+
 # -- learning.py
 
 TINY_RECIPE = """
