@@ -116,6 +116,11 @@ class UnitSet(NamedTuple):
     config: DinoSRConfig
 
 
+def layers_of(config: DinoSRConfig, kind: str, options: argparse.Namespace) -> list[int]:
+    """Return the layers to take a kind of units from: those asked for, but for the anchor, which has one."""
+    return options.layers if options.layers and kind != "anchor" else unit_layers(config, kind)
+
+
 def extract_units(
     name: str, source: SpeechSource, fit: SpeechSource | None, options: argparse.Namespace
 ) -> Iterator[UnitSet]:
@@ -137,8 +142,8 @@ def extract_units(
             extractor.check_kmeans(kmeans)
             fitted.append(extracted(f"k-means of {file}", extractor, len(kmeans.centroids), kmeans=kmeans))
         for kind in options.sources or model.config.unit_sources:
-            layers = options.layers if options.layers and kind != "anchor" else unit_layers(model.config, kind)
-            yield extracted(kind, UnitExtractor(model, layers=layers, source=kind), model.config.num_units(kind))
+            extractor = UnitExtractor(model, layers=layers_of(model.config, kind, options), source=kind)
+            yield extracted(kind, extractor, model.config.num_units(kind))
         yield from fitted
     if fit is None:
         return
@@ -155,9 +160,8 @@ def check_models(options: argparse.Namespace) -> None:
         config = open_config(name)
         if has_codebooks(config):
             for kind in options.sources or config.unit_sources:
-                layers = options.layers if options.layers and kind != "anchor" else unit_layers(config, kind)
                 with argument_errors(f"{name}: "):
-                    check_unit_layers(config, layers, kind)
+                    check_unit_layers(config, layers_of(config, kind, options), kind)
         elif options.kmeans or not options.kmeans_layers:
             advice = (
                 "Give --kmeans_data and --kmeans_layers for k-means units, and no --kmeans, which is for a DinoSR."

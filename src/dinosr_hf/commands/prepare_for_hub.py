@@ -47,4 +47,4 @@ def main(argv: Sequence[str]) -> None:
         if options.push:
             print("Uploaded to", push(ready, provenance.repo_id, private=not options.public))
         else:
-            print(f"Nothing was uploaded. Read its README.md, then: hf upload {provenance.repo_id} {ready}")
+            print(f"Nothing was uploaded. Read its README.md, then: hf upload --private {provenance.repo_id} {ready}")
