@@ -48,7 +48,7 @@ REGULARIZATION = 1e-3
 
 
 class FeatureExtractor(Protocol):
-    """The part of `units.UnitExtractor` and `units.BaselineExtractor` that frames are drawn with."""
+    """The part of `units.LayerExtractor` that frames are drawn with."""
 
     config: DinoSRConfig
 

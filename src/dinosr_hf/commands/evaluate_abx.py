@@ -26,7 +26,7 @@ from ..analysis.abx import (
 )
 from ..analysis.reports import write_report
 from ..data import SpeechSource
-from ..units import BaselineExtractor, FeatureFiles, UnitExtractor, open_extractors
+from ..units import FeatureFiles, UnitExtractor, open_extractors
 from ..units.baseline_models import baseline_config
 from ..utils.command_line import Parser, command, parse_options
 from ..utils.files import claim_output_file, write_atomically
@@ -80,7 +80,7 @@ def write_representations(
         for layer in layers:
             yield from ((kind, layer, distance, folder / kind / f"layer-{layer}") for distance in options.distances)
         with_codebook = [layer for layer in layers if layer in features.config.codebook_layers]
-        if with_codebook and not isinstance(features, BaselineExtractor):
+        if with_codebook and isinstance(features, UnitExtractor):
             extractor = UnitExtractor(features.model, layers=with_codebook, source=kind)
             write_unit_files(extractor.units(source), folder / f"{kind}-units", with_codebook)
             for layer in with_codebook:

@@ -33,7 +33,15 @@ from ..analysis.unit_evaluation import REPORT, Reference, evaluate_units
 from ..data import SpeechSource, open_recordings
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import UNIT_SOURCES, check_unit_layers
-from ..units import LayerKMeans, UnitExtractor, fit_layer_kmeans, has_codebooks, load_baseline, load_model
+from ..units import (
+    LayerExtractor,
+    LayerKMeans,
+    UnitExtractor,
+    fit_layer_kmeans,
+    has_codebooks,
+    load_baseline,
+    load_model,
+)
 from ..utils.command_line import ArgumentError, Parser, argument_errors, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
@@ -128,7 +136,7 @@ def extract_units(
     where = {"device": options.device, "dtype": options.dtype}
     config = open_config(name)
 
-    def extracted(kind: str, extractor: UnitExtractor, num_codes: int, **kmeans: Any) -> UnitSet:
+    def extracted(kind: str, extractor: LayerExtractor, num_codes: int, **kmeans: Any) -> UnitSet:
         return UnitSet(name, kind, extractor.layers, extractor.units(source, **kmeans), num_codes, extractor.config)
 
     if has_codebooks(config):
@@ -149,9 +157,9 @@ def extract_units(
         return
     num_clusters = num_clusters_for(name, options)
     for layer in options.kmeans_layers:
-        extractor = load_baseline(name, layers=[layer], is_smoothed=options.smooth, **where)
-        kmeans = fit_layer_kmeans(extractor, fit, num_clusters)
-        yield extracted("k-means", extractor, num_clusters, kmeans=kmeans)
+        clustered = load_baseline(name, layers=[layer], is_smoothed=options.smooth, **where)
+        kmeans = fit_layer_kmeans(clustered, fit, num_clusters)
+        yield extracted("k-means", clustered, num_clusters, kmeans=kmeans)
 
 
 def check_models(options: argparse.Namespace) -> None:

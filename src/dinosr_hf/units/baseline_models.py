@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
 
-from ..inference.windowed import WindowedInference
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import check_layers
 from ..utils.model_folder import has_codebooks, open_config, open_weights, opening, torch_dtype
-from .extraction import UnitExtractor, load_model
+from .extraction import LayerExtractor, UnitExtractor, load_model
 
 BASELINES = ("hubert", "wav2vec2", "data2vec-audio", "wavlm", DinoSRConfig.model_type)
 _ADVICE = "Give a folder with a model and its feature extractor."
@@ -38,9 +37,9 @@ def baseline_config(name: str | Path) -> DinoSRConfig:
     return _frames_config(config)
 
 
-class BaselineExtractor(UnitExtractor):
+class BaselineExtractor(LayerExtractor):
     """
-    A `UnitExtractor` for any model of transformers with a convolutional front end and hidden states.
+    A `LayerExtractor` for any model of transformers with a convolutional front end and hidden states.
 
     It has no codebooks, so its units need k-means (`fit_layer_kmeans`). Recordings go through the model one by one,
     since some baseline models give other features for padded input.
@@ -49,24 +48,28 @@ class BaselineExtractor(UnitExtractor):
         model: The model; it is put into evaluation mode.
         layers: Numbers of the transformer layers to take features from, from 1; `ValueError` if there is no such one.
         normalizes: Whether the model expects zero mean and unit variance (`do_normalize` of its feature extractor).
-        is_smoothed: As for `UnitExtractor`.
+        is_smoothed: As for `LayerExtractor`.
     """
 
     def __init__(
         self, model: PreTrainedModel, *, layers: Sequence[int], normalizes: bool = True, is_smoothed: bool = False
     ) -> None:
-        self._network = model.eval()
-        self.config = _frames_config(model.config)
-        self.layers = check_layers(self.config, layers, with_codebooks=False)
-        self.source, self.is_smoothed = "student", is_smoothed
-        # The smallest possible batches, of one window each.
-        self._runner = WindowedInference(self.config, normalizes=normalizes, batch_seconds=2 * self.frame_seconds)
+        config = _frames_config(model.config)
+        super().__init__(
+            model,
+            config,
+            layers=check_layers(config, layers, with_codebooks=False),
+            source="student",
+            is_smoothed=is_smoothed,
+            normalizes=normalizes,
+            is_padding_safe=False,
+        )
 
     @torch.inference_mode()
     def _layer_features(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
         (wave,) = waves
-        values = torch.from_numpy(wave)[None].to(self._network.device, self._network.dtype)
-        hidden_states = self._network(values, output_hidden_states=True).hidden_states
+        values = torch.from_numpy(wave)[None].to(self.model.device, self.model.dtype)
+        hidden_states = self.model(values, output_hidden_states=True).hidden_states
         found = torch.stack([hidden_states[layer] for layer in self.layers])
         return found.permute(1, 2, 0, 3).float(), [found.shape[2]]
 
@@ -82,7 +85,7 @@ def load_baseline(
     """
     Load an encoder of one of the types in `BASELINES`, with its feature extractor, from a folder or the Hub.
 
-    `layers`, `dtype` and `is_smoothed` are those of `UnitExtractor` and `load_model`. Raises `ValueError` for a
+    `layers`, `dtype` and `is_smoothed` are those of `LayerExtractor` and `load_model`. Raises `ValueError` for a
     model of another type, without such a layer or without a feature extractor.
     """
     options: dict[str, Any] = {"device": device, "dtype": torch_dtype(dtype), "advice": _ADVICE}
@@ -103,7 +106,7 @@ def open_extractors(
     is_smoothed: bool = False,
     device: str | torch.device = "cpu",
     dtype: str = "float32",
-) -> Iterator[UnitExtractor]:
+) -> Iterator[LayerExtractor]:
     """
     Yield an extractor for each source of a pre-training checkpoint, or that of another encoder in `BASELINES`.
 

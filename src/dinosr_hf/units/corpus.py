@@ -25,7 +25,8 @@ from ..utils.extras import import_extra
 from ..utils.files import atomic_file, write_atomically
 from ..utils.names import one_line
 from ..utils.text_files import json_lines, read_json
-from .extraction import LayerKMeans, Progress, UnitExtractor, Units
+from .extraction import LayerExtractor, Progress, UnitExtractor, Units
+from .layer_kmeans import LayerKMeans
 
 FORMATS = ("jsonl", "parquet", "discophon")
 _SHARD = re.compile(r"units-\d+-\d+\.(jsonl|parquet)")
@@ -86,7 +87,7 @@ class ExtractionFolder(OutputFolder):
     def __init__(
         self,
         folder: str | Path,
-        extractor: UnitExtractor,
+        extractor: LayerExtractor,
         recordings: SpeechSource,
         settings: Mapping[str, Any],
         *,
@@ -98,7 +99,7 @@ class ExtractionFolder(OutputFolder):
             raise ValueError(f"process={process} must be at least 0 and below num_processes={num_processes}.")
         settings = {"results": results, **extractor.settings, **settings}
         super().__init__(folder, recordings, settings, results=results, process=process)
-        self.extractor = extractor
+        self.extractor: LayerExtractor = extractor
         self._share = share_of(recordings, process, num_processes)
 
     def _begin(self) -> None:
@@ -147,6 +148,8 @@ class UnitCorpus(ExtractionFolder):
         process: Index of this process.
         num_processes: Number of processes that write.
     """
+
+    extractor: UnitExtractor
 
     def __init__(
         self,

@@ -4,38 +4,30 @@ Units and features of recordings of any length, by codebooks or by k-means.
 `B` batch, `S` samples at 16 kHz, `T` frames, `D` hidden size, `L` layers, `K` clusters.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from transformers import PreTrainedModel
 
-from ..analysis.kmeans import MAX_FRAMES, KMeans, fit_kmeans
+from ..analysis.kmeans import MAX_FRAMES, fit_kmeans
 from ..data import SAMPLING_RATE, SpeechSource
 from ..inference.windowed import RunningMoments, WindowedInference, model_batch, without_padding
+from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import (
-    SOURCES,
     UNIT_SOURCES,
     DinoSRForPreTraining,
     check_layers,
     check_source,
     check_unit_layers,
 )
-from ..utils.damaged_files import explain_damage, safetensors_shapes
-from ..utils.digests import model_digest, value_digest
+from ..utils.digests import model_digest
 from ..utils.extras import import_extra
-from ..utils.files import write_atomically
 from ..utils.model_folder import has_codebooks, open_config, open_weights, torch_dtype
-from ..utils.names import one_line
-from ..utils.text_files import check_regular_file
+from .layer_kmeans import LayerKMeans
 
 Progress = Callable[[float], Any] | None
 
@@ -88,97 +80,47 @@ def _normalize_rows(rows: NDArray[np.float32]) -> None:
         chunk[:] = (chunk - moments.mean) * (1 / np.sqrt(moments.variance + 1e-5))
 
 
-@dataclass(frozen=True)
-class LayerKMeans(KMeans):
-    """Clusters of the features of a transformer layer, counted from 1; `source` is that of `UnitExtractor`."""
-
-    layer: int
-    source: str
-    is_smoothed: bool = False  # as for `UnitExtractor`
-    # Of the model that they were fitted on; None: not known, as in files of earlier releases.
-    dtype: str | None = None
-    model_sha256: str | None = None
-
-    @property
-    def digest(self) -> str:
-        """Digest of the clusters and of what they are clusters of, whatever file they come from."""
-        return value_digest([self.layer, self.source, self.is_smoothed, self.centroids.tolist()])
-
-    def save(self, file: str | Path) -> Path:
-        """Write a safetensors file atomically, and return its path."""
-        file = Path(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        about = {name: value for name, value in vars(self).items() if name != "centroids"}
-        metadata = {"kmeans": json.dumps(about)}
-        return write_atomically(file, save({"centroids": np.ascontiguousarray(self.centroids)}, metadata=metadata))
-
-    @classmethod
-    def load(cls, file: str | Path) -> Self:
-        """Read a file that `save` wrote. Raises `ValueError` for any other file, and for centroids that are none."""
-        try:
-            check_regular_file(file)
-            safetensors_shapes(file)  # refuses what would take long
-            with safe_open(file, "numpy") as opened:
-                about = json.loads((opened.metadata() or {})["kmeans"])
-                kmeans = cls(np.asarray(opened.get_tensor("centroids"), dtype=np.float32), **about)
-                kmeans.check()
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-            damage = explain_damage(file) if Path(file).is_file() else None
-            problem = damage or f"{file} is not a k-means file: {one_line(error)}."
-            raise ValueError(f"{problem} Give a file that `dinosr kmeans` wrote.") from error
-        return kmeans
-
-    def check(self) -> None:
-        """Raise `ValueError` unless the fields are those of clusters."""
-        if self.centroids.ndim != 2 or 0 in self.centroids.shape:
-            raise ValueError(f"its centroids have shape {self.centroids.shape}; expected (clusters, hidden size)")
-        if not np.isfinite(self.centroids).all():
-            raise ValueError("its centroids are not all finite: fit them again")
-        is_layer = isinstance(self.layer, int) and self.layer >= 1
-        if not is_layer or self.source not in SOURCES or not isinstance(self.is_smoothed, bool):
-            found = f"layer={self.layer!r}, source={self.source!r} and is_smoothed={self.is_smoothed!r}"
-            raise ValueError(f"it has {found}; expected a number from 1, {' or '.join(SOURCES)}, and true or false")
-
-
-class UnitExtractor:
+class LayerExtractor:
     """
-    Extracts units or features from recordings.
+    Extracts features of a model's transformer layers from recordings, and their clusters as units.
 
-    A recording longer than a window is cut into windows with context (`WindowedInference`), and its samples are
-    normalised by its mean and variance. The teacher's output is normalised over the complete recording too. Raises
-    `ValueError` if the model has no such layer, or the source or a number of seconds is out of range.
+    A recording longer than a window is cut into windows with context (`WindowedInference`).
 
     Args:
         model: In any precision, on any device; it is put into evaluation mode.
-        layers: Numbers of transformer layers, from 1; units by codebook need layers that have one.
-        source: "student" or "teacher"; for units alone "anchor", see `DinoSRForPreTraining.encode_units`; for features
-            and k-means alone "student_feed_forward", the output of the layer's feed-forward network.
+        config: A configuration with the layers, sizes and frames of the model.
+        layers: Numbers of its transformer layers, from 1.
+        source: What the features are of: one of `SOURCES`.
         is_smoothed: Whether the student's features are normalised over the recording, as the teacher's always are, and
             averaged over three frames. Their clusters tell more of phones and less of speakers.
-        windows: `window_seconds`, `context_seconds` and `batch_seconds` of `WindowedInference`. If the model has
-            `reference_padding`, a batch is one window.
+        normalizes: Whether the model expects samples of zero mean and unit variance.
+        is_padding_safe: Whether its outputs are independent of padding; if not, a batch is one window.
+        windows: `window_seconds`, `context_seconds` and `batch_seconds` of `WindowedInference`.
     """
+
+    model: PreTrainedModel
 
     def __init__(
         self,
-        model: DinoSRForPreTraining,
+        model: PreTrainedModel,
+        config: DinoSRConfig,
         *,
-        layers: Sequence[int] = (5,),
-        source: str = "student",
-        is_smoothed: bool = False,
+        layers: list[int],
+        source: str,
+        is_smoothed: bool,
+        normalizes: bool,
+        is_padding_safe: bool,
         **windows: float,
     ) -> None:
-        check_source(source, (*UNIT_SOURCES, "student_feed_forward"))
-        self._network: PreTrainedModel = model.eval()
-        self.model, self.config, self.source = model, model.config, source
+        self.model, self.config, self.layers, self.source = model.eval(), config, layers, source
         self.is_smoothed = is_smoothed and source != "teacher"
-        if source == "anchor":
-            self.layers = check_unit_layers(model.config, layers, source)
-        else:
-            self.layers = check_layers(model.config, layers, with_codebooks=False)
-        if model.config.reference_padding:  # features depend on the batch: process each recording alone
+        if not is_padding_safe:
             windows["batch_seconds"] = 2 * self.frame_seconds
-        self._runner = WindowedInference(model.config, normalizes=True, **windows)
+        self._runner = WindowedInference(config, normalizes=normalizes, **windows)
+
+    def _layer_features(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
+        """Compute features float32 (B, T, L, D) of waves (S,), and their numbers of frames."""
+        raise NotImplementedError
 
     @property
     def unreadable(self) -> dict[str, str]:
@@ -188,12 +130,12 @@ class UnitExtractor:
     @property
     def name(self) -> str:
         """Folder of the model, or its name on the Hub."""
-        return str(self._network.name_or_path)
+        return str(self.model.name_or_path)
 
     @property
     def about_model(self) -> dict[str, str]:
         """The model's precision, and the digest of its weights in that, which is the same wherever the model is."""
-        return {"dtype": str(self._network.dtype).removeprefix("torch."), "model_sha256": model_digest(self._network)}
+        return {"dtype": str(self.model.dtype).removeprefix("torch."), "model_sha256": model_digest(self.model)}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -235,7 +177,7 @@ class UnitExtractor:
         self,
         recordings: SpeechSource,
         *,
-        kmeans: LayerKMeans | None = None,
+        kmeans: LayerKMeans,
         indices: Sequence[int] | None = None,
         on_progress: Progress = None,
     ) -> Iterator[Units]:
@@ -247,24 +189,44 @@ class UnitExtractor:
 
         Args:
             recordings: As `open_source` or `open_recordings` opens them.
-            kmeans: Clusters to use as units, see `check_kmeans`; None: codewords, which every layer must have, or the
-                anchor's labels.
+            kmeans: Clusters to use as units, see `check_kmeans`.
             indices: Indices of the recordings to process; None: all.
             on_progress: Called after each batch with its seconds of audio, without context.
         """
-        if kmeans is not None:
-            self.check_kmeans(kmeans)
-        else:
-            check_unit_layers(self.config, self.layers, self.source)
-        # Some units wait for the mean and variance of the complete recording.
-        if self.source == "teacher" or (kmeans is not None and self.is_smoothed):
-            for name, features in self.features(recordings, indices=indices, on_progress=on_progress):
-                yield Units(name, self._nearest(features, kmeans))
+        self.check_kmeans(kmeans)
+        if self.source == "teacher" or self.is_smoothed:
+            yield from self._units_of_features(recordings, lambda rows: kmeans.assign(rows).T, indices, on_progress)
             return
-        compute = partial(self._codes, kmeans=kmeans)
-        for index, rows in self._runner.run(recordings, compute, indices=indices, on_progress=on_progress):
+
+        def assign(waves: Sequence[np.ndarray]) -> list[np.ndarray]:
+            features, num_frames = self._layer_features(waves)
+            return without_padding(kmeans.assign(features).int(), num_frames)
+
+        yield from self._units_of_windows(recordings, assign, indices, on_progress)
+
+    def _units_of_windows(
+        self,
+        recordings: SpeechSource,
+        assign: Callable[[Sequence[np.ndarray]], list[np.ndarray]],
+        indices: Sequence[int] | None,
+        on_progress: Progress,
+    ) -> Iterator[Units]:
+        """Yield the units that `assign` computes, int32 (T, L) for each wave (S,)."""
+        for index, rows in self._runner.run(recordings, assign, indices=indices, on_progress=on_progress):
             codes = np.empty((0, len(self.layers))) if rows is None else rows
             yield Units(recordings.utterances[index].id, codes.T.astype(np.int64))
+
+    def _units_of_features(
+        self,
+        recordings: SpeechSource,
+        assign: Callable[[torch.Tensor], torch.Tensor],
+        indices: Sequence[int] | None,
+        on_progress: Progress,
+    ) -> Iterator[Units]:
+        """Yield the units (L, T) that `assign` finds for features (T, L, D), which need the complete recording."""
+        for name, features in self.features(recordings, indices=indices, on_progress=on_progress):
+            found = [assign(torch.tensor(chunk, device=self.model.device)).cpu() for chunk in _chunks(features)]
+            yield Units(name, torch.cat(found, dim=1).numpy())
 
     def features(
         self, recordings: SpeechSource, *, indices: Sequence[int] | None = None, on_progress: Progress = None
@@ -287,33 +249,92 @@ class UnitExtractor:
                     filters.uniform_filter1d(rows, 3, axis=0, mode="nearest", output=rows)
             yield recordings.utterances[index].id, rows
 
+    def _features(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return without_padding(*self._layer_features(waves))
+
+
+class UnitExtractor(LayerExtractor):
+    """
+    Extracts units or features from recordings with a pre-training checkpoint.
+
+    The samples of a recording are normalised by its mean and variance. Raises `ValueError` if the model has no such
+    layer, or the source or a number of seconds is out of range.
+
+    Args:
+        model: As for `LayerExtractor`.
+        layers: Numbers of transformer layers, from 1; units by codebook need layers that have one. None:
+            `DinoSRConfig.default_layer`.
+        source: "student" or "teacher"; for units alone "anchor", see `DinoSRForPreTraining.encode_units`; for features
+            and k-means alone "student_feed_forward", the output of the layer's feed-forward network.
+        is_smoothed: As for `LayerExtractor`.
+        windows: As for `LayerExtractor`. If the model has `reference_padding`, a batch is one window.
+    """
+
+    model: DinoSRForPreTraining
+
+    def __init__(
+        self,
+        model: DinoSRForPreTraining,
+        *,
+        layers: Sequence[int] | None = None,
+        source: str = "student",
+        is_smoothed: bool = False,
+        **windows: float,
+    ) -> None:
+        check_source(source, (*UNIT_SOURCES, "student_feed_forward"))
+        config = model.config
+        layers = [config.default_layer(source)] if layers is None else layers
+        if source == "anchor":
+            layers = check_unit_layers(config, layers, source)
+        else:
+            layers = check_layers(config, layers, with_codebooks=False)
+        super().__init__(
+            model,
+            config,
+            layers=layers,
+            source=source,
+            is_smoothed=is_smoothed,
+            normalizes=True,
+            is_padding_safe=not config.reference_padding,
+            **windows,
+        )
+
+    def units(
+        self,
+        recordings: SpeechSource,
+        *,
+        kmeans: LayerKMeans | None = None,
+        indices: Sequence[int] | None = None,
+        on_progress: Progress = None,
+    ) -> Iterator[Units]:
+        """
+        Extract the units of recordings as `LayerExtractor.units` does.
+
+        Without `kmeans` they are codewords, which every layer must have (else `ValueError`), or the anchor's labels.
+        """
+        if kmeans is not None:
+            yield from super().units(recordings, kmeans=kmeans, indices=indices, on_progress=on_progress)
+            return
+        check_unit_layers(self.config, self.layers, self.source)
+        if self.source == "teacher":
+            yield from self._units_of_features(recordings, self._teacher_units, indices, on_progress)
+        else:
+            yield from self._units_of_windows(recordings, self._codes, indices, on_progress)
+
     def _layer_features(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
-        """Compute features float32 (B, T, L, D) of waves (S,), and their numbers of frames."""
         values, mask, num_frames = model_batch(self.model, waves)
         found = self.model.layer_features(values, mask, self.layers, self.source)
         return found.permute(1, 2, 0, 3).float(), num_frames
 
-    def _features(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return without_padding(*self._layer_features(waves))
-
-    def _codes(self, waves: Sequence[np.ndarray], kmeans: LayerKMeans | None) -> list[np.ndarray]:
+    def _codes(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Compute the student's or the anchor's units int32 (T, L) of each wave (S,)."""
-        if kmeans is None:
-            values, mask, num_frames = model_batch(self.model, waves)
-            codes = self.model.encode_units(values, mask, layers=self.layers, source=self.source)[0].permute(1, 2, 0)
-        else:
-            features, num_frames = self._layer_features(waves)
-            codes = kmeans.assign(features)
-        return without_padding(codes.int(), num_frames)
+        values, mask, num_frames = model_batch(self.model, waves)
+        codes = self.model.encode_units(values, mask, layers=self.layers, source=self.source)[0]
+        return without_padding(codes.permute(1, 2, 0).int(), num_frames)
 
-    def _nearest(self, features: NDArray[np.float32], kmeans: LayerKMeans | None) -> NDArray[np.int64]:
-        """Assign normalised features (T, L, D) to codewords or clusters (L, T)."""
-        found = []
-        for chunk in _chunks(features):
-            rows = torch.tensor(chunk, device=self._network.device)
-            codes = kmeans.assign(rows).T if kmeans else self.model.teacher_units(rows.transpose(0, 1), self.layers)
-            found.append(codes.cpu().numpy())
-        return np.concatenate(found, axis=1)
+    def _teacher_units(self, features: torch.Tensor) -> torch.Tensor:
+        """Assign normalised features (T, L, D) to codewords (L, T)."""
+        return self.model.teacher_units(features.transpose(0, 1), self.layers)
 
 
 @torch.no_grad()
@@ -360,7 +381,7 @@ def scored_units(
 
 
 def fit_layer_kmeans(
-    extractor: UnitExtractor,
+    extractor: LayerExtractor,
     recordings: SpeechSource,
     num_clusters: int = 100,
     *,

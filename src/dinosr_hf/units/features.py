@@ -11,7 +11,7 @@ from ..data.output_names import output_path, output_paths
 from ..utils.command_line import check_choice
 from ..utils.files import atomic_file
 from .corpus import ExtractionFolder
-from .extraction import Progress, UnitExtractor
+from .extraction import LayerExtractor, Progress
 
 FEATURE_FORMATS = ("npy", "safetensors")
 
@@ -31,7 +31,7 @@ class FeatureFiles(ExtractionFolder):
     def __init__(
         self,
         folder: str | Path,
-        extractor: UnitExtractor,
+        extractor: LayerExtractor,
         recordings: SpeechSource,
         *,
         form: str = "npy",
