@@ -204,6 +204,46 @@ def test_lines_of_a_manifest(folder, tmp_path):
     }
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_long_recordings_are_cut_into_equal_parts(folder, tmp_path, suffix):
+    manifest, *_ = write_manifest(scan_folder(folder), tmp_path / f"parts{suffix}", cut_seconds=0.5)
+    parts, whole = open_source(manifest), FolderSource(folder)
+    by_recording = {utterance.id: [] for utterance in whole.utterances}
+    for index, utterance in enumerate(parts.utterances):
+        by_recording[utterance.id.partition("@")[0]].append(parts.load(index))
+    for index, utterance in enumerate(whole.utterances):
+        own, samples = by_recording[utterance.id], whole.load(index)
+        assert len(own) == math.ceil(len(samples) / 8_000)
+        lengths = [len(part) for part in own]
+        assert max(lengths) <= 8_001 and max(lengths) - min(lengths) <= 2
+        np.testing.assert_allclose(np.concatenate(own), samples[: sum(lengths)], atol=1e-4)
+        assert len(samples) - sum(lengths) <= 1
+    assert [u.id for u in parts.utterances if u.id.startswith("sub/c")] == [
+        "sub/c.ogg@0",
+        "sub/c.ogg@0.416625",
+        "sub/c.ogg@0.833313",
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_whole_seconds_are_not_taken_for_rounded(tmp_path, suffix):
+    (tmp_path / "speech").mkdir()
+    soundfile.write(tmp_path / "speech" / "a.wav", noise(96_000), 16_000)
+    manifest, *_ = write_manifest(scan_folder(tmp_path / "speech"), tmp_path / f"parts{suffix}", cut_seconds=2.0)
+    assert [utterance.num_samples for utterance in open_source(manifest).utterances] == [32_000] * 3
+
+
+def test_recordings_that_are_not_longer_stay_whole(folder, tmp_path):
+    scan = scan_folder(folder)
+    whole, *_ = write_manifest(scan, tmp_path / "whole.csv")
+    parts, *_ = write_manifest(scan, tmp_path / "parts.csv", cut_seconds=1.5)
+    assert parts.read_bytes() == whole.read_bytes()
+    with pytest.raises(ValueError, match=r"cut_seconds=0\.4 is out of range: it must be at least 0\.42"):
+        write_manifest(scan, tmp_path / "other.csv", cut_seconds=0.4)
+    with pytest.raises(ValueError, match=r"a \.tsv cannot hold parts of recordings\. Write \.jsonl or \.csv"):
+        write_manifest(scan, tmp_path / "other.tsv", cut_seconds=1.0)
+
+
 def test_manifest_is_not_overwritten(folder, tmp_path):
     scan = scan_folder(folder)
     (manifest,) = write_manifest(scan, tmp_path / "train.csv")
@@ -272,6 +312,12 @@ def test_command(folder, tmp_path, make_manifest, capsys):
     assert capsys.readouterr().out == ""  # refused before the scan
     make_manifest([str(folder), str(manifest), "--overwrite"])
     assert len(open_source(manifest)) == 6
+    make_manifest([str(folder), str(manifest), "--overwrite", "--cut_seconds", "1.5"])
+    assert len(open_source(manifest)) == 10  # five of cut.flac
+    with pytest.raises(
+        SystemExit, match=r"cut_seconds=6\.0 is out of range: it must be at least 8, twice min_seconds"
+    ):
+        make_manifest([str(folder), str(manifest), "--overwrite", "--cut_seconds", "6", "--min_seconds", "4"])
 
 
 def test_decoder_prints_nothing(folder, capfd):

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -147,16 +150,22 @@ def _is_silent(audio: OpenAudio, file: ScannedFile, *, decode: bool) -> bool:
     return is_silent
 
 
-def check_manifest_path(path: str | Path, *, overwrite: bool = False) -> None:
-    """Raise `ValueError` if a manifest of this name exists, cannot be written to, or has an unknown suffix."""
+def check_manifest_path(path: str | Path, *, cut_seconds: float | None = None, overwrite: bool = False) -> None:
+    """Raise `ValueError` if `write_manifest` cannot write a manifest of this name, whatever the recordings."""
     if not str(path).endswith(_SUFFIXES):
         raise ValueError(f"{path} must end in .jsonl, .csv or .tsv.")
+    if cut_seconds is not None and not cut_seconds >= 2 * MIN_SECONDS:  # parts are longer than half of it
+        raise ValueError(f"cut_seconds={cut_seconds} is out of range: it must be at least {2 * MIN_SECONDS}.")
+    if cut_seconds is not None and Path(path).suffix == ".tsv":
+        raise ValueError(f"{path}: a .tsv cannot hold parts of recordings. Write .jsonl or .csv.")
     if Path(path).exists() and not overwrite:
         raise ValueError(f"{path} exists. Give another name, or overwrite to replace it.")
     claim_output_file(path)
 
 
-def write_manifest(scan: FolderScan, path: str | Path, *, overwrite: bool = False) -> list[Path]:
+def write_manifest(
+    scan: FolderScan, path: str | Path, *, cut_seconds: float | None = None, overwrite: bool = False
+) -> list[Path]:
     """
     Write a manifest of the usable files, for `open_source`, and if anything was left out, a list of that beside it.
 
@@ -165,16 +174,20 @@ def write_manifest(scan: FolderScan, path: str | Path, *, overwrite: bool = Fals
     absolute. The suffix says what is written: `.jsonl` or `.csv` for any files, `.tsv` (fairseq's) for files of one
     rate. The list is `NAME.left_out.csv` (name, reason, message). Each file is written atomically.
 
+    With `cut_seconds`, a longer recording is as many lines as it has parts, all of one length of at most that, with
+    `offset` and `duration`: a run takes one crop of each line in an epoch, and so little of a long recording. Such a
+    part's id is the name with its offset, `talk.flac@12.5`.
+
     Returns the paths of the files written. Raises `ValueError` if no file is usable, the manifest exists or has
-    another suffix, or a `.tsv` cannot hold the files.
+    another suffix, `cut_seconds` is less than twice `MIN_SECONDS`, or a `.tsv` cannot hold the files.
     """
     path = Path(path)
-    check_manifest_path(path, overwrite=overwrite)
+    check_manifest_path(path, cut_seconds=cut_seconds, overwrite=overwrite)
     if not scan.usable:
         raise ValueError(f"There is nothing to write.\n{scan}")
     folder, beside = scan.folder.resolve(), path.parent.resolve()
     base = folder.relative_to(beside) if folder.is_relative_to(beside) else folder
-    written = {path: _manifest(path.suffix, base, scan.usable)}
+    written = {path: _manifest(path.suffix, base, scan.usable, cut_seconds or math.inf)}
     others = path.with_name(f"{path.stem}.left_out.csv")
     if scan.left_out:
         rows = [(printable_name(file.name), file.reason, printable_name(file.message)) for file in scan.left_out]
@@ -186,7 +199,27 @@ def write_manifest(scan: FolderScan, path: str | Path, *, overwrite: bool = Fals
     return list(written)
 
 
-def _manifest(suffix: str, base: Path, files: list[ScannedFile]) -> str:
+def _parts(file: ScannedFile, cut_seconds: float) -> Iterator[tuple[str, int | None, Decimal | None, Decimal]]:
+    """Yield id, number of frames or else offset, and duration of the parts of a file; the file as a whole if short."""
+    num_parts = max(1, math.ceil(file.seconds / cut_seconds))
+    frames = (number * file.num_frames // num_parts for number in range(num_parts + 1))
+    # All decimals, also those that are 0: readers take times with few for rounded.
+    bounds = [Decimal(f"{frame / file.sampling_rate:.6f}") for frame in frames]
+    if num_parts == 1:
+        yield printable_name(file.name), file.num_frames, None, bounds[1]
+        return
+    for start, stop in pairwise(bounds):
+        yield f"{printable_name(file.name)}@{start.normalize():f}", None, start, stop - start
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    """Format a row without what it lacks; names that are not UTF-8 are escaped."""
+    cells = {name: value for name, value in row.items() if value is not None}
+    texts = (str(value) if isinstance(value, Decimal) else json.dumps(value) for value in cells.values())
+    return "{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in zip(cells, texts, strict=True)) + "}\n"
+
+
+def _manifest(suffix: str, base: Path, files: list[ScannedFile], cut_seconds: float) -> str:
     if set(str(base)) & set(_LINE_ENDS):
         raise ValueError(
             f"The folder {str(base)!r} has a line break in its name, which no manifest can hold. Rename it."
@@ -199,14 +232,13 @@ def _manifest(suffix: str, base: Path, files: list[ScannedFile]) -> str:
         if broken is not None:
             raise ValueError(f"{broken!r} has a tab, which a .tsv cannot hold. Write .jsonl or .csv.")
         return "".join([f"{base.as_posix()}\n", *(f"{file.name}\t{file.num_frames}\n" for file in files)])
-    columns = ("path", "id", "num_frames", "sampling_rate", "num_channels", "format", "duration")
-    # A file's fields from num_frames to format.
+    columns = ["path", "id", "num_frames", "sampling_rate", "num_channels", "format", "offset", "duration"]
     rows = [
-        ((base / file.name).as_posix(), printable_name(file.name), *file[1:5], round(file.seconds, 6))
+        ((base / file.name).as_posix(), id_, frames, *file[2:5], offset, seconds)
         for file in files
+        for id_, frames, offset, seconds in _parts(file, cut_seconds)
     ]
     if suffix == ".csv":
         # Text in quotes: `csv_rows` drops the spaces at the start of a field without them.
         return csv_table(columns, rows, quoting=csv.QUOTE_NONNUMERIC)
-    # With escapes for names that are not UTF-8.
-    return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
+    return "".join(_json_line(dict(zip(columns, row, strict=True))) for row in rows)
