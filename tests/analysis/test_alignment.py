@@ -68,6 +68,11 @@ def test_the_later_of_two_that_overlap_by_rounding_counts():
     assert frame_labels([("a", 0.0, 0.014), ("b", 0.012, 0.1)], 2) == ["b", "b"]
 
 
+def test_any_two_may_overlap_by_a_hundredth():
+    for number in range(1, 100):  # as times with two decimals do
+        assert frame_labels([("a", 0.0, (number + 1) / 100), ("b", number / 100, 2.0)], 99)[-1] == "b"
+
+
 def test_stride_and_field_move_the_labels():
     segments = [("a", 0.0, 0.3), ("b", 0.3, 1.0)]
     assert frame_labels(segments, 3, stride=3_200, field=3_200) == ["a", "b", "b"]

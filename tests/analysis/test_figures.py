@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from dinosr_hf.analysis import Segment
+from dinosr_hf.analysis import Segment, _figures
 from dinosr_hf.analysis.plots import (
     LayerCurves,
     class_confusion,
@@ -237,3 +237,10 @@ def test_long_phone_names_leave_room():
 def test_invalid_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_words_fall_back_to_fonts_that_are_installed(monkeypatch):
+    monkeypatch.setattr("matplotlib.font_manager.get_font_names", lambda: ["Malgun Gothic", "DejaVu Sans", "Loma"])
+    _figures.font_families.cache_clear()
+    assert _figures.font_families() == ["sans-serif", "Malgun Gothic", "Loma"]
+    _figures.font_families.cache_clear()

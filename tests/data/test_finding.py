@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -97,21 +98,30 @@ def test_folder_that_cannot_be_listed_is_counted(tmp_path, monkeypatch):
 
     def refuse(path):
         if str(path).rstrip("/").endswith("closed"):
-            raise PermissionError(path)
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert FolderSource(tmp_path).skipped == {"missing": ["closed"]}
+    assert FolderSource(tmp_path).skipped == {"not listed": ["closed"]}
+    (left_out,) = scan_folder(tmp_path, min_seconds=0).left_out
+    assert left_out.message.endswith("closed cannot be listed: Permission denied. Check its permissions.")
+    for opened in (FolderSource, open_source):
+        with pytest.raises(ValueError, match=r"closed cannot be listed\. Check its permissions\."):
+            opened(tmp_path / "closed")
 
 
 def test_links_to_nothing_are_counted(tmp_path, caplog):
     write(tmp_path / "a.wav", 1_000)
     (tmp_path / "speaker").symlink_to(tmp_path / "gone")
     (tmp_path / "b.wav").symlink_to(tmp_path / "gone.wav")
-    assert open_source(tmp_path).skipped == {"missing": ["b.wav", "speaker"]}
-    assert "2 of 3 recordings left out (2 missing)" in caplog.text
+    (tmp_path / "old.Smith").symlink_to(tmp_path / "gone")
+    (tmp_path / "notes.txt").symlink_to(tmp_path / "gone.txt")  # no recording, wherever it led
+    assert open_source(tmp_path).skipped == {"missing": ["b.wav", "old.Smith", "speaker"]}
+    assert "3 of 4 recordings left out (3 missing)" in caplog.text
     left_out = scan_folder(tmp_path, min_seconds=0).left_out
-    assert [(file.name, file.reason) for file in left_out] == [("b.wav", "missing"), ("speaker", "missing")]
+    assert [(file.name, file.reason) for file in left_out] == [
+        (name, "missing") for name in ("b.wav", "old.Smith", "speaker")
+    ]
 
 
 def hide_copies(root):
@@ -347,8 +357,29 @@ def test_links_to_nothing_beside_parquet_are_said(tmp_path, caplog):
 def test_configurations_of_the_same_recordings_are_refused(tmp_path):
     for name in ("all", "clean"):
         touch(tmp_path / name / "train" / "0000.parquet", b"PAR1" + bytes(8) + b"PAR1")
-    with pytest.raises(ValueError, match=r"has the split train in all and in clean, .*Give one of them: \S+all\."):
+    with pytest.raises(ValueError, match=r"has train in all and train in clean, .*Give one of them, such as \S+all;"):
         open_source(tmp_path, split="train")
+    for name, file in (("de", "train-00000-of-00002.parquet"), ("en", "train-00001-of-00003.parquet")):
+        touch(tmp_path / "languages" / name / file, b"PAR1" + bytes(8) + b"PAR1")
+    with pytest.raises(ValueError, match=r"has train-0\S+2\.parquet in de and train-0\S+3\.parquet in en, .*\S+de;"):
+        open_source(tmp_path / "languages", split="train")
+
+
+def test_a_configuration_of_a_downloaded_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows, root = dataset_of("audio bytes", tmp_path), tmp_path / "downloaded"
+    for number, name in enumerate(("de", "en"), start=1):
+        (root / name).mkdir(parents=True)
+        rows.select(range(number)).to_parquet(root / name / "train-00000-of-00001.parquet")
+    lines = [f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("de", "en")]
+    touch(root / "README.md", f"---\nconfigs:\n{''.join(lines)}---\n")
+    assert len(open_source(root, config_name="en")) == 2
+    touch(root / "README.md", f"---\nconfigs:\n{''.join(lines)}  default: true\n---\n")
+    assert len(open_source(root)) == 2
+    touch(root / "README.md", f"---\nconfigs:\n{''.join(lines)}---\n")
+    for wrong in (None, "fr"):
+        with pytest.raises(ValueError, match=rf"config_name={wrong!r}: the README\.md of .* lists .* de, en\. Choose"):
+            open_source(root, config_name=wrong)
 
 
 def test_readme_with_splits_in_a_folder_with_characters_of_patterns(tmp_path):
@@ -362,7 +393,10 @@ def test_readme_with_splits_in_a_folder_with_characters_of_patterns(tmp_path):
 def test_readme_whose_head_is_no_yaml(tmp_path):
     touch(tmp_path / "0.parquet", b"PAR1" + bytes(8) + b"PAR1")
     touch(tmp_path / "README.md", "---\nconfigs: [\n---\n")
-    with pytest.raises(ValueError, match=r"README\.md does not begin with valid YAML: while parsing"):
+    with pytest.raises(ValueError, match=r"README\.md does not begin with valid YAML of a dataset: while p"):
+        open_source(tmp_path)
+    touch(tmp_path / "README.md", "---\nlicense: na\xefve\n---\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"README\.md does not begin with valid YAML of a dataset: .*decode byte"):
         open_source(tmp_path)
 
 

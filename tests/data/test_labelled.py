@@ -220,6 +220,14 @@ def test_recordings_that_a_table_leaves_out_are_counted_and_reported(tmp_path, n
     assert "1 audio files beside it are not in the table and are left out, for example more/3.wav." in caplog.text
 
 
+def test_a_table_of_something_else_is_not_used(tmp_path, caplog):
+    write(tmp_path / "84-1.wav", 900)
+    (tmp_path / "84.trans.txt").write_text("84-1 HELLO\n")
+    (tmp_path / "metadata.csv").write_text("speaker,sex\n84,F\n")
+    assert open_labelled(tmp_path).labels == ["HELLO"]
+    assert "metadata.csv is not used: its first line names none of path, audio_filepath" in caplog.text
+
+
 def test_no_warning_if_no_label_is_missing(tmp_path, caplog):
     open_labelled(folder_with_table(tmp_path))
     assert caplog.text == ""
@@ -319,7 +327,7 @@ def test_missing_or_wrong_words_of_a_manifest(tmp_path):
 
 
 def test_configuration_name_is_for_the_hub(tmp_path):
-    with pytest.raises(ValueError, match="config_name='clean' is for a dataset on the Hub"):
+    with pytest.raises(ValueError, match="config_name='clean' is for a dataset with configurations"):
         open_labelled(folder_with_table(tmp_path), config_name="clean")
 
 

@@ -259,6 +259,16 @@ def test_table_of_one_file_twice(tmp_path):
     assert source.utterances == [("7", 4_000), ("7#2", 4_000)]
 
 
+def test_parts_without_an_offset_are_refused(tmp_path):
+    write(tmp_path / "a.wav", 16_000)
+    rows = [{"path": "a.wav", "start": number / 4, "text": text} for number, text in enumerate(["one", "", "two"])]
+    with pytest.raises(ValueError, match=r"lines 1 and 3: a\.wav has two different values of text\. Its columns st"):
+        TableSource(table(tmp_path, rows)).labels("text")
+    parts = [{**row, "offset": row.pop("start"), "duration": 0.25} for row in rows]
+    assert TableSource(table(tmp_path, parts)).labels("text") == ["one", "", "two"]
+    assert TableSource(table(tmp_path, [rows[0], rows[0]])).labels("text") == ["one", "one"]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -244,6 +244,15 @@ def test_what_has_no_place_in_the_layout_is_refused(model, tmp_path):
             convert_to_spidr(tmp_path / "changed", tmp_path / "x.pt")
 
 
+def test_a_failed_attempt_can_be_repeated(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *arguments: (_ for _ in ()).throw(OSError("No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            convert_to_spidr(tmp_path / "model", tmp_path / "back" / "x.pt")
+    assert convert_to_spidr(tmp_path / "model", tmp_path / "back" / "x.pt").exists()
+
+
 def test_an_existing_configuration_is_not_replaced(model, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"config\.json exists, and .*x\.pt needs one of its own"):

@@ -1,5 +1,8 @@
 """Recordings run through a stand-in for a model in windows: what is joined, kept in memory, and read."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -53,6 +56,16 @@ def test_large_rows_are_kept_in_a_file(source, monkeypatch):
     found = run(source)
     assert isinstance(found[1], np.memmap) and not isinstance(plain[1], np.memmap)
     np.testing.assert_array_equal(found[1], plain[1])
+
+
+def test_a_full_disk_is_said(source, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(windowed, "_MAX_BYTES_IN_MEMORY", 1_000)
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    with pytest.raises(OSError, match=r"has no space for a temporary file of 0\.0 GB\. Set TMPDIR to a folder"):
+        run(source)
 
 
 def test_a_long_recording_is_measured_in_few_parts(tmp_path, monkeypatch):

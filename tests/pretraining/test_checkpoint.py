@@ -77,7 +77,7 @@ def test_no_flipped_bit_and_no_cut_of_any_file_goes_unnoticed(out):
         (lambda content: content["progress"].update(audio_seconds=float("nan")), r"progress\.audio_seconds is nan"),
         (lambda content: content["progress"].pop("skipped_in_row"), r"progress\.skipped_in_row is missing"),
         (lambda content: content["feed"].update(epoch=1.5), r"feed\.epoch is 1\.5"),
-        (lambda content: content["monitor"].update(target_perplexities=[{}]), r"perplexities\[0\]\.is_under is"),
+        (lambda content: content["monitor"].update(target_perplexities=[{}]), r"perplexities\[0\]\.is_warned is"),
         (lambda content: content["monitor"].update(feature_variation=3), r"monitor\.feature_variation is 3"),
         (lambda content: content.update(num_processes=0), "num_processes is 0"),
         (lambda content: content.update(arguments=[]), r"arguments is \[\]"),
@@ -103,8 +103,8 @@ def test_a_manifest_of_another_kind_is_refused(out, text):
 
 
 def test_formats_of_other_versions_are_named(out):
-    rewrite_manifest(out / "checkpoint-4", lambda content: content.update(format=3))
-    with pytest.raises(CheckpointError, match=r"has format 3, but this version reads format 2\."):
+    rewrite_manifest(out / "checkpoint-4", lambda content: content.update(format=99))
+    with pytest.raises(CheckpointError, match=r"has format 99, but this version reads format 3\."):
         read_checkpoint(out / "checkpoint-4")
 
 

@@ -86,6 +86,9 @@ def test_ranking():
     unspaced = ["你好世界", "再见"]
     blank, some = score(unspaced, ["", ""]), score(unspaced, ["你好", "见"])
     assert blank.wer == some.wer == 1.0 and (blank.ranking, some.ranking) == (1.0, 0.5)
+    clauses = ["今天天气很好 我们去公园", "สวัสดีครับ ยินดีที่ได้รู้จัก"]
+    assert all(score([text], [text[:-1]]).ranking < 0.1 for text in clauses)  # by characters, of several "words"
+    assert score(["오늘 날씨가 좋다"], ["오늘 날씨가 좋"]).ranking > 0.3
 
 
 def test_confusions_are_pairs_of_words():

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 
 TEXT_SIZE, TICK_SIZE = 8, 7  # points
 
+# On Linux, macOS and Windows.
+_OTHER_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Thonburi", "Arial Unicode MS"),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Leelawadee UI", "Noto Sans Thai", "Loma"),
+)
+
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 _MARKERS = "osD^vPX*"
 
@@ -28,6 +36,14 @@ def new_figure(width: float, height: float) -> Any:
     """Create a figure of so many inches whose parts do not overlap. Raises `ValueError` for a width of 0 or less."""
     check_ranges([(width > 0, "width", width, "more than 0 inches")])
     return import_extra("matplotlib.figure", "analysis").Figure(figsize=(width, height), layout="constrained")
+
+
+@cache
+def font_families() -> list[str]:
+    """Return fonts for words: matplotlib's own, without Chinese, Japanese, Korean and Thai, and others installed."""
+    matplotlib = import_extra("matplotlib", "analysis")
+    installed = set(import_extra("matplotlib.font_manager", "analysis").get_font_names())
+    return [*matplotlib.rcParams["font.family"], *(name for name in _OTHER_FONTS if name in installed)]
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> Path:

@@ -88,7 +88,7 @@ def _sort_segments(items: Iterable[Any]) -> list[Segment]:
 def _labels_of_segments(segments: Iterable[Any], num_frames: int, stride: int, field: int, silence: str) -> list[str]:
     spoken = _sort_segments(segments)
     for left, right in pairwise(spoken):
-        if left.end - right.start > stride / 2 / SAMPLING_RATE:
+        if left.end - right.start > stride / 2 / SAMPLING_RATE + 1e-9:
             raise ValueError(
                 f"The segments {tuple(left)} and {tuple(right)} overlap: each moment can have one label only. "
                 "Give one tier of an alignment (phones, not phones and words)."

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..data import DatasetSource, SpeechSource, open_recordings
 from ..data.labelled import find_metadata, open_metadata
-from ..data.manifests import PATH_COLUMNS, names_paths
 from ..data.sources import NoLabelsError
 from ..data.synthetic import SyntheticCorpus
 from .alignment import Labels, relabel, to_segment
@@ -75,9 +74,6 @@ def open_reference(
         raise ValueError(f"--labels is missing, and only `--data synthetic` has its own: give {kinds}.")
     else:
         table = find_metadata(Path(data) if split is None else Path(data, split))
-        if table is not None and not names_paths(table):
-            logger.warning("%s is not used: its first line names none of %s.", table, ", ".join(PATH_COLUMNS))
-            table = None
         source = open_metadata(table) if table else open_recordings([data], split=split, audio_column=audio_column)
         found = read_alignments(labels, tier=tier)
         if not any(found.values()):

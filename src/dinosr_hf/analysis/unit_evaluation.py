@@ -131,13 +131,15 @@ def bootstrap_intervals(
         [(is_level, "level", level, "between 0 and 1"), (num_samples >= 1, "num_samples", num_samples, "at least 1")]
     )
     parts = [speakers[name] for name in sorted(speakers)]
-    tables, runs = np.stack([part.table for part in parts]), np.stack([part.runs for part in parts])
+    # In float64, which is exact for such counts, and whose products take a twentieth of the time.
+    tables = np.stack([part.table.ravel() for part in parts]).astype(np.float64)
+    runs = np.stack([part.runs for part in parts])
     seconds = np.array([part.seconds for part in parts])
     segments = np.array([list(vars(part.segments).values()) for part in parts])
     generator = np.random.default_rng(seed)
     drawn = []
     for times in generator.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), size=num_samples):
-        table = np.tensordot(times, tables, axes=1)
+        table = (times @ tables).astype(np.int64).reshape(parts[0].table.shape)
         counts = UnitCounts(table, times @ runs, float(times @ seconds), SegmentCounts(*(times @ segments).tolist()))
         drawn.append(counts.figures())
     intervals = {}

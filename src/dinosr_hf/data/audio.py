@@ -80,7 +80,7 @@ class AudioFileError(ValueError):
     An audio file that cannot be used.
 
     `reason` is "missing", "unreadable", "unsupported .m4a" (or another suffix), "empty", "truncated", "not finite",
-    "silent" or "hidden".
+    "silent", "hidden", or of a folder "not listed".
     """
 
     def __init__(self, message: str, reason: str = "unreadable") -> None:
@@ -343,6 +343,11 @@ def _head(source: AudioInput) -> bytes:
 
 
 def _explain_unreadable(source: AudioInput, name: str, error: Exception) -> AudioFileError:
+    if isinstance(source, (str, Path)) and os.path.isdir(source):
+        try:
+            os.scandir(source).close()
+        except OSError as problem:
+            return AudioFileError(f"{name} cannot be listed: {problem.strerror}. Check its permissions.", "not listed")
     if isinstance(source, (str, Path)) and not os.path.isfile(source):
         return AudioFileError(f"{name} is not a file. Check the path.", "missing")
     if source == b"" or (isinstance(source, (str, Path)) and os.path.getsize(source) == 0):
@@ -459,6 +464,15 @@ def _load_part(
     if not np.isfinite(samples).all():
         raise AudioFileError(f"{name} has samples that are NaN or infinite. Repair it or leave it out.", "not finite")
     return np.ascontiguousarray(samples)
+
+
+def change_speed(waveform: np.ndarray, speed: float) -> np.ndarray:
+    """
+    Resample a waveform, float32 (S,), so that frequencies are multiplied by `speed`, and durations divided by it.
+
+    Ko et al. 2015, "Audio augmentation for speech recognition", Interspeech.
+    """
+    return require("soxr").resample(waveform, speed, 1.0, quality="HQ")
 
 
 def normalize_waveform(waveform: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..utils.command_line import check_choice
-from .audio import SAMPLING_RATE, AudioFileError, require
+from .audio import SAMPLING_RATE, AudioFileError, change_speed
 from .collator import Item, PretrainingCollator, utterance_generator, utterance_hash
 from .packing import equal_parts, pack
 from .sources import SpeechSource
@@ -265,15 +265,6 @@ class MicroBatch(NamedTuple):
     skipped: list[SkippedUtterance]
 
 
-def _change_speed(waveform: np.ndarray, speed: float, num_samples: int) -> np.ndarray:
-    """
-    Resample a waveform, float32 (S,), so that frequencies are multiplied by `speed`, and durations divided by it.
-
-    Returns the first `num_samples`. Ko et al. 2015, "Audio augmentation for speech recognition", Interspeech.
-    """
-    return require("soxr").resample(waveform, speed, 1.0, quality="HQ")[:num_samples]
-
-
 @dataclass(eq=False)
 class StepDataset(Dataset):
     """
@@ -325,7 +316,7 @@ class StepDataset(Dataset):
             else:
                 item = Item(name, waveform, crop.epoch, start)
                 if crop.speed != 1:
-                    faster = _change_speed(waveform, crop.speed, crop.num_samples)
+                    faster = change_speed(waveform, crop.speed)[: crop.num_samples]
                     item = item._replace(waveform=faster, speed=crop.speed, recorded=waveform)
                 items.append(item)
         if not items:

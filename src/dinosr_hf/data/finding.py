@@ -34,6 +34,12 @@ UNSUPPORTED_SUFFIXES: tuple[str, ...] = (
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar")
 
+# Of files that lie beside recordings.
+_TEXT_SUFFIXES = (
+    *(".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".pdf", ".yaml", ".yml", ".py", ".sh", ".gz"),
+    *(".textgrid", ".ctm", ".stm", ".lab", ".phn", ".wrd", ".eaf", ".srt", ".vtt", ".log", ".png", ".jpg", ".parquet"),
+)
+
 # First bytes of such files, and where they are.
 _SIGNATURES = (
     (4, b"ftyp", ".mp4"),
@@ -65,7 +71,7 @@ class Found(NamedTuple):
     Attributes:
         names: Files with one of the suffixes.
         hidden: Files with one of the suffixes whose name, or that of a folder they are in, begins with a dot.
-        unreachable: Links that lead nowhere, and folders that cannot be listed.
+        unreachable: Links to folders that lead nowhere, and folders that cannot be listed ("": the root itself).
     """
 
     names: list[str]
@@ -108,13 +114,19 @@ def _listed(root: str | Path) -> Iterator[tuple[str, os.DirEntry | None]]:
                 yield name, entry
 
 
+def _may_be_lost(entry: os.DirEntry) -> bool:
+    """Return whether an entry is a link that leads nowhere, and could have led to a folder: `notes.txt` does not."""
+    is_file = has_suffix(entry.name, _TEXT_SUFFIXES)
+    return not is_file and entry.is_symlink() and not os.path.exists(entry.path)
+
+
 def find_files(root: str | Path, *suffixes: str) -> Found:
     """Search a folder, and all below it, for files with one of the suffixes, given in lower case."""
     found = Found([], [], [])
     for name, entry in _listed(root):
         if entry is not None and has_suffix(entry.name, suffixes):
             (found.hidden if is_hidden(name) else found.names).append(name)
-        elif not is_hidden(name) and (entry is None or (entry.is_symlink() and not os.path.exists(entry.path))):
+        elif not is_hidden(name) and (entry is None or _may_be_lost(entry)):
             found.unreachable.append(name)
     for names in found:
         names.sort()
@@ -130,6 +142,8 @@ def find_audio(folder: str | Path) -> Found:
     if not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a folder. Give a folder that has audio files in it or below it.")
     names, hidden, unreachable = find_files(folder, *AUDIO_SUFFIXES, *UNSUPPORTED_SUFFIXES)
+    if "" in unreachable:
+        raise ValueError(f"{folder} cannot be listed. Check its permissions.")
     if not names:
         looked = f"Looked for {', '.join(AUDIO_SUFFIXES)}"
         raise ValueError(f"{folder} has no audio files in it or below it. {looked}; hidden files: {len(hidden):,}.")

@@ -9,7 +9,7 @@ import numpy as np
 from ..utils.command_line import argument_errors
 from ..utils.names import printable_name
 from ..utils.visible_text import remove_invisible
-from .manifests import TableSource
+from .manifests import PATH_COLUMNS, TableSource, names_paths
 from .mixture import JoinedSource
 from .opening import open_source
 from .sources import SpeechSource
@@ -70,8 +70,13 @@ class LabelledSource:
 
 
 def find_metadata(folder: Path) -> Path | None:
-    """Return the table of a folder of audio, metadata.csv or metadata.jsonl; None if there is none."""
-    return next((folder / name for name in METADATA_FILES if (folder / name).exists()), None)
+    """Return the table of a folder of audio, metadata.csv or metadata.jsonl; None if there is none with paths."""
+    for table in (folder / name for name in METADATA_FILES):
+        if table.exists():
+            if names_paths(table):
+                return table
+            logger.warning("%s is not used: its first line names none of %s.", table, ", ".join(PATH_COLUMNS))
+    return None
 
 
 def open_metadata(table: Path) -> TableSource:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from ..utils.names import printable_name
 from ..utils.text_files import csv_rows, json_lines, read_lines, text_lines
 from ..utils.visible_text import name_key, remove_invisible
 from .audio import SAMPLING_RATE, AudioFileError, audio_info, load_audio, resampled_length
@@ -121,6 +122,11 @@ class _Entry(NamedTuple):
     start: int = 0
     max_rest: float = 0  # samples that the file may have after it
 
+    @property
+    def is_part(self) -> bool:
+        """Whether the table gives it a place in its file."""
+        return self.offset is not None or self.max_rest == math.inf
+
 
 def _root_of(entries: list[_Entry], folder: Path) -> Path:
     """Return what the paths are relative to: the table's folder or, as in Common Voice, `clips` in it."""
@@ -172,9 +178,28 @@ class TableSource(SpeechSource):
         names = list(dict.fromkeys(name for _, row in _rows(self._table) for name in row))
         column = find_text_column(names, column, str(self._table))
         fields = [(number, row.get(column)) for number, row in _rows(self._table)]
+        self._refuse_parts_without_offset(fields, column, names)
         kept = (fields[position] for position in self._positions)
         labels = [label_text(value, f"{self._table}, line {number}, {column}") for number, value in kept]
         return without_fractions(labels) if self._table.suffix.lower() in _TEXT_SUFFIXES else labels
+
+    def _refuse_parts_without_offset(
+        self, fields: Sequence[tuple[int, Any]], column: str, names: Sequence[str]
+    ) -> None:
+        """Raise `ValueError` if lines of the same file, of all of it, have different labels."""
+        first: dict[str, tuple[int, Any]] = {}
+        for entry, (number, value) in zip(self._entries, fields, strict=True):
+            if entry.is_part or value in (None, ""):
+                continue
+            before, other = first.setdefault(entry.path, (number, value))
+            if str(value) == str(other):
+                continue
+            own = [name for name in ("start", "end", "begin", "stop", "channel") if name in names]
+            hint = f" Its columns {', '.join(own)} are not read." if own else ""
+            raise ValueError(
+                f"{self._table}, lines {before} and {number}: {printable_name(entry.path)} has two different values of"
+                f" {column}.{hint} If the lines are parts of it, give each an offset and a duration, in seconds."
+            )
 
     def unlisted(self) -> list[str]:
         """Return the audio files in the table's folder and below that the table does not name; hidden ones aside."""

@@ -93,6 +93,7 @@ def _match_ends(
     )
     folders = ({folder for path in group for folder in _folders(path)} for group in (paths.values(), by_key))
     mirrored = {depth for depth, _ in set.intersection(*folders)}
+    names_by_end: dict[str, list[str]] = {}  # of many recordings the same: one list for all
     found: dict[str, str] = {}
     ambiguous: dict[str, list[str]] = {}
     for recording in rest:
@@ -100,7 +101,9 @@ def _match_ends(
         levels = zip(*map(_ends, _forms(paths[recording])), strict=True)
         end = next((end for level in levels for end in level if end in keys_by_end), "")
         keys = keys_by_end.get(end, [])
-        names = [name for key in keys for name in by_key[key]]
+        names = names_by_end.setdefault(end, [])
+        if not names:
+            names += (name for key in keys for name in by_key[key])
         is_apart = end.count("/") not in mirrored
         if not any(key not in taken and (is_apart or key == end) for key in keys):
             continue

@@ -13,7 +13,7 @@ from .archives import TarSource, check_archive, find_archives
 from .audio import require
 from .finding import AUDIO_SUFFIXES, COMPRESSED_SUFFIXES, UNSUPPORTED_SUFFIXES, find_files, has_suffix, literal_paths
 from .manifests import TABLE_SUFFIXES, TableSource, open_tsv
-from .parquet_folders import has_configurations, parquet_splits
+from .parquet_folders import configurations, parquet_splits
 from .sources import DatasetSource, FileSource, FolderSource, SpeechSource, dataset_errors
 from .streaming import SpeechStream
 
@@ -45,7 +45,9 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
 
 def _contents(folder: Path) -> list[str]:
     """Return which of `_CONTENTS` are in a folder and below."""
-    names = find_files(folder, *(suffix for suffixes in _CONTENTS.values() for suffix in suffixes)).names
+    names, _, unreachable = find_files(folder, *(suffix for suffixes in _CONTENTS.values() for suffix in suffixes))
+    if "" in unreachable:
+        raise ValueError(f"{folder} cannot be listed. Check its permissions.")
     return [content for content, ends in _CONTENTS.items() if any(has_suffix(name, ends) for name in names)]
 
 
@@ -89,14 +91,19 @@ def _open_dataset(path: Path, name: str, split: str | None, config_name: str | N
             dataset = require("datasets").load_from_disk(name)
         return _choose_split(dataset, split, name)
     if path.is_dir():
-        if not has_configurations(path):
+        if not (known := configurations(path)):
             return _load_dataset("parquet", data_files=parquet_splits(path), split=split, what=name, **options)
+        if not (any(known.values()) if config_name is None else config_name in known):
+            raise ValueError(
+                f"config_name={config_name!r}: the README.md of {name} lists the configurations {', '.join(known)}."
+                " Choose one of them."
+            )
         if glob.has_magic(str(path.absolute())):
             raise ValueError(
                 f"{name} has a README.md that lists the files of its splits, but datasets takes the path for a"
                 " pattern, because of its brackets, * or ?. Rename the folder."
             )
-        return _load_dataset(name, split=split, what=name, **options)
+        return _load_dataset(name, config_name, split=split, what=name, **options)
     if path.is_file():
         dataset = _load_dataset("parquet", data_files=literal_paths([path]), split=None, what=name, **options)
         return _choose_split(dataset, split, name)
@@ -171,8 +178,8 @@ def _parse_name(name: str | Path, config_name: str | None) -> tuple[Path, str]:
     is_hub_name = not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
     files = (".tsv", ".parquet", ".tar", *TABLE_SUFFIXES, *AUDIO_SUFFIXES, *UNSUPPORTED_SUFFIXES)
     is_hub_name &= not has_suffix(name, files)
-    if config_name is not None and not is_hub_name:
-        raise ValueError(f"config_name={config_name!r} is for a dataset on the Hub, and {name} is not one.")
+    if config_name is not None and not is_hub_name and not (path.is_dir() and configurations(path)):
+        raise ValueError(f"config_name={config_name!r} is for a dataset with configurations, and {name} has none.")
     if not path.exists() and not is_hub_name and not _is_pattern(name):
         raise ValueError(f"{name} does not exist. {_ACCEPTED}")
     if path.exists() and not path.is_dir():
@@ -191,7 +198,7 @@ def open_source(
             (`.tsv`) or another table of paths (`.csv`, `.jsonl`, `.json`); a folder written by `save_to_disk`, a
             `.parquet` file or a folder of them; or the name of a dataset on the Hub.
         split: Split of a dataset that has several, or the name of a subfolder of a folder with audio or archives.
-        config_name: Configuration of a Hub dataset that has several.
+        config_name: Configuration of a dataset that has several, on the Hub or in a folder whose README.md lists them.
         audio_column: Column of a dataset that has the audio.
 
     Raises:

@@ -14,13 +14,11 @@ from filelock import AcquireReturnProxy
 
 from ..utils.files import TEMPORARY_PREFIX, lock_folder, remove, write_atomically
 from ..utils.text_files import read_json
-from .audio import SAMPLING_RATE, AudioFileError
+from .audio import SAMPLING_RATE
+from .excerpts import excerpt_of, is_alike
 from .sources import SpeechSource
 
-# An excerpt is a few samples of a second of sound, early enough to be read quickly where a file cannot be searched.
-_EXCERPT_SECONDS, _EXCERPT_VALUES, _LATEST_START_SECONDS = 1, 16, 10
 _EXCERPTS_OF_EACH_KIND = 16
-_EXCERPT_TOLERANCE = 0.01  # of its largest value: decoders and resamplers differ by less between releases
 
 
 class _State(NamedTuple):
@@ -40,27 +38,6 @@ def _read_state(path: Path) -> _State | None:
         return None
     is_whole = isinstance(state.settings, dict) and isinstance(state.num_samples, dict)
     return state if is_whole and all(type(number) is int for number in state.num_samples.values()) else None
-
-
-def _excerpt(recordings: SpeechSource, index: int) -> list[float] | None:
-    """Return samples by which a recording is told from another of the same length; None if it cannot be read."""
-    num_samples = recordings.utterances[index].num_samples
-    size = min(num_samples, _EXCERPT_SECONDS * SAMPLING_RATE)
-    if size == 0:
-        return None
-    start = min((num_samples - size) // 2, _LATEST_START_SECONDS * SAMPLING_RATE)
-    try:
-        wave = recordings.load(index, start, size)
-    except AudioFileError:
-        return None
-    places = np.linspace(0, size - 1, _EXCERPT_VALUES).astype(int)
-    return [float(f"{value:.6g}") for value in np.nan_to_num(wave[places])]
-
-
-def _is_alike(excerpt: list[float], other: list[float] | None) -> bool:
-    if other is None:
-        return True
-    return bool(np.allclose(other, excerpt, rtol=0, atol=_EXCERPT_TOLERANCE * np.abs(excerpt).max(initial=0)))
 
 
 def describe_recordings(recordings: SpeechSource, done: Container[str] = ()) -> str:
@@ -163,7 +140,7 @@ class OutputFolder(ABC):
         done, before = self._previous()
         now = self._excerpts(before.excerpts)
         for name in done:
-            if name in before.excerpts and not _is_alike(before.excerpts[name], now.get(name)):
+            if name in before.excerpts and not is_alike(before.excerpts[name], now.get(name)):
                 self._refuse(f"{name} is another recording now, of the same length as the one before")
         for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
             remove(leftover)
@@ -204,4 +181,4 @@ class OutputFolder(ABC):
         chosen |= {*random.Random(0).sample(order, min(len(order), _EXCERPTS_OF_EACH_KIND))}
         names = {*known}
         chosen |= {index for index, (name, _) in enumerate(utterances) if name in names}
-        return {utterances[index].id: _excerpt(self.recordings, index) for index in sorted(chosen)}
+        return {utterances[index].id: excerpt_of(self.recordings, index) for index in sorted(chosen)}

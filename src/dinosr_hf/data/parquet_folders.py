@@ -20,11 +20,18 @@ _WORDS |= dict.fromkeys(("validation", "valid", "dev", "val"), "validation")
 _WORDS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 
 
-def has_configurations(folder: Path) -> bool:
-    """Return whether the folder's README.md lists the files of the dataset's splits, in its head, for `datasets`."""
+def configurations(folder: Path) -> dict[str, bool]:
+    """
+    Return the configurations whose files the folder's README.md lists, in its head, for `datasets`.
+
+    The values say whether it opens when none is named: the only one, one named "default", or marked as such.
+    """
     readme = folder / "README.md"
-    with argument_errors(f"{readme} does not begin with valid YAML: ", (YAMLError,)):
-        return readme.is_file() and bool((metadata_load(readme) or {}).get("configs"))
+    with argument_errors(f"{readme} does not begin with valid YAML of a dataset: ", (YAMLError, ValueError)):
+        found = (metadata_load(readme) or {}).get("configs") if readme.is_file() else None
+        configs = [each for each in found or [] if isinstance(each, dict)]
+    names = {str(each.get("config_name", "default")): each.get("default") is True for each in configs}
+    return {name: is_default or name == "default" or len(names) == 1 for name, is_default in names.items()}
 
 
 def _split_in(name: str) -> str | None:
@@ -53,17 +60,17 @@ def _by_file(name: PurePosixPath) -> str | None:
 _RULES: tuple[Callable[[PurePosixPath], str | None], ...] = (_by_shard, _by_folder, _by_file, lambda name: "train")
 
 
-def _check_configurations(folder: Path, names: Iterable[PurePosixPath]) -> None:
-    """Raise `ValueError` if a split is in several folders, each of which must be a configuration of its own."""
-    places: dict[str, PurePosixPath] = {}
-    for name in names:
-        if (place := _split_folder_of(name)) is not None:
-            other = places.setdefault(place.name, place)
-            if other.parent != place.parent:
-                raise ValueError(
-                    f"{folder} has the split {place.name} in {other.parent} and in {place.parent}, which may be"
-                    f" configurations with the same recordings. Give one of them: {folder / other.parent}."
-                )
+def _check_configurations(folder: Path, places: Iterable[PurePosixPath]) -> None:
+    """Raise `ValueError` if a folder or file of a split is in several places, which may be configurations."""
+    first: dict[str, PurePosixPath] = {}
+    for place in places:
+        other = first.setdefault(re.sub(r"-\d{5}-of-\d{5}", "", place.name), place)
+        if other.parent != place.parent:
+            raise ValueError(
+                f"{folder} has {other.name} in {other.parent} and {place.name} in {place.parent}, which may be"
+                f" configurations with the same recordings. Give one of them, such as {folder / other.parent}; if they"
+                " are not, give each."
+            )
 
 
 def parquet_splits(folder: Path) -> dict[str, list[str]]:
@@ -72,7 +79,8 @@ def parquet_splits(folder: Path) -> dict[str, list[str]]:
 
     The rule is that of `datasets`: the splits are those of `data/SPLIT-00000-of-00001.parquet`, else of the names of
     folders, else of the names of files, in which a word such as train, dev or test stands for a split; else all is
-    "train". Files of no split are left out with a warning. Raises `ValueError` if a split has several folders.
+    "train". Files of no split are left out with a warning. Raises `ValueError` if folders or files of a split have the
+    same name.
     """
     found = find_files(folder, ".parquet")
     if found.unreachable:
@@ -81,7 +89,9 @@ def parquet_splits(folder: Path) -> dict[str, list[str]]:
     names = [PurePosixPath(name) for name in found.names]
     rule = next(rule for rule in _RULES if any(map(rule, names)))
     if rule is _by_folder:
-        _check_configurations(folder, names)
+        _check_configurations(folder, filter(None, map(_split_folder_of, names)))
+    elif rule is _by_file:
+        _check_configurations(folder, filter(_by_file, names))
     splits: dict[str, list[PurePosixPath]] = {}
     for name in names:
         splits.setdefault(rule(name) or "", []).append(name)

@@ -190,7 +190,7 @@ class FolderSource(SpeechSource):
             files = "no .trans.txt or transcripts.txt below it and"
             wanted = f"transcripts: {files}" if column is None else f"column {column!r}:"
             raise NoLabelsError(
-                f"{self.root} has no {wanted} no metadata.csv or metadata.jsonl in it. Write"
+                f"{self.root} has no {wanted} no metadata.csv or metadata.jsonl with paths. Write"
                 f" `file_name,{column or 'transcription'}` lines to metadata.csv there."
             )
         return [transcripts[position] for position in self._positions]

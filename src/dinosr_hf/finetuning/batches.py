@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..data import SAMPLING_RATE, AudioFileError, LabelledSource, normalize_waveform
-from ..data.audio import require
+from ..data import AudioFileError, LabelledSource, normalize_waveform
+from ..data.audio import change_speed
 from ..data.batching import sort_in_buckets
-from ..data.collator import pad_batch, utterance_generator
+from ..data.collator import pad_batch, utterance_generator, utterance_speed
 from ..data.packing import pack, pack_evenly
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class LabelledDataset(Dataset):
         positions: Positions in `source` of the utterances to use; None: all.
         crop_samples: Length to crop longer utterances to, at random and anew in each epoch; None: no cropping.
         speed_change: Each utterance is played at a speed drawn from 1 - this to 1 + this in each epoch, which changes
-            its pitch as well (Ko et al., Interspeech 2015, "Audio augmentation for speech recognition").
+            its pitch as well, see `change_speed`.
         seed: Seed of crops and speeds, with the attribute `epoch` and the utterance's id.
     """
 
@@ -65,18 +65,15 @@ class LabelledDataset(Dataset):
         return len(self.positions)
 
     def _load(self, position: int) -> np.ndarray:
-        def generator(purpose: str) -> np.random.Generator:
-            return utterance_generator(self._seed, self.epoch, self.source.ids[position], purpose)
-
+        draw = self._seed, self.epoch, self.source.ids[position]
         num_samples = self.source.num_samples[position]
         if self._crop_samples is None or num_samples <= self._crop_samples:
             waveform = self.source.load(position)
         else:
-            start = int(generator("crop").integers(num_samples - self._crop_samples + 1))
+            start = int(utterance_generator(*draw, "crop").integers(num_samples - self._crop_samples + 1))
             waveform = self.source.load(position, start, self._crop_samples)
         if self._speed_change:
-            speed = 1 + self._speed_change * generator("speed").uniform(-1, 1)
-            waveform = require("soxr").resample(waveform, SAMPLING_RATE * speed, SAMPLING_RATE, quality="HQ")
+            waveform = change_speed(waveform, utterance_speed(*draw, self._speed_change))
         return normalize_waveform(waveform)
 
     def __getitem__(self, index: int) -> Example:

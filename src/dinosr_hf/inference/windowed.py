@@ -9,8 +9,11 @@ transformer sees only a window, so rows near its edges differ from those of the 
 context is there to keep them away from the result.
 """
 
+import contextlib
+import errno
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -125,9 +128,17 @@ class _Task(NamedTuple):
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    if math.prod(shape) * dtype.itemsize <= _MAX_BYTES_IN_MEMORY:
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes <= _MAX_BYTES_IN_MEMORY:
         return np.empty(shape, dtype)
     with tempfile.TemporaryFile() as file:  # it has no name, and is removed with the array
+        with contextlib.suppress(AttributeError):  # where the system has no such call
+            try:  # take the space now: a disk that is full later would end the process without a message
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    problem = f"{tempfile.gettempdir()} has no space for a temporary file of {num_bytes / 1e9:.1f} GB"
+                    raise OSError(error.errno, f"{problem}. Set TMPDIR to a folder that has") from error
         return np.memmap(file, dtype, "w+", shape=shape)
 
 

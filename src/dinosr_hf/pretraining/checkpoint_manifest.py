@@ -15,7 +15,7 @@ from ..training.sealed_files import read_sealed
 from .monitor import Watch
 
 MANIFEST = "checkpoint.json"
-FORMAT = 2
+FORMAT = 3
 TRAINING_FILE, PROCESS_FILE = "training_state.pt", "process_states.pt"
 
 
@@ -26,14 +26,14 @@ class RunProgress:
     step: int = 0  # number of completed updates
     skipped_steps: int = 0  # because gradients or targets were not finite
     skipped_in_row: int = 0  # of those, since the last update
-    skipped_files: int = 0  # recordings that could not be read
+    skipped_files: int = 0  # recordings that could not be used
     utterances: int = 0  # recordings asked for
     recent_skipped: float = 0.0  # these two are halved every 10,000 recordings, so that only recent ones count
     recent_utterances: float = 0.0
     logged_step: int = 0  # of the last line of metrics
     interval_seconds: float = 0.0  # spent training since that line
     audio_seconds: float = 0.0  # trained on, without padding
-    elapsed_seconds: float = 0.0  # spent training
+    elapsed_seconds: float = 0.0  # of all sessions, evaluations included
 
 
 class FeedState(TypedDict):
@@ -44,7 +44,7 @@ class FeedState(TypedDict):
     step: int
     stream_state: dict[str, Any] | None
     fingerprint: str
-    contents: dict[str, str]  # digest of a second of a few recordings, by utterance id
+    excerpts: dict[str, list[float]]  # of a few recordings, by utterance id
     plan: dict[str, Any]
 
 

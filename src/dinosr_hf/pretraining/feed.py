@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from ..data import (
     SAMPLING_RATE,
-    AudioFileError,
     Crop,
     MicroBatch,
     MixedSource,
@@ -24,6 +23,7 @@ from ..data import (
     summarize_plan,
 )
 from ..data.collator import FrameLabeler, utterance_speed
+from ..data.excerpts import excerpt_of, is_alike
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import ArgumentError
 from .checkpoint_manifest import FeedState
@@ -31,7 +31,7 @@ from .pretraining_arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
-# Recordings of which a second is decoded to recognise their content: under a second in all, from a local disk.
+# Recordings of which a second is decoded to recognise them: under a second in all, from a local disk.
 _NUM_COMPARED = 32
 
 
@@ -61,24 +61,19 @@ def fingerprint(source: SpeechSource | SpeechStream) -> str:
     return digest.hexdigest()
 
 
-def content_digests(source: SpeechSource | SpeechStream) -> dict[str, str]:
+def _excerpts(source: SpeechSource | SpeechStream) -> dict[str, list[float]]:
     """
-    Return a digest of the middle second of a few utterances, the same ones for the same list, by id; none of a stream.
+    Return excerpts of a few utterances, the same ones for the same list, by id; none of a stream.
 
     Utterances that cannot be read are left out: training counts and reports them.
     """
     if isinstance(source, SpeechStream):
         return {}
-    digests = {}
-    for index in range(0, len(source), -(-len(source) // _NUM_COMPARED)):
-        utterance_id, length = source.utterances[index]
-        num_samples = min(length, SAMPLING_RATE)
-        try:
-            waveform = source.load(index, (length - num_samples) // 2, num_samples)
-        except (AudioFileError, OSError):
-            continue
-        digests[utterance_id] = hashlib.sha256(waveform.tobytes()).hexdigest()
-    return digests
+    found = {
+        source.utterances[index].id: excerpt_of(source, index)
+        for index in range(0, len(source), -(-len(source) // _NUM_COMPARED))
+    }
+    return {name: excerpt for name, excerpt in found.items() if excerpt is not None}
 
 
 class StepFeed:
@@ -115,7 +110,7 @@ class StepFeed:
             for seconds in (data.min_seconds, data.max_seconds, data.step_seconds, data.micro_seconds)
         )
         self._collator = PretrainingCollator(config, seed=seed, anchor=anchor)
-        self.fingerprint, self._contents = fingerprint(source), content_digests(source)
+        self.fingerprint, self._excerpts = fingerprint(source), _excerpts(source)
         # Position of the next step, and in a stream the state that its window is read again from.
         self._epoch, self._window, self._step = 0, 0, 0
         self._stream_state: dict[str, Any] | None = None
@@ -132,7 +127,7 @@ class StepFeed:
             "step": self._step,
             "stream_state": self._stream_state,
             "fingerprint": self.fingerprint,
-            "contents": self._contents,
+            "excerpts": self._excerpts,
             "plan": self._plan_options(),
         }
 
@@ -143,12 +138,11 @@ class StepFeed:
         If the data or the options that steps depend on have changed, the position is lost, and the next epoch starts
         with a warning. If recordings have the same lengths but other content, there is only a warning.
         """
-        before = state["contents"]
-        if other := sorted(name for name, own in self._contents.items() if before.get(name, own) != own):
+        before = state["excerpts"]
+        if other := sorted(name for name, own in self._excerpts.items() if not is_alike(own, before.get(name))):
             logger.warning(
                 f"{len(other):,} of {len(before):,} recordings that were compared have other content than at the"
-                f" checkpoint, such as {other[0]}: they were replaced, or other libraries decode them. The run goes on"
-                " with the new content."
+                f" checkpoint, such as {other[0]}: they were replaced. The run goes on with the new content."
             )
         self._epoch, self._window, self._step = state["epoch"], state["window"], state["step"]
         self._stream_state = state["stream_state"]

@@ -62,22 +62,22 @@ _FIGURES = (
 class Watch:
     """State of one figure of one codebook, or of all."""
 
-    is_under: bool = False  # whether the last message about it was a warning
+    is_warned: bool = False  # whether the last message about it was a warning
     since: int | None = None  # step of the first line beyond the bound; None: not beyond it
     num_lines: int = 0  # number of consecutive lines that contradict the last message
     value: float | None = 0.0  # the last one; None: not finite
 
-    def update(self, step: int, value: float, is_under: bool, patience: int) -> bool:
+    def update(self, step: int, value: float, is_beyond: bool, patience: int) -> bool:
         """Take in the value of a line; return whether there is news."""
         self.value = value if math.isfinite(value) else None
-        if not is_under and not self.is_under:
+        if not is_beyond and not self.is_warned:
             self.since = None
         elif self.since is None:
             self.since = step
-        self.num_lines = self.num_lines + 1 if is_under != self.is_under else 0
+        self.num_lines = self.num_lines + 1 if is_beyond != self.is_warned else 0
         if self.num_lines < patience:
             return False
-        self.is_under, self.num_lines = is_under, 0
+        self.is_warned, self.num_lines = is_beyond, 0
         return True
 
 
@@ -153,12 +153,12 @@ class CollapseMonitor:
                 step, value, not (value <= bound if is_loss else value >= bound), self._bounds.collapse_patience
             )
         ]
-        if fallen := [number for number in news if watches[number].is_under]:
-            yield f"Step {step:,}: {self._describe(figure, fallen)}"
+        if beyond := [number for number in news if watches[number].is_warned]:
+            yield f"Step {step:,}: {self._describe(figure, beyond)}"
         inside, outside = ("below", "above") if is_loss else ("above", "below")
         for number in news:
             watch = watches[number]
-            if not watch.is_under:
+            if not watch.is_warned:
                 place = self._places[figure.places][number]
                 yield (
                     f"Step {step:,}: {figure.label}{place and f', {place},'} is back at {_number(watch.value)},"
@@ -186,9 +186,9 @@ class CollapseMonitor:
     def standing(self) -> list[str]:
         """Return the warnings for all figures that are beyond their bounds, as of now."""
         return [
-            self._describe(figure, fallen)
+            self._describe(figure, beyond)
             for figure in self._watched()
-            if (fallen := [i for i, watch in enumerate(self._watches[figure.key]) if watch.is_under])
+            if (beyond := [i for i, watch in enumerate(self._watches[figure.key]) if watch.is_warned])
         ]
 
     @property

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ..utils.extras import import_extra
 from ..utils.files import write_atomically
 from ..utils.tables import markdown_table
-from ..utils.visible_text import visible_text
+from ..utils.visible_text import is_spaceless, visible_text
 
 
 class UtteranceErrors(NamedTuple):
@@ -49,10 +49,12 @@ class ErrorReport(NamedTuple):
         """
         A number that is lower for a better recogniser: by its word errors and, among equals, its character error rate.
 
-        By the latter alone if references have less than two words on average, as in scripts without spaces.
+        By the latter alone if references have less than two words on average, or a script without spaces.
         """
-        num_words = self.totals["num_words"]
-        return self.cer if num_words < 2 * len(self.utterances) else self.wer + self.cer / (1 + self.cer) / num_words
+        num_words, texts = self.totals["num_words"], "".join(row.reference for row in self.utterances)
+        if num_words < 2 * len(self.utterances) or is_spaceless(texts):
+            return self.cer
+        return self.wer + self.cer / (1 + self.cer) / num_words
 
     def save(self, folder: str | os.PathLike, name: str) -> None:
         """Write `predictions-<name>.jsonl`, an utterance per line, worst first, and tables, `errors-<name>.md`."""

@@ -29,6 +29,8 @@ from .decoding import (
 )
 from .text import load_processor
 
+_GREEDY_FRAMES = 30_000  # of a piece for greedy search: ten minutes
+
 
 class Transcript(NamedTuple):
     """Transcript of a recording of `seconds`: `text` is its words joined by one space, `score` the decoder's."""
@@ -69,21 +71,21 @@ def cut_at_pauses(is_pause: np.ndarray, max_frames: int) -> list[tuple[int, int]
 
 def split_words_at_pauses(log_probs: np.ndarray, decoder: CTCDecoder, pause_frames: int) -> np.ndarray:
     """
-    Return a copy of emissions (T, V) with a delimiter in the middle of each gap of over `pause_frames` between labels.
+    Put a delimiter into the middle of each gap of over `pause_frames` between labels of emissions (T, V), in place.
 
     A recogniser that was trained on single sentences emits nothing between two of them, not even a delimiter. With it,
     words end as if the recording had been cut there by hand. If the decoder has no word delimiter, nothing changes.
+    Returns the emissions, which may be a memory-mapped file.
     """
-    changed = log_probs.copy()
     if decoder.word_delimiter_id is None:
-        return changed
+        return log_probs
     spoken = np.flatnonzero(log_probs.argmax(axis=1) != decoder.blank_id)
     for left, right in pairwise(spoken.tolist()):
         if right - left > pause_frames:
-            middle = changed[(left + right) // 2]
+            middle = log_probs[(left + right) // 2]
             middle[:] = -1e4  # log probability
             middle[decoder.word_delimiter_id] = 0.0
-    return changed
+    return log_probs
 
 
 def pauses(log_probs: np.ndarray, decoder: CTCDecoder) -> np.ndarray:
@@ -98,7 +100,7 @@ def pauses(log_probs: np.ndarray, decoder: CTCDecoder) -> np.ndarray:
 
 def decode_in_pieces(decoder: CTCDecoder, log_probs: np.ndarray, max_frames: int) -> Hypothesis:
     """
-    Decode emissions (T, V) in pieces of at most `max_frames`: beam search keeps every frame of a hypothesis in memory.
+    Decode emissions (T, V) in pieces of at most `max_frames`, which take memory: above all in beam search.
 
     The score is the sum over the pieces. The language model restarts with each piece.
     """
@@ -231,6 +233,5 @@ class Transcriber:
         return without_padding(self.model(values, mask).logits.float().log_softmax(dim=-1), num_frames)
 
     def _decode(self, emissions: np.ndarray) -> Hypothesis:
-        if isinstance(self.decoder, GreedyDecoder):
-            return self.decoder.decode(emissions)[0]
-        return decode_in_pieces(self.decoder, emissions, self._search_frames)
+        is_greedy = isinstance(self.decoder, GreedyDecoder)
+        return decode_in_pieces(self.decoder, emissions, _GREEDY_FRAMES if is_greedy else self._search_frames)

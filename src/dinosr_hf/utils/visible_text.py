@@ -80,6 +80,14 @@ def visible_text(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def is_spaceless(text: str) -> bool:
+    """Return whether most letters of a text are of scripts that are written without spaces between words."""
+    letters = regex.findall(r"[\p{L}\p{M}]", text)
+    spaceless = sum(_SPACELESS.match(letter) is not None for letter in letters)
+    hangul = len(regex.findall(r"\p{Hangul}", text))  # breaks anywhere, and has spaces
+    return 2 * (spaceless - hangul) > len(letters)
+
+
 def name_key(name: str) -> str:
     """Return what names of one file have in common: macOS decomposes names, and people copy invisible characters."""
     name = remove_invisible(unicodedata.normalize("NFC", printable_name(name)))  # ids are printable

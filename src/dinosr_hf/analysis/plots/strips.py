@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ...data import SAMPLING_RATE
 from ...utils.extras import import_extra
-from .._figures import TEXT_SIZE, TICK_SIZE, fit_texts, label_axes, new_figure, text_color
+from .._figures import TEXT_SIZE, TICK_SIZE, fit_texts, font_families, label_axes, new_figure, text_color
 from ..alignment import FIELD, STRIDE, Segment, frame_centers
 from ..quality import check_codes
 from ..segmentation import find_runs
@@ -57,6 +57,7 @@ def _draw_tier(axes: Axes, name: str, boxes: Iterable[tuple[Segment, Any]]) -> l
     """Draw a row of labelled, coloured boxes; returns the texts with the width of their boxes."""
     fitted = []
     style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": TICK_SIZE - 0.5, "parse_math": False}
+    style["fontfamily"] = font_families()
     for (label, start, end), color in boxes:
         axes.axvspan(start, end, facecolor=color, edgecolor="white", linewidth=0.6)
         text = axes.text((start + end) / 2, 0.5, label, color=text_color(color), clip_on=True, **style)

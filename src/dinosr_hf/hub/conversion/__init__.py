@@ -175,6 +175,7 @@ def _open_to_write(folder: Path, file: Path, layout: str) -> DinoSRForPreTrainin
 
 
 def _save_checkpoint(file: Path, checkpoint: Mapping[str, Any]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as temporary, temporary.open("wb") as stream:  # torch.save refuses the name of the file
         torch.save(checkpoint, stream)
     return file
@@ -201,5 +202,6 @@ def convert_to_spidr(folder: str | os.PathLike, file: str | os.PathLike) -> Path
     if settings_file.exists():
         raise ValueError(f"{settings_file} exists, and {file} needs one of its own. Give a file in another folder.")
     checkpoint, settings = to_spidr(_open_to_write(Path(folder), Path(file), "spidr's layout"))
+    written = _save_checkpoint(Path(file), checkpoint)
     write_atomically(settings_file, json.dumps(settings, indent=1) + "\n")
-    return _save_checkpoint(Path(file), checkpoint)
+    return written
