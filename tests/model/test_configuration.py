@@ -289,7 +289,7 @@ def test_teacher_decay(freeze_mode, freeze_step, decays):
     )
     assert [config.ema_decay_at(step) for step in range(7)] == pytest.approx(decays)
     frozen = [freeze_step is not None and step >= freeze_step for step in range(7)]
-    assert [config.is_teacher_frozen_at(step) for step in range(7)] == frozen
+    assert [config.is_freeze_reached_at(step) for step in range(7)] == frozen
 
 
 def test_round_trip_through_json(tmp_path):

@@ -56,6 +56,13 @@ def test_ctc_labels_may_stand_anywhere_in_their_row():
     assert not torch.equal(model(*batch, labels=torch.tensor(moved)).loss, loss)
 
 
+def test_ctc_labels_may_be_padded_with_the_blank():  # as `ForCTCLoss` of transformers, and tokenizers
+    for blank in (0, 5):
+        model = head(DinoSRForCTC, pad_token_id=blank)
+        loss = model(*padded(utterances()), labels=LABELS).loss
+        assert torch.equal(model(*padded(utterances()), labels=LABELS.where(LABELS >= 0, blank)).loss, loss)
+
+
 def test_ctc_logits_do_not_depend_on_padding():
     model = head(DinoSRForCTC)
     batch = model(*padded(utterances())).logits

@@ -135,10 +135,10 @@ def test_an_utterance_is_the_same_alone_and_in_a_padded_batch(attention, referen
         alone = model(wave[None], output_hidden_states=True)
         length = alone.extract_features.shape[1]
         torch.testing.assert_close(batch.extract_features[row, :length], alone.extract_features[0], **ACTIVATIONS)
-        for many, one in zip(batch.hidden_states, alone.hidden_states, strict=True):
-            close = torch.allclose(many[row, :length], one[0], **ACTIVATIONS)
-            # The authors' padding leaks in the positional convolutions, whatever the front end.
-            assert close or reference_padding
+        layers = zip(batch.hidden_states, alone.hidden_states, strict=True)
+        is_same = all(torch.allclose(many[row, :length], one[0], **ACTIVATIONS) for many, one in layers)
+        # The authors' padding leaks in the positional convolutions, whatever the front end; the first has none.
+        assert is_same == (not reference_padding or row == 0)
         if row:
             assert (unaware.extract_features[row, :length] - alone.extract_features[0]).abs().max() > 0.05
     assert not DinoSRLogMelEncoder()(values, torch.zeros(3, 20, dtype=torch.bool)).any()
@@ -236,18 +236,6 @@ def test_compiles_without_a_graph_break(is_padded):
     with torch.no_grad():
         expected = model(values, mask).last_hidden_state
         torch.testing.assert_close(compiled(values, mask).last_hidden_state, expected, **ACTIVATIONS)
-
-
-def test_exports_with_any_length():
-    model = build(**SMALL).eval()
-    values, mask = padded(utterances())
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("samples", min=880)}
-    program = torch.export.export(model, (values, mask), dynamic_shapes=(axes, axes)).module()
-    for waves in (utterances()[::-2], [waveforms(1, length)[0] for length in (5_001, 880, 9_999, 6_000)]):
-        batch = padded(waves)
-        with torch.no_grad():
-            expected = model(*batch).last_hidden_state
-            torch.testing.assert_close(program(*batch).last_hidden_state, expected, **ACTIVATIONS)
 
 
 def loss_and_gradients(model, values, mask=None):

@@ -61,7 +61,7 @@ def teacher_layers(model, features, frame_mask=None):
     """Return the feed-forward outputs of the teacher's layers that have a codebook: (N, B, T, D)."""
     projected = model.dinosr.feature_projection.projection(features)
     _, layers = model.teacher(projected, frame_mask, return_layers=model.config.codebook_layers)
-    return torch.stack([output for _, output in layers.values()])
+    return torch.stack([layer.feed_forward for layer in layers.values()])
 
 
 def test_energies_are_those_of_teacher_and_convolutions():

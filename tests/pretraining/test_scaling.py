@@ -59,8 +59,9 @@ def test_values_for_an_eighth_of_the_batch():
 
 def test_whole_numbers_stay_whole():
     scaled, _ = scale_to_batch(base("--step_seconds", "1234.5"))
+    before = values(base())
     for name, value in values(scaled).items():
-        assert isinstance(value, int) == isinstance(values(base())[name], int), name
+        assert isinstance(value, int) == isinstance(before[name], int), name
 
 
 def test_clipping_and_codebook_annealing_are_scaled_if_used():
@@ -108,8 +109,8 @@ def test_the_last_move_of_the_teacher_is_at_the_same_audio(moves):
     before = base("--step_seconds", "475", "--freeze_teacher_step", str(moves + 1))
     after, _ = scale_to_batch(before)
     paper, small = before.model_config(), after.model_config()
-    assert not paper.is_teacher_frozen_at(moves) and paper.is_teacher_frozen_at(moves + 1)
-    assert not small.is_teacher_frozen_at(8 * moves) and small.is_teacher_frozen_at(8 * moves + 1)
+    assert not paper.is_freeze_reached_at(moves) and paper.is_freeze_reached_at(moves + 1)
+    assert not small.is_freeze_reached_at(8 * moves) and small.is_freeze_reached_at(8 * moves + 1)
 
 
 def test_schedule_and_annealing_are_the_same_over_audio():

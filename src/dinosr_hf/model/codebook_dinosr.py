@@ -61,7 +61,8 @@ class OnlineCodebooks(nn.Module):
     A codeword is the mean of the frames assigned to it: sums divided by counts. These two are stored, and with revival
     the use of each codeword, as frozen parameters in float32 whatever the dtype of the model around them.
 
-    A training step is `assign` and `accumulate` for each micro-batch, then one `commit`.
+    A training step is a call (`assign`) and `accumulate` for each micro-batch, then one `commit`. What `accumulate`
+    gathers is no part of the state: a checkpoint is taken after `commit`, with `held` beside it.
 
     State:
         sums: (N, V, D), decayed sum of the frames of each codeword.
@@ -74,8 +75,6 @@ class OnlineCodebooks(nn.Module):
         codebook_size: V.
         hidden_size: D.
         revival_share: Part of an even share of the frames below which a codeword restarts; 0: never.
-
-    What `accumulate` gathers is no part of the state: a checkpoint is taken after `commit`, with `held` beside it.
 
     Attributes:
         held: float32 (N, V, D + 1), sums and counts of this process that wait for a later `commit`; None: there are
@@ -130,11 +129,11 @@ class OnlineCodebooks(nn.Module):
         Find the nearest codeword, in Euclidean distance, of each frame in each codebook (paper, equation 3).
 
         Args:
-            targets: float32 (N, M, D).
-            codebooks: Numbers, from 0, of the `N` codebooks to use; None: all.
+            targets: float32 (N, M, D), or with `codebooks` the targets of these.
+            codebooks: Numbers, from 0, of the codebooks to use; None: all `N`.
 
         Returns:
-            int64 (N, M), in [0, V).
+            int64 (N, M), or with `codebooks` a row for each of them, in [0, V).
         """
         with without_autocast(targets.device):
             codewords = self.codewords if codebooks is None else self.codewords[list(codebooks)]
@@ -173,7 +172,7 @@ class OnlineCodebooks(nn.Module):
         Update the codewords that frames were assigned to, in any process (paper, equations 4 and 5).
 
         Other codewords keep sums and counts, unless they are revived (`revival_share`; not in the paper). All
-        processes must call this together: it is the one collective of a training step.
+        processes must call this together: it is the model's only collective.
 
         Args:
             decay: Share of the old sums and counts to keep, in [0, 1].

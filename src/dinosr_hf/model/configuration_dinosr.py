@@ -439,8 +439,8 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         end = self.codebook_decay if self.codebook_end_decay is None else self.codebook_end_decay
         return _anneal(self.codebook_decay, end, self.codebook_end_decay_step, step)
 
-    def is_teacher_frozen_at(self, step: int) -> bool:
-        """Return whether the teacher is frozen after `step` completed updates, by `freeze_teacher_step`."""
+    def is_freeze_reached_at(self, step: int) -> bool:
+        """Return whether `freeze_teacher_step` is reached after `step` completed updates; see `teacher_stop_step`."""
         return self.freeze_teacher_step is not None and step >= self.freeze_teacher_step
 
     @property
@@ -461,7 +461,7 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         """Return whether the student's front end is frozen after `step` completed updates."""
         if self.freeze_front_end_step is not None:
             return step >= self.freeze_front_end_step
-        return self.freeze_mode == "frozen" and self.is_teacher_frozen_at(step)
+        return self.freeze_mode == "frozen" and self.is_freeze_reached_at(step)
 
     def ema_decay_at(self, step: int) -> float:
         """
@@ -470,13 +470,13 @@ class DinoSRConfig(PreTrainedConfig):  # trf-ignore: TRF057
         If the freeze comes before the end of annealing, `freeze_mode` "frozen" stops the teacher at once; "shared" and
         "copied" anneal the decay towards 1 from then on, as the authors' code does.
         """
-        is_frozen, end = self.is_teacher_frozen_at(step), self.ema_end_decay
-        if is_frozen and (self.freeze_mode == "frozen" or self.ema_schedule == "exponential"):
+        is_reached, end = self.is_freeze_reached_at(step), self.ema_end_decay
+        if is_reached and (self.freeze_mode == "frozen" or self.ema_schedule == "exponential"):
             return 1.0
         if self.ema_schedule == "exponential":
             distance = (1 - self.ema_decay) * math.exp(-step / self.ema_timescale)
             return 1.0 if distance <= self.ema_threshold else 1 - distance
-        if is_frozen:
+        if is_reached:
             end = 1.0
         return _anneal(self.ema_decay, end, self.ema_anneal_steps, step)
 

@@ -18,15 +18,15 @@ The file runs in the order of the data: front end, projection, mask, encoder, te
 heads, loss; then units and features of unmasked speech; then the heads of fine-tuning. Layers do what their `forward`
 says; on CPUs `fast_cpu_dinosr` has faster equivalents, used where its guard `may_use_fast_forms` allows.
 
-`B` batch, `S` samples, `T` frames, `C` front-end channels, `D` hidden size, `N` codebooks, `V` codewords, `M` masked
-frames, `L` layers that a caller asks for.
+`B` batch, `S` samples, `T` frames, `C` channels of the front end or classes, `D` hidden size, `H` attention heads of
+`E` dimensions, `N` codebooks, `V` codewords, `M` masked frames, `L` layers that a caller asks for or labels.
 """
 
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import nn
@@ -111,25 +111,28 @@ class DinoSRForPreTrainingOutput(ModelOutput):  # trf-ignore: TRF057
     Output of `DinoSRForPreTraining`. Fields about masked frames are None if nothing was masked.
 
     Attributes:
-        loss: Scalar, nats: `codebook_loss`, or with `anchor_labels` its `anchored_loss`.
+        loss: Scalar, nats: `codebook_loss`, or with `anchor_labels` `anchored_loss` of it and `anchor_losses`.
         codebook_loss: Scalar, nats: cross entropy of student and codes, mean over masked frames and codebooks.
         codebook_losses: float32 (N,), nats, mean over masked frames, without gradient.
         num_masked_frames: int64 scalar, `M`.
-        target_perplexity: float32 (N,), number of codewords that the targets use, 1 to V.
+        target_perplexity: float32 (N,), effective number of codewords of the targets, 1 to V: the exponential of the
+            entropy of their distribution.
         prediction_perplexity: float32 (N,), the same for the student's mean prediction.
         num_active_codewords: int64 (N,), codewords that at least one masked frame is assigned to.
         codes: int64 (N, M), the codeword of each masked frame, in the order of (batch, time).
         last_hidden_state: (B, T, D), the student's output.
-        code_counts: int64 (N, V), masked frames of each codeword; add up over micro-batches and processes.
-        prediction_sums: float32 (N, V), the student's probabilities summed over masked frames; likewise.
-        target_energies: float32 (N, 2), `energy_sums` of the teacher's layers before the instance norm; likewise.
-        feature_energies: float32 (2,), `energy_sums` of the student's `extract_features`; likewise.
-        anchor_losses: float32 (2,), nats, None without `anchor_labels`: cross entropy of the anchor's head and the
-            labels, mean over masked and over unmasked frames with a label; 0 where there is none.
-        num_anchor_frames: int64 (2,), masked and unmasked frames with a label; likewise.
-        num_anchor_hits: int64 (2,), those of them whose label is the most probable one; likewise.
         hidden_states: On request, the student's: the first layer's input and each layer's output, (B, T, D) each.
         attentions: On request, the student's: (B, heads, T, T) a layer.
+        anchor_losses: float32 (2,), nats, None without `anchor_labels`: cross entropy of the anchor's head and the
+            labels, mean over masked and over unmasked frames with a label; 0 where there is none.
+
+    To add up over micro-batches and processes:
+        code_counts: int64 (N, V), masked frames of each codeword.
+        prediction_sums: float32 (N, V), the student's probabilities summed over masked frames.
+        target_energies: float32 (N, 2), `energy_sums` of the teacher's layers before the instance norm.
+        feature_energies: float32 (2,), `energy_sums` of the student's `extract_features`.
+        num_anchor_frames: int64 (2,), masked and unmasked frames with a label.
+        num_anchor_hits: int64 (2,), those of them whose label is the most probable one.
     """
 
     loss: torch.Tensor | None = None
@@ -261,14 +264,12 @@ class DinoSRLogMelEncoder(nn.Module):
     # For waveforms of unit variance, energies well below this are noise between words.
     _FLOOR = 1e-2
 
-    @staticmethod
-    def _mel_filters(
-        num_filters: int, num_bins: int, lowest: float, highest: float, device: torch.device
-    ) -> torch.Tensor:
-        """float32 (num_bins, num_filters) for bins from 0 to `highest` Hz; each filter rises to 1 and falls to 0."""
+    def _mel_filters(self, device: torch.device) -> torch.Tensor:
+        """float32 (257, 80) for bins from 0 Hz to half the sampling rate; each filter rises to 1 and falls to 0."""
+        highest, num_bins = SAMPLING_RATE / 2, self._FFT_LENGTH // 2 + 1
         mels = 2595 * torch.log10(1 + torch.linspace(0, highest, num_bins, dtype=torch.float32, device=device) / 700)
-        first, last = (2595 * math.log10(1 + frequency / 700) for frequency in (lowest, highest))
-        centres = torch.linspace(first, last, num_filters + 2, dtype=torch.float32, device=device)
+        first, last = (2595 * math.log10(1 + frequency / 700) for frequency in (self._LOWEST_FREQUENCY, highest))
+        centres = torch.linspace(first, last, NUM_MELS + 2, dtype=torch.float32, device=device)
         distance = (mels[:, None] - centres[1:-1]).abs() / (centres[1] - centres[0])
         return (1 - distance).clamp(min=0)
 
@@ -279,10 +280,7 @@ class DinoSRLogMelEncoder(nn.Module):
             windows = windows * torch.hann_window(MEL_WINDOW, dtype=torch.float32, device=windows.device)
             spectrum = torch.fft.rfft(windows, n=self._FFT_LENGTH)
             power = spectrum.real.square() + spectrum.imag.square()  # (B, 2 T or one more, 257)
-            filters = self._mel_filters(
-                NUM_MELS, power.shape[-1], self._LOWEST_FREQUENCY, SAMPLING_RATE / 2, windows.device
-            )
-            energies = (power @ filters + self._FLOOR).log()  # (B, 2 T or one more, 80)
+            energies = (power @ self._mel_filters(power.device) + self._FLOOR).log()  # (B, 2 T or one more, 80)
             # Two windows a frame, by `unfold`, whose length torch.export knows to be `num_frames`.
             return torch.cat(energies.unfold(1, MELS_PER_FRAME, MELS_PER_FRAME).unbind(-1), dim=-1)  # (B, T, 160)
 
@@ -329,11 +327,12 @@ class DinoSRFeatureProjection(nn.Module):
 
     def __init__(self, config: DinoSRConfig) -> None:
         super().__init__()
-        self.layer_norm = nn.LayerNorm(config.feature_size, eps=config.layer_norm_eps)
         # CODEPATH: "conv" checkpoints have the norm, "log_mel" ones do not: their frames are normalised over time, and
         # over channels too they would lose their loudness.
         if config.feature_encoder == "log_mel":
             self.layer_norm = nn.Identity()
+        else:
+            self.layer_norm = nn.LayerNorm(config.feature_size, eps=config.layer_norm_eps)
         self.projection = DinoSRLinear(config.feature_size, config.hidden_size)
         self.dropout = DinoSRDropout(config.feat_proj_dropout)
 
@@ -352,6 +351,21 @@ class DinoSRFeatureProjection(nn.Module):
 def zero_padding(hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
     """Set (B, T, D) to zero outside of `frame_mask`, bool (B, T); None: all frames are valid."""
     return hidden_states if frame_mask is None else hidden_states.masked_fill(~frame_mask[..., None], 0.0)
+
+
+class PaddedFrames:
+    """The frames of a batch as they are, padding included; the plain form of `fast_cpu_dinosr.ValidFrames`."""
+
+    def __init__(self, frame_mask: torch.Tensor | None = None) -> None:
+        self.frame_mask = frame_mask  # bool (B, T), True for frames; None: no padding, or padding that counts
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """(B, T, D), what layers compute on: all of it."""
+        return padded
+
+    def unpack(self, frames: torch.Tensor) -> torch.Tensor:
+        """(B, T, D), zero in the padding."""
+        return zero_padding(frames, self.frame_mask)
 
 
 class DinoSRPositionalConv(nn.Conv1d):
@@ -441,7 +455,7 @@ class DinoSRAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        frames: ValidFrames | None = None,
+        frames: PaddedFrames | ValidFrames | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, D) to (B, T, D) and, where the implementation returns them, weights (B, H, T, T)."""
@@ -452,7 +466,7 @@ class DinoSRAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if frames is not None:
+        if isinstance(frames, ValidFrames):
             attention_interface, kwargs = packed_attention_forward, {"frames": frames}
         output, weights = attention_interface(
             self,
@@ -499,8 +513,7 @@ class DinoSREncoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        frame_mask: torch.Tensor | None = None,
-        frames: ValidFrames | None = None,
+        frames: PaddedFrames | ValidFrames | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -509,28 +522,33 @@ class DinoSREncoderLayer(GradientCheckpointingLayer):
         Args:
             hidden_states: (B, T, D).
             attention_mask: Mask of the attention implementation.
-            frame_mask: bool (B, T); the output is zero outside of it.
-            frames: On the fast path of CPUs, the frames to compute, instead of both masks.
+            frames: The frames to compute; the output is zero in the padding. None: all.
             **kwargs: For the attention implementation.
 
         Returns:
-            The layer's output and, before dropout and residual, the feed-forward network's, each (B, T, D); with
-            `frames`, the latter packed.
+            The layer's output (B, T, D) and, as `frames` packs it, the feed-forward network's before dropout and
+            residual.
         """
-        layer_input = hidden_states
-        if frames is not None:
-            hidden_states = frames.pack(hidden_states)
+        frames = frames or PaddedFrames()
+        layer_input, hidden_states = hidden_states, frames.pack(hidden_states)
         attention_output, _ = self.attention(hidden_states, attention_mask, frames, **kwargs)
         hidden_states = self.layer_norm(hidden_states + self.dropout(attention_output))
         feed_forward_output = self.feed_forward(hidden_states)
         hidden_states = self.final_layer_norm(hidden_states + self.dropout(feed_forward_output))
-        hidden_states = zero_padding(hidden_states, frame_mask) if frames is None else frames.unpack(hidden_states)
+        hidden_states = frames.unpack(hidden_states)
         if self.training and self.layerdrop > 0:
             # Computed and thrown away, not left out: every parameter gets a gradient in every process, and
             # torch.compile sees no branch.
             keep = torch.rand((), device=hidden_states.device) >= self.layerdrop
             hidden_states = torch.where(keep, hidden_states, layer_input.to(hidden_states.dtype))
         return hidden_states, feed_forward_output
+
+
+class LayerOutput(NamedTuple):
+    """Outputs of a transformer layer and of the feed-forward network in it, each (B, T, D)."""
+
+    hidden_states: torch.Tensor
+    feed_forward: torch.Tensor
 
 
 class DinoSREncoder(nn.Module):
@@ -551,7 +569,7 @@ class DinoSREncoder(nn.Module):
         return_layers: Sequence[int] = (),
         num_layers: int | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> tuple[torch.Tensor, dict[int, LayerOutput]]:
         """
         Encode projected features.
 
@@ -563,8 +581,7 @@ class DinoSREncoder(nn.Module):
             **kwargs: For the attention implementation.
 
         Returns:
-            The last layer's output (B, T, D), and for each of `return_layers` its output and its feed-forward
-            network's, each (B, T, D).
+            The last layer's output (B, T, D), and the outputs of each of `return_layers`, zero in the padding.
         """
         # The authors zero the padding once, so it leaks into valid frames at every further convolution. SpidR's
         # reference zeroes it in the positional convolutions alone.
@@ -579,21 +596,15 @@ class DinoSREncoder(nn.Module):
         hidden_states = hidden_states + self.pos_conv_embed(hidden_states, position_mask)
         hidden_states = self.dropout(self.layer_norm(hidden_states))
 
-        frames = None
+        frames: PaddedFrames | ValidFrames = PaddedFrames(layer_mask)
         if may_use_fast_forms(hidden_states, self):
             has_dropout = self.training and self.config.attention_dropout > 0
-            frames = valid_frames(self.config, hidden_states, layer_mask, attention_mask, has_dropout)
-        if frames is not None:
-            attention_mask, layer_mask = None, None
+            frames = valid_frames(self.config, hidden_states, layer_mask, attention_mask, has_dropout) or frames
         layer_outputs = {}
         for number, layer in enumerate(self.layers, start=1):
-            hidden_states, feed_forward_output = layer(hidden_states, attention_mask, layer_mask, frames, **kwargs)
+            hidden_states, feed_forward_output = layer(hidden_states, attention_mask, frames, **kwargs)
             if number in return_layers:
-                if frames is None:
-                    feed_forward_output = zero_padding(feed_forward_output, layer_mask)
-                else:
-                    feed_forward_output = frames.unpack(feed_forward_output)
-                layer_outputs[number] = (hidden_states, feed_forward_output)
+                layer_outputs[number] = LayerOutput(hidden_states, frames.unpack(feed_forward_output))
             if number == num_layers:
                 break
         return hidden_states, layer_outputs
@@ -1025,7 +1036,7 @@ class DinoSRModel(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         hidden_states, features = self.feature_projection(features)
         hidden_states = self._mask_features(hidden_states, mask_time_indices, frame_mask)
         hidden_states, layers = self.encoder(hidden_states, frame_mask, feed_forward_layers, **kwargs)
-        outputs = tuple(layers[number][1] for number in feed_forward_layers)
+        outputs = tuple(layers[number].feed_forward for number in feed_forward_layers)
         return DinoSRModelOutput(
             last_hidden_state=hidden_states, extract_features=features, feed_forward_outputs=outputs or None
         )
@@ -1050,6 +1061,8 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
     """
 
     _keep_in_fp32_modules_strict = ["codebooks"]
+    # What a run may switch off; all else without a place in the model is reported, such as a teacher's front end.
+    _keys_to_ignore_on_load_unexpected = [r"^codebooks\.usage$", r"^anchor_head\."]
 
     def __init__(self, config: DinoSRConfig) -> None:
         super().__init__(config)
@@ -1189,10 +1202,14 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         codes = self.codebooks(targets)
         if self.training:
             self.codebooks.accumulate(targets, codes)
-        head_inputs = student.feed_forward_outputs or (student.last_hidden_state,)
-        predictors = [states.flatten(0, 1).index_select(0, masked_frames) for states in head_inputs]  # (M, D)
-        if len(predictors) == 1:  # all heads are on the last layer
-            predictors *= len(self.heads)
+
+        def select(states: torch.Tensor) -> torch.Tensor:
+            return states.flatten(0, 1).index_select(0, masked_frames)  # (M, D)
+
+        if student.feed_forward_outputs is not None:  # of the heads' own layers
+            predictors = [select(states) for states in student.feed_forward_outputs]
+        else:
+            predictors = [select(student.last_hidden_state)] * len(self.heads)
         logits = [head(states) for head, states in zip(self.heads, predictors, strict=True)]
         output = masked_prediction_losses(torch.stack(logits), codes)  # (N, M, V)
         output.target_energies = target_energies
@@ -1209,7 +1226,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             # Without the projection's dropout, which is the student's alone.
             projected = self.dinosr.feature_projection.projection(features.detach())
         _, layers = self.teacher(projected, frame_mask, return_layers=self.config.codebook_layers, **kwargs)
-        outputs = torch.stack([feed_forward_output for _, feed_forward_output in layers.values()])
+        outputs = torch.stack([layer.feed_forward for layer in layers.values()])
         del layers  # 2 N features of the batch
         # The authors' statistics include the padding.
         targets = normalize_over_time(outputs, None if self.config.reference_padding else frame_mask)
@@ -1265,7 +1282,8 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             moves_teacher: Whether the teacher moves; False: the codebooks alone are updated.
 
         Returns:
-            The decays used: `codebook_decay`, and `ema_decay`, which is 1.0 if the teacher is frozen.
+            The decays: `codebook_decay`, used if the codebooks' update is due, and `ema_decay`, 1.0 if the teacher
+            does not move.
 
         Raises:
             ValueError: If `step` is less than 1, or the teacher cannot follow: it has adapters, or half precision.
@@ -1281,7 +1299,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         num_steps = self.config.codebook_update_steps
         codebook_decay = self.config.codebook_decay_at(max(0, step - num_steps))
         self.codebooks.commit(codebook_decay, is_due=step % num_steps == 0)
-        if self.config.freeze_teacher_step is None or step <= self.config.freeze_teacher_step:
+        if not self.config.is_freeze_reached_at(step - 1):  # at the freeze step for the last time (T8)
             self.teacher.copy_front_end(self.dinosr.feature_extractor, self.dinosr.feature_projection)
         self.apply_freeze(step)
         return {"codebook_decay": codebook_decay, "ema_decay": ema_decay}
@@ -1321,7 +1339,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         self,
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        layers: Sequence[int] = (5,),
+        layers: Sequence[int] | None = None,
         source: str = "student",
     ) -> torch.Tensor:
         """
@@ -1332,7 +1350,7 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         Args:
             input_values: (B, S), as for `DinoSRModel`.
             attention_mask: (B, S) or None.
-            layers: Numbers of transformer layers, from 1.
+            layers: Numbers of transformer layers, from 1; None: `DinoSRConfig.default_layer`.
             source: "student": the layer's output, as in `hidden_states`. "student_feed_forward": the output of the
                 layer's feed-forward network. "teacher": the same of the teacher, which the codebooks cluster after
                 normalising it over time (paper, Section 3.1).
@@ -1345,7 +1363,8 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         """
         check_source(source)
         self._check_unmasked(input_values, attention_mask, "layer_features")
-        layers = check_layers(self.config, layers, with_codebooks=False)
+        wanted = [self.config.default_layer(source)] if layers is None else layers
+        layers = check_layers(self.config, wanted, with_codebooks=False)
         encoder = self.teacher if source == "teacher" else self.dinosr.encoder
         frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
         features = self.teacher.front_end_features(input_values, frame_mask) if source == "teacher" else None
@@ -1353,7 +1372,10 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             convolved = self.dinosr.feature_extractor(input_values, frame_mask)
             features, _ = self.dinosr.feature_projection(convolved.transpose(1, 2))
         _, outputs = encoder(features, frame_mask, return_layers=layers, num_layers=max(layers))
-        return torch.stack([outputs[layer][0 if source == "student" else 1] for layer in layers])
+        chosen = [outputs[layer] for layer in layers]
+        if source == "student":
+            return torch.stack([layer.hidden_states for layer in chosen])
+        return torch.stack([layer.feed_forward for layer in chosen])
 
     @torch.no_grad()
     def encode_units(
@@ -1384,9 +1406,11 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             utterance, int64 (B,).
 
         Raises:
-            ValueError: If a layer has no units of the source, an input or the source is not one of these, or the model
-                is in training mode.
+            ValueError: If a layer has no units of the source, an input or the source is not one of these, both `layer`
+                and `layers` are given, or the model is in training mode.
         """
+        if layer is not None and layers is not None:
+            raise ValueError(f"layer={layer} and layers={layers} are both given. Give one of them.")
         self._check_unmasked(input_values, attention_mask, "encode_units")
         wanted = layers if layers is not None else [self.config.default_layer(source) if layer is None else layer]
         chosen = check_unit_layers(self.config, wanted, source)
@@ -1481,7 +1505,7 @@ def mask_padding_logits(config: DinoSRConfig, logits: torch.Tensor, num_frames: 
     Transformers' pipeline and tokenizers do not leave padding out; so a batch is decoded as its utterances one by one.
     """
     blank = logits.new_full((logits.shape[-1],), -1e4)  # trf-ignore: TRF032 (float16 has this number too)
-    blank[config.pad_token_id or 0] = 0.0
+    blank[config.pad_token_id] = 0.0  # `DinoSRForCTC` refuses None
     is_frame = torch.arange(logits.shape[1], device=logits.device) < num_frames.to(logits.device)[:, None]
     return torch.where(is_frame[..., None], logits, blank)
 
@@ -1492,9 +1516,11 @@ def ctc_loss(
     """
     Compute connectionist temporal classification in nats and float32, reduced as `ctc_loss_reduction` says.
 
-    Logits (B, T, vocab_size), labels int64 (B, L), negative where there is none, wherever that is, and numbers of
-    valid frames int64 (B,) to a scalar. Raises `ValueError` if a label is not below `vocab_size`.
+    Logits (B, T, vocab_size), labels int64 (B, L), negative or the blank where there is none, wherever that is, and
+    numbers of valid frames int64 (B,) to a scalar. Raises `ValueError` if a label is not below `vocab_size`.
     """
+    blank = config.pad_token_id
+    assert blank is not None  # `DinoSRForCTC` refuses it
     if not torch.compiler.is_compiling() and labels.numel() and labels.max() >= config.vocab_size:
         raise ValueError(
             f"labels has the value {int(labels.max())}, but vocab_size={config.vocab_size}. Give the model the"
@@ -1504,15 +1530,15 @@ def ctc_loss(
     if device.type == "mps":  # where torch 2.13 has no ctc_loss
         logits = logits.cpu()
     labels, num_frames = labels.to(logits.device), num_frames.to(logits.device)
-    is_label = labels >= 0
+    is_label = (labels >= 0) & (labels != blank)
     first = (~is_label).long().argsort(dim=-1, stable=True)  # the labels of a row before what is none
     with without_autocast(logits.device), torch.backends.cudnn.flags(enabled=False):
         loss = nn.functional.ctc_loss(
             logits.float().log_softmax(dim=-1).transpose(0, 1),
-            labels.masked_fill(~is_label, config.pad_token_id or 0).gather(-1, first),
+            labels.masked_fill(~is_label, blank).gather(-1, first),
             num_frames,
             is_label.sum(dim=-1),
-            blank=config.pad_token_id or 0,
+            blank=blank,
             reduction=config.ctc_loss_reduction,
             zero_infinity=config.ctc_zero_infinity,
         )

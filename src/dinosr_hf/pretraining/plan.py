@@ -176,7 +176,8 @@ def _gigabytes(num_bytes: int) -> str:
 
 def _rows(plan: RunPlan) -> dict[str, str]:
     """Describe the run, a line each for step, masks, length, optimizer, model and disk."""
-    data, run, config, number = plan.arguments.data, plan.arguments.run, plan.config, format_value
+    data, run, config = plan.arguments.data, plan.arguments.run, plan.config
+    number = format_value
     first, frozen = plan.points[0], config.teacher_stop_step
     padded = "" if plan.padded_share is None else f", {plan.padded_share:.1%} padding"
     if data.speed_change:
@@ -252,7 +253,7 @@ def _notes(plan: RunPlan) -> Iterator[str]:
     ends = [
         ("codebook", config.codebook_decay, config.codebook_end_decay, last.codebook_decay, "codebook_end_decay_step")
     ]
-    if config.ema_schedule == "linear" and not config.is_teacher_frozen_at(run.max_steps):
+    if config.ema_schedule == "linear" and not config.is_freeze_reached_at(run.max_steps):
         ends.insert(0, ("EMA", config.ema_decay, config.ema_end_decay, last.ema_decay, "ema_anneal_steps"))
     for decay, start, end, reached, name in ends:
         if end not in (None, start) and getattr(config, name) > run.max_steps:
