@@ -20,7 +20,7 @@ from dinosr_hf.finetuning import (
     LabelledDataArguments,
     LabelledDataset,
     finetune,
-    load_model,
+    load_initial_model,
 )
 from dinosr_hf.finetuning.classification_task import (
     MAX_TABLE_CLASSES,
@@ -275,7 +275,7 @@ def test_frozen_encoder_is_in_evaluation_mode_during_training(pretrained):
     changes = {"hidden_dropout": 0.5, "num_labels": 3, "use_weighted_layer_sum": True}
     for is_frozen in (True, False):
         start = InitialModelArguments(model=pretrained, freeze_encoder=is_frozen)
-        model = load_model(DinoSRForSequenceClassification, start, changes).train()
+        model = load_initial_model(DinoSRForSequenceClassification, start, changes).train()
         output = [model(waveforms(2, 900)).logits for _ in range(2)]
         assert torch.equal(*output) is is_frozen
         assert model.training and model.dinosr.training is not is_frozen

@@ -8,20 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCTC, AutoProcessor, BertConfig, TrainerCallback
 
 from dinosr_hf import DinoSRForCTC
 from dinosr_hf.data import open_labelled
-from dinosr_hf.finetuning import InitialModelArguments, Recognition, load_model
+from dinosr_hf.finetuning import InitialModelArguments, Recognition, load_initial_model
 from dinosr_hf.recognition import TextNormalization, texts_of
 from dinosr_hf.recognition.timing import stored_emission_delay
 from dinosr_hf.training.run_record import read_record
 from dinosr_hf.utils.command_line import ArgumentError
 from finetuning_runs import recognise, write_corpus, write_model
 from scripts import load_command
-from tiny import waveforms
+from tiny import tiny_config, waveforms
 
 ROOT = Path(__file__).parents[2]
 LAYER = "dinosr.encoder.layers.0.attention.q_proj.weight"
@@ -162,7 +163,7 @@ def test_only_arguments_change_the_configuration(finished, model):
 
 def test_from_scratch_uses_only_the_configuration(model):
     random, start = (
-        load_model(DinoSRForCTC, InitialModelArguments(model=str(model), from_scratch=flag), {"vocab_size": 9})
+        load_initial_model(DinoSRForCTC, InitialModelArguments(model=str(model), from_scratch=flag), {"vocab_size": 9})
         for flag in (True, False)
     )
     assert random.config.mask_feature_prob == 0.125
@@ -242,6 +243,7 @@ def logits_of(model):
 def test_adapters_are_trained_merged_and_resumed(model, corpus, tmp_path, mixed):
     train = corpus / "train"
     start = {"lora_rank": 2, "hidden_dropout": 0.1}
+    start |= {"lora_targets": ["q_proj", "output_dense"]} if mixed else {}
     options = {"start": start, "max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
     options |= {"bf16": True, "gradient_checkpointing": True} if mixed else {}
     last = {}
@@ -259,7 +261,7 @@ def test_adapters_are_trained_merged_and_resumed(model, corpus, tmp_path, mixed)
     recognise(model, train, tmp_path / "whole", on_trainer=lambda t: t.add_callback(Keep()), **options)
     start_weights = load_file(model / "model.safetensors")
     learnt = {name for name, value in last.items() if "lora_B" in name and value.any()}
-    assert len(learnt) == 2 * 3  # q_proj and v_proj of three layers
+    assert len(learnt) == 2 * 3  # two of each of three layers; by default q_proj and v_proj
     for name, value in last.items():
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
         if plain.startswith("dinosr.") and "lora" not in name:
@@ -276,6 +278,17 @@ def test_adapters_are_trained_merged_and_resumed(model, corpus, tmp_path, mixed)
     resumed = load_file(cut / "model.safetensors")
     for name, value in load_file(tmp_path / "whole" / "model.safetensors").items():
         assert torch.equal(value, resumed[name]), name
+
+
+@pytest.mark.parametrize("speed_change", [0.0, 0.15])
+def test_labels_must_fit_at_the_highest_speed(model, corpus, tmp_path, caplog, speed_change):
+    train, samples = shutil.copytree(corpus / "train", tmp_path / "train"), waveforms(1, 700)[0].numpy()
+    soundfile.write(train / "just.wav", samples / 10, 16_000)
+    with open(train / "metadata.csv", "a") as file:  # as many letters as frames
+        file.write(f"just.wav,{('ab' * 99)[: tiny_config().num_frames(700)]},en\n")
+    recognise(model, train, tmp_path / "out", data={"speed_change": speed_change}, max_steps=1)
+    message = "1 of 13 utterances are left out of training: 1 too short for their transcript (e.g. just.wav)"
+    assert (message in caplog.text) is (speed_change > 0)
 
 
 def assert_refused(message, *arguments, **options):

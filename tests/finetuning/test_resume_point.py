@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from dinosr_hf.finetuning import Recognition
-from dinosr_hf.finetuning.resume_point import find_resume_point, read_checkpoint, write_manifest
+from dinosr_hf.finetuning.resume_point import find_resume_point, read_trainer_checkpoint, write_file_list
 from dinosr_hf.training.resume import CheckpointError
 from dinosr_hf.training.run_record import read_record
 from dinosr_hf.utils.command_line import ArgumentError
@@ -210,7 +210,7 @@ def test_an_incomplete_checkpoint_is_passed_over(
 
 def test_no_flipped_bit_and_no_lost_byte_of_a_checkpoint_is_accepted(interrupted):
     checkpoint = interrupted / "checkpoint-4"
-    before = read_checkpoint(checkpoint)  # the control
+    before = read_trainer_checkpoint(checkpoint)  # the control
     assert before.record is not None and before.record.arguments["max_steps"] == 7
     chance = random.Random(0)
     for file in sorted(checkpoint.iterdir()):
@@ -221,28 +221,28 @@ def test_no_flipped_bit_and_no_lost_byte_of_a_checkpoint_is_accepted(interrupted
             else:
                 file.write_bytes(content[: chance.randrange(len(content))])
             try:
-                found = read_checkpoint(checkpoint)
+                found = read_trainer_checkpoint(checkpoint)
             except CheckpointError:
                 continue
             finally:
                 file.write_bytes(content)
             assert file.name == "checkpoint.json" and found == before  # white space, or the last line break
-    assert read_checkpoint(checkpoint) == before
+    assert read_trainer_checkpoint(checkpoint) == before
 
 
 def test_files_that_were_not_written_with_a_checkpoint_are_not_loaded(interrupted):
     checkpoint = interrupted / "checkpoint-4"
     (checkpoint / "notes.txt").write_text("as good as the one before")
     (checkpoint / ".DS_Store").write_bytes(b"")
-    read_checkpoint(checkpoint)
+    read_trainer_checkpoint(checkpoint)
     shutil.copyfile(checkpoint / "model.safetensors", checkpoint / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"has adapter_model\.safetensors, which was not written with it"):
-        read_checkpoint(checkpoint)
+        read_trainer_checkpoint(checkpoint)
     (checkpoint / "adapter_model.safetensors").unlink()
     (checkpoint / "model.safetensors").rename(interrupted / "elsewhere.safetensors")
     (checkpoint / "model.safetensors").symlink_to(interrupted / "elsewhere.safetensors")
     with pytest.raises(CheckpointError, match=r"lists model\.safetensors, which is a link or outside the folder"):
-        read_checkpoint(checkpoint)
+        read_trainer_checkpoint(checkpoint)
 
 
 def test_a_checkpoint_without_its_manifest_is_passed_over(model, corpus, uninterrupted, interrupted, caplog):
@@ -331,7 +331,7 @@ def test_checkpoints_of_unknown_runs_are_refused(model, corpus, interrupted):
     content = json.loads(record.read_text())
     for number in (3, 4):  # without a record of their own
         (interrupted / f"checkpoint-{number}" / "checkpoint.json").unlink()
-        write_manifest(interrupted / f"checkpoint-{number}", None)
+        write_file_list(interrupted / f"checkpoint-{number}", None)
     record.write_text(json.dumps({**content, "task": "audio-classification"}))
     with pytest.raises(ArgumentError, match="has a run of the task audio-classification"):
         recognise(model, corpus, interrupted, **OPTIONS)

@@ -204,27 +204,6 @@ def test_learning_rates_follow_the_schedule(tmp_path, model, corpus):
     assert watch.rates == pytest.approx([1e-3 * tri_stage(step, **settings) for step in range(10)])
 
 
-@pytest.mark.slow
-def test_adapters_are_trained_and_merged(tmp_path, model, corpus):
-    watch = Watch()
-    recognise(
-        model,
-        corpus,
-        tmp_path / "out",
-        on_trainer=watch,
-        start={"lora_rank": 2, "lora_targets": ["q_proj", "output_dense"]},
-        learning_rate=1e-2,
-        bf16=True,
-        gradient_checkpointing=True,
-    )
-    final, start = weights(tmp_path / "out"), weights(model)
-    layer = "dinosr.encoder.layers.0.attention.{}.weight"
-    assert torch.equal(final[layer.format("k_proj")], start[layer.format("k_proj")])
-    assert not torch.equal(final[layer.format("q_proj")], start[layer.format("q_proj")])
-    assert not any("lora" in name for name in final)
-    DinoSRForCTC.from_pretrained(tmp_path / "out")
-
-
 def test_network_selects_student_or_teacher(tmp_path, model, corpus):
     layer = "dinosr.encoder.layers.0.attention.q_proj.weight"
     start = weights(model)

@@ -62,7 +62,7 @@ def test_heads_and_codebooks_can_start_anew(tmp_path, base, size):
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [("adapt", "fit_heads_steps is for training a base_model on"), ("small_again", "base_model=runs/small")],
+    [("adapt", "fit_heads_steps is for continuing a base_model"), ("small_again", "base_model=runs/small")],
 )
 def test_a_recipe_for_training_on_needs_a_base_model_and_gives_a_plan(tmp_path, base, name, problem, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -273,8 +273,8 @@ def test_the_best_at_a_checkpoint_is_kept_while_the_run_can_go_back_to_it(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fit_heads_steps": 3}, "fit_heads_steps is for training a base_model on"),
-        ({"new_codebooks": True}, "new_codebooks is for training a base_model on"),
+        ({"fit_heads_steps": 3}, "fit_heads_steps is for continuing a base_model"),
+        ({"new_codebooks": True}, "new_codebooks is for continuing a base_model"),
         ({"eval_patience": 3}, "eval_patience is set, but there is no held-out speech. Give eval_data or eval_share"),
         ({"eval_labels": "phones.jsonl"}, "eval_labels is set, but there is no held-out speech"),
         ({"eval_split": "test"}, "eval_split=test is a split of eval_data, which is not set"),

@@ -18,9 +18,9 @@ from dinosr_hf.utils.command_line import (
     Parser,
     check_ranges,
     command,
-    explicit_names,
     parse_groups,
     parse_options,
+    read_command_line,
 )
 
 
@@ -311,5 +311,5 @@ def test_home_is_written_out_in_files_and_behind_an_equals_sign(tmp_path, monkey
 def test_flags_with_dashes_are_those_with_underscores(tmp_path):
     content = "is_loud: false\nlimit: null\n"
     assert parse(tmp_path, content, "--is-loud", "true")[0].is_loud is True
-    assert explicit_names(["--is-loud=true", "--names", "a-b"], (Sound, Place)) == {"is_loud", "names"}
-    assert explicit_names(["--no-is-loud"], (Sound, Place)) == {"is_loud"}
+    assert read_command_line(["--is-loud=true", "--names", "a-b"], (Sound, Place)).typed_names == {"is_loud", "names"}
+    assert read_command_line(["--no-is-loud"], (Sound, Place)).typed_names == {"is_loud"}

@@ -1,4 +1,4 @@
-"""Flags of the commands that evaluate against phones."""
+"""Flags, data and checks of the commands that evaluate against phones."""
 
 import argparse
 from collections.abc import Sequence

@@ -62,7 +62,8 @@ def held_out_metrics(model: DinoSRForPreTraining, speech: list[LabelledSpeech]) 
     config, generator = model.config, np.random.default_rng(0)
     sums = MetricSums(config, model.device)
     for waveform, labels in speech:
-        mask = sample_span_mask((1, len(labels)), config.mask_prob, config.mask_length, generator=generator)
+        shape, min_spans = (1, len(labels)), config.mask_min_spans
+        mask = sample_span_mask(shape, config.mask_prob, config.mask_length, min_spans=min_spans, generator=generator)
         output = model(torch.from_numpy(waveform)[None], mask_time_indices=torch.from_numpy(mask))
         sums.add(output, len(waveform), 0)
     return sums.compute(torch.clone)

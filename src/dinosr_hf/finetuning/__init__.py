@@ -4,7 +4,7 @@ from .batches import LabelledCollator, LabelledDataset, LengthBatchSampler, Step
 from .classification_task import Classification, ClassificationArguments
 from .ctc_task import Recognition, RecognitionArguments
 from .finetuning_arguments import FinetuningArguments, InitialModelArguments, LabelledDataArguments
-from .initial_model import load_model
+from .initial_model import load_initial_model
 from .run import finetune
 from .splits import open_splits
 from .task import Task
@@ -24,7 +24,7 @@ __all__ = [
     "RecognitionArguments",
     "Classification",
     "ClassificationArguments",
-    "load_model",
+    "load_initial_model",
     "SpeechTrainer",
     "finetune",
 ]

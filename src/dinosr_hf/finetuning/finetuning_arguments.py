@@ -37,7 +37,7 @@ class LabelledDataArguments:
     train_split: str | None = argument(None, "Split of train_data, if it has several.")
     eval_split: str | None = argument(None, "Split of eval_data; synthetic: validation.")
     test_split: str | None = argument(None, "Split of test_data; synthetic: test.")
-    data_config: str | None = argument(None, "Configuration of a Hub dataset with several.")
+    data_config: str | None = argument(None, "Configuration of a dataset that has several.")
     label_column: str | None = argument(None, "Column of the labels; if not given, the usual columns of transcripts.")
     audio_column: str = shared_argument("audio_column", "audio")
     min_seconds: float = argument(0.1, "Shorter utterances are left out of training.")
@@ -154,6 +154,7 @@ _NO_EFFECT = {
         *("data_seed", "dataloader_drop_last", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
         *("prediction_loss_only", "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches"),
         *("bf16_full_eval", "fp16_full_eval", "label_names", "do_train", "do_eval", "do_predict"),
+        "remove_unused_columns",
     ),
 }
 _DEFAULTS = {spec.name: spec.default for spec in fields(TrainingArguments)}
@@ -188,7 +189,6 @@ class FinetuningArguments(TrainingArguments):
     save_total_limit: int | None = argument(2, "Number of checkpoints to keep; the last and the best are always kept.")
     load_best_model_at_end: bool = argument(True, "Whether to finish with the best checkpoint instead of the last.")
     dry_run: bool = argument(False, "Whether to open data and model, print what would be trained, and end.")
-    remove_unused_columns: bool = argument(False, "Has no effect on these data sets.")
 
     def __post_init__(self) -> None:
         for instead, names in _NO_EFFECT.items():

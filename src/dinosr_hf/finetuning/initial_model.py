@@ -41,7 +41,7 @@ def _set_eval_mode(encoder: nn.Module, args: Any) -> None:
     encoder.eval()
 
 
-def load_model(
+def load_initial_model(
     model_class: type[DinoSRPreTrainedModel], arguments: InitialModelArguments, changes: dict[str, Any]
 ) -> DinoSRPreTrainedModel:
     """

@@ -14,7 +14,7 @@ from ..training.resume import (
     find_checkpoints,
     refuse_existing_model,
 )
-from ..training.run_record import RECORD_NAME, RunRecord, left_record, public_record, public_values, record_of
+from ..training.run_record import RECORD_NAME, RunRecord, public_record, public_values, read_record_if_any, record_of
 from ..training.sealed_files import check_files, describe_files, read_sealed, seal
 from ..utils.command_line import ArgumentError
 from ..utils.files import flush_to_disk, write_atomically
@@ -23,7 +23,7 @@ from ..utils.text_files import read_json
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "checkpoint.json"  # in a checkpoint of `Trainer`
+FILE_LIST = "checkpoint.json"  # in a checkpoint of `Trainer`
 
 # Beginnings of the names of arguments that change no weight: where a run writes, what it reports, and what it runs on.
 _UNCHECKED = (
@@ -58,41 +58,41 @@ class ResumePoint(NamedTuple):
     goes_back: bool = False  # to a checkpoint that was named, so later ones are set aside
 
 
-def write_manifest(folder: Path, record: RunRecord | None) -> None:
+def write_file_list(folder: Path, record: RunRecord | None) -> None:
     """Write the list of a new checkpoint's files, with their digests, and the record of its run; flush all of it."""
     described = describe_files(folder)
     for name in described:
         flush_to_disk(folder / name)
     about = None if record is None else public_record(record)
-    write_atomically(folder / MANIFEST, seal({"files": described, "record": about}))
+    write_atomically(folder / FILE_LIST, seal({"files": described, "record": about}))
 
 
-def read_manifest(path: Path) -> RunRecord | None:
+def read_file_list(path: Path) -> RunRecord | None:
     """
-    Check the files of a checkpoint against its manifest, and return the record in it.
+    Check the files of a checkpoint against its list, and return the record in it.
 
-    Raises `CheckpointError` if the manifest is missing, or a file is not what was written.
+    Raises `CheckpointError` if the list is missing, or a file is not what was written.
     """
-    manifest = read_sealed(path / MANIFEST)
-    described: Any = manifest.get("files")
-    record: Any = manifest.get("record")
+    content = read_sealed(path / FILE_LIST)
+    described: Any = content.get("files")
+    record: Any = content.get("record")
     check_files(path, described)
     for file in path.rglob("[!.]*"):
         name = file.relative_to(path).as_posix()
-        if file.suffix in _LOADED and file.is_file() and name not in {*described, MANIFEST}:
+        if file.suffix in _LOADED and file.is_file() and name not in {*described, FILE_LIST}:
             raise CheckpointError(f"{path} has {name}, which was not written with it. Remove that file.")
     try:
-        return None if record is None else record_of(record, str(path / MANIFEST), is_finished=False)
+        return None if record is None else record_of(record, str(path / FILE_LIST), is_finished=False)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 
 
-def read_checkpoint(path: Path) -> TrainerCheckpoint:
+def read_trainer_checkpoint(path: Path) -> TrainerCheckpoint:
     """Open a checkpoint; raise `CheckpointError` if a file is missing, or not what was written."""
     for pattern in _REQUIRED:
         if not any(path.glob(pattern)):
             raise CheckpointError(f"{path} has no {pattern}: it is incomplete, or not of a fine-tuning run.")
-    return TrainerCheckpoint(path, read_manifest(path))
+    return TrainerCheckpoint(path, read_file_list(path))
 
 
 def _has_model(folder: Path) -> bool:
@@ -140,11 +140,11 @@ def _resume_point_by_path(path: Path, folder: Path) -> ResumePoint:
 
     def read(candidate: Path) -> TrainerCheckpoint:
         try:
-            return read_checkpoint(candidate)
+            return read_trainer_checkpoint(candidate)
         except CheckpointError as error:
             raise CheckpointError(f"{option}={error}" if candidate == path else str(error)) from error
 
-    record = left_record(folder)
+    record = read_record_if_any(folder)
     if record is not None and record.finished is not None and began_there(record) and _has_model(folder):
         return ResumePoint(None, record)
     found = choose_by_path(option, path, folder, read, lambda checkpoint: began_there(checkpoint.record))
@@ -174,7 +174,7 @@ def find_resume_point(
         _check_task(point.checkpoint.record, task, "resume_from_checkpoint", resume_from_checkpoint)
         _warn_of_changes(point.checkpoint.record, arguments)
         return point
-    has_checkpoints, record = bool(find_checkpoints(folder)), left_record(folder)
+    has_checkpoints, record = bool(find_checkpoints(folder)), read_record_if_any(folder)
     is_finished = record is not None and record.finished is not None and _has_model(folder)
     where, advice = f"output_dir={folder} has", "Give another output_dir, or go on anyway"
     if mode == "true" and not has_checkpoints:
@@ -186,7 +186,7 @@ def find_resume_point(
         raise ArgumentError(f"{where} a run, and resume_from_checkpoint is false. {advice} without it.")
     checkpoint = None
     if mode == "true" or not is_finished:
-        checkpoint = choose_checkpoint("auto", folder, read_checkpoint)
+        checkpoint = choose_checkpoint("auto", folder, read_trainer_checkpoint)
         assert checkpoint is not None
         record = checkpoint.record or record  # run.json may be damaged
     _check_task(record, task, "output_dir", folder)

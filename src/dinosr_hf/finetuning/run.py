@@ -23,7 +23,7 @@ from ..utils.model_folder import save_folder
 from ..utils.threads import set_cpu_threads
 from .batches import LabelledDataset
 from .finetuning_arguments import FinetuningArguments, InitialModelArguments, LabelledDataArguments
-from .initial_model import add_adapters, check_initial_model, load_model, merge_adapters
+from .initial_model import add_adapters, check_initial_model, load_initial_model, merge_adapters
 from .resume_point import ResumePoint, find_resume_point
 from .splits import open_splits
 from .task import Task
@@ -44,7 +44,8 @@ def _training_set(
             return "too short"
         if crop_samples is None and num_samples > data.max_seconds * SAMPLING_RATE:
             return "too long"
-        return task.exclusion_reason(target, config.num_frames(int(num_samples)))
+        fewest = int(num_samples / (1 + data.speed_change))  # when it is played at the highest speed
+        return task.exclusion_reason(target, config.num_frames(fewest))
 
     reasons = [exclusion_reason(*pair) for pair in zip(targets, source.num_samples, strict=True)]
     excluded = Counter(reason for reason in reasons if reason is not None)
@@ -86,7 +87,7 @@ def _make_trainer(
     with argument_errors(kinds=(ValueError, OSError)):
         splits = open_splits(data, arguments.seed)
         task.prepare(splits.train)
-    model: Any = load_model(task.model_class, start, task.config_changes())
+    model: Any = load_initial_model(task.model_class, start, task.config_changes())
     train = _training_set(splits.train, task, model.config, data, arguments.seed)
     evaluation, test = (
         None if source is None else LabelledDataset(source, task.targets(source)) for source in splits[1:]
@@ -159,7 +160,6 @@ def _train_and_save(
 def _describe(trainer: SpeechTrainer, task: Task, test: LabelledDataset | None, begin: ResumePoint) -> str:
     """Say what a run would train, on what, for how long, and where it would write."""
     args, train, num_processes = trainer.args, trainer.train_dataset, trainer.args.world_size
-    trainer.get_train_dataloader()
     steps_per_epoch = trainer.sampler.num_steps
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     weights = list(trainer.model.parameters()) if trainer.model is not None else []

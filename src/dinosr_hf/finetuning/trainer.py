@@ -10,6 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ..utils.command_line import ArgumentError
 from ..utils.files import flush_to_disk, remove, temporary_path
 from .batches import LabelledCollator, LabelledDataset, LengthBatchSampler, StepBatchSampler
 from .finetuning_arguments import FinetuningArguments
-from .resume_point import read_manifest, write_manifest
+from .resume_point import read_file_list, write_file_list
 
 
 class FreezeCallback(TrainerCallback):
@@ -113,7 +114,6 @@ class SpeechTrainer(Trainer):
     """
 
     args: FinetuningArguments
-    sampler: StepBatchSampler
     train_dataset: LabelledDataset
     eval_dataset: LabelledDataset | None
     record: RunRecord | None = None  # of the run, which each checkpoint gets a copy of
@@ -153,10 +153,11 @@ class SpeechTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the loader of this process's part of each step, which Accelerate does not need to split."""
+    @cached_property
+    def sampler(self) -> StepBatchSampler:
+        """The batches of this process, a part of each step."""
         args = self.args
-        self.sampler = StepBatchSampler(
+        return StepBatchSampler(
             self.train_dataset.num_samples,
             step_samples=int(args.step_seconds * SAMPLING_RATE),
             num_accumulated=args.gradient_accumulation_steps,
@@ -164,6 +165,9 @@ class SpeechTrainer(Trainer):
             rank=args.process_index,
             world_size=args.world_size,
         )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of `sampler`, which Accelerate does not need to split."""
         return self._make_loader(self.train_dataset, self.sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -286,7 +290,7 @@ class SpeechTrainer(Trainer):
                 self.state.best_model_checkpoint = str(path)
             if self.args.should_save:
                 self.state.save_to_json(str(self._unfinished / path.name / "trainer_state.json"))
-                write_manifest(self._unfinished / path.name, self.record)
+                write_file_list(self._unfinished / path.name, self.record)
                 remove(path)  # of an earlier attempt that was refused
                 (self._unfinished / path.name).rename(path)
                 flush_to_disk(path.parent)
@@ -308,7 +312,7 @@ class SpeechTrainer(Trainer):
         best = self.state.best_model_checkpoint
         assert best is not None
         try:
-            read_manifest(Path(best))
+            read_file_list(Path(best))
         except CheckpointError as error:
             advice = f"It had the best model. Remove {best} to finish with the last one."
             raise CheckpointError(f"{error} {advice}") from error

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..analysis.alignment import STRIDE
+from ..analysis.baselines import mfcc
 from ..analysis.kmeans import KMeans
 from ..data.collator import NO_LABEL, Part
 from ..training.resume import CheckpointError
@@ -71,17 +72,10 @@ class MfccAnchor:
         """Number of clusters."""
         return len(self.kmeans.centroids)
 
-    def features(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the MFCCs (T, 39) of a part (S,)."""
-        # It needs an extra, which runs without this anchor do not.
-        from ..analysis.baselines import mfcc
-
-        return mfcc(waveform, field=self.field, tuned=self.is_tuned)
-
     def __call__(self, part: Part) -> NDArray[np.int64]:
         # A part that is slowed down may be shorter than a frame as recorded.
         waveform = np.pad(part.waveform, (0, max(0, self.field - len(part.waveform))))
-        labels = self.kmeans.predict(self.features(waveform))
+        labels = self.kmeans.predict(mfcc(waveform, field=self.field, tuned=self.is_tuned))
         return _at_centres(labels, part.centres(STRIDE, self.field), stride=STRIDE, field=self.field)
 
     def to_bytes(self) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -83,38 +84,37 @@ def anchor_label_names(labels: Mapping[str, Labels]) -> list[str]:
     return sorted(set(names()))
 
 
-def drop_settings_of_another_anchor(
-    model: ModelArguments, run: RunArguments, defaults: Mapping[str, Any], keep: Collection[str]
-) -> None:
+def _anchor_defaults(run: RunArguments) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(run) if field.name.startswith("anchor_")}
+
+
+def drop_settings_of_another_anchor(model: ModelArguments, run: RunArguments, keep: Collection[str]) -> None:
     """
     Reset what a recipe sets for its own anchor, and the one that the command line names instead does not have.
 
-    Another model keeps `anchor_layer`, as a run that repeats the recipe on its own result needs it.
-
-    `defaults` are those of `RunArguments`, `keep` the names of what is on the command line itself.
+    Another model keeps `anchor_layer`, as a run that repeats the recipe on its own result needs it. `keep` are the
+    names of what is on the command line itself.
     """
-    kind = None if run.anchor in (None, NONE) else anchor_kind(run.anchor)
+    kind, defaults = None if run.anchor in (None, NONE) else anchor_kind(run.anchor), _anchor_defaults(run)
     unused = {"mfcc": ["anchor_layer"], "model": ["anchor_features"], "labels": ["anchor_layer", "anchor_features"]}
-    names = [name for name in defaults if name.startswith("anchor_")] if kind is None else unused[kind]
-    for name in names:
+    for name in defaults if kind is None else unused[kind]:
         if name not in keep:
             setattr(run, name, defaults[name])
     if kind in (None, "labels") and "num_anchor_labels" not in keep:
         model.num_anchor_labels = 0
 
 
-def settle_anchor(model: ModelArguments, data: DataArguments, run: RunArguments, defaults: Mapping[str, Any]) -> None:
+def settle_anchor(model: ModelArguments, data: DataArguments, run: RunArguments) -> None:
     """
     Set `num_anchor_labels` if the anchor determines it, and check what `_RANGES` cannot.
 
-    `defaults` are those of `RunArguments`. Raises `ArgumentError` if options contradict each other, or the file of
-    labels cannot be read.
+    Raises `ArgumentError` if options contradict each other, or the file of labels cannot be read.
     """
+    defaults = _anchor_defaults(run)
     if run.anchor == NONE:
         run.anchor = None
     if run.anchor is None:
-        names = [name for name in defaults if name.startswith("anchor_")]
-        refuse_unused(run, defaults.get, names, "anchor is not", "set --anchor")
+        refuse_unused(run, defaults.get, defaults, "anchor is not", "set --anchor")
         if model.num_anchor_labels:
             raise ArgumentError(
                 f"num_anchor_labels={model.num_anchor_labels} is set, but anchor is not. Set --anchor, or leave"

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from ..analysis import Labels, frame_labels, match_labels
-from ..analysis.baselines import MFCC_KINDS, NUM_MFCCS
-from ..analysis.kmeans import KMeans, fit_kmeans
+from ..analysis.baselines import MFCC_KINDS, mfcc
+from ..analysis.kmeans import fit_kmeans
 from ..data import SAMPLING_RATE, AudioFileError, SpeechSource, SpeechStream
 from ..data.collator import utterance_hash
 from ..data.mixture import PartialSource
@@ -204,11 +204,12 @@ def make_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechSt
     """Make the anchor that the arguments ask for; the device is for a model. Raises `ArgumentError` if it cannot."""
     name = arguments.run.anchor
     assert name is not None
-    if anchor_kind(name) == "mfcc":
+    kind = anchor_kind(name)
+    if kind == "mfcc":
         return _mfcc_anchor(arguments, source)
     assert isinstance(source, SpeechSource)  # `settle_anchor` refuses streams
     with argument_errors(f"anchor={name}: ", (OSError, ValueError)):
-        if anchor_kind(name) == "labels":
+        if kind == "labels":
             return _label_anchor(arguments, source)
         return _model_anchor(arguments, source, device)
 
@@ -218,13 +219,14 @@ def check_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechS
     name = arguments.run.anchor
     if name is None:
         return
-    if anchor_kind(name) == "mfcc":
+    kind = anchor_kind(name)
+    if kind == "mfcc":
         if isinstance(source, SpeechSource):
             _check_mfccs(arguments, source)
         return
     assert isinstance(source, SpeechSource)  # `settle_anchor` refuses streams
     with argument_errors(f"anchor={name}: ", (OSError, ValueError)):
-        if anchor_kind(name) == "labels":
+        if kind == "labels":
             _match_labels(read_anchor_labels(name, arguments.data.label_tier), source)
         else:
             _check_model(arguments, source)
@@ -245,15 +247,32 @@ def _check_mfccs(arguments: PretrainingArguments, source: SpeechSource) -> None:
     _check_num_frames(num_frames, arguments.model.num_anchor_labels)
 
 
-def _mfcc_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechStream) -> MfccAnchor:
-    """
-    Cluster the MFCCs of random recordings, of a stream's first window, cropped as for training.
+def _crops_in_rounds(
+    source: SpeechSource, min_samples: int, max_samples: int, seed: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield index, start and length of a random part of each recording, then of further parts of long ones."""
+    left = _in_random_order(source, min_samples, seed)
+    for number in itertools.count():
+        in_round, left = left, []
+        for index in in_round:
+            utterance_id, length = source.utterances[index]
+            num_samples = min(length, max_samples)
+            first = utterance_hash(seed, 0, utterance_id, "anchor crop") * (length - num_samples + 1) >> 128
+            starts = [
+                *range(first, length - num_samples + 1, num_samples),
+                *range(first % num_samples, first, num_samples),
+            ]
+            yield index, starts[number], num_samples
+            if number + 1 < len(starts):
+                left.append(index)
+        if not left:
+            return
 
-    If a part of each is too little, long ones give further parts, one in each round over the recordings.
-    """
+
+def _mfcc_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechStream) -> MfccAnchor:
+    """Cluster the MFCCs of random recordings, of a stream's first window, cropped as for training."""
     num_labels, seed = arguments.model.num_anchor_labels, arguments.run.seed
     config, is_tuned = arguments.model_config(), MFCC_KINDS[arguments.run.anchor_features]
-    unfitted = MfccAnchor(KMeans(np.empty((0, NUM_MFCCS), np.float32)), config.receptive_field, is_tuned)
     if isinstance(source, SpeechStream):
         windows = source.windows(0)
         source = next(windows).source
@@ -261,23 +280,13 @@ def _mfcc_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechS
     min_samples, max_samples = _mfcc_lengths(arguments)
     features: list[NDArray[np.float32]] = []
     num_frames = 0
-    parts = [(index, 0) for index in _in_random_order(source, min_samples, seed)]
-    for index, number in parts:  # to which further ones are added
-        utterance_id, length = source.utterances[index]
-        num_samples = min(length, max_samples)
-        first = utterance_hash(seed, 0, utterance_id, "anchor crop") * (length - num_samples + 1) >> 128
-        starts = [
-            *range(first, length - num_samples + 1, num_samples),
-            *range(first % num_samples, first, num_samples),
-        ]
-        if number + 1 < len(starts):
-            parts.append((index, number + 1))
+    for index, start, num_samples in _crops_in_rounds(source, min_samples, max_samples, seed):
         try:
-            waveform = source.load(index, starts[number], num_samples)
+            waveform = source.load(index, start, num_samples)
         except (AudioFileError, OSError):  # training counts and reports it
             continue
         if np.isfinite(waveform).all() and waveform.min() < waveform.max():
-            features.append(unfitted.features(waveform))
+            features.append(mfcc(waveform, field=config.receptive_field, tuned=is_tuned))
             num_frames += len(features[-1])
         if num_frames >= MAX_MFCC_FRAMES:
             break

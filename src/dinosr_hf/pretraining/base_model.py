@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 
@@ -16,30 +15,20 @@ from .pretraining_arguments import CODEBOOK_SIZES, PretrainingArguments
 logger = logging.getLogger(__name__)
 
 
-def _with_new_anchor(name: str, config: DinoSRConfig) -> DinoSRForPreTraining:
-    """Load a pre-training checkpoint, but for the anchor's head."""
-    plain = DinoSRConfig(**{**config.to_dict(), "num_anchor_labels": 0})
-    # The use of codewords is counted only where some are revived, and the teacher has a front end of its own only if
-    # `freeze_mode` says so; both may begin with this run.
-    may_lack = r"codebooks\.usage$|teacher\.feature_(extractor|projection)\."
-    options: dict[str, Any] = {"config": plain, "dtype": torch.float32}
-    base = open_weights(DinoSRForPreTraining, name, may_lack=may_lack, **options)
-    if not config.num_anchor_labels:
-        return base
-    model = DinoSRForPreTraining(config)
-    missing, _ = model.load_state_dict(base.state_dict(), strict=False)
-    assert all(key.startswith("anchor_head.") for key in missing), missing
-    return model
+# What a checkpoint lacks if it begins with this run: the count of codewords in use, which revival needs, and the front
+# end of the teacher's own that `freeze_mode` gives it.
+_MAY_LACK = r"codebooks\.usage$|teacher\.feature_(extractor|projection)\."
 
 
-def _with_new_codebooks(name: str, base: DinoSRConfig, config: DinoSRConfig) -> DinoSRForPreTraining:
-    """Load student and teacher of a pre-training checkpoint, whose codebooks may have other sizes."""
+def _continued(name: str, base: DinoSRConfig, config: DinoSRConfig, parts: tuple[str, ...]) -> DinoSRForPreTraining:
+    """Return a model with those parts of a pre-training checkpoint, whose codebooks may have other sizes than its."""
     sizes = {size: getattr(base, size) for size in CODEBOOK_SIZES}
-    before = _with_new_anchor(name, DinoSRConfig(**{**config.to_dict(), **sizes, "num_anchor_labels": 0}))
-    kept = {key: value for key, value in before.state_dict().items() if key.startswith(("dinosr.", "teacher."))}
+    own = DinoSRConfig(**{**config.to_dict(), **sizes, "num_anchor_labels": 0})
+    before = open_weights(DinoSRForPreTraining, name, may_lack=_MAY_LACK, config=own, dtype=torch.float32)
+    kept = {key: value for key, value in before.state_dict().items() if key.startswith(parts)}
     model = DinoSRForPreTraining(config)
     missing, _ = model.load_state_dict(kept, strict=False)
-    assert all(key.startswith(("heads.", "codebooks.", "anchor_head.")) for key in missing), missing
+    assert not any(key.startswith(parts) for key in missing), missing
     return model
 
 
@@ -70,11 +59,11 @@ def initial_model(arguments: PretrainingArguments) -> DinoSRForPreTraining:
         is_pretraining = has_codebooks(base)
         if is_pretraining and arguments.run.new_codebooks:
             logger.info("Starting from network and teacher of %s; heads and codebooks start anew.", name)
-            return _with_new_codebooks(name, base, config)
+            return _continued(name, base, config, ("dinosr.", "teacher."))
         if keeps_codebooks(arguments):
             anew = "; the anchor's head starts anew" if config.num_anchor_labels or base.num_anchor_labels else ""
             logger.info("Starting from %s, with its teacher, heads and codebooks%s.", name, anew)
-            return _with_new_anchor(name, config)
+            return _continued(name, base, config, ("dinosr.", "teacher.", "heads.", "codebooks."))
         network = open_weights(DinoSRModel, name, config=config, dtype=torch.float32)
     reason = "its codebooks have other sizes" if is_pretraining else "it has no codebooks"
     logger.info("Starting from the network of %s; %s, so teacher, heads and codebooks start anew.", name, reason)

@@ -80,7 +80,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint so that a kill leaves all of it or no checkpoint."""
+    """Remove a checkpoint: rename it, then delete it, so that a kill never leaves half of one under its name."""
     removed = path.with_name(f"{REMOVED_PREFIX}{path.name}")
     remove(removed)
     path.rename(removed)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -59,7 +58,7 @@ class HeldOut:
         batch_seconds: Seconds of audio, padding included, in a forward pass of a process; a single utterance may be
             longer.
         limit_seconds: Maximum seconds of audio used; of more, a random choice of utterances.
-        max_seconds: Longer utterances are cut to their first so many seconds.
+        max_seconds: Maximum seconds of an utterance; longer ones are cut at their end.
         labels: Phone labels by utterance id, or by file name without suffix, as `analysis.frame_labels` reads them;
             utterances without labels count for the losses only. None: no phone purity.
         step_seconds: Seconds between labels, if they are one a step; they must be of whole recordings.
@@ -86,7 +85,6 @@ class HeldOut:
     ) -> None:
         self._config, self._utterances = config, source.utterances
         self._others = source.ids + source.others
-        self.seconds_taken = 0.0  # by the last evaluation
         parts = self._choose(seed, int(limit_seconds * SAMPLING_RATE), int(max_seconds * SAMPLING_RATE))
         parts.sort(key=lambda part: (-part.num_samples, part.index))
         used = sorted((*source.utterances[part.index], part.num_samples) for part in parts)
@@ -218,7 +216,6 @@ class HeldOut:
         Raises:
             ValueError: If no utterance could be read.
         """
-        started = time.perf_counter()
         rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         reduce = partial(accelerator.reduce, reduction="sum") if accelerator else torch.Tensor.clone
         sums = MetricSums(self._config, model.device)
@@ -227,7 +224,6 @@ class HeldOut:
         figures = sums.compute(reduce)
         own = torch.cat([torch.from_numpy(tables).flatten(), torch.tensor([num_skipped])])
         counts = reduce(own.to(model.device)).cpu()
-        self.seconds_taken = time.perf_counter() - started
         if not figures["masked_frames"]:
             raise ValueError(f"None of {self.num_utterances:,} held-out utterances could be read.")
         del figures["masked_frames"], figures["padded_share"]

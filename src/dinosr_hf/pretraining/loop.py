@@ -72,18 +72,11 @@ class FrameCounts(NamedTuple):
 class StepTotals(NamedTuple):
     """What the processes found in a step before its forward pass, summed over all of them."""
 
-    masked_frames: int
-    anchor_masked_frames: int
-    anchor_unmasked_frames: int
+    frames: FrameCounts
     skipped_files: int
     utterances: int
     save_requests: int
     stop_requests: int
-
-    @property
-    def frames(self) -> FrameCounts:
-        """The numbers of frames that the step's losses are means over."""
-        return FrameCounts(self.masked_frames, self.anchor_masked_frames, self.anchor_unmasked_frames)
 
 
 class Update(NamedTuple):
@@ -170,7 +163,7 @@ def _memory_gib(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def _may_fail(what: str, kind: type[Exception]) -> Iterator[None]:
-    """Log such an error of the body, which is not worth the run."""
+    """Log an error of type `kind` in the body, which is not worth the run."""
     try:
         yield
     except kind as error:
@@ -275,9 +268,11 @@ class Pretraining:
         counts = [FrameCounts.of(batch.inputs) for batch in step.micro_batches]
         num_skipped = sum(len(batch.skipped) for batch in step.micro_batches)
         own = StepTotals(
-            masked_frames=sum(count.masked for count in counts),
-            anchor_masked_frames=sum(count.anchor_masked for count in counts),
-            anchor_unmasked_frames=sum(count.anchor_unmasked for count in counts),
+            FrameCounts(
+                masked=sum(count.masked for count in counts),
+                anchor_masked=sum(count.anchor_masked for count in counts),
+                anchor_unmasked=sum(count.anchor_unmasked for count in counts),
+            ),
             skipped_files=num_skipped,
             utterances=num_skipped + sum(int(mask.any(dim=-1).sum()) for mask in masks),
             save_requests=int(self.signals.save),
@@ -285,8 +280,9 @@ class Pretraining:
         )
         if self.accelerator.num_processes == 1:
             return own
-        summed = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum")
-        return StepTotals(*summed.tolist())
+        numbers = torch.tensor([*own.frames, *own[1:]], device=self.accelerator.device)
+        masked, anchor_masked, anchor_unmasked, *others = self.accelerator.reduce(numbers, "sum").tolist()
+        return StepTotals(FrameCounts(masked, anchor_masked, anchor_unmasked), *others)
 
     def _answer_signals(self, is_stop: bool) -> None:
         """Save, or save and stop: a signal to any process is answered by all of them."""
@@ -371,9 +367,9 @@ class Pretraining:
         progress.step += 1
         decays = state.model.update_targets(progress.step, moves_teacher=not is_fitting_heads)
         state.sums.merge(sums)
-        if not state.is_frozen and state.model.apply_freeze(progress.step):
-            state.is_frozen = True
-            logger.info("Step %d: teacher, convolutions and projection are frozen from here on.", progress.step)
+        if not state.is_front_end_frozen and state.model.config.is_front_end_frozen_at(progress.step):
+            state.is_front_end_frozen = True
+            logger.info("Step %d: the student's front end is frozen from here on.", progress.step)
             if state.wrapped_model is not state.model:
                 # DDP's buckets would wait for the gradients of the frozen parameters.
                 state.wrapped_model = self.accelerator.prepare_model(state.model)
@@ -471,6 +467,7 @@ class Pretraining:
         """Evaluate the model and write the figures down; return them, or none if that failed."""
         step = self.state.progress.step
         figures: dict[str, Any] = {}
+        started = time.perf_counter()
         # ValueErrors are raised from sums over all processes: in all of them alike.
         with _may_fail(f"Step {step} could not be evaluated", ValueError):
             figures = held_out.evaluate(self.state.model, self.accelerator)
@@ -478,7 +475,7 @@ class Pretraining:
             self._write_metrics(line | {f"eval_{name}": value for name, value in figures.items()})
             shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float))
             logger.info(f"Step {step}, held out: {shown}.")
-            self.state.progress.interval_seconds -= held_out.seconds_taken  # not training time
+        self.state.progress.interval_seconds -= time.perf_counter() - started  # not training time
         return figures
 
     def _checkpoint(self) -> None:
@@ -494,7 +491,7 @@ class Pretraining:
                 self.best.add(self.state.progress.step, figures, self.state.model)
 
     def _take_best(self, best: BestModel, held_out: HeldOut) -> Mapping[str, Any]:
-        """Evaluate the last model, unless it was, and replace it by the best one; return the figures of that."""
+        """Evaluate the last model if that was not done, take the best model's weights, and return its figures."""
         if not best.has(self.state.progress.step):
             self._add_to_best(self._evaluate(held_out))
         return best.restore(self.state.progress.step, self.state.model)

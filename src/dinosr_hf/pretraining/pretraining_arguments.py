@@ -26,7 +26,14 @@ from ..model.configuration_dinosr import (
 )
 from ..training.run_record import public_values
 from ..training.shared_arguments import argument, shared_argument, shared_rules
-from ..utils.command_line import ArgumentError, argument_errors, check_ranges, explicit_names, flag_names, parse_groups
+from ..utils.command_line import (
+    ArgumentError,
+    CommandLine,
+    argument_errors,
+    check_ranges,
+    parse_groups,
+    read_command_line,
+)
 from ..utils.model_folder import open_dinosr_config
 from ..utils.threads import MAX_THREADS
 from .anchor_arguments import anchor_kind, check_mfcc_frames, drop_settings_of_another_anchor, settle_anchor
@@ -144,7 +151,7 @@ class DataArguments:
     data_split: list[str] = argument([], "Split of the data, if it has several: one for all, or one for each.")
     data_config: list[str] = argument(
         [],
-        "Configuration of a Hub dataset that has several: one for all, or one for each. eval_data of the same name has"
+        "Configuration of a dataset that has several: one for all, or one for each. eval_data of the same name has"
         " the same.",
     )
     data_weights: list[float] = argument(
@@ -214,8 +221,8 @@ class RunArguments:
     output_dir: str = argument("runs/pretrain", "Path to the folder for the model and the metrics.")
     base_model: str | None = argument(
         None,
-        "Folder or Hub name of a DinoSR to train on; it also gives sizes, masks and dropout that are not set here."
-        " Unset: random weights.",
+        "Folder or Hub name of a DinoSR to continue from; it also gives sizes, masks and dropout that are not set"
+        " here. Unset: random weights.",
     )
     new_codebooks: bool = argument(
         False, "Whether heads and codebooks start anew, and only network and teacher are the base model's."
@@ -338,7 +345,6 @@ class PretrainingArguments:
 
 
 GROUPS: Any = (ModelArguments, DataArguments, RunArguments)
-_RUN_DEFAULTS = {spec.name: spec.default for spec in dataclasses.fields(RunArguments)}
 
 
 def parse_arguments(
@@ -354,32 +360,28 @@ def parse_arguments(
             and a `base_model` that cannot be opened or contradicts the sizes that are set.
     """
     arguments = PretrainingArguments(*parse_groups(argv, GROUPS, default_config, description=description))
-    if "anchor" in (flags := flag_names(argv, GROUPS)):
-        drop_settings_of_another_anchor(arguments.model, arguments.run, _RUN_DEFAULTS, flags)
+    line = read_command_line(argv, GROUPS, default_config)
+    if "anchor" in line.flag_names:
+        drop_settings_of_another_anchor(arguments.model, arguments.run, line.flag_names)
     if arguments.run.base_model is not None:
-        typed, explicit = (explicit_names(argv, GROUPS, config) for config in (None, default_config))
-        _take_sizes(arguments, arguments.run.base_model, explicit, typed)
+        _take_sizes(arguments, arguments.run.base_model, line)
     _check(arguments)
     return arguments
 
 
-def _take_sizes(arguments: PretrainingArguments, base_model: str, explicit: set[str], typed: set[str]) -> None:
-    """
-    Set what is not explicit to the base model's values. Codebooks and anchor may differ, and start anew.
-
-    What is explicit but not `typed` is of the recipe that applies if the command line has none.
-    """
+def _take_sizes(arguments: PretrainingArguments, base_model: str, line: CommandLine) -> None:
+    """Set what the command line does not set to the base model's values. Codebooks and anchor may differ."""
     with argument_errors("base_model="):
         base = open_dinosr_config(base_model)
     for name in (*ARCHITECTURE, *INHERITED):
         if name == "num_anchor_labels":  # the run's anchor sets it
             continue
         base_value, value = getattr(base, name), getattr(arguments.model, name)
-        if name not in explicit:
+        if name not in line.from_file and name not in line.flag_names:
             setattr(arguments.model, name, base_value)
         elif value != base_value and name not in (*CODEBOOK_SIZES, *INHERITED):
             advice = f"Leave {name} out, or give the configuration that the base model was trained with."
-            if name not in typed:
+            if name not in line.typed_names:
                 advice = "It is of tiny_cpu, which applies without a recipe. Give one without sizes, such as adapt."
             problem = f"{name}={value} contradicts base_model={base_model}, which has {name}={base_value}"
             raise ArgumentError(f"{problem}. {advice}")
@@ -387,8 +389,11 @@ def _take_sizes(arguments: PretrainingArguments, base_model: str, explicit: set[
 
 # Test and description of the values that are allowed, and names of the arguments.
 _RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
-    (lambda value: value >= 1, "at least 1", "max_steps max_skipped_steps log_steps keep_checkpoints eval_steps"),
-    (lambda value: value >= 1, "at least 1", "collapse_patience num_buckets"),
+    (
+        lambda value: value >= 1,
+        "at least 1",
+        "max_steps max_skipped_steps log_steps keep_checkpoints eval_steps collapse_patience num_buckets",
+    ),
     (lambda value: value >= 0, "at least 0", "seed weight_decay fit_heads_steps eval_patience"),
     (lambda value: 0 <= value <= 1024, "at least 0 and at most 1,024", "num_workers"),
     (lambda value: 0 <= value <= MAX_THREADS, f"at least 0 and at most {MAX_THREADS:,}", "num_threads"),
@@ -398,8 +403,11 @@ _RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (lambda value: value >= 0, "at least 0, where 0 means only at the end", "save_steps"),
     (lambda value: value > 0, "more than 0", "reference_step_seconds min_seconds"),
     (lambda value: 0 <= value < 1, "at least 0 and less than 1", "adam_beta1"),
-    (lambda value: 0 <= value < 1, "at least 0 (no bound) and less than 1", "collapse_perplexity collapse_active"),
-    (lambda value: 0 <= value < 1, "at least 0 (no bound) and less than 1", "collapse_variation"),
+    (
+        lambda value: 0 <= value < 1,
+        "at least 0 (no bound) and less than 1",
+        "collapse_perplexity collapse_active collapse_variation",
+    ),
     (lambda value: 0 <= value <= 1, "at least 0 and at most 1", "max_skipped_share"),
     (lambda value: 0 < value <= 1, "more than 0 and at most 1", "data_temperature"),
     (lambda value: 0 <= value < 1, "at least 0 and less than 1", "speed_change eval_share"),
@@ -474,9 +482,9 @@ def _check(arguments: PretrainingArguments) -> None:
         raise ArgumentError("eval_share holds out recordings, which streaming does not list. Give eval_data instead.")
     for name in ("new_codebooks", "fit_heads_steps"):
         if values[name] and run.base_model is None:
-            raise ArgumentError(f"{name} is for training a base_model on. Give one, or leave {name} out.")
+            raise ArgumentError(f"{name} is for continuing a base_model. Give one, or leave {name} out.")
     _check_codebook_decay(arguments.model)
-    settle_anchor(arguments.model, data, run, _RUN_DEFAULTS)
+    settle_anchor(arguments.model, data, run)
     has_label_file = data.eval_labels is not None or (run.anchor is not None and anchor_kind(run.anchor) == "labels")
     if data.label_tier != "phones" and not has_label_file:
         raise ArgumentError(

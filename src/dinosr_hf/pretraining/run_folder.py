@@ -47,7 +47,7 @@ def finished_step(folder: str | os.PathLike) -> int:
 
 def recorded_run(folder: str | os.PathLike) -> RunRecord | None:
     """Return the record of a pre-training, finished or not; None if there is none or `run.json` is damaged."""
-    record = run_record.left_record(folder)
+    record = run_record.read_record_if_any(folder)
     return record if record is not None and record.task == "pretraining" else None
 
 

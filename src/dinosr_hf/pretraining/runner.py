@@ -117,7 +117,7 @@ def _check_lengths(source: SpeechSource, data: DataArguments, name: str) -> None
     if used < 0.5:
         logger.warning(
             f"An epoch uses only {used:.0%} of the audio{of_name}: a part of max_seconds={data.max_seconds:g} of each"
-            " recording. To use all, give a table with a line for each such part of them (path, offset, duration)."
+            " recording. To use all, list them as parts (`dinosr manifest --cut_seconds`)."
         )
 
 
@@ -374,8 +374,8 @@ def _open_finished(output_dir: Path, last: Checkpoint | None) -> DinoSRForPreTra
         logger.warning(f"{error} It is written again from {last.path.name}.")
         return None
     logger.info(
-        "This run is finished. To train on, raise max_steps, or eval_patience if that ended it; to start another, give"
-        " another output_dir."
+        "This run is finished. To continue it, raise max_steps, or eval_patience if that ended it; to start another,"
+        " give another output_dir."
     )
     return model
 

@@ -41,7 +41,7 @@ class TrainState:
     monitor: CollapseMonitor
     progress: RunProgress
     writer: CheckpointWriter
-    is_frozen: bool  # whether the teacher is
+    is_front_end_frozen: bool
     anchor_digest: str | None = None  # None: no anchor
     origin: str | None = None  # path of the checkpoint that `resume` named when the run began, if any
     timed_until: float = field(default_factory=time.perf_counter)  # clock up to which `progress` has counted the time
@@ -182,12 +182,13 @@ def make_train_state(
     if checkpoint is not None:
         load_model_weights(checkpoint, model)
         progress = RunProgress(**checkpoint.manifest["progress"])
-    is_frozen = model.apply_freeze(progress.step)
+    is_front_end_frozen = model.apply_freeze(progress.step)
     wrapped_model, wrapped_optimizer = accelerator.prepare(model, optimizer)
     sums = MetricSums(model.config, accelerator.device, has_anchor=anchor is not None)
     monitor = CollapseMonitor(model.config, options)
     writer = CheckpointWriter(options.output_dir, accelerator, options.keep_checkpoints)
-    state = TrainState(model, wrapped_model, wrapped_optimizer, feed, sums, monitor, progress, writer, is_frozen)
+    wrapped = (wrapped_model, wrapped_optimizer)
+    state = TrainState(model, *wrapped, feed, sums, monitor, progress, writer, is_front_end_frozen)
     state.anchor_digest = None if anchor is None else anchor_digest(anchor)
     if checkpoint is not None:
         state.restore(checkpoint, options, accelerator)

@@ -27,9 +27,9 @@ def separate_restarts() -> None:
 
 def check_connected(num_processes: int, advice: str = "Without GPUs, set ACCELERATE_USE_CPU=true.") -> None:
     """
-    Check that this process, which sees so many, is not one of several that know nothing of each other.
+    Raise `ArgumentError`, with the advice, if several processes were started but are not connected.
 
-    Each would do all of the work, and all would write the same files. Raises `ArgumentError` with the advice.
+    Each would do all of the work, and all would write the same files. `num_processes` are those that this one sees.
     """
     num_started = int(os.environ.get("WORLD_SIZE", "1"))
     if num_started > 1 and num_processes == 1:

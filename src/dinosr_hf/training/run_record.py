@@ -56,8 +56,8 @@ class RunRecord:
         task: One of `TASKS`.
         arguments: All arguments, in plain types.
         base_model: Folder or Hub name of the model that the run began with; None: random weights.
-        data: A mapping for each data: `name` as given; `split` or None; `hours` of audio and number of `utterances`,
-            None for a stream; in fine-tuning how many of these were `unreadable`.
+        data: A mapping for each dataset: `name` as given; `split` or None; `hours` of audio and number of
+            `utterances`, None for a stream; in fine-tuning how many of these were `unreadable`.
         steps: Number of optimizer updates.
         evaluation: A mapping for each result at the end: `dataset`, `split` or None, `num_utterances`, and any of
             `METRICS`.
@@ -117,8 +117,8 @@ def public_values(values: Any) -> Any:
     """
     Return values in the plain types of JSON, without secrets.
 
-    These are the entries named like a key, a token or a password, and, in addresses, user and password, and the values
-    of such entries of the query.
+    Secrets are entries named like a key, a token or a password; in addresses, user and password, and the values of
+    query parameters with such names.
     """
     if isinstance(values, Mapping):
         return {str(key): public_values(value) for key, value in values.items() if not _is_secret(str(key), value)}
@@ -141,7 +141,7 @@ def write_record(folder: str | os.PathLike, record: RunRecord) -> Path:
     return write_atomically(Path(folder, RECORD_NAME), json.dumps(content, indent=2) + "\n")
 
 
-def left_record(folder: str | os.PathLike) -> RunRecord | None:
+def read_record_if_any(folder: str | os.PathLike) -> RunRecord | None:
     """Return the record that a run has left, finished or not; None if it is not there or, with a warning, damaged."""
     file = Path(folder, RECORD_NAME)
     try:

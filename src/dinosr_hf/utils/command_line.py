@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from transformers import HfArgumentParser
@@ -240,36 +240,39 @@ def _refuse_rest(words: Sequence[str], known: Sequence[str]) -> None:
         refuse_unknown([word.lstrip("-").partition("=")[0]], known)
 
 
-def _file_and_flags(
-    argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None
-) -> tuple[list[str], dict[str, Any], list[str]]:
-    """Return the known keys, the content of the file, and the flags."""
+class CommandLine(NamedTuple):
+    """The words of a command line of arguments."""
+
+    known: list[str]  # names of the arguments
+    from_file: dict[str, Any]  # the content of the YAML file
+    has_own_file: bool  # whether the file is named, and not the default
+    flags: list[str]
+
+    @property
+    def flag_names(self) -> set[str]:
+        """Names of the arguments that flags set: of --no_streaming it is streaming."""
+        names = {flag[2:].partition("=")[0] for flag in self.flags if flag.startswith("--")}
+        return {name if name in self.known else name.removeprefix("no_") for name in names}
+
+    @property
+    def typed_names(self) -> set[str]:
+        """Names of the arguments that flags or the named file set."""
+        return {*(self.from_file if self.has_own_file else ()), *self.flag_names}
+
+
+def read_command_line(
+    argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None = None
+) -> CommandLine:
+    """Read the words and the file of a command line for `parse_groups`, which has the arguments and errors."""
     known = [spec.name for group in groups for spec in dataclasses.fields(group) if spec.init]
     path, flags = default_config, plain_words(argv)
-    if flags and not flags[0].startswith("-"):
+    has_own_file = bool(flags) and not flags[0].startswith("-")
+    if has_own_file:
         name = flags.pop(0)
         if (path := find_recipe(name)) is None:
             names = ", ".join(recipes())
             raise ArgumentError(f"{name} is neither a YAML file nor a recipe. The recipes are {names}.")
-    return known, {} if path is None else read_yaml(Path(path), known), flags
-
-
-def _flag_names(flags: Sequence[str], known: Sequence[str]) -> set[str]:
-    """Return the names of the arguments that flags set: of --no_streaming it is streaming."""
-    names = {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
-    return {name if name in known else name.removeprefix("no_") for name in names}
-
-
-def flag_names(argv: Sequence[str], groups: Sequence[Any]) -> set[str]:
-    """Return the names of the arguments that are flags of a command line which `parse_groups` accepts."""
-    known, _, flags = _file_and_flags(argv, groups, None)
-    return _flag_names(flags, known)
-
-
-def explicit_names(argv: Sequence[str], groups: Sequence[Any], default_config: str | Path | None = None) -> set[str]:
-    """Return the names of the arguments that a command line which `parse_groups` accepts sets, by file or flag."""
-    known, from_file, flags = _file_and_flags(argv, groups, default_config)
-    return {*from_file, *_flag_names(flags, known)}
+    return CommandLine(known, {} if path is None else read_yaml(Path(path), known), has_own_file, flags)
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -336,19 +339,19 @@ def parse_groups(
         ArgumentError: For an unknown key (the message names the nearest), a value of the wrong type, and what the
             dataclasses refuse.
     """
-    known, from_file, flags = _file_and_flags(argv, groups, default_config)
-    words = [word for key, value in from_file.items() for word in _as_flags(key, value)]
+    line = read_command_line(argv, groups, default_config)
+    words = [word for key, value in line.from_file.items() for word in _as_flags(key, value)]
     with argument_errors():  # a dataclass may refuse values itself, as TrainingArguments does
         *parsed, rest = Parser(description, groups).parse_args_into_dataclasses(
-            args=[*words, *flags], look_for_args_file=False, return_remaining_strings=True
+            args=[*words, *line.flags], look_for_args_file=False, return_remaining_strings=True
         )
     for group in parsed:
         for spec in dataclasses.fields(group):
             _check_value(spec.name, getattr(group, spec.name))
-    _refuse_rest(rest, known)
-    for key in from_file.keys() - _flag_names(flags, known):
-        if from_file[key] in (None, []):  # which words cannot express
-            _set_empty(next(group for group in parsed if hasattr(group, key)), key, from_file[key])
+    _refuse_rest(rest, line.known)
+    for key in line.from_file.keys() - line.flag_names:
+        if line.from_file[key] in (None, []):  # which words cannot express
+            _set_empty(next(group for group in parsed if hasattr(group, key)), key, line.from_file[key])
     return parsed
 
 

@@ -1,5 +1,5 @@
 """
-Check the cost of what `torch.save` wrote, by anyone, before torch reads it.
+Limit the time and memory that `torch.load` takes for a file of unknown origin, before it is read.
 
 `torch.load(weights_only=True)` runs no code of a file, but these it cannot refuse once it has begun: tensors of
 100,000 dimensions or larger than their storage, memory for bytes that the file does not have, dictionary keys that
