@@ -134,10 +134,6 @@ class Browser:
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
-    def screenshot(self) -> bytes:
-        """Return the screen as PNG in base64."""
-        return self.call("Page.captureScreenshot", format="png")["data"].encode()
-
     def close(self) -> None:
         os.close(self._to)
         self._process.terminate()

@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
+from itertools import groupby
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -16,6 +17,27 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(trylast=True)  # after some are deselected
+def pytest_collection_modifyitems(config, items):
+    """Let every worker of xdist begin with files of slow tests: one that begins last keeps all others waiting."""
+    num_workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if num_workers == 1:
+        return
+    is_slow = {item.path for item in items if item.get_closest_marker("slow")}
+    slow = [list(tests) for path, tests in groupby(items, key=lambda item: item.path) if path in is_slow]
+    others = [item for item in items if item.path not in is_slow]
+    num_left = len(items)
+    items.clear()
+    for number in range(num_workers):
+        first = [item for tests in slow[number::num_workers] for item in tests]
+        size = num_left // (num_workers - number)  # of what this worker gets at the start
+        num_others = max(0, size - len(first))
+        items += first + others[:num_others]
+        del others[:num_others]
+        num_left -= size
+    items += others
 
 
 def pytest_collection_finish():
@@ -40,17 +62,14 @@ def fresh_process():
 
 @pytest.fixture(scope="session")
 def recordings(tmp_path_factory):
-    """A folder of coloured noise in several formats, rates and channels."""
+    """A folder of coloured noise in several formats; those of tests/data have several rates and channels too."""
     import soundfile  # an optional package
 
     folder = tmp_path_factory.mktemp("recordings")
     generator = np.random.default_rng(0)
-    for number, (suffix, rate, channels) in enumerate(
-        [("wav", 16000, 1), ("flac", 22050, 2), ("ogg", 16000, 1), ("mp3", 44100, 2), ("wav", 8000, 1)] * 3
-    ):
-        seconds = 0.8 + 0.15 * number
-        audio = generator.standard_normal((int(rate * seconds), channels)).cumsum(axis=0) * 0.002
-        soundfile.write(folder / f"{number:02d}.{suffix}", np.clip(audio, -0.9, 0.9), rate)
+    for number, suffix in enumerate(["wav", "flac", "ogg", "mp3", "wav"] * 3):
+        audio = generator.standard_normal(12_800 + 2_400 * number).cumsum() * 0.002
+        soundfile.write(folder / f"{number:02d}.{suffix}", np.clip(audio, -0.9, 0.9), 16_000)
     return folder
 
 

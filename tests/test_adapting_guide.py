@@ -82,4 +82,4 @@ def test_each_command_of_the_guide_runs(place):
     base, adapted = (DinoSRForPreTraining.from_pretrained(f"runs/{name}") for name in ("base", "adapted"))
     assert adapted.config.head_input == base.config.head_input == "own_layer"
     assert DinoSRForPreTraining.from_pretrained("runs/adapted-anew").config.codebook_size == 128
-    assert list((place / "units").glob("*.jsonl"))
+    assert list((place / "units-adapted").glob("*.jsonl"))

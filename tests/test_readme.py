@@ -34,7 +34,7 @@ DOCUMENTS = sorted(
     )
     for file in ROOT.glob(pattern)
 )
-CODES = r"\b(?:S(?:10|[1-9])|T(?:1[01]|[1-9])|M[1-4]|D[1-8])\b"
+CODES = r"\b(?:S(?:10|[1-9])|T(?:1[01]|[1-9])|M[1-4]|D(?:1[01]|[1-9]))\b"
 
 
 def blocks(name, language):
@@ -67,8 +67,7 @@ def folder(tmp_path_factory):
     save_folder(DinoSRForPreTraining(config), path / "runs" / "tiny")
     config = DinoSRConfig(**{**config.to_diff_dict(), "use_weighted_layer_sum": True, "num_labels": 5})
     save_folder(DinoSRForSequenceClassification(config), path / "runs" / "classifier")
-    few = {"num_hidden_layers": 1, "num_codebooks": 1, "num_conv_pos_embeddings": 1}  # a document exports it
-    save_recogniser(path / "runs" / "recogniser", **few, conv_dim=[11], conv_kernel=[40], conv_stride=[20])
+    save_recogniser(path / "runs" / "recogniser")
     write_arpa(path / "runs" / "words.arpa", ["the sheep sails", "the ship"])
     noise = np.random.default_rng(0).standard_normal(22_050).cumsum() * 1e-3
     soundfile.write(path / "speech.wav", np.clip(noise, -0.9, 0.9), 22_050)
@@ -76,7 +75,12 @@ def folder(tmp_path_factory):
     return path
 
 
-WITH_PYTHON = [name for name in DOCUMENTS if blocks(name, "python") and not name.startswith("model_cards/")]
+ELSEWHERE = ["docs/deploying.md"]  # by tests/hub/test_export.py, with a network that is exported already
+WITH_PYTHON = [
+    name
+    for name in DOCUMENTS
+    if blocks(name, "python") and name not in ELSEWHERE and not name.startswith("model_cards/")
+]
 
 
 @pytest.mark.parametrize("name", WITH_PYTHON)

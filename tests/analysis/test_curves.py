@@ -229,8 +229,8 @@ def plot_run(monkeypatch, *arguments):
 
 
 def test_the_script_draws_runs(tmp_path, monkeypatch, capsys):
-    one = write_run(tmp_path / "one", [line_of(1), line_of(10)])
-    two = write_run(tmp_path / "two", [line_of(1)])
+    one = write_run(tmp_path / "one", [{"step": 1, "loss": 5.0}, {"step": 10, "loss": 4.0}])
+    two = write_run(tmp_path / "two", [{"step": 1, "audio_hours": 0.1, "loss": 5.0}])
     plot_run(monkeypatch, one)
     assert (one / "curves.png").read_bytes().startswith(b"\x89PNG")
     plot_run(monkeypatch, one, two, "--x", "hours", "--title", "Both", "--output", tmp_path / "new" / "both.pdf")

@@ -115,31 +115,41 @@ def as_webdataset_stream(folder, to):
     return to / "a.tar", {"streaming": True, "audio_column": "flac"}, lambda name: Path(name).stem
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Return the output folder of a run on the files of a folder, whose ids are made of their names."""
+    made = {}
+
+    def make(folder, id_of):
+        key = (folder, id_of("a.b"))
+        if key not in made:
+            place = tmp_path_factory.mktemp("plain")
+            run(arguments(place / "run", folder if id_of is str else as_jsonl(folder, place, id_of)[0]))
+            made[key] = place / "run" / "out"
+        return made[key]
+
+    return make
+
+
 # The last two require files of one kind.
 WAYS = [as_tar, as_csv, as_jsonl, as_parquet, as_saved_dataset, as_parquet_stream, as_tsv, as_webdataset_stream]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_storage_of_recordings_does_not_change_the_run(tmp_path, recordings, flacs, way):
+def test_storage_of_recordings_does_not_change_the_run(tmp_path, recordings, flacs, plain, way):
     folder = flacs if way in WAYS[-2:] else recordings
     (tmp_path / "data").mkdir()
     data, changes, id_of = way(folder, tmp_path / "data")
     run(arguments(tmp_path / "run", data, **changes))
 
     assert_sound(tmp_path / "run" / "out", max_steps=4)
-    if id_of is str:
-        run(arguments(tmp_path / "plain", folder))
-    else:
-        run(arguments(tmp_path / "plain", as_jsonl(folder, tmp_path, id_of)[0]))
-    assert_same_run(tmp_path / "run" / "out", tmp_path / "plain" / "out")
+    assert_same_run(tmp_path / "run" / "out", plain(folder, id_of))
 
 
-def test_other_ids_are_another_run(tmp_path, recordings):
+def test_other_ids_are_another_run(recordings, plain):
     # the negative control of the test above
-    run(arguments(tmp_path / "plain", recordings))
-    run(arguments(tmp_path / "other", as_jsonl(recordings, tmp_path, lambda name: f"x{name}")[0]))
     with pytest.raises(AssertionError):
-        assert_same_run(tmp_path / "other" / "out", tmp_path / "plain" / "out")
+        assert_same_run(plain(recordings, lambda name: f"x{name}"), plain(recordings, str))
 
 
 # Streams of several shards and windows, and a mixture: each converts a folder to data and further arguments.

@@ -8,7 +8,7 @@ import yaml
 from dinosr_hf import DinoSRConfig
 from dinosr_hf.data import SAMPLING_RATE, min_maskable_samples
 from dinosr_hf.hub.conversion.spidr import SPIDR_VALUES
-from dinosr_hf.pretraining import ArgumentError, RunArguments, parse_arguments
+from dinosr_hf.pretraining import parse_arguments
 from dinosr_hf.pretraining.plan import RunPlan
 from dinosr_hf.pretraining.scaling import scale_to_batch
 from dinosr_hf.training.schedules import make_schedule
@@ -50,23 +50,6 @@ def test_numbers_are_numbers_to_yaml(name):
     text = {key for key, value in content.items() if isinstance(value, str)}
     names = {"data", "batching", "output_dir", "mixed_precision", "schedule", "feature_encoder", "anchor"}
     assert text <= {*names, "base_model", "head_input", "ema_schedule", "teacher_init", "attention_init"}
-
-
-def test_an_unknown_key_is_refused(tmp_path):
-    path = tmp_path / "wrong.yaml"
-    path.write_text((CONFIGS / "base_1gpu.yaml").read_text() + "micro_second: 3\n")
-    with pytest.raises(ArgumentError, match=r"micro_second is not a known argument\. The nearest is micro_seconds"):
-        parse_arguments([str(path)], "unused")
-
-
-def test_base_has_the_values_of_the_paper():
-    arguments = read("base_ls960")
-    assert arguments.model_config().to_diff_dict() == BASE.to_diff_dict()
-    run, paper = arguments.run, RunArguments()
-    names = ("max_steps", "learning_rate", "warmup_share", "hold_share", "final_lr_scale", "adam_beta1", "adam_beta2")
-    names += ("adam_epsilon", "weight_decay", "max_grad_norm", "schedule", "scale_to_batch")
-    assert {name: getattr(run, name) for name in names} == {name: getattr(paper, name) for name in names}
-    assert RunPlan(arguments, None).notes == []
 
 
 def test_spidr_has_the_values_of_its_package():

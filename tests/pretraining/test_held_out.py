@@ -79,14 +79,13 @@ def test_the_loss_is_the_mean_over_single_utterances():
     assert "pnmi" not in figures and "padded_share" not in figures
 
 
-def test_evaluation_changes_nothing_but_the_time_taken():
+def test_evaluation_changes_nothing():
     model = model_in_training()
     model.dinosr.encoder.eval()  # differs from the rest
     speech = held_out(model, labels=labels_of())
     before, modes = state_of(model), [module.training for module in model.modules()]
     random_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     first = speech.evaluate(model)
-    assert speech.seconds_taken > 0
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_state[0])
     assert np.array_equal(np.random.get_state()[1], random_state[1])

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,9 +39,12 @@ from dinosr_hf.pretraining import (
     read_checkpoint,
     run,
     runner,
+    train_state,
 )
-from dinosr_hf.pretraining.pretraining_arguments import GROUPS, ModelArguments
-from dinosr_hf.training.schedules import tri_stage
+from dinosr_hf.pretraining.held_out import HeldOut
+from dinosr_hf.pretraining.monitor import CollapseMonitor
+from dinosr_hf.pretraining.plan import RunPlan
+from dinosr_hf.pretraining.pretraining_arguments import GROUPS, ModelArguments, RunArguments
 from pretraining_runs import CONFIGS, ROOT, launch, metrics_of, tiny_arguments, write_config
 
 
@@ -75,7 +79,12 @@ def test_the_base_configuration_has_the_values_of_the_paper():
     assert (data.min_seconds * 16000, data.max_seconds * 16000, data.batching) == (32000, 320000, "crop")
     assert (options.learning_rate, options.max_steps, options.weight_decay) == (5e-4, 400_000, 0.01)
     assert (options.adam_beta1, options.adam_beta2, options.adam_epsilon) == (0.9, 0.98, 1e-6)
-    assert (options.warmup_share, options.hold_share) == (0.03, 0.47)
+    assert (options.warmup_share, options.hold_share, options.final_lr_scale) == (0.03, 0.47, 0.1)
+    assert (options.schedule, options.max_grad_norm, options.scale_to_batch) == ("tri_stage", 0.0, False)
+    assert RunPlan(arguments, None).notes == []
+    paper = ("learning_rate", "max_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "schedule")
+    paper += ("warmup_share", "hold_share", "final_lr_scale", "max_grad_norm", "scale_to_batch")
+    assert [getattr(options, name) for name in paper] == [getattr(RunArguments(), name) for name in paper]
     assert arguments.model_config().to_json_string(use_diff=False) == DinoSRConfig().to_json_string(use_diff=False)
 
 
@@ -174,15 +183,6 @@ def test_model_arguments_have_types_and_defaults_of_the_configuration():
 def test_a_missing_file_is_refused():
     with pytest.raises(ArgumentError, match=r"nowhere\.yaml is neither a YAML file nor a recipe"):
         parse_arguments(["nowhere.yaml"], "unused")
-
-
-def test_tri_stage_rises_holds_and_decays():
-    rates = [tri_stage(s, max_steps=100, warmup_share=0.1, hold_share=0.4, final_lr_scale=0.01) for s in range(102)]
-    assert rates[0] == pytest.approx(0.01)
-    assert rates[5] == pytest.approx(0.505)
-    assert set(rates[10:51]) == {1.0}
-    assert rates[75] == pytest.approx(0.1)
-    assert rates[100] == rates[101] == pytest.approx(0.01)
 
 
 def test_a_run_writes_a_model_that_transformers_opens(tmp_path, recordings):
@@ -431,10 +431,12 @@ def test_a_step_without_readable_recordings_is_no_update(tmp_path, recordings, m
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_collapse_is_reported_and_can_stop_the_run(tmp_path, recordings, caplog):
+def test_collapse_is_reported_and_can_stop_the_run(tmp_path, recordings, caplog, monkeypatch):
+    monkeypatch.setattr(train_state, "CollapseMonitor", partial(CollapseMonitor, grace_steps=4))
+
     # All codewords but one are far away, so that each frame falls on that one.
     def collapsed(name, **changes):
-        arguments = tiny_arguments(tmp_path, recordings, max_steps=70, collapse_patience=2, **changes)
+        arguments = tiny_arguments(tmp_path, recordings, max_steps=12, collapse_patience=2, **changes)
         arguments.run.output_dir = str(tmp_path / name)
         model = DinoSRForPreTraining(arguments.model_config())
         with torch.no_grad():
@@ -446,14 +448,14 @@ def test_collapse_is_reported_and_can_stop_the_run(tmp_path, recordings, caplog)
     collapsed("warned", **only)
     assert "target perplexity" in caplog.text and "codebook 2 (layer 2)" in caplog.text
     warned = [line for line in metrics_of(tmp_path / "warned") if line.get("warnings")]
-    assert len(warned) == 1 and warned[0]["step"] == 52
-    resumed = {**only, "collapse_patience": 2, "max_steps": 71, "output_dir": str(tmp_path / "warned")}
+    assert len(warned) == 1 and warned[0]["step"] == 6
+    resumed = {**only, "collapse_patience": 2, "max_steps": 13, "output_dir": str(tmp_path / "warned")}
     run(tiny_arguments(tmp_path, recordings, **resumed))
     again = [text.split(",")[0] for text in caplog.messages if ", still: the run looks collapsed. The target" in text]
-    assert again == ["Step 70", "Step 70", "Step 71"]  # at the end, when resumed, and at the end
+    assert again == ["Step 12", "Step 12", "Step 13"]  # at the end, when resumed, and at the end
     with pytest.raises(TrainingStopped, match=r"The model has collapsed.*codebook 2 \(layer 2\)"):
         collapsed("stopped", **only, stop_on_collapse=True)
-    assert metrics_of(tmp_path / "stopped")[-1]["step"] == 52
+    assert metrics_of(tmp_path / "stopped")[-1]["step"] == 6
 
 
 def test_held_out_speech_is_evaluated_while_training(tmp_path, recordings):
@@ -461,6 +463,21 @@ def test_held_out_speech_is_evaluated_while_training(tmp_path, recordings):
     evaluations = [line for line in metrics if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [2, 4, 5]
     assert all(0 < line["eval_loss"] < 3 and 1 <= line["eval_target_perplexity"] <= 8 for line in evaluations)
+
+
+def test_speed_is_that_of_training_alone(tmp_path, recordings, monkeypatch):
+    evaluate, clock, taken = HeldOut.evaluate, loop.time.perf_counter, [0.0]
+
+    def slowly(self, *arguments):
+        taken[0] += 1_000
+        return evaluate(self, *arguments)
+
+    monkeypatch.setattr(HeldOut, "evaluate", slowly)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock() + taken[0])
+    held_out = {"eval_data": str(recordings), "eval_steps": 1, "log_steps": 1}
+    _, metrics = trained(tmp_path, recordings, "run", max_steps=3, **held_out)
+    last = [line for line in metrics if "audio_seconds_per_second" in line][-1]
+    assert last["seconds"] / last["audio_seconds_per_second"] < 1_000 < 2_000 < last["elapsed_seconds"]
 
 
 def test_held_out_speech_of_the_same_dataset_has_its_configuration(tmp_path, recordings, monkeypatch):
@@ -640,6 +657,12 @@ def eight(recordings):
     return {**EIGHT, "data": str(recordings), "anchor": str(recordings / "phones.jsonl")}
 
 
+def assert_same_data(one, other):
+    """Check that the steps have the same audio, masks and labels, however they are cut."""
+    for name in ("seconds", "masked_frames", "anchor_frames"):
+        assert [line[name] for line in one[1]] == [line[name] for line in other[1]], name
+
+
 def assert_same_steps(one, other, tolerance=1e-5):
     """Compare the metrics of each step, gradient norms among them, and the final weights."""
     names = ("loss", "codebook_losses", "target_perplexities", "prediction_perplexities", "grad_norm", "seconds")
@@ -650,25 +673,33 @@ def assert_same_steps(one, other, tolerance=1e-5):
     assert largest_difference(one[0], other[0]) < tolerance
 
 
+@pytest.fixture(scope="module")
+def batch_of_eight(tmp_path_factory, eight_recordings):
+    """Weights and metrics of a run whose steps are one micro-batch of eight utterances."""
+    folder = tmp_path_factory.mktemp("eight")
+    return trained(folder, eight_recordings, "whole", **eight(eight_recordings), micro_seconds=10.0)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:All 8 utterances together")
-def test_batch_8_and_8_times_1_and_2_processes_of_4_give_the_same_run(tmp_path, eight_recordings):
+def test_batch_8_and_8_times_1_and_2_processes_of_4_give_the_same_run(
+    tmp_path, eight_recordings, batch_of_eight, caplog
+):
+    caplog.set_level("INFO", "dinosr_hf")
+    options = {**eight(eight_recordings), "micro_seconds": 1.25, "max_seconds": 1.25}
+    ones = trained(tmp_path, eight_recordings, "ones", **options)
+    assert "(8 micro-batches" in caplog.text
     write_config(tmp_path, **eight(eight_recordings))
-    whole = launch(tmp_path, "whole", 1, "--micro_seconds", "10")
-    assert "AutoModel.from_pretrained" in whole[2].stdout and "(1 micro-batches" in whole[2].stderr
-    ones = launch(tmp_path, "ones", 1, "--micro_seconds", "1.25", "--max_seconds", "1.25")
-    assert "(8 micro-batches" in ones[2].stderr
     two = launch(tmp_path, "two", 2, "--micro_seconds", "5")
     assert "(2 micro-batches" in two[2].stderr and two[2].stdout.count("AutoModel.from_pretrained") == 1
-    assert_same_steps(whole, ones)
-    assert_same_steps(whole, two)
+    assert_same_steps(batch_of_eight, ones)
+    assert_same_steps(batch_of_eight, two)
 
 
 @pytest.mark.filterwarnings("ignore:All 8 utterances together")
-def test_means_of_means_give_another_run(tmp_path, eight_recordings, monkeypatch):
+def test_means_of_means_give_another_run(tmp_path, eight_recordings, batch_of_eight, monkeypatch):
     # negative control of the test above: all micro-batches weigh the same, however many of their frames are masked
-    options = eight(eight_recordings)
-    whole = trained(tmp_path, eight_recordings, "whole", **options, micro_seconds=10.0)
+    options, whole = eight(eight_recordings), batch_of_eight
     parts = trained(tmp_path, eight_recordings, "parts", **options, micro_seconds=2.0)
     assert_same_steps(whole, parts)
     assert all(0 < min(line["anchor_frames"]) < line["masked_frames"] for line in whole[1])
@@ -681,15 +712,17 @@ def test_means_of_means_give_another_run(tmp_path, eight_recordings, monkeypatch
 
     monkeypatch.setattr(loop, "_accumulate_gradients", equal_weights)
     naive = trained(tmp_path, eight_recordings, "naive", **options, micro_seconds=2.0)
+    assert_same_data(whole, naive)
     with pytest.raises(AssertionError):
         assert_same_steps(whole, naive, tolerance=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:All 8 utterances together")
 @pytest.mark.parametrize("part", ["anchor_masked", "anchor_unmasked"])
-def test_anchor_frames_that_are_counted_by_micro_batch_give_another_run(tmp_path, eight_recordings, monkeypatch, part):
-    options = eight(eight_recordings)
-    whole = trained(tmp_path, eight_recordings, "whole", **options, micro_seconds=10.0)
+def test_anchor_frames_that_are_counted_by_micro_batch_give_another_run(
+    tmp_path, eight_recordings, batch_of_eight, monkeypatch, part
+):
+    options, whole = eight(eight_recordings), batch_of_eight
     plain = loop._accumulate_gradients
 
     def equal_weights(model, micro_batches, total, *arguments):
@@ -699,6 +732,7 @@ def test_anchor_frames_that_are_counted_by_micro_batch_give_another_run(tmp_path
 
     monkeypatch.setattr(loop, "_accumulate_gradients", equal_weights)
     naive = trained(tmp_path, eight_recordings, "naive", **options, micro_seconds=2.0)
+    assert_same_data(whole, naive)
     with pytest.raises(AssertionError):
         assert_same_steps(whole, naive, tolerance=1e-4)
 

@@ -31,7 +31,6 @@ from dinosr_hf.pretraining.checkpoint import CheckpointWriter
 from kills import run_through_kills
 from pretraining_runs import (
     ANCHORED,
-    CONFIGS,
     ROOT,
     assert_same_run,
     launch,
@@ -576,10 +575,6 @@ def test_the_command_answers_signals_with_a_checkpoint_and_its_exit_code(tmp_pat
         read_checkpoint(find_checkpoints(out)[0]).step
         == json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     )
-
-
-def test_default_configurations_can_be_parsed():
-    assert parse_arguments([], CONFIGS / "tiny_cpu.yaml").run.resume == "auto"
 
 
 def test_folders_without_checkpoints(tmp_path):

@@ -42,11 +42,14 @@ DAMAGES = {
     "nested": lambda content: b"[" * 100_000,
     "a bit": lambda content: bytes([content[0] ^ 2]) + content[1:],
 }
-GROUPS = [("run.json", "finished.json", "arguments.yaml"), ("anchor.safetensors",), ("model.safetensors",)]
+TENSORS = ("empty", "cut", "a bit")  # the other damages leave nothing that is a file of tensors
+GROUPS = [
+    *((("run.json", "finished.json", "arguments.yaml"), damage) for damage in DAMAGES),
+    *(((name,), damage) for name in ("anchor.safetensors", "model.safetensors") for damage in TENSORS),
+]
 
 
-@pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(("names", "damage"), GROUPS, ids=[f"{names[0]}-{damage}" for names, damage in GROUPS])
 def test_damaged_files_count_as_missing(tmp_path, recordings, finished, caplog, names, damage):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
