@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 _PRELOADED = (
-    *(f"dinosr_hf.{room}" for room in ("pretraining", "finetuning", "recognition", "units", "analysis", "hub.export")),
+    *(f"dinosr_hf.{name}" for name in ("pretraining", "finetuning", "recognition", "units", "analysis", "hub.export")),
     *("datasets", "matplotlib.pyplot", "scipy.stats", "sklearn.cluster", "soundfile", "soxr"),
 )
 

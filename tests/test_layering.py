@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "dinosr_hf"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# From the bottom up. An import points to a lower layer or stays within its room.
+# From the bottom up. An import points to a lower layer or stays within its subpackage.
 LAYERS = (
     ("model",),
     ("utils",),
@@ -36,7 +36,7 @@ LAYERS = (
     ("commands",),
     ("cli",),
 )
-LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+LAYER = {subpackage: number for number, subpackages in enumerate(LAYERS) for subpackage in subpackages}
 # The files that are copied into a model's folder.
 REMOTE_CODE = {file.stem for file in (PACKAGE / "model").glob("*_dinosr.py")}
 # What `data` may import of the model: the configuration for frame lengths, and the sampler of masks.
@@ -83,8 +83,8 @@ EXTRAS = [
 MAX_SOURCE_LINES = 650
 
 
-def room_of(file: Path) -> str:
-    """Return the room of a file of src/dinosr_hf, as named in `LAYERS`."""
+def subpackage_of(file: Path) -> str:
+    """Return the subpackage of a file of src/dinosr_hf, as named in `LAYERS`."""
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -112,18 +112,22 @@ def module_level(tree: ast.AST) -> Iterator[ast.AST]:
         yield from module_level(node)
 
 
-def layer_violations(room: str, target: str) -> Iterator[str]:
+def layer_violations(subpackage: str, target: str) -> Iterator[str]:
     parts = target.split(".")
     if parts[0] != "dinosr_hf":
         return
-    target_room = parts[1] if len(parts) > 1 else "__init__"
-    if target_room == room:
+    target_name = parts[1] if len(parts) > 1 else "__init__"
+    if target_name == subpackage:
         return
-    if target_room not in LAYER or room not in LAYER:
-        yield f"{room} imports {target}: give both a place in LAYERS"
-    elif LAYER[target_room] >= LAYER[room]:
-        yield f"{room} imports {target}, which is not below it"
-    elif room == "data" and target_room == "model" and parts[2:3] not in [[name] for name in sorted(DATA_MAY_IMPORT)]:
+    if target_name not in LAYER or subpackage not in LAYER:
+        yield f"{subpackage} imports {target}: give both a place in LAYERS"
+    elif LAYER[target_name] >= LAYER[subpackage]:
+        yield f"{subpackage} imports {target}, which is not below it"
+    elif (
+        subpackage == "data"
+        and target_name == "model"
+        and parts[2:3] not in [[name] for name in sorted(DATA_MAY_IMPORT)]
+    ):
         yield f"data imports {target}: frame lengths come from the configuration"
 
 
@@ -153,13 +157,13 @@ def remote_code_violations(source: str, tree: ast.AST) -> Iterator[str]:
 
 def find_violations(file: Path, source: str) -> list[str]:
     """Return the violations of a file of src/dinosr_hf."""
-    tree, room, found = ast.parse(source), room_of(file), []
+    tree, subpackage, found = ast.parse(source), subpackage_of(file), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             for target in dict.fromkeys(imported_modules(file, node)):
-                found += layer_violations(room, target)
+                found += layer_violations(subpackage, target)
     may_import = ALWAYS_INSTALLED | sys.stdlib_module_names | {"dinosr_hf", "dinosr_cli"}
-    if room in ("pretraining", "commands"):
+    if subpackage in ("pretraining", "commands"):
         may_import |= {"accelerate"}
     for node in module_level(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -168,7 +172,7 @@ def find_violations(file: Path, source: str) -> list[str]:
                     found.append(f"{target} is an extra: import it in the function that uses it")
                 elif target.startswith("torch.utils.tensorboard"):
                     found.append(f"{target} needs an extra: import it in the function that uses it")
-    if room == "model" and file.stem != "__init__":
+    if subpackage == "model" and file.stem != "__init__":
         found += remote_code_violations(source, tree)
     if file.name != "modeling_dinosr.py" and len(source.splitlines()) > MAX_SOURCE_LINES:
         found.append(f"{len(source.splitlines())} lines are more than {MAX_SOURCE_LINES}")
@@ -194,7 +198,7 @@ def test_package_follows_the_rules():
 
 
 def test_every_file_has_a_layer():
-    assert {room_of(file) for file in SOURCES} <= set(LAYER)
+    assert {subpackage_of(file) for file in SOURCES} <= set(LAYER)
 
 
 def test_one_module_uses_torch_distributed():
@@ -290,7 +294,7 @@ def test_package_imports_without_extras():
     modules = [
         ".".join(["dinosr_hf", *file.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
         for file in SOURCES
-        if room_of(file) not in ("pretraining", "commands")  # they need accelerate
+        if subpackage_of(file) not in ("pretraining", "commands")  # they need accelerate
     ]
     code = textwrap.dedent(
         f"""

@@ -142,6 +142,14 @@ def test_options_that_it_lacks_are_refused(upstream, option, value, tmp_path):
         upstream.DinoSRConfig.from_pretrained(tmp_path)
 
 
+def test_several_labels_at_once_are_refused(upstream):
+    config = upstream.DinoSRConfig
+    for problem, num_labels in (("multi_label_classification", 3), ("regression", 2)):
+        with pytest.raises(ValueError, match=f"problem_type='{problem}'` is not supported"):
+            config(problem_type=problem, num_labels=num_labels)
+    assert config(problem_type="regression", num_labels=1).num_labels == 1
+
+
 def test_every_option_that_it_lacks_is_tested(upstream):
     tested = {option for option, _ in test_options_that_it_lacks_are_refused.pytestmark[0].args[1]}
     assert tested == set(upstream.DinoSRConfig._fixed_options)

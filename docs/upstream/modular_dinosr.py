@@ -224,7 +224,8 @@ class DinoSRConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}={value!r}` is not supported; expected {expected!r}.")
         self.num_feat_extract_layers = len(self.conv_dim)
         super().__post_init__(**kwargs)
-        if self.problem_type not in (None, "single_label_classification"):
+        is_regression = self.problem_type == "regression" and self.num_labels == 1
+        if self.problem_type not in (None, "single_label_classification") and not is_regression:
             raise ValueError(f"`problem_type={self.problem_type!r}` is not supported; every input has a single label.")
 
     def validate_architecture(self):

@@ -377,9 +377,12 @@ def test_a_configuration_of_a_downloaded_dataset(tmp_path, monkeypatch):
     touch(root / "README.md", f"---\nconfigs:\n{''.join(lines)}  default: true\n---\n")
     assert len(open_source(root)) == 2
     touch(root / "README.md", f"---\nconfigs:\n{''.join(lines)}---\n")
-    for wrong in (None, "fr"):
-        with pytest.raises(ValueError, match=rf"config_name={wrong!r}: the README\.md of .* lists .* de, en\. Choose"):
+    for wrong, problem in ((None, "none is the default"), ("fr", "none is 'fr'")):
+        with pytest.raises(ValueError, match=rf"README\.md of .* lists .* de, en, and {problem}\. Choose .*data_c"):
             open_source(root, config_name=wrong)
+    write(root / "de" / "a.wav", 900)
+    with pytest.raises(ValueError, match=r"chooses Parquet files by README\.md, but .* has audio files and \.parquet"):
+        open_source(root, config_name="de")
 
 
 def test_readme_with_splits_in_a_folder_with_characters_of_patterns(tmp_path):

@@ -40,7 +40,7 @@ def new_figure(width: float, height: float) -> Any:
 
 @cache
 def font_families() -> list[str]:
-    """Return fonts for words: matplotlib's own, without Chinese, Japanese, Korean and Thai, and others installed."""
+    """Return fonts for words: matplotlib's, without Chinese, Japanese, Korean, Thai, then those that have them."""
     matplotlib = import_extra("matplotlib", "analysis")
     installed = set(import_extra("matplotlib.font_manager", "analysis").get_font_names())
     return [*matplotlib.rcParams["font.family"], *(name for name in _OTHER_FONTS if name in installed)]

@@ -94,9 +94,10 @@ def _open_dataset(path: Path, name: str, split: str | None, config_name: str | N
         if not (known := configurations(path)):
             return _load_dataset("parquet", data_files=parquet_splits(path), split=split, what=name, **options)
         if not (any(known.values()) if config_name is None else config_name in known):
+            asked = "none is the default" if config_name is None else f"none is {config_name!r}"
             raise ValueError(
-                f"config_name={config_name!r}: the README.md of {name} lists the configurations {', '.join(known)}."
-                " Choose one of them."
+                f"The README.md of {name} lists the configurations {', '.join(known)}, and {asked}. Choose one of them"
+                " as config_name (--data_config)."
             )
         if glob.has_magic(str(path.absolute())):
             raise ValueError(
@@ -178,8 +179,15 @@ def _parse_name(name: str | Path, config_name: str | None) -> tuple[Path, str]:
     is_hub_name = not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
     files = (".tsv", ".parquet", ".tar", *TABLE_SUFFIXES, *AUDIO_SUFFIXES, *UNSUPPORTED_SUFFIXES)
     is_hub_name &= not has_suffix(name, files)
-    if config_name is not None and not is_hub_name and not (path.is_dir() and configurations(path)):
-        raise ValueError(f"config_name={config_name!r} is for a dataset with configurations, and {name} has none.")
+    if config_name is not None and not is_hub_name:
+        if not (path.is_dir() and configurations(path)):
+            raise ValueError(f"config_name={config_name!r} is for a dataset with configurations, and {name} has none.")
+        if _is_saved_dataset(path) or (kinds := _contents(path))[:1] != [_PARQUET]:
+            found = "a saved dataset" if _is_saved_dataset(path) else " and ".join(kinds) or "no files of data"
+            raise ValueError(
+                f"config_name={config_name!r} chooses Parquet files by README.md, but {name} has {found}. Leave it"
+                " out, and give the configuration's folder."
+            )
     if not path.exists() and not is_hub_name and not _is_pattern(name):
         raise ValueError(f"{name} does not exist. {_ACCEPTED}")
     if path.exists() and not path.is_dir():

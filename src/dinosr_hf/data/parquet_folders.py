@@ -66,10 +66,11 @@ def _check_configurations(folder: Path, places: Iterable[PurePosixPath]) -> None
     for place in places:
         other = first.setdefault(re.sub(r"-\d{5}-of-\d{5}", "", place.name), place)
         if other.parent != place.parent:
+            below = other.parent if other.parent.name else place.parent
             raise ValueError(
                 f"{folder} has {other.name} in {other.parent} and {place.name} in {place.parent}, which may be"
-                f" configurations with the same recordings. Give one of them, such as {folder / other.parent}; if they"
-                " are not, give each."
+                f" configurations with the same recordings. Give one of them, such as {folder / below}; if they are"
+                " not, give each."
             )
 
 

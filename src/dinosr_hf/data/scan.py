@@ -170,9 +170,10 @@ def write_manifest(
     Write a manifest of the usable files, for `open_source`, and if anything was left out, a list of that beside it.
 
     Ids are the names relative to the folder, so a run has the same masks and crops with the manifest as with the
-    folder. Paths are relative if the manifest is in the folder or above it, so that both can be moved together, else
-    absolute. The suffix says what is written: `.jsonl` or `.csv` for any files, `.tsv` (fairseq's) for files of one
-    rate. The list is `NAME.left_out.csv` (name, reason, message). Each file is written atomically.
+    folder, if nothing is cut. Paths are relative if the manifest is in the folder or above it, so that both can be
+    moved together, else absolute. The suffix says what is written: `.jsonl` or `.csv` for any files, `.tsv` (of
+    fairseq) for files of one rate. The list is `NAME.left_out.csv` (name, reason, message). Each file is written
+    atomically.
 
     With `cut_seconds`, a longer recording is as many lines as it has parts, all of one length of at most that, with
     `offset` and `duration`: a run takes one crop of each line in an epoch, and so little of a long recording. Such a

@@ -61,8 +61,8 @@ class OnlineCodebooks(nn.Module):
     A codeword is the mean of the frames assigned to it: sums divided by counts. These two are stored, and with revival
     the use of each codeword, as frozen parameters in float32 whatever the dtype of the model around them.
 
-    A training step is a call (`assign`) and `accumulate` for each micro-batch, then one `commit`. What `accumulate`
-    gathers is no part of the state: a checkpoint is taken after `commit`, with `held` beside it.
+    For each micro-batch of a training step, call the module, which assigns, and `accumulate`; then `commit` once. What
+    `accumulate` gathers is no part of the state: a checkpoint is taken after `commit`, with `held` beside it.
 
     State:
         sums: (N, V, D), decayed sum of the frames of each codeword.

@@ -131,8 +131,8 @@ class DinoSRForPreTrainingOutput(ModelOutput):  # trf-ignore: TRF057
         prediction_sums: float32 (N, V), the student's probabilities summed over masked frames.
         target_energies: float32 (N, 2), `energy_sums` of the teacher's layers before the instance norm.
         feature_energies: float32 (2,), `energy_sums` of the student's `extract_features`.
-        num_anchor_frames: int64 (2,), masked and unmasked frames with a label.
-        num_anchor_hits: int64 (2,), those of them whose label is the most probable one.
+        num_anchor_frames: int64 (2,), masked and unmasked frames with a label; None without `anchor_labels`.
+        num_anchor_hits: int64 (2,), those of them whose label is the most probable one; likewise.
     """
 
     loss: torch.Tensor | None = None
@@ -522,7 +522,7 @@ class DinoSREncoderLayer(GradientCheckpointingLayer):
         Args:
             hidden_states: (B, T, D).
             attention_mask: Mask of the attention implementation.
-            frames: The frames to compute; the output is zero in the padding. None: all.
+            frames: The frames to compute; the output is zero in their padding. None: all.
             **kwargs: For the attention implementation.
 
         Returns:
@@ -581,7 +581,8 @@ class DinoSREncoder(nn.Module):
             **kwargs: For the attention implementation.
 
         Returns:
-            The last layer's output (B, T, D), and the outputs of each of `return_layers`, zero in the padding.
+            The last layer's output (B, T, D), and the outputs of each of `return_layers`, zero in the padding unless
+            `reference_padding` is set.
         """
         # The authors zero the padding once, so it leaks into valid frames at every further convolution. SpidR's
         # reference zeroes it in the positional convolutions alone.
@@ -1582,7 +1583,7 @@ class DinoSRForCTC(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         Args:
             input_values, attention_mask: As for `DinoSRModel`.
             **kwargs: As for `DinoSRModel`.
-            labels: int64 (B, L); -100, wherever it stands, is no label.
+            labels: int64 (B, L); negative values and the blank, wherever they stand, are no labels.
 
         Returns:
             `logits` (B, T, vocab_size), the blank's in the padding, and with labels `loss` in nats. Without labels, an

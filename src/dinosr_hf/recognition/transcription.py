@@ -100,7 +100,7 @@ def pauses(log_probs: np.ndarray, decoder: CTCDecoder) -> np.ndarray:
 
 def decode_in_pieces(decoder: CTCDecoder, log_probs: np.ndarray, max_frames: int) -> Hypothesis:
     """
-    Decode emissions (T, V) in pieces of at most `max_frames`, which take memory: above all in beam search.
+    Decode emissions (T, V) in pieces of at most `max_frames`: each frame takes memory, above all in beam search.
 
     The score is the sum over the pieces. The language model restarts with each piece.
     """

@@ -1,1 +1,1 @@
-"""What every room uses: command line, optional packages, folders and files, threads."""
+"""What every subpackage uses: command line, optional packages, folders and files, threads."""
