@@ -1300,7 +1300,8 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         num_steps = self.config.codebook_update_steps
         codebook_decay = self.config.codebook_decay_at(max(0, step - num_steps))
         self.codebooks.commit(codebook_decay, is_due=step % num_steps == 0)
-        if not self.config.is_freeze_reached_at(step - 1):  # at the freeze step for the last time (T8)
+        was_reached = self.config.is_freeze_reached_at(step - 1)
+        if not was_reached:  # at the freeze step for the last time (T8)
             self.teacher.copy_front_end(self.dinosr.feature_extractor, self.dinosr.feature_projection)
         self.apply_freeze(step)
         return {"codebook_decay": codebook_decay, "ema_decay": ema_decay}
@@ -1520,8 +1521,7 @@ def ctc_loss(
     Logits (B, T, vocab_size), labels int64 (B, L), negative or the blank where there is none, wherever that is, and
     numbers of valid frames int64 (B,) to a scalar. Raises `ValueError` if a label is not below `vocab_size`.
     """
-    blank = config.pad_token_id
-    assert blank is not None  # `DinoSRForCTC` refuses it
+    blank: Any = config.pad_token_id  # `DinoSRForCTC` refuses None
     if not torch.compiler.is_compiling() and labels.numel() and labels.max() >= config.vocab_size:
         raise ValueError(
             f"labels has the value {int(labels.max())}, but vocab_size={config.vocab_size}. Give the model the"
