@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -133,6 +134,8 @@ def test_two_processes_equal_one(tmp_path, model, corpus):
     record.write_text(json.dumps({**json.loads(record.read_text()), "finished": None}))
     shutil.rmtree(tmp_path / "two" / "checkpoint-4")
     (tmp_path / "two" / "model.safetensors").unlink()
+    if transformers.__version__.startswith("5.17."):
+        pytest.skip("It cannot resume in several processes: tests/utils/test_compat.py.")
     assert "Resuming from" in run_in_two_processes("examples/finetune_ctc.py", *words)
     assert_equal_weights(weights(tmp_path / "two"), final, 0.0)
     assert "This run is finished" in run_in_two_processes("examples/finetune_ctc.py", *words)

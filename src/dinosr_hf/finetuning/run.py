@@ -19,6 +19,7 @@ from ..model.configuration_dinosr import DinoSRConfig
 from ..training.resume import lock_output_folder, set_aside_later
 from ..training.run_record import RunRecord, describe_hardware, public_values, time_now, write_record
 from ..utils.command_line import ArgumentError, argument_errors
+from ..utils.compat import check_resumable
 from ..utils.model_folder import save_folder
 from ..utils.threads import set_cpu_threads
 from .batches import LabelledDataset
@@ -134,6 +135,7 @@ def _train_and_save(
             set_aside_later(folder, checkpoint.step)
     trainer.record = record
     if checkpoint is not None:
+        check_resumable(trainer.args.device, trainer.args.world_size)
         logger.info("Resuming from %s.", checkpoint.path)
         trainer.resumed_from = checkpoint.path
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
