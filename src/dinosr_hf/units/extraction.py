@@ -4,6 +4,7 @@ Units and features of recordings of any length, by codebooks or by k-means.
 `B` batch, `S` samples at 16 kHz, `T` frames, `D` hidden size, `L` layers, `K` clusters.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ def _normalize_rows(rows: NDArray[np.float32]) -> None:
         chunk[:] = (chunk - moments.mean) * (1 / np.sqrt(moments.variance + 1e-5))
 
 
-class LayerExtractor:
+class LayerExtractor(ABC):
     """
     Extracts features of a model's transformer layers from recordings, and their clusters as units.
 
@@ -90,7 +91,7 @@ class LayerExtractor:
         model: In any precision, on any device; it is put into evaluation mode.
         config: A configuration with the layers, sizes and frames of the model.
         layers: Numbers of its transformer layers, from 1.
-        source: What the features are of: one of `SOURCES`.
+        source: Says what the features are taken from, one of `SOURCES`; for units alone, "anchor".
         is_smoothed: Whether the student's features are normalised over the recording, as the teacher's always are, and
             averaged over three frames. Their clusters tell more of phones and less of speakers.
         normalizes: Whether the model expects samples of zero mean and unit variance.
@@ -118,9 +119,9 @@ class LayerExtractor:
             windows["batch_seconds"] = 2 * self.frame_seconds
         self._runner = WindowedInference(config, normalizes=normalizes, **windows)
 
+    @abstractmethod
     def _layer_features(self, waves: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
         """Compute features float32 (B, T, L, D) of waves (S,), and their numbers of frames."""
-        raise NotImplementedError
 
     @property
     def unreadable(self) -> dict[str, str]:
