@@ -11,7 +11,7 @@ the real command's code in this process and are evaluated on held-out speech wit
 YAML file if there is one, go to all runs. The default file is examples/configs/tiny_cpu.yaml, on synthetic speech,
 with values for steps of 80 s; held-out speech is synthetic too unless `--eval_data` is given.
 
-A finished run is only read, and an interrupted one resumes.
+A finished run is only read, and an interrupted one resumes; with other options give another `--output_dir`.
 
 The codes of two runs have different numbers of codewords in use. So the frames of all runs are also clustered anew,
 into as many clusters as there are codewords, by k-means on half of the held-out utterances, and evaluated on the other
@@ -171,6 +171,15 @@ def metrics_of(arguments: PretrainingArguments) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def claim_folder(arguments: PretrainingArguments) -> None:
+    """Note a run's arguments in its folder. Exits if the folder has a run with other arguments."""
+    path = Path(arguments.run.output_dir) / "arguments.yaml"
+    if path.is_file() and path.read_text(encoding="utf-8") != arguments.to_yaml():
+        sys.exit(f"{path.parent} has a run with other options. Give another --output_dir, or remove it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(arguments.to_yaml(), encoding="utf-8")
+
+
 def is_finished(arguments: PretrainingArguments) -> bool:
     """Return whether the run was evaluated at its last step."""
     return any(line["step"] == arguments.run.max_steps and "eval_loss" in line for line in metrics_of(arguments))
@@ -242,6 +251,7 @@ def main(argv: Sequence[str]) -> None:
     for seed in options.seeds:
         for kind in options.runs:
             arguments = with_speech(scaled[kind, seed][0], Path(options.output_dir) / f"speech-{seed}")
+            claim_folder(arguments)
             if not is_finished(arguments):
                 run(arguments)
             result = result_of(arguments)

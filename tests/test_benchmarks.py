@@ -133,6 +133,22 @@ def test_scaling_runs_several_processes(capsys):
     assert float(table[1][6]) == pytest.approx(1, abs=0.02)  # two processes do the work of one
 
 
+def test_scale_to_batch_trains_once_and_refuses_other_options(tmp_path, capsys, monkeypatch):
+    study = load_script("benchmarks/scale_to_batch.py")
+    options = ["--reference_seconds", "16", "--fraction", "2", "--audio_seconds", "32", "--evaluations", "1"]
+    options += ["--synthetic_utterances", "8", "--eval_seconds", "16", "--max_seconds", "8"]
+    options += ["--hidden_size", "16", "--num_hidden_layers", "2", "--intermediate_size", "16"]
+    options += ["--codebook_size", "8", "--output_dir", str(tmp_path)]
+    study.main([*options, "--runs", "reference", "scaled"])
+    table = rows(capsys.readouterr().out)[-2:]
+    assert [row[:3] for row in table] == [["reference", "16 s", "2"], ["scaled", "8 s", "4"]]
+    monkeypatch.setattr(study, "run", lambda arguments: pytest.fail(f"trains {arguments.run.output_dir} again"))
+    study.main([*options, "--runs", "reference", "scaled"])
+    assert rows(capsys.readouterr().out)[-2:] == table
+    with pytest.raises(SystemExit, match=r"reference-0 has a run with other options. Give another --output_dir"):
+        study.main([*options, "--learning_rate", "2e-3"])
+
+
 QUICK_READING = [
     *("--utterances", "6", "--step_seconds", "10", "--micro_seconds", "10", "--epochs", "1", "--workers", "0"),
 ]

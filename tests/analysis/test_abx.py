@@ -330,12 +330,14 @@ def test_units_are_evaluated_with_the_same_error(corpus, tmp_path, capsys, monke
             monkeypatch.setattr(script, "abx_error", spread)
     abx.main([*arguments_of(corpus, tmp_path / "abx"), "--sources", "student", "teacher"])
     evaluate.main([*arguments_of(corpus, tmp_path / "units"), "--abx", "--num_samples", str(num_samples)])
-    assert "| ABX within speakers | ABX across speakers |" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "| ABX within speakers, % | ABX across speakers, % |" in table
     rows = json.loads((tmp_path / "abx" / "abx.json").read_text())
     rows = [row for row in rows if row["what"] == "units"]
     expected = {(row["source"], row["layer"]): (row["within"], row["across"]) for row in rows}
     rows = json.loads((tmp_path / "units" / "units.json").read_text())
     assert {(row["units"], row["layer"]): (row["abx_within"], row["abx_across"]) for row in rows} == expected
+    assert all(f"| {100 * within:.2f} | {100 * across:.2f} |" in table for within, across in expected.values())
     assert len(expected) == 4 and all(0 <= row["pnmi"] <= 1 for row in rows)
     names = sorted(path.name for path in (tmp_path / "units").iterdir())
     assert names == [f"units.{suffix}" for suffix in ("csv", "json", "md", "pdf", "png")]

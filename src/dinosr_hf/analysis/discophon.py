@@ -45,7 +45,7 @@ REPORT = LayerReport(
         "r_value": Metric("R-value"),
     },
 )
-ABX_METRIC = {"abx": Metric("ABX")}
+ABX_METRIC = {"abx": Metric("ABX, %", digits=2, scale=100)}
 
 
 class LanguageSplit(NamedTuple):

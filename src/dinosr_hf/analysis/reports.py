@@ -48,6 +48,7 @@ class Metric(NamedTuple):
     heading: str
     digits: int = 3  # in Markdown
     is_plotted: bool = True
+    scale: float = 1  # in Markdown and plots; 100: percent
 
 
 class LayerReport(NamedTuple):
@@ -62,8 +63,9 @@ class LayerReport(NamedTuple):
     metrics: Mapping[str, Metric]
 
     def _cell(self, row: Row, name: str) -> str:
+        metric = self.metrics[name]
         numbers = (row[name], *row.get("intervals", {}).get(name, ()))
-        value, *ends = (f"{number:.{self.metrics[name].digits}f}" for number in numbers)
+        value, *ends = (f"{metric.scale * number:.{metric.digits}f}" for number in numbers)
         return f"{value} ({' to '.join(ends)})" if ends else value
 
     def markdown(self, rows: Sequence[Row]) -> str:
@@ -90,14 +92,17 @@ class LayerReport(NamedTuple):
         groups: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
             groups[", ".join(str(row[name]) for name in self.names if name != "layer")].append(row)
-        titles = {name: metric.heading for name, metric in self.metrics.items() if metric.is_plotted}
+        plotted = {name: metric for name, metric in self.metrics.items() if metric.is_plotted}
         curves = []
         for group, own in groups.items():
             own.sort(key=itemgetter("layer"))
-            values = {title: [row[name] for row in own] for name, title in titles.items()}
+            values = {one.heading: [one.scale * row[name] for row in own] for name, one in plotted.items()}
             intervals = [row.get("intervals", {}) for row in own]
-            known = {name: title for name, title in titles.items() if all(name in each for each in intervals)}
-            bands = {title: [each[name] for each in intervals] for name, title in known.items()}
+            bands = {
+                one.heading: [(one.scale * each[name][0], one.scale * each[name][1]) for each in intervals]
+                for name, one in plotted.items()
+                if all(name in each for each in intervals)
+            }
             curves.append(LayerCurves(group, [row["layer"] for row in own], values, bands))
         return curves
 

@@ -110,7 +110,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-ABX_METRICS = {f"abx_{speaker}": Metric(f"ABX {speaker} speakers") for speaker in SPEAKERS}
+ABX_METRICS = {f"abx_{speaker}": Metric(f"ABX {speaker} speakers, %", digits=2, scale=100) for speaker in SPEAKERS}
 
 
 class UnitSet(NamedTuple):
