@@ -83,6 +83,19 @@ def test_a_subcommand_says_what_to_install(monkeypatch):
     assert last_words(monkeypatch, "units") == 'dinosr units needs accelerate: pip install "dinosr-hf[train]"'
 
 
+@pytest.mark.parametrize("name", ["demo", "demo-recognition", "recipes"])
+def test_the_help_offers_no_file_where_there_can_be_none(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dinosr", name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        dinosr_cli.main()
+    assert "YAML file with some of these" not in capsys.readouterr().out
+    file = tmp_path / "a.yaml"
+    file.write_text("words: 1\n")
+    if name == "recipes":
+        said = last_words(monkeypatch, name, file)
+        assert said == f"dinosr recipes: {file}: words is not a known argument. There are none."
+
+
 def test_recipes_are_found_by_name_after_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_recipe("small") == find_recipe("small.yaml") == ROOT / "examples" / "configs" / "small.yaml"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCTC, AutoProcessor, BertConfig, TrainerCall
 
 from dinosr_hf import DinoSRForCTC
 from dinosr_hf.data import open_labelled
-from dinosr_hf.finetuning import InitialModelArguments, Recognition, load_initial_model
+from dinosr_hf.finetuning import FinetuningArguments, InitialModelArguments, Recognition, load_initial_model
 from dinosr_hf.recognition import TextNormalization, texts_of
 from dinosr_hf.recognition.timing import stored_emission_delay
 from dinosr_hf.training.run_record import read_record
@@ -188,6 +188,17 @@ def test_fine_tuning_continues_with_the_same_vocabulary(finished, corpus, tmp_pa
     assert TextNormalization.load(tmp_path / "again").case == "upper"
 
 
+def test_a_head_for_other_labels_starts_anew(finished, corpus, tmp_path, caplog):
+    _, out, _ = finished
+    recognise(out, corpus, tmp_path / "lower", learning_rate=1e-12, max_steps=1)  # as many letters, none the same
+    before, after = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "lower"))
+    assert after["lm_head.weight"].shape == before["lm_head.weight"].shape
+    assert (after["lm_head.weight"] - before["lm_head.weight"]).abs().max() > 1e-3
+    assert after["lm_head.weight"].std() == pytest.approx(0.02, rel=0.3)
+    torch.testing.assert_close(after[LAYER], before[LAYER], atol=1e-6, rtol=0)
+    assert "was trained with other labels" in caplog.text and "give its folder as --processor" in caplog.text
+
+
 def test_fine_tuning_continues_with_another_vocabulary(finished, corpus, tmp_path):
     _, out, _ = finished
     phones = corpus / "phones.csv"
@@ -323,10 +334,27 @@ def assert_refused(message, *arguments, **options):
         ({"metric_for_best_model": "loss"}, "metric_for_best_model=loss has no effect: the task decides"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0\.1 has no effect"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last=True has no effect"),
+        ({"dataloader_in_order": False}, "dataloader_in_order=False has no effect"),
+        ({"num_train_epochs": 4.5}, r"num_train_epochs=4\.5 has no effect: max_steps=3 counts. Set --max_steps -1"),
+        ({"save_only_model": True}, "save_only_model=True has no effect: .* could not be resumed"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True has no effect: a signal such as SIGTERM"),
     ],
 )
 def test_invalid_runs_are_refused(model, corpus, tmp_path, options, message):
     assert_refused(message, model, corpus / "train", tmp_path / "out", **options)
+
+
+def test_evaluation_data_without_a_known_letter_is_refused(model, corpus, tmp_path):
+    other = shutil.copytree(corpus / "validation", tmp_path / "other")
+    (other / "metadata.csv").write_text("file_name,transcription\n00.wav,OH\n01.wav,NO\n")
+    message = r"other: none of its 2 transcripts has a label of the vocabulary, which is .* e h l m n o\. Is --case or"
+    data, case = {"eval_data": [str(other)]}, {"case": "keep"}
+    assert_refused(message, model, corpus / "train", tmp_path / "out", data=data, recognition=case, **EVERY_STEP)
+
+
+def test_the_last_checkpoint_is_always_kept():
+    assert FinetuningArguments(save_total_limit=1).save_total_limit == 2
+    assert FinetuningArguments(save_total_limit=1, eval_strategy="no").save_total_limit == 1
 
 
 def test_other_models_are_refused(model, corpus, tmp_path):

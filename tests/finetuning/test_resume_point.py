@@ -1,9 +1,12 @@
 """An interrupted run resumes with the same command; a finished one is left alone; other arguments are refused."""
 
 import json
+import os
 import random
 import re
 import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -12,13 +15,23 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from dinosr_hf.finetuning import Recognition
+import forks
+from dinosr_hf.finetuning import (
+    FinetuningArguments,
+    InitialModelArguments,
+    LabelledDataArguments,
+    Recognition,
+    RecognitionArguments,
+    finetune,
+)
 from dinosr_hf.finetuning.resume_point import find_resume_point, read_trainer_checkpoint, write_file_list
 from dinosr_hf.training.resume import CheckpointError
 from dinosr_hf.training.run_record import read_record
+from dinosr_hf.training.signals import RunInterrupted
 from dinosr_hf.utils.command_line import ArgumentError
 from finetuning_runs import recognise, run_settings, write_corpus, write_model
 from kills import run_through_kills
+from scripts import ROOT
 
 # Dropout and masks, so that random states matter. An epoch has four steps.
 RANDOM = {"hidden_dropout": 0.2, "mask_time_prob": 0.3, "mask_time_length": 3}
@@ -39,6 +52,20 @@ class InterruptAfter(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise Interrupted
+
+
+class SignalIn(TrainerCallback):
+    """Send a signal to this process during a step."""
+
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def __call__(self, trainer):
+        trainer.add_callback(self)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
 
 
 class CountSteps(TrainerCallback):
@@ -105,6 +132,57 @@ def test_the_same_command_resumes_exactly(model, corpus, uninterrupted, tmp_path
     assert_same_model(out, uninterrupted)
     assert (record.started, record.steps) == (started["started"], 7)
     assert read_record(out) == record
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
+def test_a_signal_ends_a_run_with_a_checkpoint(model, corpus, uninterrupted, tmp_path, name, code):
+    options = {**OPTIONS, "save_steps": 100}
+    with pytest.raises(RunInterrupted, match=rf"{name}: stopped after step 2, with .*out/checkpoint-2\.") as caught:
+        recognise(model, corpus, tmp_path / "out", on_trainer=SignalIn(2, getattr(signal, name)), **options)
+    assert caught.value.exit_code == code
+    assert read_record(uninterrupted) and not (tmp_path / "out" / "config.json").exists()
+    count = CountSteps()
+    recognise(model, corpus, tmp_path / "out", on_trainer=count, **options)
+    assert count.steps == [3, 4, 5, 6, 7]
+    assert_same_model(tmp_path / "out", uninterrupted)
+
+
+def test_a_signal_asks_for_a_checkpoint(model, corpus, uninterrupted, tmp_path):
+    options = {**OPTIONS, "save_steps": 100}
+    recognise(model, corpus, tmp_path / "out", on_trainer=SignalIn(2, signal.SIGUSR1), **options)
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-7"]
+    assert_same_model(tmp_path / "out", uninterrupted)
+
+
+TWO_PROCESSES = """
+import sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from dinosr_hf.commands.finetune_ctc import main
+
+config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork")
+elastic_launch(config, main)(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_command_answers_signals_with_a_checkpoint_and_its_exit_code(model, corpus, tmp_path, num_processes):
+    out = tmp_path / "out"
+    flags = {**run_settings(), "max_steps": 100_000, "dataloader_num_workers": 2, "min_seconds": 0.01}
+    flags |= {"model": model, "train_data": corpus, "output_dir": out}
+    words = [ROOT / "examples" / "configs" / "ctc_tiny.yaml", *(f"--{name}={value}" for name, value in flags.items())]
+    program = [ROOT / "examples" / "finetune_ctc.py"] if num_processes == 1 else ["-c", TWO_PROCESSES]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    process = forks.Program([*program, *words], env=environment, new_session=True)
+    while not (out / "run.json").exists():
+        assert process.is_running, process.wait().stderr[-3000:]
+        time.sleep(0.01)
+    time.sleep(1)  # it trains, or is about to
+    os.killpg(process.pid, signal.SIGTERM)  # as Slurm does: to the processes that load data as well
+    done = process.wait()
+    assert (done.returncode == 143) if num_processes == 1 else done.returncode, done.stderr[-3000:]
+    assert "The same command resumes from there." in done.stderr, done.stderr[-3000:]
+    assert [read_trainer_checkpoint(path).step > 0 for path in out.glob("checkpoint-*")] == [True]
 
 
 def test_starting_over_is_not_resuming(model, corpus, uninterrupted, tmp_path):
@@ -312,6 +390,48 @@ def test_false_refuses_a_folder_with_a_run(model, corpus, interrupted):
         recognise(model, corpus, interrupted, resume_from_checkpoint="False", **OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("letter", "message"),
+    [
+        (
+            "a",
+            r"checkpoint-4 was trained with other labels \(new: a; gone: e\)\. Undo the change",
+        ),  # as many as before
+        ("éa", r"checkpoint-4 was trained with other labels \(new: a é; gone: e\)\. Undo the change"),
+    ],
+)
+def test_other_labels_are_refused_by_name(model, corpus, tmp_path, letter, message):
+    train, out = shutil.copytree(corpus, tmp_path / "corpus"), tmp_path / "out"
+    with pytest.raises(Interrupted):
+        recognise(model, train, out, on_trainer=InterruptAfter(4), **OPTIONS)
+    table = train / "metadata.csv"
+    table.write_text(table.read_text().replace("hello", f"h{letter}llo"))
+    with pytest.raises(ArgumentError, match=message):
+        recognise(model, train, out, **OPTIONS)
+
+
+def test_other_recordings_are_reported(model, corpus, tmp_path, caplog):
+    train, out = shutil.copytree(corpus, tmp_path / "corpus"), tmp_path / "out"
+    with pytest.raises(Interrupted):
+        recognise(model, train, out, on_trainer=InterruptAfter(4), **OPTIONS)
+    assert "has changed" not in caplog.text
+    table = train / "metadata.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    recognise(model, train, out, **OPTIONS)
+    assert re.search(r"changed since \S+checkpoint-4 \(\S+: 17 utt.*\); now it has \S+: 16 utterances", caplog.text)
+
+
+def test_the_same_objects_resume(model, corpus, uninterrupted, tmp_path):
+    start = InitialModelArguments(model=str(model), **RANDOM)
+    data = LabelledDataArguments(train_data=[str(corpus)], min_seconds=0.01)
+    run = {name: value for name, value in OPTIONS.items() if name != "start"}
+    arguments = FinetuningArguments(output_dir=str(tmp_path / "out"), **run_settings(**run))
+    with pytest.raises(Interrupted):
+        finetune(Recognition(RecognitionArguments()), start, data, arguments, on_trainer=InterruptAfter(4))
+    finetune(Recognition(RecognitionArguments()), start, data, arguments)
+    assert_same_model(tmp_path / "out", uninterrupted)
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"task": 3}', b"\xff\xfe", None], ids=repr)
 def test_a_damaged_record_is_written_again(model, corpus, uninterrupted, interrupted, caplog, content):
     record = interrupted / "run.json"
@@ -331,7 +451,7 @@ def test_checkpoints_of_unknown_runs_are_refused(model, corpus, interrupted):
     content = json.loads(record.read_text())
     for number in (3, 4):  # without a record of their own
         (interrupted / f"checkpoint-{number}" / "checkpoint.json").unlink()
-        write_file_list(interrupted / f"checkpoint-{number}", None)
+        write_file_list(interrupted / f"checkpoint-{number}", None, None)
     record.write_text(json.dumps({**content, "task": "audio-classification"}))
     with pytest.raises(ArgumentError, match="has a run of the task audio-classification"):
         recognise(model, corpus, interrupted, **OPTIONS)

@@ -18,7 +18,7 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 import dinosr_hf
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from dinosr_hf.hub import export
-from dinosr_hf.hub.export import OUTPUTS, OnnxModel, TorchModel, compare, export_onnx, quantize_onnx
+from dinosr_hf.hub.export import OUTPUTS, ExportError, OnnxModel, TorchModel, compare, export_onnx, quantize_onnx
 from dinosr_hf.model.modeling_dinosr import AUTO_CLASSES
 from dinosr_hf.utils.model_folder import feature_extractor, save_folder
 from recognisers import VOCABULARY, letters_processor, save_recogniser
@@ -204,7 +204,7 @@ def test_wrong_network_is_not_written(folders, tmp_path, monkeypatch):
     save_recogniser(tmp_path / "other", **CHANGES, **ONE_CONVOLUTION)
     network = folders / "onnx" / "model.onnx"
     monkeypatch.setattr(export, "_export_network", lambda model, output, file: shutil.copy(network, file))
-    with pytest.raises(RuntimeError, match=r"exported network is wrong: .* Nothing was written"):
+    with pytest.raises(ExportError, match=r"exported network is wrong: .* Nothing was written"):
         export_onnx(tmp_path / "other", tmp_path / "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
     export_onnx(folders / "torch", tmp_path / "onnx")  # whose network it is

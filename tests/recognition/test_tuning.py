@@ -201,3 +201,13 @@ def test_script_reports_errors(recogniser, script):
         script.main([*arguments, str(recogniser / "nothing.arpa")])
     with pytest.raises(SystemExit, match="does not fit: it knows"):
         script.main([*arguments, str(recogniser / "model" / "lm.arpa"), "--no_lexicon"])
+    for options, message in (
+        (
+            ["--no_lexicon", "--lexicon", "words.txt"],
+            r"lexicon=words\.txt is set, but a search over labels has no words",
+        ),
+        (["--no_lexicon", "--word_scores", "1", "2"], r"word_scores=\[1\.0, 2\.0\] is set, but a search over labels"),
+        (["--lm_weights", "1", "--trials", "3"], "trials=3 is set, but the pairs of lm_weights and word_scores are"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            script.main([*arguments, str(recogniser / "model" / "lm.arpa"), *options])

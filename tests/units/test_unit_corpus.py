@@ -369,6 +369,20 @@ def test_invalid_arguments_raise(script, command, model_folder, folder, tmp_path
             script.main([*command, *FEATURES, *words])
     with pytest.raises(SystemExit, match=r"extract_units.py: layer=1 has no codebook"):
         script.main([*command, "--layers", "1"])
+    with pytest.raises(SystemExit, match="source=student_feed_forward has features and no units of its own"):
+        script.main([*command, "--source", "student_feed_forward"])
+
+
+def test_a_run_without_units_commits_nobody(model_folder, folder, tmp_path):
+    model, recordings = DinoSRForPreTraining.from_pretrained(model_folder), open_recordings([folder])
+    for layer in (2, 3):
+        with UnitCorpus(tmp_path / "units", UnitExtractor(model, layers=[layer]), recordings):
+            pass  # killed before the first shard
+    corpus = UnitCorpus(tmp_path / "units", UnitExtractor(model, layers=[3]), recordings)
+    assert corpus.write() == len(recordings)
+    corpus.close()
+    with pytest.raises(ValueError, match=r"they have layers=\[3\], and it has layers=\[2\]"):
+        UnitCorpus(tmp_path / "units", UnitExtractor(model, layers=[2]), recordings).open()
 
 
 def test_ids_that_repeat_are_all_written(script, command, folder, tmp_path):

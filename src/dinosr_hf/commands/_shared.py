@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
 from tqdm import tqdm
 
 from ..data import SpeechSource, open_recordings
-from ..utils.command_line import Parser
+from ..training.signals import RunInterrupted
+from ..utils.command_line import Parser, command
 from ..utils.model_folder import DTYPES
 
 
@@ -57,6 +61,19 @@ def add_dtype(parser: Parser, what: str = "model") -> None:
     parser.add_argument(
         "--dtype", default="float32", choices=list(DTYPES), help=f"precision of the {what} (%(default)s)"
     )
+
+
+@contextmanager
+def resumable_command(
+    script: str, *user_errors: type[Exception], after: str = "The same command resumes from there."
+) -> Iterator[None]:
+    """Run the body of a script as `command` does; if a signal ends the run, say what comes `after` that, and exit."""
+    try:
+        with command(script, *user_errors):
+            yield
+    except RunInterrupted as interruption:
+        print(f"{interruption} {after}", file=sys.stderr)
+        sys.exit(interruption.exit_code)
 
 
 class AudioBar:

@@ -11,7 +11,6 @@ we can.
 """
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,17 +29,17 @@ from ..analysis.plots import phone_codeword_figure, save_figure
 from ..data import normalize_waveform
 from ..pretraining import (
     PretrainingArguments,
-    RunInterrupted,
     TrainingStopped,
     parse_arguments,
     run,
     synthetic_corpus,
 )
 from ..pretraining.metrics import MetricSums
-from ..utils.command_line import Parser, check_ranges, command, plain_words
+from ..utils.command_line import Parser, check_ranges, plain_words
 from ..utils.files import claim_output_folder
 from ..utils.recipes import recipes
 from ..utils.tables import markdown_table
+from ._shared import resumable_command
 
 MARKER = ".dinosr-demo"  # only a folder with this file is emptied
 
@@ -93,7 +92,7 @@ def evaluate_kmeans(
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, takes_file=False)
     parser.add_argument("--steps", type=int, help="number of training steps (as the recipe has)")
     parser.add_argument(
         "--output_dir", default="runs/demo", help="path to the folder for the results; an earlier demo's is replaced"
@@ -151,21 +150,18 @@ def evaluate(arguments: PretrainingArguments, out: Path, num_test: int) -> None:
 
 def main(argv: Sequence[str]) -> None:
     logging.getLogger("dinosr_hf").setLevel(logging.INFO)
-    try:
-        with command(__file__, ValueError, OSError, ImportError, TrainingStopped):
-            options, flags = make_parser().parse_known_args(plain_words(argv))
-            num_test = options.test_utterances
-            check_ranges([(num_test >= 1, "test_utterances", num_test, "at least 1")])
-            flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
-            if options.steps is not None:
-                flags += ["--max_steps", str(options.steps)]
-            arguments = parse_arguments(flags, recipes()["tiny_cpu"])
-            if arguments.run.dry_run:
-                run(arguments)
-                return
-            out = claim_output_folder(options.output_dir, MARKER)
+    errors, anew = (ValueError, OSError, ImportError, TrainingStopped), "The demo begins anew when it is run again."
+    with resumable_command(__file__, *errors, after=anew):
+        options, flags = make_parser().parse_known_args(plain_words(argv))
+        num_test = options.test_utterances
+        check_ranges([(num_test >= 1, "test_utterances", num_test, "at least 1")])
+        flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]
+        if options.steps is not None:
+            flags += ["--max_steps", str(options.steps)]
+        arguments = parse_arguments(flags, recipes()["tiny_cpu"])
+        if arguments.run.dry_run:
             run(arguments)
-    except RunInterrupted as interruption:
-        print(f"{interruption} The demo begins anew when it is run again.", file=sys.stderr)
-        sys.exit(interruption.exit_code)
-    evaluate(arguments, out, num_test)
+            return
+        out = claim_output_folder(options.output_dir, MARKER)
+        run(arguments)
+        evaluate(arguments, out, num_test)

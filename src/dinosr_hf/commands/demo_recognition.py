@@ -38,7 +38,7 @@ def word_times(recognise: Callable[..., Any], corpus: SyntheticCorpus) -> tuple[
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, takes_file=False)
     parser.add_argument("--model", default="runs/demo", help="path to the folder that dinosr demo wrote")
     parser.add_argument(
         "--output_dir",
@@ -58,28 +58,28 @@ def main(argv: Sequence[str]) -> None:
         *_, arguments = parse_groups(flags, finetune_ctc.GROUPS)
         if not arguments.dry_run:
             claim_output_folder(options.output_dir, MARKER)
-    print("\nFine-tuning on transcribed digits ...", flush=True)
-    finetune_ctc.main(flags)
-    if arguments.dry_run:
-        return
-    out = Path(options.output_dir)
-    lines = [
-        [result["split"], str(result["num_utterances"]), f"{result['wer']:.1%}", f"{result['cer']:.1%}"]
-        for result in read_record(out).evaluation
-    ]
-    headings = ["held-out voices", "utterances", "word error rate", "character error rate"]
-    print(f"\n{markdown_table(headings, lines)}", end="")
+        print("\nFine-tuning on transcribed digits ...", flush=True)
+        finetune_ctc.main(flags)
+        if arguments.dry_run:
+            return
+        out = Path(options.output_dir)
+        lines = [
+            [result["split"], str(result["num_utterances"]), f"{result['wer']:.1%}", f"{result['cer']:.1%}"]
+            for result in read_record(out).evaluation
+        ]
+        headings = ["held-out voices", "utterances", "word error rate", "character error rate"]
+        print(f"\n{markdown_table(headings, lines)}", end="")
 
-    recognise: Any = pipeline(
-        "automatic-speech-recognition", str(out), pipeline_class=SpeechRecognitionPipeline, trust_remote_code=False
-    )
-    corpus = SyntheticCorpus(20, seed=options.seed, split="test", noise=False, text="digits")
-    row = corpus[0]
-    found = recognise(row["audio"]["array"], return_timestamps="word")
-    print(f"\nSaid:  {row['text']}\nHeard: {found['text']}")
-    for chunk in found["chunks"]:
-        print(f"  {chunk['timestamp'][0]:5.2f} to {chunk['timestamp'][1]:5.2f} s  {chunk['text']}")
-    error, count = word_times(recognise, corpus)
-    if count:
-        print(f"\nMean error of word starts and ends: {error * 1000:.0f} ms over {count} words.")
-    print(f"The recogniser is in {out}.")
+        recognise: Any = pipeline(
+            "automatic-speech-recognition", str(out), pipeline_class=SpeechRecognitionPipeline, trust_remote_code=False
+        )
+        corpus = SyntheticCorpus(20, seed=options.seed, split="test", noise=False, text="digits")
+        row = corpus[0]
+        found = recognise(row["audio"]["array"], return_timestamps="word")
+        print(f"\nSaid:  {row['text']}\nHeard: {found['text']}")
+        for chunk in found["chunks"]:
+            print(f"  {chunk['timestamp'][0]:5.2f} to {chunk['timestamp'][1]:5.2f} s  {chunk['text']}")
+        error, count = word_times(recognise, corpus)
+        if count:
+            print(f"\nMean error of word starts and ends: {error * 1000:.0f} ms over {count} words.")
+        print(f"The recogniser is in {out}.")

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..data import load_audio
-from ..hub.export import FolderModel, OnnxModel, TorchModel, compare, export_onnx, quantize_onnx
+from ..hub.export import ExportError, FolderModel, OnnxModel, TorchModel, compare, export_onnx, quantize_onnx
 from ..utils.command_line import Parser, command, parse_options
 
 
@@ -43,7 +43,7 @@ def verify(models: dict[str, FolderModel], files: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    with command(__file__):
+    with command(__file__, ValueError, OSError, ImportError, ExportError):
         options = parse(argv)
         print("Written:", export_onnx(options.model, options.onnx, overwrite=options.overwrite))
         if options.int8:

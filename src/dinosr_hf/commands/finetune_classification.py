@@ -23,8 +23,9 @@ from ..finetuning import (
     LabelledDataArguments,
     finetune,
 )
-from ..utils.command_line import Parser, command, parse_groups
+from ..utils.command_line import Parser, parse_groups
 from ..utils.recipes import recipes
+from ._shared import resumable_command
 
 CONFIG = recipes()["classify_tiny"]
 GROUPS = (InitialModelArguments, LabelledDataArguments, ClassificationArguments, FinetuningArguments)
@@ -35,7 +36,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> None:
-    with command(__file__):
+    with resumable_command(__file__):
         start, data, classification, arguments = parse_groups(argv, GROUPS, CONFIG, description=__doc__)
         if PartialState().is_main_process:
             logging.getLogger("dinosr_hf").setLevel(logging.INFO)

@@ -15,7 +15,7 @@ from ..utils.recipes import first_clause, recipes
 
 
 def make_parser() -> Parser:
-    return Parser(__doc__)
+    return Parser(__doc__, takes_file=False)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,15 +11,15 @@ GPUs, start it by `accelerate launch -m dinosr_hf.cli pretrain`.
 """
 
 import logging
-import sys
 from collections.abc import Sequence
 
 from accelerate import PartialState
 
-from ..pretraining import RunInterrupted, TrainingStopped, parse_arguments, run
+from ..pretraining import TrainingStopped, parse_arguments, run
 from ..pretraining.pretraining_arguments import GROUPS
-from ..utils.command_line import Parser, command
+from ..utils.command_line import Parser
 from ..utils.recipes import recipes
+from ._shared import resumable_command
 
 
 def make_parser() -> Parser:
@@ -28,12 +28,8 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str]) -> None:
     logging.getLogger("dinosr_hf").setLevel(logging.INFO)
-    try:
-        with command(__file__, ValueError, OSError, ImportError, TrainingStopped):
-            arguments = parse_arguments(argv, recipes()["tiny_cpu"], description=__doc__)
-            model = run(arguments)
-    except RunInterrupted as interruption:
-        print(f"{interruption} The same command resumes from there.", file=sys.stderr)
-        sys.exit(interruption.exit_code)
+    with resumable_command(__file__, ValueError, OSError, ImportError, TrainingStopped):
+        arguments = parse_arguments(argv, recipes()["tiny_cpu"], description=__doc__)
+        model = run(arguments)
     if model is not None and PartialState().is_main_process:
         print(f"The model is in {arguments.run.output_dir}: AutoModel.from_pretrained({arguments.run.output_dir!r}).")

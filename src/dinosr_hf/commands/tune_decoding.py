@@ -22,7 +22,7 @@ from ..data import LabelledSource, open_labelled
 from ..recognition import Transcriber, load_processor
 from ..recognition.decoding import BeamSearchDecoder, DecodingOptions
 from ..recognition.tuning import WORD_SCORES, Trial, random_pairs, tune
-from ..utils.command_line import Parser, command, parse_options
+from ..utils.command_line import Parser, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_weights
 from ._shared import AudioBar, add_audio_column, add_device
@@ -83,7 +83,19 @@ def row(trial: Trial) -> str:
     return f"{trial.lm_weight:9.2f}  {trial.word_score:10.2f}  {rates}"
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """Raise `ArgumentError` for an option that would have no effect beside the others."""
+    default_of, lists = make_parser().get_default, options.lm_weights or options.word_scores
+    if options.no_lexicon:
+        names, reason = ("lexicon", "word_scores"), "a search over labels has no words"
+        refuse_unused(options, default_of, names, reason, "leave --no_lexicon out")
+    if lists:
+        reason = "the pairs of lm_weights and word_scores are tried"
+        refuse_unused(options, default_of, ("trials", "seed"), reason, "leave those out")
+
+
 def run(options: argparse.Namespace) -> None:
+    check_options(options)
     if not (options.output or Path(options.model).is_dir()):
         raise ValueError(f"{options.model} is not a folder here, which could take the result. Give --output.")
     output = claim_output_file(options.output or Path(options.model) / "decoding.json")

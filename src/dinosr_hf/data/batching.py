@@ -8,7 +8,6 @@ micro-batches that fit a device, and `StepLoader` reads them.
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, product
 from typing import Any, Literal, NamedTuple
@@ -22,7 +21,7 @@ from .audio import SAMPLING_RATE, AudioFileError, change_speed
 from .collator import Item, PretrainingCollator, utterance_generator, utterance_hash
 from .packing import equal_parts, pack
 from .sources import SpeechSource
-from .workers import block_signals_in_workers, initialize_worker
+from .workers import WorkerLoader
 
 Mode = Literal["crop", "pad"]
 
@@ -349,23 +348,20 @@ class StepLoader:
         multiprocessing_context: str | None = None,
     ) -> None:
         self._steps = [dataset.micro_batches(step) for step in range(len(dataset))]
-        self._start_method = multiprocessing_context
-        self._loader: DataLoader[Any] = DataLoader(
-            list(chain.from_iterable(self._steps)),  # type: ignore[arg-type]  # any sequence will do
+        self._loader: DataLoader[Any] = WorkerLoader(
+            list(chain.from_iterable(self._steps)),
             batch_size=None,
             collate_fn=dataset.read,
             num_workers=num_workers,
             pin_memory=pin_memory,
             multiprocessing_context=multiprocessing_context if num_workers else None,
             generator=torch.Generator(),
-            worker_init_fn=initialize_worker,
         )
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        with block_signals_in_workers(self._start_method) if self._loader.num_workers else nullcontext():
-            loaded = iter(self._loader)
+        loaded = iter(self._loader)
         for pieces in self._steps:
             yield [next(loaded) for _ in pieces]

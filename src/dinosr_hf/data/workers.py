@@ -11,8 +11,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import resource_tracker
+from typing import Any
+
+from torch.utils.data import DataLoader
 
 _POLL_SECONDS = 1.0
 
@@ -58,6 +61,22 @@ def initialize_worker(worker_id: int = 0) -> None:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with, args=(parent, os.getppid()), name="exit with parent", daemon=True).start()
+
+
+class WorkerLoader(DataLoader[Any]):
+    """`DataLoader` whose workers, if it has any, ignore signals meant for the run, and exit with it."""
+
+    def __init__(self, dataset: Any, **options: Any) -> None:
+        super().__init__(dataset, worker_init_fn=initialize_worker, **options)
+
+    def __iter__(self) -> Any:
+        with block_signals_in_workers(self._start_method) if self.num_workers else nullcontext():
+            return super().__iter__()
+
+    @property
+    def _start_method(self) -> str | None:
+        context: Any = self.multiprocessing_context
+        return None if context is None else context.get_start_method()
 
 
 def _exit_with(parent: multiprocessing.process.BaseProcess, parent_pid: int) -> None:

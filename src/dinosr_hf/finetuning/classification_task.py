@@ -25,6 +25,7 @@ from ..training.shared_arguments import argument
 from ..utils.command_line import ArgumentError, check_ranges
 from ..utils.extras import import_extra
 from ..utils.files import write_atomically
+from ..utils.model_folder import open_dinosr_config
 from ..utils.tables import markdown_table
 from ..utils.visible_text import visible_text
 from .task import Task
@@ -192,6 +193,11 @@ class Classification(Task):
     def labels(self) -> list[str]:
         """Return the classes."""
         return self.classes
+
+    def labels_of(self, model: str) -> list[str] | None:
+        """Return the classes of a classifier."""
+        config: Any = open_dinosr_config(model)
+        return [config.id2label[number] for number in range(config.num_labels)]
 
     def targets(self, source: LabelledSource) -> list[np.ndarray | int]:
         """Return the indices of the classes; -100 for classes that training speech does not have, with a warning."""

@@ -68,6 +68,7 @@ class Recognition(Task):
     model_class = DinoSRForCTC
     metric = "ranking"
     greater_is_better = False
+    keep_head_advice = "To train it on with its vocabulary, give its folder as --processor."
 
     def __init__(self, arguments: RecognitionArguments) -> None:
         self.arguments = arguments
@@ -136,7 +137,14 @@ class Recognition(Task):
 
     def labels(self) -> list[str]:
         """Return the vocabulary."""
-        return self._tokenizer.convert_ids_to_tokens(range(len(self._tokenizer)))
+        return _vocabulary_of(self._tokenizer)
+
+    def labels_of(self, model: str) -> list[str] | None:
+        """Return the vocabulary of a recogniser; None if it has no tokenizer."""
+        try:
+            return _vocabulary_of(load_processor(model)[0].tokenizer)
+        except ValueError:
+            return None
 
     def _references(self, source: LabelledSource) -> list[str]:
         return [self.normalization(label) for label in source.labels]
@@ -147,6 +155,11 @@ class Recognition(Task):
         if unknown:
             shown = ", ".join(f"{label!r} {count:,} times" for label, count in unknown.most_common(10))
             logger.warning("%s: %d labels are not in the vocabulary: %s.", source.name, sum(unknown.values()), shown)
+        if not any(map(len, encoded)):
+            raise ArgumentError(
+                f"{source.name}: none of its {len(source):,} transcripts has a label of the vocabulary, which is"
+                f" {shorten(' '.join(self.labels()), 200, placeholder=' ...')}. Is --case or --label_column wrong?"
+            )
         return list(encoded)
 
     def exclusion_reason(self, target: np.ndarray | int, num_frames: int) -> str | None:
@@ -183,3 +196,7 @@ class Recognition(Task):
         assert self.processor is not None
         self.processor.save_pretrained(folder)
         self.normalization.save(folder)
+
+
+def _vocabulary_of(tokenizer: Any) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(range(len(tokenizer)))

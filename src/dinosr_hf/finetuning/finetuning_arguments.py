@@ -8,7 +8,7 @@ comment says why not.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
@@ -149,15 +149,21 @@ _NO_EFFECT = {
         *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
         "hub_revision",
     ),
+    "a signal such as SIGTERM always writes a checkpoint. Remove it": ("enable_jit_checkpoint",),
+    "a checkpoint without the optimizer could not be resumed. Remove it": ("save_only_model",),
     "SpeechTrainer has its own batches, losses and evaluation. Remove it": (
         *("auto_find_batch_size", "label_smoothing_factor", "train_sampling_strategy", "length_column_name"),
         *("data_seed", "dataloader_drop_last", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
         *("prediction_loss_only", "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches"),
+        *("dataloader_multiprocessing_context", "dataloader_in_order", "include_for_metrics"),
         *("bf16_full_eval", "fp16_full_eval", "label_names", "do_train", "do_eval", "do_predict"),
-        "remove_unused_columns",
+        *("remove_unused_columns", "eval_use_gather_object"),
     ),
 }
-_DEFAULTS = {spec.name: spec.default for spec in fields(TrainingArguments)}
+_DEFAULTS = {
+    spec.name: spec.default if spec.default_factory is MISSING else spec.default_factory()
+    for spec in fields(TrainingArguments)
+}
 
 
 @dataclass
@@ -210,8 +216,15 @@ class FinetuningArguments(TrainingArguments):
                     f"{name} splits the weights, and evaluation and saving need them whole. Start one process per GPU"
                     " without it: `accelerate launch --multi_gpu`."
                 )
+        if self.max_steps > 0 and self.num_train_epochs != _DEFAULTS["num_train_epochs"]:
+            raise ArgumentError(
+                f"num_train_epochs={self.num_train_epochs:g} has no effect: max_steps={self.max_steps} counts. Set"
+                " --max_steps -1, or remove it."
+            )
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
+        if self.load_best_model_at_end and self.save_total_limit == 1:
+            self.save_total_limit = 2  # Trainer would remove the last at the end
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (self.use_cpu or not torch.accelerator.is_available()):
             # By default Accelerate looks for MPI and, without it, has each process train alone.
             self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"

@@ -72,6 +72,14 @@ def load_initial_model(
     return model
 
 
+def renew_head(model: DinoSRPreTrainedModel) -> None:
+    """Give the layer that scores labels random weights."""
+    head: nn.Module = getattr(model, "lm_head", None) or model.get_submodule("classifier")
+    for weight in head.parameters():
+        weight._is_hf_initialized = False  # type: ignore[attr-defined] # or transformers would keep it
+    model._init_weights(head)
+
+
 def add_adapters(model: DinoSRPreTrainedModel, arguments: InitialModelArguments) -> Any:
     """Wrap a model with PEFT's low-rank adapters (arXiv 2106.09685); all of the head stays trainable."""
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +39,11 @@ _LOADED = (".safetensors", ".bin", ".pt", ".pth", ".json")
 
 
 class TrainerCheckpoint(NamedTuple):
-    """A checkpoint that was found complete, and the record of its run, if it has one."""
+    """A checkpoint that was found complete, and the record and the labels of its run, if it has them."""
 
     path: Path
     record: RunRecord | None
+    labels: Sequence[str] | None
 
     @property
     def step(self) -> int:
@@ -58,18 +59,18 @@ class ResumePoint(NamedTuple):
     goes_back: bool = False  # to a checkpoint that was named, so later ones are set aside
 
 
-def write_file_list(folder: Path, record: RunRecord | None) -> None:
-    """Write the list of a new checkpoint's files, with their digests, and the record of its run; flush all of it."""
+def write_file_list(folder: Path, record: RunRecord | None, labels: Sequence[str] | None) -> None:
+    """Write the list of a new checkpoint's files, with their digests, and what is known of its run; flush all."""
     described = describe_files(folder)
     for name in described:
         flush_to_disk(folder / name)
     about = None if record is None else public_record(record)
-    write_atomically(folder / FILE_LIST, seal({"files": described, "record": about}))
+    write_atomically(folder / FILE_LIST, seal({"files": described, "record": about, "labels": labels}))
 
 
-def read_file_list(path: Path) -> RunRecord | None:
+def read_file_list(path: Path) -> TrainerCheckpoint:
     """
-    Check the files of a checkpoint against its list, and return the record in it.
+    Check the files of a checkpoint against its list, and return it with what the list says of its run.
 
     Raises `CheckpointError` if the list is missing, or a file is not what was written.
     """
@@ -82,7 +83,8 @@ def read_file_list(path: Path) -> RunRecord | None:
         if file.suffix in _LOADED and file.is_file() and name not in {*described, FILE_LIST}:
             raise CheckpointError(f"{path} has {name}, which was not written with it. Remove that file.")
     try:
-        return None if record is None else record_of(record, str(path / FILE_LIST), is_finished=False)
+        found = None if record is None else record_of(record, str(path / FILE_LIST), is_finished=False)
+        return TrainerCheckpoint(path, found, content.get("labels"))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 
@@ -92,7 +94,7 @@ def read_trainer_checkpoint(path: Path) -> TrainerCheckpoint:
     for pattern in _REQUIRED:
         if not any(path.glob(pattern)):
             raise CheckpointError(f"{path} has no {pattern}: it is incomplete, or not of a fine-tuning run.")
-    return TrainerCheckpoint(path, read_file_list(path))
+    return read_file_list(path)
 
 
 def _has_model(folder: Path) -> bool:

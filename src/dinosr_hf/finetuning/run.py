@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from textwrap import shorten
@@ -24,8 +25,8 @@ from ..utils.model_folder import save_folder
 from ..utils.threads import set_cpu_threads
 from .batches import LabelledDataset
 from .finetuning_arguments import FinetuningArguments, InitialModelArguments, LabelledDataArguments
-from .initial_model import add_adapters, check_initial_model, load_initial_model, merge_adapters
-from .resume_point import ResumePoint, find_resume_point
+from .initial_model import add_adapters, check_initial_model, load_initial_model, merge_adapters, renew_head
+from .resume_point import ResumePoint, TrainerCheckpoint, find_resume_point
 from .splits import open_splits
 from .task import Task
 from .trainer import FreezeCallback, SpeechTrainer
@@ -84,11 +85,19 @@ def _make_trainer(
     """Open data and model; return the trainer, which has the training and evaluation data, and the test data."""
     set_seed(arguments.seed)
     set_cpu_threads(arguments.num_threads, arguments.world_size)
-    check_initial_model(start)  # before the data, which can take long
+    initial = check_initial_model(start)  # before the data, which can take long
     with argument_errors(kinds=(ValueError, OSError)):
         splits = open_splits(data, arguments.seed)
         task.prepare(splits.train)
     model: Any = load_initial_model(task.model_class, start, task.config_changes())
+    has_head = not start.from_scratch and task.model_class.__name__ in (initial.architectures or ())
+    known = task.labels_of(start.model) if has_head else None
+    if known is not None and known != task.labels():
+        renew_head(model)
+        logger.warning(
+            f"{start.model} was trained with other labels ({_shorten(known)}): its head starts anew."
+            f" {task.keep_head_advice}"
+        )
     train = _training_set(splits.train, task, model.config, data, arguments.seed)
     evaluation, test = (
         None if source is None else LabelledDataset(source, task.targets(source)) for source in splits[1:]
@@ -123,6 +132,29 @@ def _evaluate(trainer: SpeechTrainer, task: Task, splits: dict[str, LabelledData
     return results
 
 
+def _check_unchanged(checkpoint: TrainerCheckpoint, labels: Sequence[str], data: list[dict[str, Any]]) -> None:
+    """Refuse to resume if the head's labels are others than at the checkpoint; warn if the recordings are."""
+    if checkpoint.labels is not None and list(labels) != list(checkpoint.labels):
+        changes = {"new": {*labels} - {*checkpoint.labels}, "gone": {*checkpoint.labels} - {*labels}}
+        shown = "; ".join(f"{kind}: {_shorten(sorted(names))}" for kind, names in changes.items() if names)
+        raise ArgumentError(
+            f"{checkpoint.path} was trained with other labels ({shown or 'in another order'}). Undo the change of the"
+            " training data, or give another output_dir."
+        )
+    if checkpoint.record is not None and checkpoint.record.data != data:
+        before, now = (
+            ", ".join(
+                f"{one['name']}: {one['utterances']:,} utterances, {one['hours']:.2f} hours" for one in described
+            )
+            for described in (checkpoint.record.data, data)
+        )
+        logger.warning(f"The training data has changed since {checkpoint.path} ({before}); now it has {now}.")
+
+
+def _shorten(labels: Iterable[str], width: int = 200) -> str:
+    return shorten(" ".join(labels), width, placeholder=" ...")
+
+
 def _train_and_save(
     trainer: SpeechTrainer, task: Task, test: LabelledDataset | None, record: RunRecord, begin: ResumePoint
 ) -> RunRecord:
@@ -133,12 +165,13 @@ def _train_and_save(
         write_record(folder, record)
         if checkpoint is not None and begin.goes_back:
             set_aside_later(folder, checkpoint.step)
-    trainer.record = record
+    trainer.record, trainer.labels = record, task.labels()
     if checkpoint is not None:
         check_resumable(trainer.args.device, trainer.args.world_size)
         logger.info("Resuming from %s.", checkpoint.path)
         trainer.resumed_from = checkpoint.path
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+    with trainer.signals:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
     trainer.check_weights()
     # Before the evaluation and its reports, whose failure must not cost the model.
     trainer.model = model = merge_adapters(trainer.accelerator.unwrap_model(trainer.model))
@@ -168,7 +201,7 @@ def _describe(trainer: SpeechTrainer, task: Task, test: LabelledDataset | None, 
     num_trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     rows = {
         "model": f"{sum(weight.numel() for weight in weights):,} weights, of which {num_trained:,} are trained",
-        "labels": f"{len(task.labels()):,}: {shorten(' '.join(task.labels()), 200, placeholder=' ...')}",
+        "labels": f"{len(task.labels()):,}: {_shorten(task.labels())}",
     }
     for name, dataset in {"training": train, "evaluation": trainer.eval_dataset, "test": test}.items():
         if dataset is not None:
@@ -201,7 +234,9 @@ def finetune(
 
     Raises:
         ArgumentError: If the arguments do not fit the model, data or output folder, or the data cannot be read.
+        RunInterrupted: After SIGTERM, SIGINT or SIGHUP during training; a checkpoint was written.
     """
+    arguments = copy.copy(arguments)  # the trainer sets some
     if start.freeze_encoder and arguments.freeze_steps:
         raise ArgumentError("freeze_steps would have no effect with freeze_encoder. Remove one of them.")
     given = public_values({**vars(start), **vars(data), **vars(task.arguments), **arguments.to_record()})
@@ -229,6 +264,8 @@ def finetune(
             started=started,
             hardware=describe_hardware(arguments.device, arguments.world_size),
         )
+        if begin.checkpoint is not None:
+            _check_unchanged(begin.checkpoint, task.labels(), record.data)
         if arguments.dry_run:
             if trainer.is_world_process_zero():
                 print(f"{_describe(trainer, task, test, begin)}\nNothing was trained.")

@@ -23,6 +23,7 @@ class Task(ABC):
     model_class: type[DinoSRPreTrainedModel]
     metric: str  # among those of `metrics`, that selects the best checkpoint
     greater_is_better: bool
+    keep_head_advice = ""  # for who wants to train a head on
     crop_seconds: float | None = None  # crop longer training utterances at random, if labels belong to the whole
 
     @abstractmethod
@@ -36,6 +37,10 @@ class Task(ABC):
     @abstractmethod
     def labels(self) -> list[str]:
         """Return the labels that the head learns, in the order of their numbers."""
+
+    @abstractmethod
+    def labels_of(self, model: str) -> list[str] | None:
+        """Return the labels of a model with this head, a folder or Hub name, in their order; None if not known."""
 
     @abstractmethod
     def targets(self, source: LabelledSource) -> list[np.ndarray | int]:

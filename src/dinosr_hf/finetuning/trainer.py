@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -26,11 +26,13 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from ..data import SAMPLING_RATE
+from ..data.workers import WorkerLoader
 from ..inference.windowed import without_padding
 from ..training.restarts import check_connected
 from ..training.resume import CheckpointError
 from ..training.run_record import RunRecord
 from ..training.schedules import make_schedule
+from ..training.signals import RunInterrupted, SignalWatch
 from ..utils.command_line import ArgumentError
 from ..utils.files import flush_to_disk, remove, temporary_path
 from .batches import LabelledCollator, LabelledDataset, LengthBatchSampler, StepBatchSampler
@@ -77,11 +79,13 @@ class _RunCallback(TrainerCallback):
     """
     Set the epoch of sampler and data set, also when a resumed run wraps the sampler to skip its first steps.
 
-    Find the best checkpoint of a run that was moved, and check the weights whenever figures are logged.
+    Find the best checkpoint of a run that was moved, check the weights whenever figures are logged, and answer signals
+    after a step: with a checkpoint, and with `RunInterrupted` once it is written.
     """
 
     def __init__(self, trainer: SpeechTrainer) -> None:
         self._trainer = trainer
+        self._signal = 0  # that ends the run, in any process
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if (resumed := self._trainer.resumed_from) is not None:
@@ -91,6 +95,21 @@ class _RunCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._trainer.check_weights()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        signals, accelerator = self._trainer.signals, self._trainer.accelerator
+        asked = [int(signals.save or signals.stop > 0), signals.stop]
+        if accelerator.num_processes > 1:
+            numbers = accelerator.gather(torch.tensor([asked], device=accelerator.device))
+            asked = numbers.amax(dim=0).tolist()
+        signals.save, self._signal = False, asked[1]
+        if asked[0]:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self._signal:
+            path = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            raise RunInterrupted(self._signal, state.global_step, f"with {path}")
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         sampler, dataset = self._trainer.sampler, self._trainer.train_dataset
@@ -117,6 +136,7 @@ class SpeechTrainer(Trainer):
     train_dataset: LabelledDataset
     eval_dataset: LabelledDataset | None
     record: RunRecord | None = None  # of the run, which each checkpoint gets a copy of
+    labels: Sequence[str] | None = None  # of the head, which each checkpoint gets too
     resumed_from: Path | None = None  # checkpoint
 
     def __init__(self, model: nn.Module, args: FinetuningArguments, **kwargs: Any) -> None:
@@ -125,6 +145,7 @@ class SpeechTrainer(Trainer):
                 f"This process has {args.n_gpu} GPUs. Start one process per GPU: `accelerate launch --multi_gpu`."
             )
         check_connected(args.world_size, "Set ddp_backend, for CPUs to gloo.")
+        self.signals = SignalWatch()
         self._unreadable: set[int] = set()
         self._unfinished: Path | None = None  # where a checkpoint is being written
         # The number of forward passes in a step; set before Trainer reads it.
@@ -145,7 +166,7 @@ class SpeechTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).config
 
     def _make_loader(self, dataset: LabelledDataset, sampler: StepBatchSampler | LengthBatchSampler) -> DataLoader:
-        return DataLoader(
+        return WorkerLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=LabelledCollator(self.config.receptive_field),
@@ -290,7 +311,7 @@ class SpeechTrainer(Trainer):
                 self.state.best_model_checkpoint = str(path)
             if self.args.should_save:
                 self.state.save_to_json(str(self._unfinished / path.name / "trainer_state.json"))
-                write_file_list(self._unfinished / path.name, self.record)
+                write_file_list(self._unfinished / path.name, self.record, self.labels)
                 remove(path)  # of an earlier attempt that was refused
                 (self._unfinished / path.name).rename(path)
                 flush_to_disk(path.parent)

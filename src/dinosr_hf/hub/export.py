@@ -50,6 +50,12 @@ OUTPUTS = {
     "DinoSRForXVector": "embeddings",
     "DinoSRModel": "last_hidden_state",
 }
+
+
+class ExportError(RuntimeError):
+    """An exported network does not compute what the model does."""
+
+
 _PROBLEM = (
     f"which cannot be exported. Give one of {', '.join(OUTPUTS)}. For a pre-training folder, export the encoder,"
     " DinoSRModel.from_pretrained(folder), or fine-tune it first."
@@ -238,7 +244,7 @@ def _check_network(model: PreTrainedModel, output: str, folder: Path) -> None:
             right = model(input_values, attention_mask, return_dict=True)[output].numpy()
         difference = np.abs(exported.forward(input_values.numpy(), attention_mask.numpy()) - right).max()
         if not difference <= MAX_DIFFERENCE * max(1.0, np.abs(right).max()):
-            raise RuntimeError(
+            raise ExportError(
                 f"The exported network is wrong: for {len(num_samples)} utterance(s) its output differs from torch's"
                 f" by {difference:.1e}. Nothing was written. Try another release of torch or onnxruntime."
             )
@@ -273,7 +279,7 @@ def export_onnx(
     Raises:
         ValueError: If the model cannot be exported, has no processor, or `folder` has other files.
         ImportError: If onnx, onnxscript or onnxruntime is not installed.
-        RuntimeError: If the network's output differs from torch's.
+        ExportError: If the network's output differs from torch's.
     """
     folder = Path(folder)
     _check_target(folder, overwrite)

@@ -1,6 +1,7 @@
 """Pre-training with Accelerate: arguments, plan, loop, checkpoints, metrics and held-out evaluation."""
 
 from ..training.resume import CheckpointError, find_checkpoints
+from ..training.signals import RunInterrupted
 from ..utils.command_line import ArgumentError
 from .checkpoint import Checkpoint, read_checkpoint
 from .held_out import HeldOut
@@ -10,7 +11,6 @@ from .plan import RunPlan, plan_figure
 from .pretraining_arguments import DataArguments, PretrainingArguments, RunArguments, parse_arguments
 from .runner import open_data, open_held_out, run, synthetic_corpus
 from .scaling import scale_to_batch
-from .signals import RunInterrupted
 
 __all__ = [
     "ArgumentError",

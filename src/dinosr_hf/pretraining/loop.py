@@ -24,6 +24,7 @@ from ..model.modeling_dinosr import DinoSRForPreTraining, DinoSRForPreTrainingOu
 from ..training.resume import CheckpointError
 from ..training.run_record import RunRecord
 from ..training.schedules import make_schedule
+from ..training.signals import RunInterrupted, SignalWatch
 from ..utils.command_line import ArgumentError
 from ..utils.model_folder import save_folder
 from .anchor import Anchor
@@ -35,7 +36,6 @@ from .held_out import HeldOut
 from .metrics import MetricSums
 from .pretraining_arguments import PretrainingArguments
 from .run_folder import append_metrics, finish_record, mark_finished
-from .signals import RunInterrupted, SignalWatch
 from .train_state import make_train_state
 
 logger = logging.getLogger(__name__)
@@ -293,8 +293,7 @@ class Pretraining:
         step = self.state.progress.step
         path = Path(self.options.output_dir) / f"checkpoint-{step}"
         saved = f"with {path}" if path.exists() else "with nothing new to save"
-        number = self.signals.stop or signal.SIGTERM
-        raise RunInterrupted(f"{signal.Signals(number).name}: stopped after step {step}, {saved}.", 128 + number)
+        raise RunInterrupted(self.signals.stop or signal.SIGTERM, step, saved)
 
     def _count_recordings(self, step: Step, totals: StepTotals) -> None:
         """Count and report the recordings that could not be read; stop if they are many, as when a disk is gone."""

@@ -123,8 +123,9 @@ def refuse_unknown(
     for name in names:
         if name not in known:
             place = "" if where is None else f"{where}: "
-            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-            raise ArgumentError(f"{place}{name} is not a known {kind}. The nearest is {nearest}.")
+            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+            advice = f"The nearest is {nearest[0]}." if nearest else "There are none."
+            raise ArgumentError(f"{place}{name} is not a known {kind}. {advice}")
 
 
 def _expand_home(value: Any) -> Any:
@@ -157,15 +158,17 @@ class Parser(HfArgumentParser):
     Args:
         description: Text above the arguments in `--help`.
         groups: Dataclasses whose fields are flags, no two of the same name. The YAML file may be a recipe then.
+        takes_file: Whether there may be a file. It changes the help alone; the command reads the words.
     """
 
-    def __init__(self, description: str | None, groups: Sequence[Any] = ()) -> None:
+    def __init__(self, description: str | None, groups: Sequence[Any] = (), *, takes_file: bool = True) -> None:
+        may_come = "A YAML file with some of these arguments may come first: name: value."
         super().__init__(
             groups,
             prog=program(sys.argv[0]),
             description=description,
             usage="%(prog)s [RECIPE or FILE.yaml] [--flag value ...]" if groups else None,
-            epilog=None if groups else "A YAML file with some of these arguments may come first: name: value.",
+            epilog=may_come if takes_file and not groups else None,
             formatter_class=_Formatter if groups else argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

@@ -1,4 +1,4 @@
-"""Signals from users, Slurm and spot machines, noted for the loop to answer between two steps."""
+"""Signals from users, Slurm and spot machines, noted for a training loop to answer between two steps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class RunInterrupted(Exception):
-    """A signal ended the run, after a checkpoint; the `exit_code` of the process is 128 + its number."""
+    """A signal ended the run after so many steps; the `exit_code` of the process is 128 + its number."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    def __init__(self, number: int, step: int, saved: str) -> None:
+        super().__init__(f"{signal.Signals(number).name}: stopped after step {step}, {saved}.")
+        self.exit_code = 128 + number
 
 
 class SignalWatch:
