@@ -263,6 +263,17 @@ def read(stream) -> list[tuple[str, int]]:
     return [utterance for window in stream.windows(0) for utterance in window.source.utterances]
 
 
+def test_a_split_may_have_archives_beside_one_with_audio(archives, caplog):
+    write(archives / "single" / "a.wav", 3_000)
+    with caplog.at_level(logging.WARNING):
+        assert open_source(archives, split="test").utterances == [("0.tar/test.flac", 5_000)]
+        assert open_source(archives, split="single").utterances == [("a.wav", 3_000)]
+    assert "ignored" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        assert open_source(archives).utterances == [("single/a.wav", 3_000)]
+    assert "has .tar archives too, which are ignored because it has audio files" in caplog.text
+
+
 def test_stream_parquet_saved_datasets_and_archives(tmp_path, archives, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     dataset = dataset_of("audio bytes", tmp_path)

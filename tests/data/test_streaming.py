@@ -190,6 +190,14 @@ def test_stream_that_changed_is_refused(tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
 
 
+def test_stream_that_has_shrunk_is_refused(tmp_path):
+    windows = list(stream(from_arrays(tmp_path)).windows(0))
+    late = windows[-1]
+    changed = from_arrays(tmp_path).take(late.state["row"])
+    with pytest.raises(streaming.StreamChangedError, match=r"other rows than before from row .* of epoch 0 on"):
+        list(stream(changed).windows(0, late.index, late.state))
+
+
 @pytest.mark.parametrize(
     ("epoch", "first_window", "seconds", "message"),
     [(1, 2, 1.0, "epoch=0, but epoch=1"), (0, 1, 1.0, "window=2, but window=1"), (0, 2, 2.0, "window_samples=16000")],

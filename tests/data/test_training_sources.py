@@ -14,7 +14,16 @@ import pytest
 from audio_files import datasets, sf
 from dinosr_hf.data import FolderSource, load_audio
 from dinosr_hf.data.streaming import WindowSource
-from dinosr_hf.pretraining import RunInterrupted, find_checkpoints, parse_arguments, read_checkpoint, run
+from dinosr_hf.pretraining import (
+    RunInterrupted,
+    TrainingStopped,
+    find_checkpoints,
+    open_data,
+    parse_arguments,
+    read_checkpoint,
+    run,
+)
+from dinosr_hf.pretraining.feed import StepFeed
 from pretraining_runs import ANCHORED, assert_same_run, metrics_of, send_at_load, write_config
 
 # Half of TINY's, so that an epoch has several steps.
@@ -256,6 +265,37 @@ def test_a_checkpoint_after_the_last_step_of_a_window_or_epoch_leads_to_the_same
     shutil.copy(whole / "metrics.jsonl", tmp_path / "out")
     run(arguments(tmp_path, data, **LONG, **changes, checkpoint_steps=0))
     assert_same_run(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("where", ["at a window's beginning", "at an epoch's beginning"])
+def test_a_stream_that_fails_writes_a_checkpoint_and_goes_on_later(tmp_path, undisturbed, monkeypatch, where):
+    data, changes, whole = undisturbed(in_shards)
+    ends, plans = places(whole), StepFeed._window_plans
+    done = next(number for number in range(1, 12) if before(ends[number]) == where)
+    options, last_window = arguments(tmp_path, data, **LONG, **changes, checkpoint_steps=0), ends[done - 1][1]
+
+    def fail(feed, stream):
+        for plan in plans(feed, stream):
+            yield plan
+            if feed._window == last_window:
+                raise OSError("shard 3 could not be downloaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepFeed, "_window_plans", fail)
+        with pytest.raises(TrainingStopped) as end:
+            run(options)
+    assert str(end.value) == f"shard 3 could not be downloaded. The run resumes from checkpoint-{done}."
+    run(options)
+    assert_same_run(tmp_path / "out", whole)
+
+
+def test_one_of_several_data_may_have_a_split(tmp_path, flacs):
+    shutil.copytree(flacs, tmp_path / "parts" / "train")
+    (tmp_path / "table.jsonl").write_text(json.dumps({"path": str(next(flacs.iterdir()))}) + "\n")
+    options = arguments(tmp_path / "run", [tmp_path / "parts", tmp_path / "table.jsonl"], data_split=["train", ""])
+    source, _ = open_data(options.data, 0)
+    assert len(source) == len(listed(flacs)) + 1
+    assert {name.split("/")[0] for name in source.ids} == {"parts:train", "table.jsonl"}
 
 
 def test_workers_read_the_same_stream(tmp_path, undisturbed):

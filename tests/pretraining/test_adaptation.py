@@ -198,10 +198,32 @@ def test_a_run_ends_with_the_best_model_when_the_held_out_loss_rises(tmp_path, r
 def test_a_best_model_that_is_gone_is_told(tmp_path, recordings, losses, monkeypatch, caplog):
     monkeypatch.setattr(best_model, "save_folder", lambda model, path: None)
     run(patient(tmp_path, recordings, max_steps=3, eval_patience=9))
-    assert "best-2 is missing: the run ends with its last model" in caplog.text
+    assert "best-2 is missing: the run ends with the best of the others" in caplog.text
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(weights["dinosr.masked_spec_embed"], losses[2])
     assert json.loads((tmp_path / "out" / "run.json").read_text())["evaluation"][0]["loss"] == 2.5
+
+
+def test_the_best_model_before_survives_one_that_cannot_be_written(tmp_path, recordings, losses, monkeypatch, caplog):
+    def save(model, path):
+        if path.name == "best-2":
+            raise OSError("No space left on device")
+        save_folder(model, path)
+
+    monkeypatch.setattr(best_model, "save_folder", save)
+    run(patient(tmp_path, recordings, max_steps=4, eval_patience=9))
+    assert "The best model could not be written: No space left on device. The run goes on." in caplog.text
+    assert "best-2 is missing: the run ends with the best of the others" in caplog.text
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(weights["dinosr.masked_spec_embed"], losses[2])  # 2.5, after 3.0, before 2.6
+    assert [path.name for path in (tmp_path / "out").glob("best*")] == ["best-3"]
+
+
+def test_the_step_at_which_the_loss_ends_a_run_is_logged(tmp_path, recordings, losses):
+    run(patient(tmp_path, recordings, log_steps=3))
+    lines = metrics_of(tmp_path / "out")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 3, 4]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [1, 2, 3, 4]
 
 
 def test_a_run_that_ends_before_its_patience_takes_the_best_too(tmp_path, recordings, losses):

@@ -124,6 +124,11 @@ def test_number_of_saved_models(save_steps, expected):
     assert RunPlan(tiny("--save_steps", str(save_steps)), EPOCH).num_saved_models == expected
 
 
+def test_the_best_models_need_space_too():
+    patient = tiny("--save_steps", "0", "--eval_share", "0.1", "--eval_patience", "2", "--keep_checkpoints", "3")
+    assert RunPlan(patient, EPOCH).num_saved_models == 1 + 1 + 3
+
+
 def test_text(tiny_plan):
     text = str(tiny_plan)
     for words in (

@@ -632,6 +632,16 @@ def test_a_tracker_that_fails_costs_only_its_curves(tmp_path, recordings, monkey
     assert "The tracker tensorboard may lack the last steps: ConnectionError: no route to host" in caplog.text
 
 
+def test_a_tracker_that_does_not_start_costs_only_its_curves(tmp_path, recordings, monkeypatch, caplog):
+    def fail(*arguments, **options):
+        raise ConnectionError("not logged in")
+
+    monkeypatch.setattr(TensorBoardTracker, "store_init_configuration", fail)
+    _, metrics = trained(tmp_path, recordings, "run", trackers=["tensorboard"], max_steps=2)
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert "No tracker gets the metrics: ConnectionError: not logged in" in caplog.text
+
+
 EIGHT = {"adam_epsilon": 1e-3, "freeze_teacher_step": 3, "max_steps": 8, "step_seconds": 8.0, "batching": "pad"}
 EIGHT["codebook_revival_share"] = 0.5  # from the seventh step on
 EIGHT |= {"anchor_end_weight": 0.5, "anchor_end_unmasked_share": 0.1, "anchor_end_step": 5}

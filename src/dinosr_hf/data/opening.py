@@ -141,9 +141,10 @@ def _warn_of_others(path: Path, used: str, contents: list[str]) -> None:
 
 def _open_folder(path: Path, split: str | None) -> SpeechSource | None:
     """Open a folder with audio or archives; return None if it has parquet files."""
-    contents = _contents(path)
+    inside = path / split if split is not None and (path / split).is_dir() else path
+    contents = _contents(inside) or _contents(path)
     first = contents[0] if contents else ""
-    _warn_of_others(path, first, contents)
+    _warn_of_others(inside, first, contents)
     if first in (_AUDIO, _UNSUPPORTED):
         return FolderSource(_split_folder(path, split))
     if first in (_ARCHIVES, _COMPRESSED):

@@ -255,6 +255,8 @@ class SpeechStream:
         if stop.is_set():
             return
         if not rows and index == 0:
+            if begin.row:  # the stream has shrunk, as `_from_window` says
+                return
             raise ValueError(f"{self._name} has no rows from row {begin.row:,} of epoch {epoch} on.")
         yield window(len(rows))
 

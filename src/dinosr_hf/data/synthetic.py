@@ -11,10 +11,10 @@ utterance is requested.
 Utterance i of (seed, split) is the same, bit for bit, in any order, in any number of processes, and for any
 `num_utterances`. That holds for one build of espeak-ng, soxr and numpy. Splits share no speaker and no voice variant.
 
-Labels of phones are "SIL" for silence, else espeak-ng's IPA name. With `strip_stress` (the default) it has no marks of
-stress ("ˈ", "ˌ") and length ("ː"), so that a stressed and an unstressed vowel are one phone. Diphthongs and affricates
-are one phone, as in "aɪ" and "tʃ". The closure of a stop belongs to the stop. Where espeak-ng speaks two phones as one
-("l" of "whale", "w" of French "trois"), the label is that of the other.
+Labels of phones are "SIL" for silence, else espeak-ng's IPA name without marks of stress ("ˈ", "ˌ") and length ("ː"),
+so that a stressed and an unstressed vowel are one phone. Diphthongs and affricates are one phone, as in "aɪ" and "tʃ".
+The closure of a stop belongs to the stop. Where espeak-ng speaks two phones as one ("l" of "whale", "w" of French
+"trois"), the label is that of the other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import math
 import multiprocessing
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import KW_ONLY, dataclass
@@ -180,9 +179,9 @@ def _phone_segments(samples: np.ndarray, events: list[Event]) -> tuple[list[_Spa
     return segments, positions
 
 
-def _label(name: str, strip_stress: bool) -> str:
-    name = re.sub(r"(\w)\1", r"\1ː", name.removesuffix("-"))  # "a-" is a shade of "a", "ss" is a long "s"
-    return re.sub("[ˈˌː]", "", name) if strip_stress else name
+def _label(name: str) -> str:
+    name = re.sub(r"(\w)\1", r"\1", name.removesuffix("-"))  # "a-" is a shade of "a", "ss" is a long "s"
+    return re.sub("[ˈˌː]", "", name)
 
 
 def _word_segments(text: str, phones: list[_Span], positions: list[int]) -> list[_Span]:
@@ -207,7 +206,6 @@ class _Speech(NamedTuple):
 def _say(
     text: str,
     speaker: Speaker,
-    strip_stress: bool,
     silence_seconds: tuple[float, float],
     generator: np.random.Generator,
 ) -> _Speech:
@@ -231,7 +229,7 @@ def _say(
     before, after = (int(seconds * SAMPLING_RATE) for seconds in generator.uniform(*silence_seconds, size=2))
     end = before + len(resampled) + after
 
-    phones = [phone.moved(before, ratio, _label(phone.label, strip_stress)) for phone in phones]
+    phones = [phone.moved(before, ratio, _label(phone.label)) for phone in phones]
     phones = phones[phones[0].label == SILENCE : len(phones) - (phones[-1].label == SILENCE)]
     phones = [_Span(SILENCE, 0, phones[0].start), *phones, _Span(SILENCE, phones[-1].end, end)]
     words = [word.moved(before, ratio) for word in words]
@@ -290,9 +288,7 @@ def _active_rms(waveform: np.ndarray, phones: list[_Span]) -> float:
     return math.sqrt(square / sum(phone.end - phone.start for phone in active))
 
 
-def _through_channel(
-    waveform: np.ndarray, phones: list[_Span], snr_db: tuple[float, float], generator: np.random.Generator
-) -> np.ndarray:
+def _through_channel(waveform: np.ndarray, phones: list[_Span], generator: np.random.Generator) -> np.ndarray:
     """Apply room, microphone, noise and level to a waveform (S,), without delaying the direct sound."""
     num_room = SAMPLING_RATE // 4
     length = 1 << (len(waveform) + num_room - 1).bit_length()  # a power of two: fast, and no tail wraps around
@@ -300,7 +296,7 @@ def _through_channel(
     response = _room(generator, len(frequencies), num_room) * _microphone(generator, frequencies)
     waveform = np.fft.irfft(np.fft.rfft(waveform, length) * response)[: len(waveform)].astype(np.float32)
     noise = _coloured_noise(generator, frequencies)[: len(waveform)]
-    noise_rms = _active_rms(waveform, phones) * 10 ** (-generator.uniform(*snr_db) / 20)
+    noise_rms = _active_rms(waveform, phones) * 10 ** (-generator.uniform(*_SNR_DB) / 20)
     waveform = waveform + noise * np.float32(noise_rms)
     return _to_level(waveform, phones, generator.uniform(-35.0, -17.0))
 
@@ -355,8 +351,6 @@ class SyntheticCorpus:
         text: "sentences" (4 to 12 words), "digits" (3 to 8 of them), or "mixed", either with equal probability. There
             are 50 to 300 ms of silence around each, and 0 to 100 ms around those of "digits".
         num_texts: Minimum and maximum number of such texts in an utterance, with pauses between them.
-        strip_stress: Whether to remove the marks of stress and length from the labels of phones.
-        snr_db: Minimum and maximum signal-to-noise ratio in dB, measured over the phones.
 
     Raises `ImportError` when the first utterance is requested, if espeakng-loader or soxr is not installed.
     """
@@ -370,18 +364,15 @@ class SyntheticCorpus:
     noise: bool = True
     text: str = "sentences"
     num_texts: tuple[int, int] = (1, 1)
-    strip_stress: bool = True
-    snr_db: tuple[float, float] = _SNR_DB
 
     def __post_init__(self) -> None:
         if isinstance(self.languages, str):
             raise ValueError(f"languages is a sequence of languages: pass ({self.languages!r},).")
-        for name in ("languages", "num_texts", "snr_db"):  # tuples, so that a corpus given lists is hashable
+        for name in ("languages", "num_texts"):  # tuples, so that a corpus given lists is hashable
             object.__setattr__(self, name, tuple(getattr(self, name)))
         count = len(self.languages)
         are_known = 0 < count == len(set(self.languages) & set(LANGUAGES))
         are_numbers = len(self.num_texts) == 2 and 1 <= self.num_texts[0] <= self.num_texts[1]
-        are_ratios = len(self.snr_db) == 2 and self.snr_db[0] <= self.snr_db[1]
         for name, holds, allowed in (
             ("languages", are_known, f"one or more of {LANGUAGES}, each once"),
             ("num_utterances", self.num_utterances >= 0, "0 or more"),
@@ -390,12 +381,9 @@ class SyntheticCorpus:
             ("split", self.split in SPLITS, f"one of {SPLITS}"),
             ("text", self.text in TEXTS, f"one of {TEXTS}"),
             ("num_texts", are_numbers, "the minimum and the maximum number of texts, at least 1"),
-            ("snr_db", are_ratios, "the minimum and the maximum ratio in dB, in this order"),
         ):
             if not holds:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}.")
-        if self.snr_db != _SNR_DB and not self.noise:
-            warnings.warn("snr_db has no effect with noise=False.", UserWarning, stacklevel=3)
 
     def __len__(self) -> int:
         return self.num_utterances
@@ -410,7 +398,7 @@ class SyntheticCorpus:
         speech = self._speak(number)
         if self.noise:
             channel = _generator(self.seed, self.split, "channel", number)
-            waveform = _through_channel(speech.samples, speech.phones, self.snr_db, channel)
+            waveform = _through_channel(speech.samples, speech.phones, channel)
         else:
             waveform = _to_level(speech.samples, speech.phones, _CLEAN_DBFS)
         return {
@@ -501,5 +489,5 @@ class SyntheticCorpus:
             says_digits = self.text == "digits" or (self.text == "mixed" and generator.random() < 0.5)
             text = digit_string(grammar, generator) if says_digits else expand(grammar, "sentence", generator)
             silence = _DIGITS_SILENCE if self.text == "digits" else _SILENCE_SECONDS
-            pieces.append(_say(text, speaker, self.strip_stress, silence, generator))
+            pieces.append(_say(text, speaker, silence, generator))
         return _concatenate(pieces)

@@ -49,14 +49,21 @@ class BestModel:
         """Step of the lowest loss so far; 0: none was measured."""
         return self._lowest(max(self._evaluations, default=0))
 
-    def _lowest(self, last_step: int) -> int:
-        """Return the step of the lowest loss up to a step, where one that is no number is the highest; 0: none."""
+    def _lowest(self, last_step: int, *in_memory: int) -> int:
+        """
+        Return the step of the lowest loss up to a step, where one that is no number is the highest; 0: none.
+
+        With steps `in_memory`, only they and those whose model could be written count.
+        """
 
         def order(step: int) -> tuple[float, int]:
             loss = float(self._evaluations[step]["loss"])
             return (math.inf if math.isnan(loss) else loss, step)
 
-        return min((step for step in self._evaluations if step <= last_step), key=order, default=0)
+        steps = [step for step in self._evaluations if step <= last_step]
+        if in_memory:
+            steps = [step for step in steps if step in in_memory or self._path(step).exists()]
+        return min(steps, key=order, default=0)
 
     @property
     def is_over(self) -> bool:
@@ -72,29 +79,29 @@ class BestModel:
         return step in self._evaluations
 
     def add(self, step: int, figures: Mapping[str, Any], model: DinoSRForPreTraining) -> None:
-        """Add an evaluation, and keep the model if its loss is the lowest so far, beside those of the checkpoints."""
+        """Add an evaluation, and keep the model if its loss is the lowest of those kept, beside the checkpoints'."""
         self._evaluations[step] = figures
         if not self._accelerator.is_main_process:
             return
-        if self.step == step:
+        if self._lowest(step, step) == step:
             save_folder(model, self._path(step))
         starts = [step, *map(step_of, find_checkpoints(self._folder))]  # the run may go on from any of them
-        kept = {self._path(self._lowest(start)) for start in starts}
+        kept = {self._path(self._lowest(start, step)) for start in starts}
         for other in set(self._folder.glob(f"{PREFIX}*")) - kept:
             remove(other)
 
     def restore(self, step: int, model: DinoSRForPreTraining) -> Mapping[str, Any]:
         """Load the kept model's weights into the model of a step, unless that is the best; return its figures."""
         self._accelerator.wait_for_everyone()
-        if self.step in (0, step):
+        best = self._lowest(step, step)
+        if best != self._lowest(step):
+            logger.warning("%s is missing: the run ends with the best of the others.", self._path(self.step))
+        if best in (0, step):
             return self._evaluations.get(step, {})
-        path, loss = self._path(self.step), float(self._evaluations[self.step]["loss"])
-        if not path.exists():
-            logger.warning("%s is missing: the run ends with its last model, not with its best.", path)
-            return self._evaluations.get(step, {})
-        logger.info("Step %d had the lowest held-out loss, %.4f: the run ends with its model.", self.step, loss)
-        model.load_state_dict(open_weights(DinoSRForPreTraining, path).state_dict())
-        return self._evaluations[self.step]
+        loss = float(self._evaluations[best]["loss"])
+        logger.info("Step %d had the lowest held-out loss, %.4f: the run ends with its model.", best, loss)
+        model.load_state_dict(open_weights(DinoSRForPreTraining, self._path(best)).state_dict())
+        return self._evaluations[best]
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{PREFIX}{step}"

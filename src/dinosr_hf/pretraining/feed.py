@@ -26,6 +26,7 @@ from ..data.collator import FrameLabeler, utterance_speed
 from ..data.excerpts import excerpt_of, is_alike
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import ArgumentError
+from ..utils.names import one_line
 from .checkpoint_manifest import FeedState
 from .pretraining_arguments import DataArguments
 
@@ -36,10 +37,11 @@ _NUM_COMPARED = 32
 
 
 class Step(NamedTuple):
-    """The epoch of an optimizer step, and this process's micro-batches of it."""
+    """The epoch of an optimizer step, this process's micro-batches of it, and why there are none if data fails."""
 
     epoch: int
     micro_batches: list[MicroBatch]
+    problem: str | None = None
 
 
 class _StepPlan(NamedTuple):
@@ -173,7 +175,7 @@ class StepFeed:
                     logger.warning(f"The position in the stream is lost: {error} Epoch {self._epoch + 1} starts now.")
             else:
                 yield self._plan(self._source)
-            self._epoch, self._window, self._stream_state = self._epoch + 1, 0, None
+            self._epoch, self._window, self._step, self._stream_state = self._epoch + 1, 0, 0, None
 
     def _skip_window(self, reason: str) -> None:
         """Go on to the first step of the next window, which may be usable, with a warning."""
@@ -190,6 +192,8 @@ class StepFeed:
         logger.info(f"Epoch {self._epoch} of the stream: reading the first {hours:.2g} hours.")
         usable, longest_of_all, problem = self._window > 0, 0.0, ""
         for window in stream.windows(self._epoch, self._window, self._stream_state):
+            if window.index != self._window:
+                self._step = 0
             self._window, self._stream_state = window.index, window.state
             longest = max(utterance.num_samples for utterance in window.source.utterances) / fastest
             longest_of_all = max(longest_of_all, longest)
@@ -264,6 +268,18 @@ class StepFeed:
         return [utterance_speed(self._seed, own, source.utterances[index].id, speed_change) for index, own in members]
 
     def __iter__(self) -> Iterator[Step]:
+        """Yield steps without end. A stream that cannot be read any further ends them with a step that says why."""
+        is_first = True
+        try:
+            for step in self._steps():
+                is_first = False
+                yield step
+        except (OSError, ValueError) as error:
+            if is_first or not isinstance(self._source, SpeechStream):
+                raise
+            yield Step(self._epoch, [], f"{one_line(error).rstrip('.')}.")
+
+    def _steps(self) -> Iterator[Step]:
         is_first = True
         for plan in self._plans():
             if is_first:
@@ -275,4 +291,3 @@ class StepFeed:
             loader = StepLoader(dataset, num_workers=self._data.num_workers, pin_memory=self._pin_memory)
             for self._step, micro_batches in zip(rest, loader, strict=True):
                 yield Step(self._epoch, micro_batches)
-            self._step = 0

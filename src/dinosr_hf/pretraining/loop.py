@@ -77,6 +77,7 @@ class StepTotals(NamedTuple):
     utterances: int
     save_requests: int
     stop_requests: int
+    problems: int
 
 
 class Update(NamedTuple):
@@ -244,6 +245,8 @@ class Pretraining:
                 totals = self._gather_totals(step)
                 if totals.save_requests or totals.stop_requests:
                     self._answer_signals(is_stop=totals.stop_requests > 0)
+                if totals.problems:
+                    self._stop(step.problem or "Another process cannot read its data any further.")
                 self._count_recordings(step, totals)
                 state.feed.advance()  # from here on a checkpoint comes after this step
                 update = self._train_step(step, totals.frames) if totals.frames.masked else None
@@ -277,6 +280,7 @@ class Pretraining:
             utterances=num_skipped + sum(int(mask.any(dim=-1).sum()) for mask in masks),
             save_requests=int(self.signals.save),
             stop_requests=int(self.signals.stop > 0),
+            problems=int(step.problem is not None),
         )
         if self.accelerator.num_processes == 1:
             return own
@@ -392,12 +396,14 @@ class Pretraining:
 
     def _after_update(self, update: Update, bar: tqdm) -> None:
         options, step = self.options, self.state.progress.step
-        is_last = step == options.max_steps
-        if step % options.log_steps == 0 or step == 1 or is_last:
+        is_last, is_logged = step == options.max_steps, step % options.log_steps == 0
+        if is_logged or step == 1 or is_last:
             self._log(update, bar)
         if self.held_out is not None and step % options.eval_steps == 0 and not is_last:
             figures = self._evaluate(self.held_out)
             self._add_to_best(figures)
+            if self._is_over() and not is_logged:  # its last step, as it turns out
+                self._log(update, bar)
         if options.save_steps and step % options.save_steps == 0 and not is_last:
             folder = Path(options.output_dir) / f"step-{step}"  # to keep, beside the checkpoints
             with _may_fail(f"The model could not be written to {folder}", Exception):

@@ -120,6 +120,8 @@ class RunPlan:
         self.model_bytes = BYTES_PER_WEIGHT * self.num_parameters
         self.checkpoint_bytes = self.model_bytes + BYTES_PER_WEIGHT * ADAM_AVERAGES * self.num_trained
         self.num_saved_models = 1 + ((run.max_steps - 1) // run.save_steps if run.save_steps else 0)
+        if run.eval_patience:
+            self.num_saved_models += 1 + run.keep_checkpoints  # the best now, and those at checkpoints
         num_checkpoints = run.keep_checkpoints + 1  # and the one being written
         self.disk_bytes = self.num_saved_models * self.model_bytes + num_checkpoints * self.checkpoint_bytes
 

@@ -148,11 +148,13 @@ class DataArguments:
         "One or several of: a folder of audio, tar archives, a manifest (.tsv, .csv, .jsonl), a folder or"
         " file of `datasets`, a dataset's name on the Hub; or `synthetic`: speech made on the spot by espeak-ng.",
     )
-    data_split: list[str] = argument([], "Split of the data, if it has several: one for all, or one for each.")
+    data_split: list[str] = argument(
+        [], "Split of the data, if it has several: one for all, or one for each, '' where there are none."
+    )
     data_config: list[str] = argument(
         [],
-        "Configuration of a dataset that has several: one for all, or one for each. eval_data of the same name has"
-        " the same.",
+        "Configuration of a dataset that has several: one for all, or one for each, '' where there are none. eval_data"
+        " of the same name has the same.",
     )
     data_weights: list[float] = argument(
         [], "Weight of each of several data in the mixture; unset: all have the same."
@@ -210,8 +212,8 @@ class DataArguments:
 
 
 def value_for(values: Sequence[str], number: int) -> str | None:
-    """Return the value for one of several data, from one value for all or one for each; None if there are none."""
-    return values[number if len(values) > 1 else 0] if values else None
+    """Return the value for one of several data, from one for all or one for each; None if it is empty, or none is."""
+    return (values[number if len(values) > 1 else 0] or None) if values else None
 
 
 @dataclass

@@ -159,7 +159,7 @@ def _names(data: DataArguments) -> list[str]:
     names = next((names for names in short if len(set(names)) == len(names)), [str(Path(name)) for name in data.data])
     for values in (data.data_config, data.data_split):
         if len(values) > 1:
-            names = [f"{name}:{value}" for name, value in zip(names, values, strict=True)]
+            names = [f"{name}:{value}" if value else name for name, value in zip(names, values, strict=True)]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise ArgumentError(f"data has {repeated} twice. Name it once; --data_weights says how often it is used.")
     return names
@@ -436,7 +436,10 @@ def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRF
     if options.trackers:
         items = public_values(arguments.to_dict()).items()  # trackers take plain values only
         plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in items}
-        accelerator.init_trackers("dinosr", config=plain)
+        try:
+            accelerator.init_trackers("dinosr", config=plain)
+        except Exception as error:  # of whatever the tracker needs, such as a login
+            logger.error(f"No tracker gets the metrics: {type(error).__name__}: {error}")
     try:
         return Pretraining(model, source, arguments, accelerator, checkpoint, held_out, anchor, record).run()
     finally:

@@ -50,7 +50,7 @@ def shared_rules(options: Any) -> list[tuple[bool, str, Any, str]]:
         "learning_rate": (options.learning_rate > 0, "more than 0"),
         "warmup_share": (0 <= options.warmup_share <= 1, "at least 0 and at most 1"),
         "hold_share": (
-            0 <= options.hold_share <= 1 - options.warmup_share,
+            options.hold_share >= 0 and options.warmup_share + options.hold_share <= 1,
             "at least 0, and at most 1 together with warmup_share",
         ),
         "final_lr_scale": (0 < options.final_lr_scale <= 1, "more than 0 and at most 1"),
