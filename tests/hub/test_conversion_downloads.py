@@ -2,13 +2,15 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 import forks
 from dinosr_hf import DinoSRForPreTraining
-from dinosr_hf.hub.conversion import ConversionError, convert
+from dinosr_hf.hub.conversion import ConversionError, convert, downloads
 from dinosr_hf.hub.conversion.downloads import is_hub_name
 from hub_server import hub_server
 from scripts import FIXTURES
@@ -67,6 +69,25 @@ def convert_from(hub, home, *commands):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GatedRepoError, r"coml/x on the Hub is gated\. Accept its terms .* hf auth login"),
+        (
+            RepositoryNotFoundError,
+            r"coml/x is neither a file nor a model on the Hub, or it is private, .* hf auth login",
+        ),
+    ],
+)
+def test_models_that_need_a_login_are_told_apart(monkeypatch, tmp_path, error, message):
+    def refuse(*arguments):
+        raise error("401 Client Error.", response=SimpleNamespace(headers={}, request=None, url="x", status_code=401))
+
+    monkeypatch.setattr(downloads, "hf_hub_download", refuse)
+    with pytest.raises(ConversionError, match=message):
+        convert("coml/x", tmp_path / "out")
+
+
 def test_a_name_downloads_the_checkpoint_and_its_configuration_alone(tmp_path):
     state = torch.load(CASE / "checkpoint.pt", weights_only=True)["model"]
     for folder in ("coml/spidr-tiny", "coml/baselines/vp20/ft-deu-1h"):

@@ -3,6 +3,8 @@
 import argparse
 import copy
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from dinosr_hf.hub.conversion import (
 )
 from dinosr_hf.hub.conversion.fairseq import config_from_fairseq, settings_notes
 from dinosr_hf.recognition.text import SPECIAL_TOKENS, TextNormalization
+from dinosr_hf.utils.model_folder import save_folder
 from scripts import FIXTURES, load_command
 from tiny import tiny_config
 from tolerances import SAME_ARITHMETIC
@@ -101,6 +104,36 @@ def test_the_state_of_the_optimizer_is_not_used_and_reported(checkpoint, folder,
     assert equal_states(model, DinoSRForPreTraining.from_pretrained(folder))
     assert "last_optimizer_state (the optimizer's moments" in caplog.text
     assert "`last_optimizer_state` | the optimizer" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("place", "name", "value"), [("task", "normalize", False), ("task", "sample_rate", 8_000)])
+def test_models_of_other_waveforms_are_refused(checkpoint, tmp_path, place, name, value):
+    checkpoint["cfg"][place] = {name: value}
+    with pytest.raises(ConversionError, match=f"The checkpoint has {name}={value}: it was trained on waveforms that"):
+        convert(save(checkpoint, tmp_path), tmp_path / "out")
+    checkpoint.update(args=argparse.Namespace(**checkpoint["cfg"]["model"], arch="dinosr", **{name: value}), cfg=None)
+    with pytest.raises(ConversionError, match=f"The checkpoint has {name}={value}"):
+        convert(save(checkpoint, tmp_path, "flat.pt"), tmp_path / "out")
+
+
+def test_recognisers_of_other_waveforms_are_refused(recogniser, tmp_path):
+    recogniser["cfg"]["model"]["normalize"] = False
+    with pytest.raises(ConversionError, match="The checkpoint has normalize=False"):
+        convert(save(recogniser, tmp_path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["fairseq", "spidr"])
+def test_settings_without_a_place_in_the_layout_are_named(layout, tmp_path, caplog):
+    write = {"fairseq": convert_to_fairseq, "spidr": convert_to_spidr}[layout]
+    plain = {"conv_pos_kernel_size": 3} | ({"mask_length": 10} if layout == "spidr" else {})
+    save_folder(DinoSRForPreTraining(tiny_config(**plain)), tmp_path / "plain")
+    write(tmp_path / "plain", tmp_path / "a" / "plain.pt")
+    assert "no place" not in caplog.text
+    changed = tiny_config(**plain, mask_min_spans=2, codebook_update_steps=4)
+    save_folder(DinoSRForPreTraining(changed), tmp_path / "changed")
+    write(tmp_path / "changed", tmp_path / "b" / "changed.pt")
+    message = "codebook_update_steps=4 (read back as 1), mask_min_spans=2 (read back as 1)."
+    assert f"The file has no place for {message}" in caplog.text
 
 
 def test_unknown_entries_are_refused(checkpoint, tmp_path):
@@ -279,15 +312,30 @@ def test_an_encoder_has_no_authors_layout(tmp_path):
 LETTERS = "|ETAOINSHR"
 
 
+class Dictionary:
+    """As fairseq's fine-tuning tasks keep it in their state."""
+
+    def __init__(self):
+        self.symbols, self.count, self.indices = ["<s>", "A"], [1, 9], {"<s>": 0, "A": 1}
+        self.bos_word, self.extra_special_symbols = "<s>", None
+
+
+Dictionary.__module__ = "fairseq.data.dictionary"
+
+
 @pytest.fixture
-def recogniser(checkpoint):
+def recogniser(checkpoint, monkeypatch):
     weights = {f"w2v_encoder.w2v_model.{n}": t for n, t in checkpoint["model"].items() if not n.startswith("heads")}
     torch.manual_seed(0)
     weights["w2v_encoder.proj.weight"] = torch.randn(4 + len(LETTERS), 32)
     weights["w2v_encoder.proj.bias"] = torch.randn(4 + len(LETTERS))
     settings = {"_name": "wav2vec_ctc", "w2v_args": checkpoint["cfg"], "mask_prob": 0.65, "layerdrop": 0.1}
     settings |= {"final_dropout": 0.2, "mask_channel_prob": 0.25, "apply_mask": True, "mask_channel_length": 8}
-    return {**checkpoint, "cfg": {"model": settings}, "model": weights}
+    for name in ("fairseq", "fairseq.data", "fairseq.data.dictionary"):  # for pickle
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(sys.modules["fairseq.data.dictionary"], "Dictionary", Dictionary, raising=False)
+    state = {"task_state": {"target_dictionary": Dictionary()}}
+    return {**checkpoint, **state, "cfg": {"model": settings}, "model": weights}
 
 
 @pytest.fixture

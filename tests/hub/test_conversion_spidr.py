@@ -278,6 +278,18 @@ def test_unsupported_settings_are_refused(checkpoint, settings, change, message)
         read_spidr(checkpoint, settings)
 
 
+@pytest.mark.parametrize("inner", ["spidr", [1], None], ids=repr)
+def test_a_configuration_of_another_form_is_refused_by_name(checkpoint, inner):
+    with pytest.raises(ConversionError, match="The configuration has an unknown setting: model="):
+        read_spidr(checkpoint, {"model": inner})
+
+
+@pytest.mark.parametrize("step", [float("inf"), float("nan")])
+def test_a_step_that_is_no_number_is_left_out(checkpoint, settings, step):
+    state = {**checkpoint["model"], "current_step": torch.tensor([step])}
+    assert not hasattr(read_spidr({"model": state}, settings).config, "current_step")
+
+
 def test_missing_settings_are_refused(checkpoint, settings):
     del settings["model"]["encoder_num_heads"]
     with pytest.raises(ConversionError, match="configuration lacks encoder_num_heads"):

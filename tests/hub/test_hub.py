@@ -120,6 +120,11 @@ def test_arguments_replace_fields_of_the_provenance_file(saved, tmp_path):
         ),
         ({"datasets": [{"name": "train", "license": "mit"}]}, "no entry matches /home/jo/corpus/test.*evaluated on"),
         ({"datasets": [{"name": "train", "license": "mit"}] * 2}, "2 entries match /home/jo/corpus/train"),
+        (
+            {"datasets": [{"name": "train", "license": "mit", "hours": -3}]},
+            "hours of train is -3, which is no number",
+        ),
+        ({"intended_use": ["reading", "tests"]}, r"intended_use: \['reading', 'tests'\] is no text"),
         ({"repo_id": "tiny"}, "repo_id: tiny must be `organisation/name`"),
         ({"repo_id": "someone/a b"}, "repo_id: .*alphanumeric"),
         ({"languages": ["English"]}, r"languages: \['English'\] must be a list of ISO 639 codes"),
@@ -159,8 +164,9 @@ def test_the_error_lists_missing_and_invalid_fields(saved, tmp_path, changes, me
 def test_numbers_are_text_where_text_belongs(saved, tmp_path):
     run = dataclasses.asdict(RECORD) | {"data": [{**RECORD.data[0], "name": "data/2024"}]}
     entry = {"name": 2024, "id": "someone/other", "config": 2024, "license": "mit", "hours": 3}
-    given = provenance_with(run=run, datasets=[entry, PROVENANCE["datasets"][1]])
+    given = provenance_with(run=run, datasets=[entry, PROVENANCE["datasets"][1]], license_reason=5, limitations=5)
     provenance, record = read(saved, tmp_path, given, name="pretrained")
+    assert (provenance.license_reason, provenance.limitations) == ("5", "5")
     assert provenance.datasets[0] == Dataset("2024", "mit", "someone/other", "2024", hours=3)
     assert "someone/other 2024" in build_card(record, provenance, saved[1]["recogniser"]).content
 

@@ -12,7 +12,7 @@ import transformers
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 import dinosr_hf
-from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRModel
+from dinosr_hf import DinoSRConfig, DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from tiny import randomize, tiny_config, waveforms
 from tolerances import SAME_ARITHMETIC
 
@@ -92,6 +92,20 @@ def test_folders_of_every_head_bring_all_code_and_name_all_heads(tmp_path, auto,
     assert config["auto_map"] == {"AutoConfig": "configuration_dinosr.DinoSRConfig", **wanted}
     assert config["architectures"] == [name]
     assert type(getattr(transformers, auto).from_pretrained(tmp_path)).__name__ == name
+
+
+class Subclass(DinoSRForCTC):
+    """Of somebody else."""
+
+
+def test_a_subclass_does_not_name_code_that_is_not_in_its_folder(tmp_path):
+    DinoSRForCTC(tiny_config()).save_pretrained(tmp_path / "ours")
+    Subclass.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert config["architectures"] == ["Subclass"]
+    named = {name.partition(".")[0] for name in config.get("auto_map", {}).values()}
+    assert named <= {path.stem for path in (tmp_path / "theirs").glob("*.py")}
+    assert isinstance(transformers.AutoModelForCTC.from_pretrained(tmp_path / "theirs"), DinoSRForCTC)
 
 
 ALONE = """

@@ -10,7 +10,12 @@ from dinosr_hf import (
     DinoSRForSequenceClassification,
     DinoSRForXVector,
 )
-from dinosr_hf.model.modeling_dinosr import DinoSRMarginLoss, mean_and_deviation_over_time, mean_over_time
+from dinosr_hf.model.modeling_dinosr import (
+    DinoSRMarginLoss,
+    classification_loss,
+    mean_and_deviation_over_time,
+    mean_over_time,
+)
 from tiny import deterministic_config, padded, randomize, tiny_config, waveforms
 from tolerances import LOSSES, SAME_ARITHMETIC
 
@@ -92,6 +97,15 @@ def test_ctc_logits_are_as_wide_as_a_replaced_head():
         is_blank = row.softmax(dim=-1)[:, 0] == 1
         num_frames = model.config.num_frames(length)
         assert is_blank[num_frames:].all() and not is_blank[:num_frames].any()
+
+
+@pytest.mark.parametrize("problem_type", [None, "multi_label_classification"])
+def test_the_loss_of_many_frames_fits_into_float16(problem_type):
+    config = tiny_config(num_labels=40, problem_type=problem_type)
+    logits = torch.randn(16, 1500, 40, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(16, 1500, 40) if problem_type else torch.zeros(16, 1500, dtype=torch.int64)
+    loss = classification_loss(config, logits.half(), labels)
+    torch.testing.assert_close(loss, classification_loss(config, logits, labels), atol=0.0, rtol=1e-3)
 
 
 def test_ctc_loss_has_a_gradient_everywhere():

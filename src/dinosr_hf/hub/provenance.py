@@ -58,7 +58,10 @@ class Dataset:
 
 
 # Fields of text, in which YAML may have read a number, such as a dataset that is named by its year.
-_TEXTS = ("repo_id", "license", "license_name", "base_model", "name", "id", "config", "title")
+_TEXTS = (
+    *("repo_id", "license", "license_name", "license_link", "license_reason", "base_model", "intended_use"),
+    *("limitations", "name", "id", "config", "title"),
+)
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,9 @@ def _find_problems(content: Mapping[str, Any], record: RunRecord) -> Iterator[st
     repo_id, license_id, languages, base_model = (content.get(name) or "" for name in fields)
     is_list = not languages or isinstance(languages, list)
     yield from (f"{name}: {meaning}" for name, meaning in REQUIRED.items() if not content.get(name))
+    for name in _TEXTS:
+        if not isinstance(content.get(name), str | None):
+            yield f"{name}: {content[name]!r} is no text"
     if repo_id and (error := _name_error(repo_id)):
         yield f"repo_id: {error}"
     elif repo_id and repo_id.count("/") != 1:
@@ -180,8 +186,8 @@ def _read_datasets(entries: Any) -> tuple[list[Dataset], list[str]]:
         if entry.get("task_id") and not (entry.get("id") and isinstance(entry["task_id"], str)):
             problems.append(f"datasets: {entry['name']} has task_id, which must be text, beside the benchmark's id")
         hours = entry.get("hours")
-        if not isinstance(hours, int | float | None) or isinstance(hours, bool):
-            problems.append(f"datasets: hours of {entry['name']} is {hours!r}, which is no number")
+        if not isinstance(hours, int | float | None) or isinstance(hours, bool) or (hours or 1) < 0:
+            problems.append(f"datasets: hours of {entry['name']} is {hours!r}, which is no number of hours")
         problems += [
             f"datasets: {name} of an entry is {entry[name]!r}, which is no text"
             for name in _TEXTS

@@ -929,8 +929,10 @@ class DinoSRPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
             init.constant_(module.layer_weights, 1 / len(module.layer_weights))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as every transformers model does, with an `auto_map` of all heads."""
-        if self._auto_class is not None:
+        """Save as every transformers model does, our own classes with an `auto_map` of all heads."""
+        if type(self).__module__ != __name__:  # a subclass, whose code is elsewhere
+            vars(self.config).pop("auto_map", None)
+        elif self._auto_class is not None:
             self.config.auto_map = {auto: f"modeling_dinosr.{name}" for auto, name in AUTO_CLASSES.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -1661,6 +1663,7 @@ def classification_loss(config: DinoSRConfig, logits: torch.Tensor, labels: torc
     With `problem_type="multi_label_classification"` it is the binary cross entropy of 0 and 1 (..., C), where negative
     values are no labels. Without any label the loss is 0.
     """
+    logits = logits.float()  # sums over many frames overflow float16
     if config.problem_type == "multi_label_classification":
         labels = labels.to(logits.dtype).reshape(logits.shape)
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.clamp(min=0), reduction="none")

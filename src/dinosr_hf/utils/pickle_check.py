@@ -42,6 +42,7 @@ STAND_INS = {
     **dict.fromkeys(("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"), "_content"),
     **{f"omegaconf.nodes.{kind}Node": "_val" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Enum")},
     **dict.fromkeys(("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata", "argparse.Namespace")),
+    "fairseq.data.dictionary.Dictionary": None,  # in the state of fine-tuning tasks
     **dict.fromkeys(("typing.Any", *(f"builtins.{kind}" for kind in ("dict", "list", "bool", "int", "str", "float")))),
 }
 ITEM_SIZES = {

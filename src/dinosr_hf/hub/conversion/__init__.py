@@ -14,7 +14,9 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
+from ...model.configuration_dinosr import DinoSRConfig
 from ...model.modeling_dinosr import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
+from ...pretraining.pretraining_arguments import MODEL_HELP
 from ...recognition.text import SPECIAL_TOKENS, WORD_DELIMITER, TextNormalization, make_processor
 from ...utils.command_line import check_choice
 from ...utils.files import atomic_file, atomic_folder, write_atomically
@@ -23,9 +25,19 @@ from ..card import render_card
 from .checkpoint_file import ConversionError, open_checkpoint
 from .data2vec import read_data2vec_folder
 from .downloads import download_checkpoint, is_hub_name
-from .fairseq import DATA2VEC, is_recogniser, model_settings, read_data2vec, read_fairseq, read_recogniser, to_fairseq
+from .fairseq import (
+    DATA2VEC,
+    check_inputs,
+    config_from_fairseq,
+    is_recogniser,
+    model_settings,
+    read_data2vec,
+    read_fairseq,
+    read_recogniser,
+    to_fairseq,
+)
 from .layout import Layout, build, read_settings
-from .spidr import OBJECTIVES, is_spidr, read_spidr, to_spidr
+from .spidr import OBJECTIVES, config_from_settings, is_spidr, read_spidr, to_spidr
 from .verification import statistics_table, unit_statistics
 
 __all__ = [
@@ -65,12 +77,14 @@ def _read_layout(file: Path, given: Mapping[str, Any]) -> Layout:
                     f" {settings_file} tells the number. Leave it out."
                 )
             layout = read_spidr(checkpoint, settings, given["num_attention_heads"], given["objective"])
-        elif is_recogniser(checkpoint):
-            layout = read_recogniser(checkpoint, given["dictionary"])
-        elif model_settings(checkpoint).get("_name") == DATA2VEC:
-            layout = read_data2vec(checkpoint)
         else:
-            layout = read_fairseq(checkpoint)
+            check_inputs(checkpoint)
+            if is_recogniser(checkpoint):
+                layout = read_recogniser(checkpoint, given["dictionary"])
+            elif model_settings(checkpoint).get("_name") == DATA2VEC:
+                layout = read_data2vec(checkpoint)
+            else:
+                layout = read_fairseq(checkpoint)
     for name, value in given.items():
         if value is not None and name not in LAYOUT_ARGUMENTS.get(layout.name, ()):
             raise ValueError(f"{name}={str(value)!r} does not apply to this checkpoint ({layout.name}). Leave it out.")
@@ -174,6 +188,14 @@ def _open_to_write(folder: Path, file: Path, layout: str) -> DinoSRForPreTrainin
     return open_weights(DinoSRForPreTraining, folder)
 
 
+def _warn_of_losses(config: DinoSRConfig, written: DinoSRConfig) -> None:
+    """Name the settings of pre-training that are other ones when the file is read again."""
+    pairs = {name: (getattr(config, name), getattr(written, name)) for name in MODEL_HELP}
+    lost = [f"{name}={own} (read back as {other})" for name, (own, other) in pairs.items() if own != other]
+    if lost:
+        logger.warning("The file has no place for %s.", ", ".join(lost))
+
+
 def _save_checkpoint(file: Path, checkpoint: Mapping[str, Any]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as temporary, temporary.open("wb") as stream:  # torch.save refuses the name of the file
@@ -185,11 +207,16 @@ def convert_to_fairseq(folder: str | os.PathLike, file: str | os.PathLike) -> Pa
     """
     Write a `DinoSRForPreTraining` in the authors' layout and return the path; converting it back is bit-exact.
 
+    Settings of training that the layout has no place for are named in a warning.
+
     Args:
         folder: Path of the model's folder, from `convert` or pre-training.
         file: Path of the checkpoint to write, atomically. `ValueError` if it exists, or the folder has another model.
     """
-    return _save_checkpoint(Path(file), to_fairseq(_open_to_write(Path(folder), Path(file), "The authors' layout")))
+    model = _open_to_write(Path(folder), Path(file), "The authors' layout")
+    checkpoint = to_fairseq(model)
+    _warn_of_losses(model.config, config_from_fairseq(checkpoint))
+    return _save_checkpoint(Path(file), checkpoint)
 
 
 def convert_to_spidr(folder: str | os.PathLike, file: str | os.PathLike) -> Path:
@@ -201,7 +228,10 @@ def convert_to_spidr(folder: str | os.PathLike, file: str | os.PathLike) -> Path
     settings_file = Path(file).with_name("config.json")
     if settings_file.exists():
         raise ValueError(f"{settings_file} exists, and {file} needs one of its own. Give a file in another folder.")
-    checkpoint, settings = to_spidr(_open_to_write(Path(folder), Path(file), "spidr's layout"))
+    model = _open_to_write(Path(folder), Path(file), "spidr's layout")
+    checkpoint, settings = to_spidr(model)
+    objective = "spidr" if model.config.head_input == "own_layer" else "dinosr"
+    _warn_of_losses(model.config, config_from_settings(settings["model"], objective))
     written = _save_checkpoint(Path(file), checkpoint)
     write_atomically(settings_file, json.dumps(settings, indent=1) + "\n")
     return written

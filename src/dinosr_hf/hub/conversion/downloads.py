@@ -6,7 +6,14 @@ import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from .checkpoint_file import ConversionError
 
@@ -33,6 +40,12 @@ def _download(repository: str, file: str, name: str) -> Path | None:
         raise ConversionError(f"{name} is not a file, and {problem}: {_first_line(error)}.") from error
     except EntryNotFoundError:
         return None
+    except GatedRepoError as error:
+        advice = "Accept its terms on its page, then log in: hf auth login"
+        raise ConversionError(f"{repository} on the Hub is gated. {advice}.") from error
+    except RepositoryNotFoundError as error:
+        advice = "or it is private, and you are not logged in (hf auth login)"
+        raise ConversionError(f"{name} is neither a file nor a model on the Hub, {advice}.") from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise ConversionError(f"{name} is neither a file nor a model on the Hub: {_first_line(error)}.") from error
 

@@ -153,6 +153,19 @@ def model_settings(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**args, "_name": args.get("arch")} if isinstance(args, Mapping) else {}
 
 
+def check_inputs(checkpoint: Mapping[str, Any]) -> None:
+    """Raise `ConversionError` unless the model was trained on normalised waveforms at 16 kHz, as ours are."""
+    cfg = checkpoint.get("cfg")
+    places = [cfg.get("task"), cfg.get("model")] if isinstance(cfg, Mapping) else [checkpoint.get("args")]
+    for settings in places:
+        for name, value in {"normalize": True, "sample_rate": 16_000}.items():
+            if isinstance(settings, Mapping) and settings.get(name, value) != value:
+                raise ConversionError(
+                    f"The checkpoint has {name}={settings[name]!r}: it was trained on waveforms that this package does"
+                    f" not make; expected {value!r}."
+                )
+
+
 def settings_notes(checkpoint: Mapping[str, Any]) -> list[str]:
     """Describe the settings of a fairseq checkpoint that the configuration does not keep."""
     settings = model_settings(checkpoint)

@@ -126,7 +126,8 @@ def objective_of(state: Mapping[str, Any], settings: Mapping[str, Any] | None) -
     return "spidr" if bool((weight == 1).all()) and bool((bias == 0).all()) else None
 
 
-def _config_from_settings(settings: Mapping[str, Any], objective: str) -> DinoSRConfig:
+def config_from_settings(settings: Mapping[str, Any], objective: str) -> DinoSRConfig:
+    """Convert the configuration of a checkpoint, what is under `model` in its config.json."""
     fields = FIELDS | OBJECTIVE_FIELDS[objective]
     if unknown := [name for name in settings if name not in {*fields, *SUPPORTED}]:
         value = str(settings[unknown[0]])[:80]
@@ -231,7 +232,8 @@ def read_spidr(
             nothing, or the other.
     """
     state = checkpoint.get("model", checkpoint)
-    settings = None if settings is None else settings.get("model", settings)
+    inner = None if settings is None else settings.get("model")
+    settings = inner if isinstance(inner, Mapping) else settings
     unused = unused_entries(checkpoint, UNUSED) if "model" in checkpoint else {}
     unused |= {name: "a classifier of labelled frames" for name in state if CLASSIFIER.fullmatch(str(name))}
     found = objective_of(state, settings)
@@ -243,8 +245,9 @@ def read_spidr(
         config, notes = _config_from_shapes(state, num_attention_heads, objective)
     else:
         assert objective is not None  # settings tell it
-        config = _config_from_settings(settings, objective)
-    if isinstance(step := state.get("current_step"), torch.Tensor) and step.numel() == 1:
+        config = config_from_settings(settings, objective)
+    step = state.get("current_step")
+    if isinstance(step, torch.Tensor) and step.numel() == 1 and bool(step.isfinite().all()):
         config.current_step = int(step)  # to be written back by `to_spidr`
     license = "CC BY-NC 4.0, by spidr's README; CC BY-NC-SA 4.0 for models of VoxPopuli"
     return Layout("spidr", config, list(_rename_weights(state)), unused, license, notes)
