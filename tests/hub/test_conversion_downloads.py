@@ -75,7 +75,7 @@ def convert_from(hub, home, *commands):
         (GatedRepoError, r"coml/x on the Hub is gated\. Accept its terms .* hf auth login"),
         (
             RepositoryNotFoundError,
-            r"coml/x is neither a file nor a model on the Hub, or it is private, .* hf auth login",
+            r"coml/x is neither a file nor a model on the Hub, or it is private, .*hf auth login",
         ),
     ],
 )
