@@ -373,16 +373,11 @@ def test_invalid_arguments_raise(script, command, model_folder, folder, tmp_path
         script.main([*command, "--source", "student_feed_forward"])
 
 
-def test_a_run_without_units_commits_nobody(model_folder, folder, tmp_path):
-    model, recordings = DinoSRForPreTraining.from_pretrained(model_folder), open_recordings([folder])
-    for layer in (2, 3):
-        with UnitCorpus(tmp_path / "units", UnitExtractor(model, layers=[layer]), recordings):
-            pass  # killed before the first shard
-    corpus = UnitCorpus(tmp_path / "units", UnitExtractor(model, layers=[3]), recordings)
-    assert corpus.write() == len(recordings)
-    corpus.close()
-    with pytest.raises(ValueError, match=r"they have layers=\[3\], and it has layers=\[2\]"):
-        UnitCorpus(tmp_path / "units", UnitExtractor(model, layers=[2]), recordings).open()
+def test_a_wrong_layer_does_not_claim_the_folder(script, command, tmp_path):
+    words = [*command, "--output_dir", str(tmp_path / "units")]
+    with pytest.raises(SystemExit, match="layer=1 has no codebook"):
+        script.main([*words, "--layers", "1"])
+    script.main([*words, "--layers", "2"])
 
 
 def test_ids_that_repeat_are_all_written(script, command, folder, tmp_path):

@@ -122,7 +122,7 @@ class OutputFolder(ABC):
     def _previous(self) -> tuple[list[str], _State]:
         """Return what is done, and the state of the run that did it. Raises `ValueError` if this one cannot go on."""
         done, before = [*self._done()], _read_state(self.folder / self._state_name)
-        if before is None or not done:  # a run without results commits nobody
+        if before is None:
             before = _State(self.settings, {}, {})
         self._check_settings(before.settings)
         self._check_lengths(done, before.num_samples)

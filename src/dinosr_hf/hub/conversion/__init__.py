@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from ...model.configuration_dinosr import DinoSRConfig
 from ...model.modeling_dinosr import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
-from ...pretraining.pretraining_arguments import MODEL_HELP
 from ...recognition.text import SPECIAL_TOKENS, WORD_DELIMITER, TextNormalization, make_processor
 from ...utils.command_line import check_choice
 from ...utils.files import atomic_file, atomic_folder, write_atomically
@@ -57,6 +56,14 @@ CLASSES: dict[str, tuple[type[PreTrainedModel], str]] = {
     "model": (DinoSRModel, "feature-extraction"),
     "ctc": (DinoSRForCTC, "automatic-speech-recognition"),
 }
+# Settings of pre-training that do not follow from the weights.
+PRETRAINING = (
+    *("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout", "layerdrop"),
+    *("attention_init", "qkv_bias", "codebook_decay", "codebook_end_decay", "codebook_end_decay_step"),
+    *("codebook_update_steps", "codebook_revival_share", "num_anchor_labels", "ema_decay", "ema_schedule"),
+    *("ema_end_decay", "ema_anneal_steps", "ema_timescale", "ema_threshold", "teacher_init", "freeze_teacher_step"),
+    *("freeze_front_end_step", "freeze_mode", "mask_prob", "mask_length", "mask_min_spans"),
+)
 # Arguments of `convert` that only some layouts use.
 LAYOUT_ARGUMENTS = {"spidr": ("config", "num_attention_heads", "objective"), "fairseq, CTC": ("dictionary",)}
 
@@ -190,7 +197,7 @@ def _open_to_write(folder: Path, file: Path, layout: str) -> DinoSRForPreTrainin
 
 def _warn_of_losses(config: DinoSRConfig, written: DinoSRConfig) -> None:
     """Name the settings of pre-training that are other ones when the file is read again."""
-    pairs = {name: (getattr(config, name), getattr(written, name)) for name in MODEL_HELP}
+    pairs = {name: (getattr(config, name), getattr(written, name)) for name in PRETRAINING}
     lost = [f"{name}={own} (read back as {other})" for name, (own, other) in pairs.items() if own != other]
     if lost:
         logger.warning("The file has no place for %s.", ", ".join(lost))
