@@ -171,13 +171,11 @@ def metrics_of(arguments: PretrainingArguments) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def claim_folder(arguments: PretrainingArguments) -> None:
-    """Note a run's arguments in its folder. Exits if the folder has a run with other arguments."""
+def refuse_other_options(arguments: PretrainingArguments) -> None:
+    """Exit if the folder of a run has one with other arguments."""
     path = Path(arguments.run.output_dir) / "arguments.yaml"
     if path.is_file() and path.read_text(encoding="utf-8") != arguments.to_yaml():
         sys.exit(f"{path.parent} has a run with other options. Give another --output_dir, or remove it.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(arguments.to_yaml(), encoding="utf-8")
 
 
 def is_finished(arguments: PretrainingArguments) -> bool:
@@ -251,7 +249,7 @@ def main(argv: Sequence[str]) -> None:
     for seed in options.seeds:
         for kind in options.runs:
             arguments = with_speech(scaled[kind, seed][0], Path(options.output_dir) / f"speech-{seed}")
-            claim_folder(arguments)
+            refuse_other_options(arguments)
             if not is_finished(arguments):
                 run(arguments)
             result = result_of(arguments)

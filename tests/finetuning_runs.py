@@ -66,12 +66,16 @@ def run_settings(**changes):
     return {**defaults, **changes}
 
 
-def recognise(model: Path, train: Path, out: Path, *, data=None, start=None, recognition=None, on_trainer=None, **run):
-    """Fine-tune with CTC, and return the record of the run."""
-    return finetune(
+def recognition_of(model: Path, train: Path, out: Path, *, data=None, start=None, recognition=None, **run):
+    """Return the arguments of `finetune` for a run with CTC."""
+    return (
         Recognition(RecognitionArguments(**(recognition or {}))),
         InitialModelArguments(model=str(model), **(start or {})),
         LabelledDataArguments(**{"train_data": [str(train)], "min_seconds": 0.01, **(data or {})}),
         FinetuningArguments(output_dir=str(out), **run_settings(**run)),
-        on_trainer=on_trainer,
     )
+
+
+def recognise(model: Path, train: Path, out: Path, *, on_trainer=None, **changes):
+    """Fine-tune with CTC, and return the record of the run."""
+    return finetune(*recognition_of(model, train, out, **changes), on_trainer=on_trainer)

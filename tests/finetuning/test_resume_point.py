@@ -16,20 +16,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import forks
-from dinosr_hf.finetuning import (
-    FinetuningArguments,
-    InitialModelArguments,
-    LabelledDataArguments,
-    Recognition,
-    RecognitionArguments,
-    finetune,
-)
+from dinosr_hf.finetuning import Recognition, finetune
 from dinosr_hf.finetuning.resume_point import find_resume_point, read_trainer_checkpoint, write_file_list
 from dinosr_hf.training.resume import CheckpointError
 from dinosr_hf.training.run_record import read_record
 from dinosr_hf.training.signals import RunInterrupted
 from dinosr_hf.utils.command_line import ArgumentError
-from finetuning_runs import recognise, run_settings, write_corpus, write_model
+from finetuning_runs import recognise, recognition_of, run_settings, write_corpus, write_model
 from kills import run_through_kills
 from scripts import ROOT
 
@@ -422,13 +415,10 @@ def test_other_recordings_are_reported(model, corpus, tmp_path, caplog):
 
 
 def test_the_same_objects_resume(model, corpus, uninterrupted, tmp_path):
-    start = InitialModelArguments(model=str(model), **RANDOM)
-    data = LabelledDataArguments(train_data=[str(corpus)], min_seconds=0.01)
-    run = {name: value for name, value in OPTIONS.items() if name != "start"}
-    arguments = FinetuningArguments(output_dir=str(tmp_path / "out"), **run_settings(**run))
+    asked = recognition_of(model, corpus, tmp_path / "out", **OPTIONS)
     with pytest.raises(Interrupted):
-        finetune(Recognition(RecognitionArguments()), start, data, arguments, on_trainer=InterruptAfter(4))
-    finetune(Recognition(RecognitionArguments()), start, data, arguments)
+        finetune(*asked, on_trainer=InterruptAfter(4))
+    finetune(*asked)
     assert_same_model(tmp_path / "out", uninterrupted)
 
 

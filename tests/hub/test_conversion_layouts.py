@@ -117,6 +117,8 @@ def test_models_of_other_waveforms_are_refused(checkpoint, tmp_path, place, name
 
 
 def test_recognisers_of_other_waveforms_are_refused(recogniser, tmp_path):
+    recogniser["cfg"]["model"]["normalize"] = "${task.normalize}"
+    convert(save(recogniser, tmp_path), tmp_path / "of the task")
     recogniser["cfg"]["model"]["normalize"] = False
     with pytest.raises(ConversionError, match="The checkpoint has normalize=False"):
         convert(save(recogniser, tmp_path), tmp_path / "out")

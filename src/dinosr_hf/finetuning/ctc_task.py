@@ -68,7 +68,7 @@ class Recognition(Task):
     model_class = DinoSRForCTC
     metric = "ranking"
     greater_is_better = False
-    keep_head_advice = "To train it on with its vocabulary, give its folder as --processor."
+    keep_head_advice = " To train it further with its vocabulary, give its folder as --processor."
 
     def __init__(self, arguments: RecognitionArguments) -> None:
         self.arguments = arguments

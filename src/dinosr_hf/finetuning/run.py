@@ -96,7 +96,7 @@ def _make_trainer(
         renew_head(model)
         logger.warning(
             f"{start.model} was trained with other labels ({_shorten(known)}): its head starts anew."
-            f" {task.keep_head_advice}"
+            f"{task.keep_head_advice}"
         )
     train = _training_set(splits.train, task, model.config, data, arguments.seed)
     evaluation, test = (

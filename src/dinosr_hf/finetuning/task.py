@@ -23,7 +23,7 @@ class Task(ABC):
     model_class: type[DinoSRPreTrainedModel]
     metric: str  # among those of `metrics`, that selects the best checkpoint
     greater_is_better: bool
-    keep_head_advice = ""  # for who wants to train a head on
+    keep_head_advice = ""  # for whoever wants to train a head further; empty: there is none
     crop_seconds: float | None = None  # crop longer training utterances at random, if labels belong to the whole
 
     @abstractmethod

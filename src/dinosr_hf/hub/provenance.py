@@ -186,7 +186,7 @@ def _read_datasets(entries: Any) -> tuple[list[Dataset], list[str]]:
         if entry.get("task_id") and not (entry.get("id") and isinstance(entry["task_id"], str)):
             problems.append(f"datasets: {entry['name']} has task_id, which must be text, beside the benchmark's id")
         hours = entry.get("hours")
-        if not isinstance(hours, int | float | None) or isinstance(hours, bool) or (hours or 1) < 0:
+        if not isinstance(hours, int | float | None) or isinstance(hours, bool) or (hours is not None and hours < 0):
             problems.append(f"datasets: hours of {entry['name']} is {hours!r}, which is no number of hours")
         problems += [
             f"datasets: {name} of an entry is {entry[name]!r}, which is no text"

@@ -159,7 +159,8 @@ def check_inputs(checkpoint: Mapping[str, Any]) -> None:
     places = [cfg.get("task"), cfg.get("model")] if isinstance(cfg, Mapping) else [checkpoint.get("args")]
     for settings in places:
         for name, value in {"normalize": True, "sample_rate": 16_000}.items():
-            if isinstance(settings, Mapping) and settings.get(name, value) != value:
+            # A recogniser may refer to its task: "${task.normalize}".
+            if isinstance(settings, Mapping) and settings.get(name, value) not in (value, f"${{task.{name}}}"):
                 raise ConversionError(
                     f"The checkpoint has {name}={settings[name]!r}: it was trained on waveforms that this package does"
                     f" not make; expected {value!r}."
