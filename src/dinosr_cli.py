@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             module = importlib.import_module(f"dinosr_hf.commands.{COMMANDS[name][0]}")
         except ModuleNotFoundError as error:
+            if error.name is None:  # of transformers, which says what is missing
+                raise SystemExit(f"dinosr {name}: {error.__cause__ or error}") from error
             sys.exit(f'dinosr {name} needs {error.name}: pip install "dinosr-hf[train]"')
         module.main(rest)
     else:

@@ -83,6 +83,14 @@ def test_a_subcommand_says_what_to_install(monkeypatch):
     assert last_words(monkeypatch, "units") == 'dinosr units needs accelerate: pip install "dinosr-hf[train]"'
 
 
+def test_a_package_that_transformers_misses_is_said(monkeypatch):
+    def fail(name):
+        raise ModuleNotFoundError("Could not import module 'Trainer'.") from ImportError("accelerate is missing")
+
+    monkeypatch.setattr(dinosr_cli.importlib, "import_module", fail)
+    assert last_words(monkeypatch, "units") == "dinosr units: accelerate is missing"
+
+
 @pytest.mark.parametrize("name", ["demo", "demo-recognition", "recipes"])
 def test_the_help_offers_no_file_where_there_can_be_none(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dinosr", name, "--help"])

@@ -14,6 +14,7 @@ from dinosr_hf.analysis import abx as abx_module
 from dinosr_hf.analysis.abx import (
     Triphone,
     abx_error,
+    abx_errors,
     cosine_distance,
     frame_rate,
     items_text,
@@ -236,6 +237,7 @@ def test_error_of_features_equals_slow_twin_over_all_triples(tmp_path, name):
 @needs_fastabx
 def test_nothing_to_compare_is_refused(tmp_path):
     items = save_tokens(tmp_path, [("a", "ann", units(1, 1, 1, 1)), ("b", "ann", units(2, 2, 2, 2))])
+    assert np.isnan([*abx_errors(items, tmp_path, Decimal(50), distance="identical").values()]).all()
     with pytest.raises(ValueError, match=r"No two of 2 triphones can be compared across speakers: .*by two speakers"):
         abx_error(items, tmp_path, Decimal(50), distance="identical", speaker="across")
 
@@ -275,10 +277,38 @@ def arguments_of(corpus, output):
 
 
 def test_the_script_writes_only_items(corpus, tmp_path, capsys):
-    load_command("evaluate_abx").main([*arguments_of(corpus, tmp_path), "--items_only"])
+    load_command("evaluate_abx").main([*arguments_of(corpus, tmp_path)[:-3], "--items_only"])
     assert "24 triphones" in capsys.readouterr().out
     assert len((tmp_path / "triphones.item").read_text(encoding="utf-8").splitlines()) == 25
     assert [path.name for path in tmp_path.iterdir()] == ["triphones.item"]
+
+
+def test_where_nothing_compares_the_error_is_nan(tmp_path, caplog, monkeypatch):
+    """One speaker has an error within, and none across."""
+
+    def error_of(items, features, rate, *, speaker):
+        if speaker == "across":
+            raise abx_module.NothingToCompareError("No two of 9 triphones can be compared across speakers")
+        return 0.25
+
+    monkeypatch.setattr(abx_module, "abx_error", error_of)
+    within, across = abx_errors([ITEM], tmp_path, Decimal(50)).values()
+    assert within == 0.25 and np.isnan(across)
+    assert "ABX across speakers is nan: No two of 9 triphones" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--distances", "cosine"], r"distances=.* is set, but nothing is evaluated\..* or leave out --items_only"),
+        ([], "writes the triphones of one model, but there are several"),
+    ],
+)
+def test_items_alone_refuse_what_has_no_effect(corpus, tmp_path, flags, message):
+    words = [word for word in arguments_of(corpus, tmp_path) if word not in ("--layers", "2", "3")]
+    words = [*words, *flags] if flags else ["other", *words]
+    with pytest.raises(SystemExit, match=message):
+        load_command("evaluate_abx").main([*words, "--items_only"])
 
 
 def test_the_script_checks_for_fastabx_first(corpus, tmp_path, monkeypatch):
@@ -297,7 +327,7 @@ def test_the_script_writes_a_table(corpus, tmp_path, capsys, monkeypatch):
 
     if not is_installed("fastabx"):
         monkeypatch.setattr(script, "import_fastabx", lambda: None)
-        monkeypatch.setattr(script, "abx_error", error_of)
+        monkeypatch.setattr(abx_module, "abx_error", error_of)
     script.main(
         [*arguments_of(corpus, tmp_path), "--sources", "student", "teacher", "--distances", "angular", "cosine"]
     )
@@ -319,16 +349,16 @@ def test_the_script_writes_a_table(corpus, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("num_samples", [20, 0], ids=["intervals", "no intervals"])
 def test_units_are_evaluated_with_the_same_error(corpus, tmp_path, capsys, monkeypatch, num_samples):
     """`dinosr evaluate --abx` says of units what `dinosr abx` says, from one extraction."""
-    evaluate, abx = load_command("evaluate_units"), load_command("evaluate_abx")
+    evaluate, evaluate_abx = load_command("evaluate_units"), load_command("evaluate_abx")
     if not is_installed("fastabx"):
 
         def spread(_, folder, *rate, **options):
             return float(np.load(folder / "0.npy").std())
 
-        for script in (evaluate, abx):
+        for script in (evaluate, evaluate_abx):
             monkeypatch.setattr(script, "import_fastabx", lambda: None)
-            monkeypatch.setattr(script, "abx_error", spread)
-    abx.main([*arguments_of(corpus, tmp_path / "abx"), "--sources", "student", "teacher"])
+        monkeypatch.setattr(abx_module, "abx_error", spread)
+    evaluate_abx.main([*arguments_of(corpus, tmp_path / "abx"), "--sources", "student", "teacher"])
     evaluate.main([*arguments_of(corpus, tmp_path / "units"), "--abx", "--num_samples", str(num_samples)])
     table = capsys.readouterr().out
     assert "| ABX within speakers, % | ABX across speakers, % |" in table

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dinosr_hf import DinoSRConfig
+from dinosr_hf.analysis import Reference
 from dinosr_hf.analysis.alignment import Segment, frame_centers, frame_labels
 from dinosr_hf.analysis.alignment_files import read_labels
 
@@ -178,6 +179,17 @@ def test_read_labels_of_both_forms(tmp_path, name):
     assert frame_labels(labels["steps"], 2) == frame_labels(labels["segments"], 2) == ["SIL", "æ"]
     assert frame_labels(labels["nothing"], 2, silence="#") == ["#", "#"]
     assert read_labels(tmp_path / name, "words") == {key: ["a word"] for key in labels}
+
+
+def test_labels_that_show_nothing_are_silence(tmp_path):
+    rows = [
+        {"name": "steps", "phones": ["æ", "", "\u200b", "t"]},
+        {"name": "segments", "phones": [{"label": " ", "start": 0.02, "end": 0.04}]},
+    ]
+    labels = read_labels(write_lines(tmp_path / "labels.jsonl", rows))
+    assert labels == {"steps": ["æ", "SIL", "SIL", "t"], "segments": [Segment("SIL", 0.02, 0.04)]}
+    reference = Reference(["a"], {"a": ["æ", "", Segment("", 0, 1)]})
+    assert reference.phones == ["SIL", "æ"]
 
 
 def test_step_seconds_is_used():

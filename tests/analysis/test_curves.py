@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.colors import to_hex
 
-from dinosr_hf.analysis.curves import REFERENCE, RunCurves, read_run, run_figure
+from dinosr_hf.analysis.curves import REFERENCE, RunCurves, read_run, read_runs, run_figure
 
 BOUNDS = {"collapse_perplexity": 0.05, "collapse_active": 0.15, "collapse_variation": 0.02}
 PLOT_RUN = Path(__file__).parents[2] / "examples" / "plot_run.py"
@@ -74,6 +74,13 @@ def test_a_run_is_read_with_its_size_and_bounds(tmp_path):
     arguments = "codebook_size: 64\ncollapse_perplexity: 0.07\nmax_steps: 9\n"
     run = read_run(write_run(tmp_path / "mine", [line_of(1), line_of(2)], arguments))
     assert run == RunCurves("mine", [line_of(1), line_of(2)], 64, {"collapse_perplexity": 0.07})
+
+
+def test_runs_are_named_by_as_much_of_their_path_as_tells_them_apart(tmp_path):
+    folders = [write_run(tmp_path / name, [line_of(1)]) for name in ("a/one/run", "a/two/run", "b/two/run")]
+    assert [run.name for run in read_runs([*folders, folders[0]])] == ["a/one/run", "a/two/run", "b/two/run"]
+    assert [run.name for run in read_runs(folders[:2])] == ["one/run", "two/run"]
+    assert [run.name for run in read_runs(folders[:1])] == ["run"]
 
 
 def test_later_lines_replace_earlier_ones_of_the_same_step(tmp_path):

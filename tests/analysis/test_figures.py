@@ -55,6 +55,20 @@ def test_layer_curves_do_not_overlap(num_checkpoints, num_layers, name, width):
     assert_big_enough(figure)
 
 
+def test_long_names_stay_different_and_dollars_as_they_are():
+    names = [f"runs/a-very-long-name-of-an-experiment/{part}/and-its-checkpoint-400000" for part in "ab"]
+    curves = [LayerCurves(name, [1], {"PNMI": [0.5]}) for name in names]
+    figure = layer_curves_figure(curves, title="$5 and $6")
+    legend = figure.legends[0]
+    assert ["".join(text.get_text().split()) for text in legend.get_texts()] == names
+    assert not legend.get_title().get_parse_math()
+    assert_nothing_overlaps(figure)
+    usage = code_usage_figure({name: [1, 1] for name in names})
+    assert len({text.get_text() for text in usage.legends[0].get_texts()}) == 3
+    strip = unit_strip_figure(np.zeros(16_000, np.float32), {"all": np.zeros(49, int)}, title="$5 and $6")
+    assert not strip.axes[0].title.get_parse_math()
+
+
 def test_layer_curves_draw_their_values():
     one = LayerCurves(
         "one", (2, 3, 5), {"PNMI": (0.1, np.nan, 0.3)}, {"PNMI": [(0.0, 0.2), (np.nan, np.nan), (0.2, 0.4)]}

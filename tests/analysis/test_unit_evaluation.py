@@ -59,6 +59,12 @@ def test_one_recording_by_hand():
     assert figures["active_codes"] == 3
 
 
+def test_counts_take_memory_for_what_is_counted():
+    counts = count_units(CODES, PHONES, ["SIL", "a", "b"], num_codes=1_000_000)
+    assert counts.cells.shape == (3, 1_000_000) and counts.cells.nnz == 3
+    assert total([counts, counts]).cells.nnz == 3
+
+
 def test_fixed_rate_labels_give_the_same_counts():
     steps = ["a"] * 4 + ["b"] * 6 + ["SIL"] * 3
     assert one_recording(labels=steps).table.tolist() == one_recording().table.tolist()
@@ -234,6 +240,8 @@ def test_a_folder_with_a_table_has_its_speakers(corpus, caplog):
         open_reference(corpus / "speech", labels=corpus / "none.jsonl")
     with pytest.raises(ValueError, match="the synthetic corpus has labels of its own"):
         open_reference("synthetic", labels="phones.jsonl")
+    with pytest.raises(ValueError, match=r"speakers='folder': the synthetic corpus knows its own\. Leave"):
+        open_reference("synthetic", speaker_column="folder")
 
 
 @pytest.mark.parametrize(
@@ -507,6 +515,25 @@ def test_the_script_evaluates_models_and_baselines_in_one_table(corpus, trained,
         script.main([words[0], *words[2:4], "--labels", "nothing", *words[6:]])
 
 
+@pytest.mark.parametrize(
+    ("script", "flag", "value"),
+    [
+        ("evaluate_units", "layers", "1"),
+        ("evaluate_units", "sources", "teacher"),
+        ("evaluate_layers", "sources", "teacher"),
+        ("evaluate_abx", "sources", "teacher"),
+    ],
+)
+def test_options_of_a_dinosr_are_refused_without_one(corpus, tmp_path, monkeypatch, script, flag, value):
+    save_baseline(tmp_path / "hubert", "hubert")
+    words = words_for(corpus, tmp_path / "hubert")[:-2]
+    words += ["--output_dir", str(tmp_path / "out"), f"--{flag}", value]
+    module = load_command(script)
+    monkeypatch.setattr(module, "import_fastabx", lambda: None, raising=False)
+    with pytest.raises(SystemExit, match=rf"{script}\.py: {flag}=.*{value}.* is set, but no model is a DinoSR"):
+        module.main(words)
+
+
 def test_curves_have_layers_in_order_and_their_intervals():
     counts = {"ann": count_units([0, 0, 1], ["x", "x", "y"], ["x", "y"], num_codes=2, step_seconds=0.02)}
     both = {**counts, "bob": count_units([1, 1, 1], ["x", "x", "y"], ["x", "y"], num_codes=2, step_seconds=0.02)}
@@ -547,6 +574,21 @@ LATER_PROBLEMS = [
     ("evaluate_units", [], ["--kmeans_data", "d", "--kmeans_layers", "9"], r"layer=9 does not exist\."),
     ("evaluate_units", [], ["--layers", "1"], r"layer=1 has no codebook\."),
     ("evaluate_units", [], ["--step_seconds", "0.2"], r"0\.wav: "),
+    (
+        "evaluate_units",
+        [],
+        ["--kmeans_data", "SPEECH", "--kmeans_layers", "1", "--num_clusters", "9999"],
+        "num_clusters=9999, but must be",
+    ),
+    (
+        "evaluate_units",
+        [],
+        ["--kmeans_data", "SPEECH", "--mfccs", "tuned", "--num_clusters", "999"],
+        "num_clusters=999, but must be",
+    ),
+    ("evaluate_units", ["BARE"], ["--kmeans_data", "SPEECH", "--kmeans_layers", "1"], r"\S+bare cannot be opened"),
+    ("evaluate_layers", ["BARE"], [], r"\S+bare cannot be opened"),
+    ("evaluate_layers", [], ["--num_clusters", "999"], "num_clusters=999, but must be"),
     ("evaluate_layers", ["no/such/model"], [], "no/such/model is neither a folder nor a model on the Hub"),
     ("evaluate_layers", [], ["--layers", "9"], r"layer=9 does not exist\."),
     ("evaluate_layers", [], ["--step_seconds", "0.2"], r"\d.wav: "),
@@ -561,7 +603,11 @@ def test_what_would_stop_it_later_stops_it_before_the_first_recording(
         raise AssertionError("a recording was read")
 
     monkeypatch.setattr(WindowedInference, "run", run)
+    save_baseline(tmp_path / "bare", "hubert")
+    (tmp_path / "bare" / "preprocessor_config.json").unlink()
     words = [*words_for(corpus, trained, *models), "--output_dir", str(tmp_path), *flags]
+    places = {"SPEECH": str(corpus / "speech"), "BARE": str(tmp_path / "bare")}
+    words = [places.get(word, word) for word in words]
     if script == "evaluate_layers":
         words = [word for word in words if word not in ("--num_samples", "0")]
     with pytest.raises(SystemExit, match=rf"^{script}\.py: (\S+: )?{message}"):

@@ -309,6 +309,15 @@ def test_home_is_written_out_in_files_and_behind_an_equals_sign(tmp_path, monkey
     assert parse(tmp_path, "", "--names", "~/b")[0].names == ["/home/ann/b"]
 
 
+def test_a_value_counts_once_in_a_list_of_choices(tmp_path):
+    parser = Parser("")
+    parser.add_argument("--layers", type=int, nargs="+")
+    parser.add_argument("--kinds", choices=["a", "b"], nargs="+")
+    parser.add_argument("--data", nargs="+")
+    words = ["--layers", "2", "1", "2", "--kinds", "b", "b", "--data", "x", "x"]
+    assert vars(parse_options(parser, words)) == {"layers": [2, 1], "kinds": ["b"], "data": ["x", "x"]}
+
+
 def test_flags_with_dashes_are_those_with_underscores(tmp_path):
     content = "is_loud: false\nlimit: null\n"
     assert parse(tmp_path, content, "--is-loud", "true")[0].is_loud is True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import cycle
@@ -102,7 +103,7 @@ def label_axes(axes: Axes, x: str = "", y: str = "", title: str | None = None, *
     axes.set_xlabel(x, fontsize=TEXT_SIZE)
     axes.set_ylabel(y, fontsize=TEXT_SIZE)
     if title is not None:
-        axes.set_title(title, fontsize=TEXT_SIZE + 1)
+        axes.set_title(title, fontsize=TEXT_SIZE + 1, parse_math=False)
     if grid:
         axes.grid(color="0.93", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -131,7 +132,7 @@ def legend_above(figure: Any, lines: Sequence[Mapping[str, Any]], width: float, 
         frameon=False,
         handlelength=3.2,
     )
-    for text in legend.get_texts():
+    for text in (legend.get_title(), *legend.get_texts()):
         text.set_parse_math(False)  # names of files and folders may have dollars
 
 
@@ -141,6 +142,16 @@ def shorten(text: str, max_letters: int) -> str:
         return text
     kept = max_letters - 1
     return f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+
+
+def shorten_apart(texts: Sequence[str], max_letters: int) -> list[str]:
+    """Shorten texts as `shorten` does, but break those into lines that would look alike."""
+    short = [shorten(text, max_letters) for text in texts]
+    wholes = {name: {text for text, other in zip(texts, short, strict=True) if other == name} for name in short}
+    return [
+        name if len(wholes[name]) == 1 else textwrap.fill(text, max_letters)
+        for text, name in zip(texts, short, strict=True)
+    ]
 
 
 def fit_texts(figure: Figure, fitted: Sequence[tuple[Any, float]]) -> None:

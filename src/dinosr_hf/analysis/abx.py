@@ -10,6 +10,8 @@ References: Schatz et al., "Evaluating speech features with the minimal-pair ABX
 
 from __future__ import annotations
 
+import logging
+import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
@@ -29,9 +31,15 @@ from ..utils.tables import csv_table
 from .alignment import SILENCE, label_segments
 from .unit_evaluation import Reference
 
+logger = logging.getLogger(__name__)
+
 SPEAKERS = ("within", "across")
 DISTANCES = ("angular", "cosine", "euclidean", "identical")
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
+
+
+class NothingToCompareError(ValueError):
+    """There are no two triphones that an ABX error can compare."""
 
 
 class Triphone(NamedTuple):
@@ -166,7 +174,8 @@ def abx_error(
         max_x_across: Largest number of speakers of X; None: all. Both defaults are ZeroSpeech's.
         device: Where distances are computed.
 
-    Raises `ValueError` for an unknown `speaker` or `distance`, or if there is nothing to compare.
+    Raises `ValueError` for an unknown `speaker` or `distance`, or if there is nothing to compare (then it is a
+    `NothingToCompareError`).
     """
     check_choice("speaker", speaker, SPEAKERS)
     check_choice("distance", distance, DISTANCES)
@@ -193,8 +202,20 @@ def abx_error(
                 progress=False,
             )
         except fastabx.EmptyTaskError as empty:
-            raise ValueError(
+            raise NothingToCompareError(
                 f"No two of {len(found):,} triphones can be compared {speaker} speakers: some context must be around"
                 " two different phones, one of them twice" + (", by two speakers." if speaker == "across" else ".")
             ) from empty
     return float(error)
+
+
+def abx_errors(items: Sequence[Triphone], features: str | Path, rate: Decimal, **options: Any) -> dict[str, float]:
+    """Return `abx_error`, with its arguments, within and across speakers; nan, and a warning, if nothing compares."""
+    errors = {}
+    for speaker in SPEAKERS:
+        try:
+            errors[speaker] = abx_error(items, features, rate, speaker=speaker, **options)
+        except NothingToCompareError as error:
+            logger.warning("ABX %s speakers is nan: %s", speaker, error)
+            errors[speaker] = math.nan
+    return errors

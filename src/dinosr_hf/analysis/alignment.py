@@ -65,8 +65,17 @@ def frame_centers(num_frames: int, *, stride: int = STRIDE, field: int = FIELD) 
     return (stride * np.arange(num_frames) + field / 2) / SAMPLING_RATE
 
 
+def phone_name(label: str) -> str:
+    """Return what readers see of a label; where that is nothing, as aligners write silence, `SILENCE`."""
+    return visible_text(label) or SILENCE
+
+
 def to_segment(item: Segment | tuple[str, float, float] | Mapping[str, Any]) -> Segment:
-    """Convert (label, start, end), or a mapping with these keys; `ValueError` if one is missing or out of range."""
+    """
+    Convert (label, start, end), or a mapping with these keys, with the label as `phone_name` writes it.
+
+    Raises `ValueError` if one is missing or out of range.
+    """
     try:
         label, start, end = (item[key] for key in Segment._fields) if isinstance(item, Mapping) else item
     except KeyError as error:
@@ -74,7 +83,7 @@ def to_segment(item: Segment | tuple[str, float, float] | Mapping[str, Any]) -> 
     name = label_text(label, "The label of a segment")
     if name is None:
         raise ValueError(f"The segment {item} has no label. Write one for silence, or leave it out.")
-    segment = Segment(visible_text(name), float(start), float(end))
+    segment = Segment(phone_name(name), float(start), float(end))
     if not (math.isfinite(segment.start) and segment.start <= segment.end < math.inf):
         raise ValueError(f"The segment {tuple(segment)} ends before it starts: times are seconds, start first.")
     return segment

@@ -15,7 +15,7 @@ from ..utils.command_line import argument_errors
 from ..utils.names import printable_name
 from ..utils.text_files import check_regular_file, json_lines, read_text, text_lines
 from ..utils.visible_text import visible_text
-from .alignment import Labels, Segment, to_segment
+from .alignment import Labels, Segment, phone_name, to_segment
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ctm", ".txt", ".TextGrid")
 
@@ -32,7 +32,7 @@ def _parse_row(row: dict[str, Any], tier: str, place: str) -> tuple[str, list[st
         raise ValueError(f'{place}, must be an object with a string "name" (or "id") and a list "{tier}".')
     kinds = {type(label) for label in row[tier]}
     if kinds <= {str}:
-        return name, [*map(visible_text, row[tier])]
+        return name, [*map(phone_name, row[tier])]
     if kinds != {dict}:
         raise ValueError(f'{place}, must hold all strings or all objects with label, start and end in "{tier}".')
     try:
@@ -47,7 +47,8 @@ def read_labels(path: str | Path, tier: str = "phones") -> dict[str, list[str] |
 
     Each line is an object `{"name": ..., "phones": [...]}`, or "id" for "name"; other keys are ignored. `phones`, or
     the key that `tier` names, holds strings at a fixed rate, or objects `{"label": ..., "start": seconds, "end":
-    seconds}`. Raises `ValueError` if the file has another suffix, a line is malformed, or a name occurs twice.
+    seconds}`; empty ones are silence. Raises `ValueError` if the file has another suffix, a line is malformed, or a
+    name occurs twice.
     """
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):

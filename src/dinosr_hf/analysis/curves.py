@@ -115,6 +115,18 @@ def read_run(folder: str | Path) -> RunCurves:
     return RunCurves(printable_name(folder.resolve().name), lines, arguments["codebook_size"], bounds)
 
 
+def read_runs(folders: Sequence[str | Path]) -> list[RunCurves]:
+    """Read runs, as `read_run` does; each is named by as many folders of its path as tell them apart."""
+    paths = [Path(folder).resolve() for folder in dict.fromkeys(folders)]
+    runs = [read_run(path) for path in paths]
+    for num_parts in range(2, max(len(path.parts) for path in paths) + 1):
+        if len({run.name for run in runs}) == len(set(paths)):
+            break
+        names = (printable_name("/".join(path.parts[-num_parts:])) for path in paths)
+        runs = [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
+    return runs
+
+
 class _Curve(NamedTuple):
     field: str  # key of the metrics
     per_codebook: str | None = None  # key of the list with a value for each codebook

@@ -35,6 +35,15 @@ class KMeans:
         return self.assign(torch.from_numpy(frames)).numpy()
 
 
+def check_num_clusters(num_clusters: int, num_frames: int) -> None:
+    """Raise `ValueError` if so many frames have no such number of clusters."""
+    if not 1 <= num_clusters <= num_frames:
+        raise ValueError(
+            f"num_clusters={num_clusters}, but must be at least 1 and at most the number of frames, {num_frames:,}."
+            " Lower num_clusters, or fit on more frames."
+        )
+
+
 def fit_kmeans(features: ArrayLike, num_clusters: int, seed: int, *, max_frames: int = MAX_FRAMES) -> KMeans:
     """
     Cluster frames (T, D) with Lloyd's k-means from a k-means++ start (scikit-learn), for at most 100 iterations.
@@ -48,12 +57,7 @@ def fit_kmeans(features: ArrayLike, num_clusters: int, seed: int, *, max_frames:
         raise ValueError(f"features has shape {frames.shape}, but must be (T, D): concatenate all utterances.")
     if not np.all(np.isfinite(frames)):
         raise ValueError("features contains nan or infinite values. Leave such frames out.")
-    num_frames = min(len(frames), max_frames)
-    if not 1 <= num_clusters <= num_frames:
-        raise ValueError(
-            f"num_clusters={num_clusters}, but must be at least 1 and at most the number of frames, {num_frames:,}."
-            " Lower num_clusters, or fit on more frames."
-        )
+    check_num_clusters(num_clusters, min(len(frames), max_frames))
     if len(frames) > max_frames:
         frames = frames[np.sort(np.random.default_rng(seed).choice(len(frames), max_frames, replace=False))]
     cluster = import_extra("sklearn.cluster", "analysis", "K-means")

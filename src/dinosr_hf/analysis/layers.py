@@ -75,6 +75,14 @@ class Recordings(NamedTuple):
         """Speakers of the recordings."""
         return {self.reference.speakers[recording] for recording in self.ids}
 
+    def num_frames(self, config: DinoSRConfig) -> dict[int, int]:
+        """Return the number of frames of each recording, by its index in the source."""
+        return {
+            index: int(config.num_frames(utterance.num_samples))
+            for index, utterance in enumerate(self.source.utterances)
+            if utterance.id in self.ids
+        }
+
     def split(self, seed: int = 0) -> tuple[Recordings, Recordings]:
         """Split into two parts, each with about half of the speakers; `ValueError` with one speaker."""
         speakers = sorted(self.speakers)
@@ -119,12 +127,10 @@ def draw_frames(
     `ValueError` if labels do not fit a recording, or no frame is drawn.
     """
     config, reference = extractor.config, recordings.reference
-    utterances = recordings.source.utterances
-    indices = [index for index, utterance in enumerate(utterances) if utterance.id in recordings.ids]
-    total = sum(int(config.num_frames(utterances[index].num_samples)) for index in indices)
-    share = min(1.0, max_frames / max(1, total))
+    lengths = recordings.num_frames(config)
+    share = min(1.0, max_frames / max(1, sum(lengths.values())))
     kept: list[LayerFrames] = []
-    for name, features in extractor.features(recordings.source, indices=indices):
+    for name, features in extractor.features(recordings.source, indices=list(lengths)):
         with argument_errors(f"{name}: "):
             labels = frame_labels(
                 reference.labels[name],

@@ -16,7 +16,7 @@ from ..data import AudioFileError, SpeechSource
 from ..utils.command_line import check_choice
 from .alignment import FIELD, STRIDE
 from .baselines import MFCC_KINDS, NUM_MFCCS, mfcc
-from .kmeans import KMeans, fit_kmeans
+from .kmeans import KMeans, check_num_clusters, fit_kmeans
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,9 @@ def fit_mfcc_kmeans(recordings: SpeechSource, num_clusters: int, kind: str, *, s
 
     `kind` is "textbook" or "tuned". Raises `ValueError` for another, and as `fit_kmeans`.
     """
-    share = min(1.0, MAX_FRAMES_IN_MEMORY / max(1, sum(length for _, length in recordings.utterances) // STRIDE))
+    total = sum(length // STRIDE for _, length in recordings.utterances)
+    check_num_clusters(num_clusters, total)
+    share = min(1.0, MAX_FRAMES_IN_MEMORY / max(1, total))
     generator = np.random.default_rng(seed)
     features = [np.empty((0, NUM_MFCCS), np.float32)]
     for _, rows in _features(recordings, kind):

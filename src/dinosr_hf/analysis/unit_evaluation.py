@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from ..data import SAMPLING_RATE, SpeechSource
 from ..model.configuration_dinosr import DinoSRConfig
 from ..utils.command_line import argument_errors, check_ranges
+from ..utils.extras import import_extra
 from ..utils.visible_text import visible_text
-from .alignment import FIELD, SILENCE, STRIDE, Labels, frame_labels, match_labels, relabel
+from .alignment import FIELD, SILENCE, STRIDE, Labels, frame_labels, match_labels, phone_name, relabel
 from .quality import UnitQuality, contingency
 from .reports import LayerReport, Metric
 from .segmentation import SegmentCounts, bitrate, label_boundaries, match_boundaries, run_counts, unit_boundaries
@@ -29,13 +30,18 @@ from .segmentation import SegmentCounts, bitrate, label_boundaries, match_bounda
 class UnitCounts:
     """Counts that all metrics of units are computed from; they add up over recordings and speakers."""
 
-    table: NDArray[np.int64]  # (P, V), frames of each phone and unit
+    cells: Any  # scipy's csr_array (P, V) of int64, the table: one of a recording is nearly empty
     runs: NDArray[np.int64]  # (V,), runs of each unit
     seconds: float  # of speech: frames times their length
     segments: SegmentCounts
 
     def __add__(self, other: UnitCounts) -> UnitCounts:
         return UnitCounts(*map(operator.add, vars(self).values(), vars(other).values()))
+
+    @property
+    def table(self) -> NDArray[np.int64]:
+        """Frames of each phone and unit (P, V)."""
+        return self.cells.toarray()
 
     def figures(self) -> dict[str, float]:
         """Compute all metrics, by the names of `REPORT`; `ValueError` if no frame is counted."""
@@ -46,7 +52,7 @@ class UnitCounts:
             "pnmi": quality.pnmi,
             "code_perplexity": quality.code_perplexity,
             "active_codes": float(quality.num_active_codes),
-            "bitrate": bitrate(self.table.sum(axis=0), self.seconds),
+            "bitrate": bitrate(self.cells.sum(axis=0), self.seconds),
             "deduplicated_bitrate": bitrate(self.runs, self.seconds),
             **self.segments.figures(),
         }
@@ -91,7 +97,8 @@ def count_units(
 
     `labels`, `step_seconds`, `stride` and `field` are as for `frame_labels`. `phones` are those of the table's rows,
     the same for all recordings; `tolerance` is the largest distance of a boundary of units from one of phones, in
-    seconds. Raises `ValueError` if labels and codes do not cover the same time, or a label is not in `phones`.
+    seconds. Raises `ValueError` if labels and codes do not cover the same time, or a label is not in `phones`, and
+    `ImportError` without scipy.
     """
     array = np.asarray(codes)
     frames = frame_labels(labels, len(array), step_seconds=step_seconds, stride=stride, field=field)
@@ -100,7 +107,8 @@ def count_units(
     found = unit_boundaries(array, stride=stride, field=field)
     true = label_boundaries(labels, step_seconds=step_seconds, seconds=seconds)
     segments = match_boundaries(found, true, tolerance=tolerance)
-    return UnitCounts(table, run_counts(array, num_codes), seconds, segments)
+    cells = import_extra("scipy.sparse", "analysis").csr_array(table)
+    return UnitCounts(cells, run_counts(array, num_codes), seconds, segments)
 
 
 def total(counts: Iterable[UnitCounts]) -> UnitCounts:
@@ -131,16 +139,17 @@ def bootstrap_intervals(
         [(is_level, "level", level, "between 0 and 1"), (num_samples >= 1, "num_samples", num_samples, "at least 1")]
     )
     parts = [speakers[name] for name in sorted(speakers)]
-    # In float64, which is exact for such counts, and whose products take a twentieth of the time.
-    tables = np.stack([part.table.ravel() for part in parts]).astype(np.float64)
+    sparse = import_extra("scipy.sparse", "analysis")
+    shape = parts[0].cells.shape
+    tables = sparse.vstack([part.cells.reshape(1, -1) for part in parts], format="csr")
     runs = np.stack([part.runs for part in parts])
     seconds = np.array([part.seconds for part in parts])
     segments = np.array([list(vars(part.segments).values()) for part in parts])
     generator = np.random.default_rng(seed)
     drawn = []
     for times in generator.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), size=num_samples):
-        table = (times @ tables).astype(np.int64).reshape(parts[0].table.shape)
-        counts = UnitCounts(table, times @ runs, float(times @ seconds), SegmentCounts(*(times @ segments).tolist()))
+        cells = sparse.csr_array((times @ tables).reshape(shape))
+        counts = UnitCounts(cells, times @ runs, float(times @ seconds), SegmentCounts(*(times @ segments).tolist()))
         drawn.append(counts.figures())
     intervals = {}
     for name, value in total(parts).figures().items():
@@ -180,7 +189,7 @@ class Reference:
             raise ValueError(f"There are {len(speakers)} speakers for {len(ids)} recordings, but each needs one.")
         names = match_labels(ids, labels, others=others)
         # Those that look alike are one.
-        self.labels = {recording: relabel(labels[name], visible_text) for recording, name in names.items()}
+        self.labels = {recording: relabel(labels[name], phone_name) for recording, name in names.items()}
         known = [visible_text(speaker or "") for speaker in speakers]
         self.has_speakers = any(known)
         self.speakers = {recording: speaker or recording for recording, speaker in zip(ids, known, strict=True)}
@@ -242,8 +251,8 @@ def evaluate_units(
         "model": model,
         "layer": layer,
         "units": units,
-        "num_units": whole.table.shape[1],
-        "num_frames": int(whole.table.sum()),
+        "num_units": whole.cells.shape[1],
+        "num_frames": int(whole.cells.sum()),
         "seconds": whole.seconds,
         "num_speakers": len(counts),
         **whole.figures(),

@@ -8,8 +8,9 @@ from ..analysis.unit_evaluation import Reference
 from ..data import SpeechSource
 from ..data.mixture import PartialSource
 from ..model.modeling_dinosr import check_layers
-from ..units.baseline_models import baseline_config
-from ..utils.command_line import Parser, argument_errors
+from ..units.baseline_models import baseline_config, open_feature_extractor
+from ..utils.command_line import Parser, argument_errors, refuse_unused
+from ..utils.model_folder import has_codebooks, open_config
 from ._shared import add_audio_column
 
 SpeechWithReference = tuple[SpeechSource, Reference]
@@ -36,6 +37,12 @@ def add_networks(parser: Parser) -> None:
     parser.add_argument("--sources", nargs="+", default=["student"], choices=networks, help=text)
 
 
+def refuse_networks(options: argparse.Namespace, parser: Parser, names: Sequence[str] = ("sources",)) -> None:
+    """Refuse options that only a DinoSR has an effect of, if no model is one."""
+    if not any(has_codebooks(open_config(name)) for name in options.models):
+        refuse_unused(options, parser.get_default, names, "no model is a DinoSR with codebooks", "add one")
+
+
 def open_labelled_speech(name: str, options: argparse.Namespace, split: str | None = None) -> SpeechWithReference:
     """Open the recordings that have labels, and their phones, by the flags of `add_labels`."""
     columns = {"speaker_column": options.speakers, "audio_column": options.audio_column}
@@ -51,13 +58,16 @@ def check_inputs(
     """
     Raise `ValueError` now for what would stop the run hours later.
 
-    That is a model that cannot be opened or has no such layer, or labels that do not fit its frames.
+    That is a model that cannot be opened, has no such layer or lacks its feature extractor, or labels that do not fit
+    its frames.
     """
     checked = set()
     for name in models:
         config = baseline_config(name)
         with argument_errors(f"{name}: "):
             check_layers(config, layers or [1], with_codebooks=False)
+        if not has_codebooks(open_config(name)):
+            open_feature_extractor(name)
         frames = config.inputs_to_logits_ratio, config.receptive_field
         if labelled is not None and frames not in checked:
             source, reference = labelled

@@ -36,5 +36,5 @@ def main(argv: Sequence[str]) -> None:
         options = parse(argv)
         import_extra("gradio", "app", "The page")  # fail before the models are loaded
         listener = Listener(options.models, device=options.device, max_seconds=options.max_seconds)
-        title = " and ".join(Path(name).name for name in options.models)
+        title = " and ".join(Path(name).resolve().name for name in options.models)
         build_page(listener, title).launch()

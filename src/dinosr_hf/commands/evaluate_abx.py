@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from ..analysis.abx import (
     SPEAKERS,
-    abx_error,
+    abx_errors,
     frame_rate,
     import_fastabx,
     items_text,
@@ -28,10 +28,17 @@ from ..analysis.reports import write_report
 from ..data import SpeechSource
 from ..units import FeatureFiles, UnitExtractor, open_extractors
 from ..units.baseline_models import baseline_config
-from ..utils.command_line import Parser, command, parse_options
+from ..utils.command_line import ArgumentError, Parser, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file, write_atomically
 from ..utils.tables import csv_table, markdown_table
-from ._evaluation import add_labels, add_networks, check_inputs, open_labelled_speech, require_speakers
+from ._evaluation import (
+    add_labels,
+    add_networks,
+    check_inputs,
+    open_labelled_speech,
+    refuse_networks,
+    require_speakers,
+)
 from ._shared import add_device, add_dtype
 
 
@@ -65,7 +72,13 @@ def make_parser() -> Parser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    return parse_options(make_parser(), argv, max_size_group=1, max_x_across=1)
+    options = parse_options(make_parser(), argv, max_size_group=1, max_x_across=1)
+    if options.items_only:
+        unused = ("layers", "sources", "distances", "max_size_group", "max_x_across", "device", "dtype")
+        refuse_unused(options, make_parser().get_default, unused, "nothing is evaluated", "leave out --items_only")
+        if len(options.models) > 1:
+            raise ArgumentError("--items_only writes the triphones of one model, but there are several. Give one.")
+    return options
 
 
 def write_representations(
@@ -101,6 +114,7 @@ def run(options: argparse.Namespace) -> None:
     source, reference = open_labelled_speech(options.data, options, options.split)
     require_speakers(reference, "ABX within and across speakers")
     check_inputs(options.models, options.layers, (source, reference))
+    refuse_networks(options, make_parser())
     out = claim_output_file(Path(options.output_dir, "abx.md")).parent
     rows = []
     for number, name in enumerate(options.models):
@@ -115,10 +129,8 @@ def run(options: argparse.Namespace) -> None:
             for kind, layer, distance, files in write_representations(name, source, Path(folder), options):
                 row = {"model": name, "source": kind, "layer": layer}
                 row |= {"what": "units" if distance == "identical" else "features", "distance": distance}
-                for speaker in SPEAKERS:
-                    compare = {"speaker": speaker, "distance": distance, "device": options.device}
-                    row[speaker] = abx_error(items, files, frame_rate(config), **compare, **sizes)
-                rows.append(row)
+                compare = {"distance": distance, "device": options.device}
+                rows.append(row | abx_errors(items, files, frame_rate(config), **compare, **sizes))
     report(rows, out)
 
 

@@ -16,12 +16,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..analysis.kmeans import check_num_clusters
 from ..analysis.layers import REPORT, Recordings, check_disjoint_speakers, draw_frames, evaluate_layer
 from ..units import open_extractors
+from ..units.baseline_models import baseline_config
 from ..utils.command_line import Parser, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
-from ._evaluation import add_labels, add_networks, check_inputs, open_labelled_speech, require_speakers
+from ._evaluation import (
+    add_labels,
+    add_networks,
+    check_inputs,
+    open_labelled_speech,
+    refuse_networks,
+    require_speakers,
+)
 from ._shared import add_device, add_dtype
 
 
@@ -63,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.fit_data:
         require_speakers(labelled[1], "A split into speakers to fit on and to evaluate on")
     check_inputs(options.models, options.layers, labelled)
+    refuse_networks(options, make_parser())
     held_out = Recordings.with_labels(*labelled)
     if options.fit_data:
         labelled = open_labelled_speech(options.fit_data, options, options.fit_split)
@@ -72,6 +82,9 @@ def run(options: argparse.Namespace) -> None:
     else:
         fit, held_out = held_out.split(options.seed)
     print(f"Fitted on {len(fit.speakers)} speakers, evaluated on {len(held_out.speakers)} others.")
+    for name in options.models:
+        num_frames = sum(fit.num_frames(baseline_config(name)).values())
+        check_num_clusters(options.num_clusters, min(num_frames, options.max_frames))
     rows = []
     for name in options.models:
         layers = options.layers or list(range(1, open_config(name).num_hidden_layers + 1))

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ..analysis import discophon
-from ..analysis.abx import SPEAKERS, abx_error, frame_rate, import_fastabx, triphone_items, write_unit_files
+from ..analysis.abx import SPEAKERS, abx_errors, frame_rate, import_fastabx, triphone_items, write_unit_files
 from ..analysis.baselines import MFCC_KINDS
+from ..analysis.kmeans import check_num_clusters
 from ..analysis.mfcc_units import fit_mfcc_kmeans, mfcc_units
 from ..analysis.model_units import unit_layers
 from ..analysis.reports import LayerReport, Metric, write_report
@@ -42,10 +43,11 @@ from ..units import (
     load_baseline,
     load_model,
 )
+from ..units.baseline_models import baseline_config, open_feature_extractor
 from ..utils.command_line import ArgumentError, Parser, argument_errors, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
-from ._evaluation import add_labels, check_inputs, open_labelled_speech, require_speakers
+from ._evaluation import add_labels, check_inputs, open_labelled_speech, refuse_networks, require_speakers
 from ._shared import add_device, add_dtype
 
 
@@ -163,7 +165,8 @@ def extract_units(
 
 
 def check_models(options: argparse.Namespace) -> None:
-    """Raise `ValueError`, before hours of work, if a model lacks the requested units."""
+    """Raise `ValueError`, before hours of work, if a model lacks the requested units, or options have no effect."""
+    refuse_networks(options, make_parser(), ["layers", "sources"])
     for name in options.models:
         config = open_config(name)
         if has_codebooks(config):
@@ -175,6 +178,8 @@ def check_models(options: argparse.Namespace) -> None:
                 "Give --kmeans_data and --kmeans_layers for k-means units, and no --kmeans, which is for a DinoSR."
             )
             raise ValueError(f"{name} has no codebooks. {advice}")
+        if options.kmeans_layers:
+            open_feature_extractor(name)
 
 
 def num_clusters_for(name: str, options: argparse.Namespace) -> int:
@@ -192,6 +197,12 @@ def cluster_mfccs(source: SpeechSource, fit: SpeechSource, options: argparse.Nam
 def unit_sets(source: SpeechSource, options: argparse.Namespace) -> Iterator[UnitSet]:
     """Yield the units of all models and MFCCs, with a progress bar."""
     fit = open_recordings(options.kmeans_data, audio_column=options.audio_column) if options.kmeans_data else None
+    if fit is not None:
+        clustered = [(name, baseline_config(name)) for name in options.models if options.kmeans_layers]
+        clustered += [(options.models[0], DinoSRConfig())] if options.mfccs else []
+        for name, config in clustered:  # before hours of work
+            num_frames = sum(int(config.num_frames(length)) for _, length in fit.utterances)
+            check_num_clusters(num_clusters_for(name, options), num_frames)
     parts = [extract_units(name, source, fit, options) for name in options.models]
     if fit is not None:
         parts.append(cluster_mfccs(source, fit, options))
@@ -209,9 +220,8 @@ def add_abx(
         write_unit_files(part.units, folder, part.layers)
         for row, layer in zip(rows, part.layers, strict=True):
             files, rate = Path(folder, f"layer-{layer}"), frame_rate(part.config)
-            for speaker in SPEAKERS:
-                distance = {"speaker": speaker, "distance": "identical", "device": options.device}
-                row[f"abx_{speaker}"] = abx_error(items, files, rate, **distance)
+            errors = abx_errors(items, files, rate, distance="identical", device=options.device)
+            row.update({f"abx_{speaker}": error for speaker, error in errors.items()})
 
 
 def evaluate_on_phones(options: argparse.Namespace) -> tuple[LayerReport, list[dict]]:

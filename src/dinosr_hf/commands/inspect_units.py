@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
     page = render_page(
         inspector.result(),
         recordings,
-        title=options.title or f"Units of {Path(options.model).name}, layer {layer}",
+        title=options.title or f"Units of {Path(options.model).resolve().name}, layer {layer}",
         name=f"layer {layer}, {options.source}",
         facts=facts,
         score_name=SCORES[options.source],

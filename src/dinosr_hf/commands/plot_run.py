@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..analysis.plots import read_run, run_figure, save_figure
+from ..analysis.plots import read_runs, run_figure, save_figure
 from ..utils.command_line import Parser, command, parse_options
 
 
@@ -33,6 +33,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     with command(__file__):
         options = parse(argv)
-        figure = run_figure([read_run(folder) for folder in options.runs], x=options.x, title=options.title)
+        figure = run_figure(read_runs(options.runs), x=options.x, title=options.title)
         output = save_figure(figure, options.output or Path(options.runs[0]) / "curves.png")
         print(f"The picture is {output}.")

@@ -37,6 +37,12 @@ def baseline_config(name: str | Path) -> DinoSRConfig:
     return _frames_config(config)
 
 
+def open_feature_extractor(name: str | Path) -> Any:
+    """Return the feature extractor of a model, from a folder or the Hub; `ValueError` if it has none."""
+    with opening(name, _ADVICE):
+        return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+
+
 class BaselineExtractor(LayerExtractor):
     """
     A `LayerExtractor` for any model of transformers with a convolutional front end and hidden states.
@@ -90,11 +96,9 @@ def load_baseline(
     """
     options: dict[str, Any] = {"device": device, "dtype": torch_dtype(dtype), "advice": _ADVICE}
     baseline_config(name)  # before memory is taken for a model that cannot be
-    with opening(name, _ADVICE):
-        extractor: Any = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+    normalizes = bool(open_feature_extractor(name).do_normalize)
     # Released encoders lack what only masks need.
     model = open_weights(AutoModel, name, may_lack="masked_spec_embed$", **options)
-    normalizes = bool(extractor.do_normalize)
     return BaselineExtractor(model, layers=layers, normalizes=normalizes, is_smoothed=is_smoothed)
 
 

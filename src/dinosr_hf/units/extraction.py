@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ..analysis.kmeans import MAX_FRAMES, fit_kmeans
+from ..analysis.kmeans import MAX_FRAMES, check_num_clusters, fit_kmeans
 from ..data import SAMPLING_RATE, SpeechSource
 from ..inference.windowed import RunningMoments, WindowedInference, model_batch, without_padding
 from ..model.configuration_dinosr import DinoSRConfig
@@ -401,6 +401,7 @@ def fit_layer_kmeans(
         raise ValueError(f"k-means clusters a single layer, but layers are {extractor.layers}. Give one layer.")
     import_extra("sklearn.cluster", "analysis", "K-means")  # fail before the features are computed
     total = sum(int(extractor.config.num_frames(utterance.num_samples)) for utterance in recordings.utterances)
+    check_num_clusters(num_clusters, min(total, max_frames))
     share = min(1.0, max_frames / max(1, total))
     generator = np.random.default_rng(seed)
     drawn = [np.empty((0, extractor.config.hidden_size), np.float32)]

@@ -294,7 +294,7 @@ def parse_options(parser: Parser, argv: Sequence[str], **least: int) -> argparse
     Parse a command line; exit with one line for what the parser refuses, and for a number such as nan.
 
     If the first word ends in .yaml, it is a file of arguments. `least` has the least value of the options that need
-    one, by name.
+    one, by name. Of lists of integers, or of choices, each value counts once.
     """
     words = plain_words(argv)
     try:
@@ -302,6 +302,10 @@ def parse_options(parser: Parser, argv: Sequence[str], **least: int) -> argparse
             parser.set_defaults_from(Path(words.pop(0)))
         options, rest = parser.parse_known_args(words)
         _refuse_rest(rest, [*parser.arguments()])
+        for action in parser.arguments().values():
+            values = getattr(options, action.dest, None)
+            if isinstance(values, list) and (action.choices or action.type is int):
+                setattr(options, action.dest, list(dict.fromkeys(values)))
         for name, value in vars(options).items():
             _check_value(name, value)
             if name in least and value is not None:

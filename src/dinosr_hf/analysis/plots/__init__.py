@@ -8,7 +8,7 @@ for the colour-blind; curves differ by dashes and markers too. All take a `title
 """
 
 from .._figures import save_figure
-from ..curves import read_run, run_figure
+from ..curves import read_run, read_runs, run_figure
 from .lines import LayerCurves, code_usage_figure, layer_curves_figure
 from .phones import PHONE_CLASSES, phone_class
 from .strips import unit_strip_figure
@@ -24,6 +24,7 @@ __all__ = [
     "phone_class",
     "phone_codeword_figure",
     "read_run",
+    "read_runs",
     "run_figure",
     "save_figure",
     "unit_strip_figure",

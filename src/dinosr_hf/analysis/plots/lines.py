@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._figures import TEXT_SIZE, add_panels, label_axes, legend_above, line_styles, new_figure, shorten, span_a_decade
+from .._figures import (
+    TEXT_SIZE,
+    add_panels,
+    label_axes,
+    legend_above,
+    line_styles,
+    new_figure,
+    shorten,
+    shorten_apart,
+    span_a_decade,
+)
 from ..quality import code_perplexity, num_active_codes
 
 if TYPE_CHECKING:
@@ -86,8 +96,9 @@ def layer_curves_figure(curves: Sequence[LayerCurves], *, title: str | None = No
         name = textwrap.fill(shorten(metric, _MAX_LETTERS), int(panel_width / 0.06))
         axes.set_title(name, fontsize=TEXT_SIZE, parse_math=False)
         label_axes(axes, "layer", grid=True)
-    names = [{"label": shorten(curve.name, _MAX_LETTERS)} for curve in curves]
-    legend_above(figure, [name | style for name, style in zip(names, styles, strict=True)], width, title)
+    names = shorten_apart([curve.name for curve in curves], _MAX_LETTERS)
+    lines = [{"label": name, **style} for name, style in zip(names, styles, strict=True)]
+    legend_above(figure, lines, width, title)
     return figure
 
 
@@ -119,9 +130,11 @@ def code_usage_figure(counts: Mapping[str, ArrayLike], *, title: str | None = No
     axes = figure.add_subplot()
     axes.set_yscale("log")
     lines = []
-    for (name, each), ranked, size, style in zip(counts.items(), shares, sizes, line_styles(len(shares)), strict=True):
+    names = shorten_apart(list(counts), _MAX_LETTERS // 2)
+    drawn = zip(names, counts.values(), shares, sizes, line_styles(len(shares)), strict=True)
+    for name, each, ranked, size, style in drawn:
         usage = f"{len(ranked)} of {size} in use, perplexity {code_perplexity(each):.1f}"
-        lines.append({"label": f"{shorten(name, _MAX_LETTERS // 2)}: {usage}", **style})
+        lines.append({"label": f"{name}: {usage}", **style})
         # The first, the last, and some between.
         marked = [*range(0, len(ranked), max(len(ranked) // 8, 1)), len(ranked) - 1]
         axes.plot(range(1, len(ranked) + 1), ranked, **style, markevery=marked, linewidth=1.2)

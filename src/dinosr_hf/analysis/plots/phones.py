@@ -29,6 +29,7 @@ _IPA_CLASSES = {
 _ARPABET = {p: (name, n) for name, phones in _ARPABET_CLASSES.items() for n, p in enumerate(phones.split())}
 _IPA = {letter: (name, n) for name, letters in _IPA_CLASSES.items() for n, letter in enumerate(letters)}
 _SILENCES = ("SIL", "SP", "PAU", "EPI", "H#", "#", "_", "")
+_NOISES = ("SPN", "NSN", "LAU", "UNK", "OOV")  # of Kaldi and the Montreal Forced Aligner: no phone
 
 
 def _ipa_letters(label: str) -> str:
@@ -59,10 +60,12 @@ def fold_phone(label: str) -> str:
 
 def phone_position(label: str) -> tuple[int, int, str]:
     """Return a sort key of phones: index of the class, place within it, and the label itself."""
-    name, letters = label.rstrip("012"), _ipa_letters(label)
-    found, place = "other", 0
-    if label.upper() in _SILENCES:
+    name = fold_phone(label)
+    letters, found, place = _ipa_letters(name), "other", 0
+    if name == SILENCE:
         found = "silence"
+    elif name.upper() in _NOISES:
+        found = "other"
     elif _is_arpabet(name):
         found, place = _ARPABET[name.upper()]
     elif letters:
@@ -76,7 +79,7 @@ def phone_class(label: str) -> str:
     """
     Return the class of a phone, one of `PHONE_CLASSES`, for any label that is none of these "other".
 
-    Labels are IPA, with or without marks of stress and length ("ˈɑː", "tʃ"); ARPABET, with or without stress ("AH0",
-    TIMIT's "axr"); or silence ("SIL", "sp", "pau", "h#").
+    Labels are IPA, with or without marks of stress and length ("ˈɑː", "tʃ"); ARPABET, with or without stress and
+    Kaldi's place in the word ("AH0", "T_E", TIMIT's "axr"); or silence ("SIL", "sp", "pau", "h#").
     """
     return PHONE_CLASSES[phone_position(label)[0]]

@@ -173,7 +173,7 @@ def convert(
     normalization = None if layout.vocabulary is None else _text_normalization(layout.vocabulary)
     pipeline_tag, tags = CLASSES[layout.architecture][1], ["dinosr", "speech", "audio"]
     metadata = ModelCardData(license=license, library_name="transformers", pipeline_tag=pipeline_tag, tags=tags)
-    card = render_card(metadata, model, title=Path(file).name, layout=layout)
+    card = render_card(metadata, model, title=Path(file).resolve().name, layout=layout)
     with atomic_folder(out_dir) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
