@@ -48,6 +48,12 @@ def test_the_script_writes_a_page(folder, capsys, source):
     assert re.search(r"Spectrogram of a\.wav from .*, with its words, phones, units as boxes below", html)
 
 
+@pytest.mark.parametrize("flag", ["tier", "step_seconds"])
+def test_options_of_labels_need_labels(folder, flag):
+    with pytest.raises(SystemExit, match=rf"inspect_units\.py: {flag}=1.* is set, but there are no "):
+        SCRIPT.main(options(folder, f"--{flag}", "1"))
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_phones_may_be_in_another_tier(folder, tmp_path):
     tier = '"IntervalTier" "MAU" 0 0.2 1 0 0.2 "murmur"'

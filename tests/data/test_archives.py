@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from audio_files import flac, noise, sf, write
-from dinosr_hf.data import AudioFileError, FolderSource, TarSource
+from dinosr_hf.data import AudioFileError, FolderSource, TarSource, audio
 from dinosr_hf.data.opening import open_source, open_stream
 from dinosr_hf.utils.names import printable_name
 
@@ -92,6 +92,17 @@ def test_archive_reads_only_the_part(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", CountedFile)
     assert len(source.load(0, 800_000, 1_600)) == 1_600
     assert 0 < sum(read) < 200_000 < len(data.getvalue())
+
+
+def test_the_streams_of_a_member_are_found_once(folder, tmp_path, monkeypatch):
+    source, looked = TarSource(tmp_path / "tars"), []
+    find = audio.find_streams
+    monkeypatch.setattr(audio, "find_streams", lambda file, size: looked.append(size) or find(file, size))
+    audio._find_streams_at.cache_clear()
+    whole = [source.load(index) for index in range(len(source))]
+    for index, samples in enumerate(whole):
+        np.testing.assert_allclose(source.load(index, 3_000, 700), samples[3_000:3_700], atol=1e-6)
+    assert len(looked) == len(source)
 
 
 def test_archive_is_picklable(folder, tmp_path):

@@ -55,6 +55,26 @@ def test_a_table(tmp_path, name):
     assert rows_of(open_labelled(tmp_path / name)) == ROWS
 
 
+@pytest.mark.parametrize("name", ["table.csv", "table.tsv", "table.jsonl", "speech/metadata.csv"])
+def test_the_paths_may_be_in_another_column(tmp_path, name):
+    for file, num_samples in (("raw.wav", 900), ("clean.wav", 1_200)):
+        write(tmp_path / name.rpartition("/")[0] / file, num_samples)
+    row, table = {"path": "raw.wav", "enhanced": "clean.wav", "text": "hello"}, tmp_path / name
+    if name.endswith("jsonl"):
+        table.write_text(json.dumps(row) + "\n")
+    else:
+        lines = [list(row), list(row.values())]
+        table.write_text("".join(("\t" if name.endswith("tsv") else ",").join(line) + "\n" for line in lines))
+    data = table.parent if name.endswith("metadata.csv") else table
+    assert open_labelled(data).num_samples == [900]
+    assert open_labelled(data, audio_column="enhanced").num_samples == [1_200]
+    if name == "table.csv":
+        with pytest.raises(
+            ValueError, match="the paths must be in one of other"
+        ):
+            open_labelled(data, audio_column="other")
+
+
 def test_a_split_of_a_folder_is_a_folder_with_its_own_table(tmp_path):
     for split in ("train", "test"):
         folder_with_table(tmp_path / split, [f"{split} {text}" for text in TEXTS])

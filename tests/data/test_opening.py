@@ -355,6 +355,12 @@ def test_names_that_are_not_recordings_are_refused(tmp_path):
         open_recordings([tmp_path / "none.wav"])
     with pytest.raises(ValueError, match="There are no files"):
         open_recordings([])
+    with pytest.raises(ValueError, match=r"a\.tar is neither .*\. Put quotes around a pattern of archives"):
+        open_recordings([tmp_path / "a.tar", tmp_path / "b.tar"])
+    with pytest.raises(ValueError, match="config_name='x' needs a single input, but there are 2"):
+        open_recordings([tmp_path / "a.wav", tmp_path / "a.wav"], config_name="x")
+    with pytest.raises(ValueError, match="config_name='x' is for a dataset with configurations"):
+        open_recordings([tmp_path / "a.wav"], config_name="x")
     with pytest.raises(ValueError, match=r"split='x': .*a\.wav is a recording, which has no splits"):
         open_recordings([tmp_path / "a.wav"], split="x")
 

@@ -101,6 +101,14 @@ def test_this_disk_keeps_case_apart(tmp_path):
     (tmp_path / "Abc").mkdir()
     is_same = (tmp_path / "aBC").exists()
     assert output_names._ignores_case(tmp_path / "Abc" / "not" / "yet") == is_same
+    (tmp_path / "Abc" / "2024").mkdir()
+    assert output_names._ignores_case(tmp_path / "Abc" / "2024") == is_same
+
+
+def test_the_case_of_a_folder_without_letters_is_that_of_the_one_above(tmp_path, monkeypatch):
+    (tmp_path / "Abc" / "2024").mkdir(parents=True)
+    (tmp_path / "aBC").symlink_to(tmp_path / "Abc")
+    assert output_names._ignores_case(tmp_path / "Abc" / "2024")
 
 
 def test_names_on_the_disk_are_utf8_where_the_locale_is_ascii(tmp_path, monkeypatch, caplog):

@@ -380,7 +380,10 @@ def test_files_at_urls_are_downloaded_with_retries(monkeypatch, caplog):
     assert "memory://corpus/a.flac could not be downloaded (try again)" in caplog.text
 
     def unreachable(*arguments):
-        raise ConnectionError("no network")
+        if len(attempts) > 4:
+            raise RuntimeError("no network")  # as HTTP clients raise errors that are no OSError
+        attempts.append(arguments)
+        raise FileNotFoundError(arguments[0]) from ConnectionError("no network")  # as fsspec calls it
 
     monkeypatch.setattr(fsspec, "open", unreachable)
     # Not left out: another process may have downloaded it, and would have other windows.

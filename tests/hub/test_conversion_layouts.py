@@ -477,6 +477,9 @@ def test_other_folders_are_refused(tmp_path):
 
 def test_the_script_converts_verifies_and_goes_back(tmp_path, make_audio, capsys):
     script = load_command("convert_checkpoint")
+    with pytest.raises(SystemExit, match=r"convert_checkpoint\.py: none\.wav is not a file"):  # before the work
+        script.main([str(CHECKPOINT), str(tmp_path / "out"), "--verify", "none.wav"])
+    assert not (tmp_path / "out").exists()
     script.main([str(CHECKPOINT), str(tmp_path / "out"), "--verify", str(make_audio)])
     output = capsys.readouterr().out
     assert "a DinoSRForPreTraining" in output

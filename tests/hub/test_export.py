@@ -403,6 +403,9 @@ def test_script_writes_both_folders_and_compares(folders, tmp_path, capsys, spee
         soundfile.write(tmp_path / f"{number}.wav", wave * 0.5, 16_000)
     script, files = load_command("export_onnx"), [str(tmp_path / f"{number}.wav") for number in range(2)]
     onnx, int8 = str(tmp_path / "onnx"), str(tmp_path / "int8")
+    with pytest.raises(SystemExit, match=r"export_onnx\.py: none\.wav is not a file"):  # before the work
+        script.main([str(folders / "torch"), onnx, "--verify", files[0], "none.wav"])
+    assert not (tmp_path / "onnx").exists()
     script.main([str(folders / "torch"), onnx, "--int8", int8, "--verify", *files])
     printed = capsys.readouterr().out
     assert len(re.findall(rf"^ *(?:torch|onnx|int8) +{TEXTS[0]}$", printed, re.MULTILINE)) == 3

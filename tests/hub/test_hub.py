@@ -23,6 +23,7 @@ from dinosr_hf.hub.card import METRIC_NAMES, build_results, code, redact_paths, 
 from dinosr_hf.recognition import TextNormalization
 from dinosr_hf.recognition.decoding import DecodingOptions, find_decoding
 from dinosr_hf.training.run_record import METRICS, record_of, write_record
+from dinosr_hf.utils.command_line import NetworkError
 from dinosr_hf.utils.model_folder import save_folder
 from hub_server import TOKEN, hub_server
 from recognisers import save_models, tiny_processor
@@ -601,6 +602,16 @@ def test_push_creates_the_repository_and_uploads_the_folder(
         ("create_repo", TOKEN, ("someone/tiny",), {"private": private, "exist_ok": True}),
         ("upload_folder", TOKEN, (), folder),
     ]
+
+
+def test_a_push_without_a_network_says_what_to_do(saved, provenance_and_record, tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise NetworkError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
+    out = prepare(saved[0] / "recogniser", tmp_path / "ready", *provenance_and_record)
+    with pytest.raises(OSError, match=r"ready could not be uploaded: no route to host.* `hf upload someone/tiny \S+"):
+        push(out, "someone/tiny")
 
 
 def test_only_a_prepared_folder_is_uploaded(saved, tmp_path):

@@ -353,6 +353,29 @@ def test_script_prints_in_order(main, recogniser, recordings, capsys):
     assert found["text"] == lines[1].split("\t")[1]
 
 
+def test_several_transcripts_in_json_are_a_line_each(main, recogniser, recordings, capsys):
+    main([str(recogniser), str(recordings), "--format", "json"])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["id"] for row in found] == ["a.wav", "b.wav", "long.wav", "short.wav"]
+
+
+def test_what_was_transcribed_is_printed_if_the_script_is_interrupted(
+    main, recogniser, recordings, capsys, monkeypatch
+):
+    whole = Transcriber.transcribe
+
+    def interrupted(self, source, **options):
+        for number, found in enumerate(whole(self, source, **options)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(Transcriber, "transcribe", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main([str(recogniser), str(recordings)])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_script_writes_files(main, recogniser, recordings, tmp_path, capsys):
     (recordings / "deep").mkdir()
     (recordings / "a.wav").rename(recordings / "deep" / "a.wav")

@@ -67,6 +67,11 @@ def test_errors_are_summed_over_utterances():
     assert seen == trials == [Trial(2.0, 0.0, 2, 4, 2, 6)], "without normalisation, A differs from a"
 
 
+def test_an_utterance_may_be_decoded_in_another_way():
+    (trial,) = tune(EchoDecoder, ["a b"], ["a"], [(2.0, 0.0)], decode=lambda decoder, text: text[:1])
+    assert trial.word_errors == 0
+
+
 def test_trials_with_as_many_word_errors_are_ranked_by_characters():
     def make_decoder(lm_weight, word_score):
         said = type("Said", (), {"text": {0.0: "", 1.0: "你好", 2.0: "你"}[lm_weight]})

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from dinosr_hf.utils.command_line import (
     ArgumentError,
+    NetworkError,
     Parser,
     check_ranges,
     command,
@@ -148,6 +149,14 @@ def test_help_begins_with_the_description_and_names_each_flag_once(monkeypatch, 
 def test_a_user_error_is_one_line(error):
     with pytest.raises(SystemExit, match=r"^say\.py: give another$"), command("/somewhere/say.py"):
         raise error("give another")
+
+
+def test_errors_of_the_network_are_one_line_and_an_interruption_none():
+    with pytest.raises(SystemExit, match=r"^say\.py: no route$"), command("say.py", ArgumentError):
+        raise NetworkError("no route")
+    with pytest.raises(SystemExit) as end, command("say.py"):
+        raise KeyboardInterrupt
+    assert end.value.code == 130
 
 
 def test_other_errors_keep_their_traceback():

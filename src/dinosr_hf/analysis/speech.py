@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data import DatasetSource, SpeechSource, open_recordings
-from ..data.labelled import find_metadata, open_metadata
+from ..data import DatasetSource, SpeechSource
+from ..data.labelled import open_with_metadata
 from ..data.sources import NoLabelsError
 from ..data.synthetic import SyntheticCorpus
 from .alignment import Labels, relabel, to_segment
@@ -38,6 +38,7 @@ def open_reference(
     fold_stress: bool = False,
     speaker_column: str | None = None,
     split: str | None = None,
+    config_name: str | None = None,
     audio_column: str = "audio",
     num_synthetic: int = 50,
 ) -> tuple[SpeechSource, Reference]:
@@ -52,7 +53,7 @@ def open_reference(
         fold_stress: Whether to take phones without stress and place in the word, by `plots.phones.fold_phone`.
         speaker_column: Column of a table or dataset; None: `speaker_id`, if it exists. "folder": the first folder of
             each recording's path, as in LibriSpeech.
-        split, audio_column: As in `open_source`.
+        split, config_name, audio_column: As in `open_source`.
         num_synthetic: Number of utterances of the synthetic corpus; its test split is used.
 
     Raises `ValueError` if there are no labels, or as `open_source`, `read_alignments` and `Reference`; and
@@ -75,8 +76,7 @@ def open_reference(
         kinds = "a file of phones (.jsonl, .ctm, .TextGrid) or a folder of TextGrids"
         raise ValueError(f"--labels is missing, and only `--data synthetic` has its own: give {kinds}.")
     else:
-        table = find_metadata(Path(data) if split is None else Path(data, split))
-        source = open_metadata(table) if table else open_recordings([data], split=split, audio_column=audio_column)
+        source = open_with_metadata(data, split=split, config_name=config_name, audio_column=audio_column)
         found = read_alignments(labels, tier=tier)
         if not any(found.values()):
             raise ValueError(f"{labels} has no phones. Give other labels.")

@@ -11,7 +11,7 @@ from ..model.modeling_dinosr import check_layers
 from ..units.baseline_models import baseline_config, open_feature_extractor
 from ..utils.command_line import Parser, argument_errors, refuse_unused
 from ..utils.model_folder import has_codebooks, open_config
-from ._shared import add_audio_column
+from ._shared import add_dataset_options, dataset_options
 
 SpeechWithReference = tuple[SpeechSource, Reference]
 
@@ -19,7 +19,6 @@ SpeechWithReference = tuple[SpeechSource, Reference]
 def add_labels(parser: Parser) -> None:
     """Add the flags of `open_labelled_speech`."""
     add = parser.add_argument
-    add("--split", help="split of the data, if it has several")
     add("--labels", help="phones: file (.jsonl, .jsonl.gz, .ctm, .txt), TextGrid, or folder of TextGrids")
     add("--tier", default="phones", help="tier of TextGrids (%(default)s)")
     add("--step_seconds", type=float, default=0.01, help="step of fixed-rate labels (%(default)s)")
@@ -27,7 +26,7 @@ def add_labels(parser: Parser) -> None:
     add("--fold_stress", action="store_true", help=fold)
     speakers = "column of the data with the speaker (speaker_id, if it exists); or: folder, the first one of a path"
     add("--speakers", help=speakers)
-    add_audio_column(parser)
+    add_dataset_options(parser)
 
 
 def add_networks(parser: Parser) -> None:
@@ -45,9 +44,9 @@ def refuse_networks(options: argparse.Namespace, parser: Parser, names: Sequence
 
 def open_labelled_speech(name: str, options: argparse.Namespace, split: str | None = None) -> SpeechWithReference:
     """Open the recordings that have labels, and their phones, by the flags of `add_labels`."""
-    columns = {"speaker_column": options.speakers, "audio_column": options.audio_column}
     labels = {name: getattr(options, name) for name in ("labels", "tier", "step_seconds", "fold_stress")}
-    source, reference = open_reference(name, split=split, **labels, **columns)
+    opened = {**dataset_options(options), "split": split, "speaker_column": options.speakers}
+    source, reference = open_reference(name, **labels, **opened)
     with_labels = [index for index, recording in enumerate(source.ids) if recording in reference.labels]
     return PartialSource(source, with_labels), reference
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,17 +19,24 @@ from ..utils.command_line import Parser, command
 from ..utils.model_folder import DTYPES
 
 
-def add_audio_column(parser: Parser) -> None:
-    """Add --audio_column."""
-    parser.add_argument("--audio_column", default="audio", help="column of a dataset with the audio (%(default)s)")
+def add_dataset_options(parser: Parser) -> None:
+    """Add the flags of `dataset_options`."""
+    parser.add_argument("--split", help="split of the data, if it has several")
+    parser.add_argument("--data_config", help="configuration of a dataset, if it has several")
+    text = "column of a dataset with the audio, or of a table with its paths (%(default)s, or another usual name)"
+    parser.add_argument("--audio_column", default="audio", help=text)
+
+
+def dataset_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `open_recordings` that are in options."""
+    return {"split": options.split, "config_name": options.data_config, "audio_column": options.audio_column}
 
 
 def add_inputs(parser: Parser) -> None:
     """Add the flags of `open_inputs`."""
     text = "audio files and folders; or one manifest, archive or dataset"
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=text)
-    parser.add_argument("--split", help="split of the data, if it has several")
-    add_audio_column(parser)
+    add_dataset_options(parser)
 
 
 def add_windows(parser: Parser) -> None:
@@ -47,7 +55,7 @@ def windows_of(options: argparse.Namespace) -> dict[str, float]:
 
 def open_inputs(options: argparse.Namespace) -> SpeechSource:
     """Open the inputs, by the flags of `add_inputs`."""
-    return open_recordings(options.inputs, split=options.split, audio_column=options.audio_column)
+    return open_recordings(options.inputs, **dataset_options(options))
 
 
 def add_device(parser: Parser, what: str = "model") -> None:

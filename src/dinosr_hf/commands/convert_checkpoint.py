@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from .. import DinoSRForPreTraining
+from ..data.audio import audio_info
 from ..hub.conversion import convert, convert_to_fairseq, convert_to_spidr, statistics_table
 from ..utils.command_line import ArgumentError, Parser, command, parse_options
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
             write = convert_to_fairseq if options.to == "fairseq" else convert_to_spidr
             print("Written:", write(options.file, options.out))
             return
+        if options.verify:
+            audio_info(options.verify)  # before the work
         names = ("as_", "dictionary", "config", "num_attention_heads", "objective", "license")
         model = convert(options.file, options.out, **{name: getattr(options, name) for name in names})
         print(f"Written: {options.out}, a {type(model).__name__}")

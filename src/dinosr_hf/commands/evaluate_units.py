@@ -48,7 +48,7 @@ from ..utils.command_line import ArgumentError, Parser, argument_errors, command
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
 from ._evaluation import add_labels, check_inputs, open_labelled_speech, refuse_networks, require_speakers
-from ._shared import add_device, add_dtype
+from ._shared import add_device, add_dtype, dataset_options
 
 
 def make_parser() -> Parser:
@@ -96,7 +96,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         of_data = ("labels", "tier", "step_seconds", "fold_stress", "speakers", "num_samples")
         unused(of_data, "DiscoPhon has labels of its own, and no intervals", "give --data instead")
         if not options.kmeans_data:
-            unused(["audio_column"], "DiscoPhon has files", "give --data instead")
+            unused(["audio_column", "data_config"], "DiscoPhon has files", "give --data instead")
     else:
         unused(["languages"], "--discophon is not", "give it instead of --data")
     if options.kmeans and len(options.models) > 1:
@@ -196,7 +196,8 @@ def cluster_mfccs(source: SpeechSource, fit: SpeechSource, options: argparse.Nam
 
 def unit_sets(source: SpeechSource, options: argparse.Namespace) -> Iterator[UnitSet]:
     """Yield the units of all models and MFCCs, with a progress bar."""
-    fit = open_recordings(options.kmeans_data, audio_column=options.audio_column) if options.kmeans_data else None
+    columns = {**dataset_options(options), "split": None}
+    fit = open_recordings(options.kmeans_data, **columns) if options.kmeans_data else None
     if fit is not None:
         clustered = [(name, baseline_config(name)) for name in options.models if options.kmeans_layers]
         clustered += [(options.models[0], DinoSRConfig())] if options.mfccs else []

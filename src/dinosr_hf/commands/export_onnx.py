@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..data import load_audio
+from ..data.audio import audio_info
 from ..hub.export import ExportError, FolderModel, OnnxModel, TorchModel, compare, export_onnx, quantize_onnx
 from ..utils.command_line import Parser, command, parse_options
 
@@ -45,6 +46,8 @@ def verify(models: dict[str, FolderModel], files: Sequence[str]) -> None:
 def main(argv: Sequence[str]) -> None:
     with command(__file__, ValueError, OSError, ImportError, ExportError):
         options = parse(argv)
+        for file in options.verify:
+            audio_info(file)  # before the work
         print("Written:", export_onnx(options.model, options.onnx, overwrite=options.overwrite))
         if options.int8:
             print("Written:", quantize_onnx(options.onnx, options.int8, overwrite=options.overwrite))

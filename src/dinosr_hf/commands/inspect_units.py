@@ -10,6 +10,7 @@ plots, and for each codeword its phones, its neighbours and its most typical mom
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ..analysis import read_alignments
@@ -17,9 +18,9 @@ from ..analysis.inspection import AUDIO_FORMATS, CodewordInspector, render_page
 from ..data import SAMPLING_RATE, open_recordings
 from ..model.modeling_dinosr import check_unit_layers
 from ..units import load_model, scored_units
-from ..utils.command_line import Parser, command, parse_options
+from ..utils.command_line import Parser, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file, write_atomically
-from ._shared import AudioBar, add_audio_column, add_device, add_dtype
+from ._shared import AudioBar, add_dataset_options, add_device, add_dtype, dataset_options
 
 # Meaning of a unit's score, by source.
 SCORES = {"student": "probability", "teacher": "distance", "anchor": "probability"}
@@ -30,8 +31,7 @@ def make_parser() -> Parser:
     parser.add_argument("model", metavar="MODEL", help="folder of a pre-trained model, or its name on the Hub")
     parser.add_argument("data", metavar="DATA", help="folder or file of recordings, manifest, archive or dataset")
     parser.add_argument("--output", required=True, help="path of the page, .html")
-    parser.add_argument("--split", help="split of the data, if it has several")
-    add_audio_column(parser)
+    add_dataset_options(parser)
     parser.add_argument("--labels", help="phones, as for dinosr evaluate (none: a page without phones)")
     parser.add_argument("--tier", default="phones", help="tier of TextGrids with the phones (%(default)s)")
     parser.add_argument("--words", help="words to draw with the units; may be the --labels file, if that has both")
@@ -56,12 +56,18 @@ def make_parser() -> Parser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    return parse_options(make_parser(), argv, layer=1, num_moments=0)
+    options = parse_options(make_parser(), argv, layer=1, num_moments=0)
+    unused = partial(refuse_unused, options, make_parser().get_default)
+    if not options.labels:
+        unused(["tier"], "there are no phones", "give --labels")
+        if not options.words:
+            unused(["step_seconds"], "there are no labels", "give --labels")
+    return options
 
 
 def run(options: argparse.Namespace) -> None:
     output = claim_output_file(options.output)
-    recordings = open_recordings([options.data], split=options.split, audio_column=options.audio_column)
+    recordings = open_recordings([options.data], **dataset_options(options))
     labels = read_alignments(options.labels, tier=options.tier) if options.labels else None
     words = read_alignments(options.words, tier="words") if options.words else None
     model = load_model(options.model, device=options.device, dtype=options.dtype)

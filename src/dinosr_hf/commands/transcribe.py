@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from ..data import SpeechSource
 from ..data.output_folder import describe_recordings
 from ..recognition import FORMATS, Transcriber, Transcript, TranscriptFiles, output_paths
+from ..recognition.subtitles import to_json
 from ..utils.command_line import Parser, command, parse_options, program, refuse_unused
 from ._shared import AudioBar, add_device, add_dtype, add_inputs, add_windows, open_inputs, windows_of
 
@@ -46,13 +47,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parse_options(make_parser(), argv)
 
 
-def print_in_order(transcripts: dict[str, Transcript], source: SpeechSource, form: str) -> None:
-    found = [transcripts[utterance.id] for utterance in source.utterances if utterance.id in transcripts]
-    for transcript in found:
-        if form == "txt" and len(source) > 1:
-            print(f"{transcript.id}\t{transcript.text}")
-        else:
-            print(FORMATS[form](transcript), end="")
+def format_for_stdout(transcript: Transcript, form: str, is_alone: bool) -> str:
+    """Format a transcript; one of several as a line."""
+    if is_alone:
+        return FORMATS[form](transcript)
+    return f"{transcript.id}\t{transcript.text}\n" if form == "txt" else to_json(transcript, indent=None)
+
+
+def print_transcripts(transcriber: Transcriber, source: SpeechSource, form: str) -> None:
+    """Print the transcripts in the order of the source; those that there are if it ends early."""
+    texts: dict[str, str] = {}
+    try:
+        with AudioBar(source.seconds) as bar:
+            for found in transcriber.transcribe(source, on_progress=bar.advance):
+                texts[found.id] = format_for_stdout(found, form, is_alone=len(source) == 1)
+        print(bar, file=sys.stderr)
+    finally:
+        print(*(texts[name] for name in source.ids if name in texts), sep="", end="")
 
 
 def write_files(files: TranscriptFiles) -> None:
@@ -95,10 +106,7 @@ def run(options: argparse.Namespace) -> list[str]:
         print(describe_recordings(source), "Their transcripts go to stdout.")
         return []
     else:
-        with AudioBar(source.seconds) as bar:
-            transcripts = {found.id: found for found in transcriber.transcribe(source, on_progress=bar.advance)}
-        print(bar, file=sys.stderr)
-        print_in_order(transcripts, source, options.format)
+        print_transcripts(transcriber, source, options.format)
     return [*source.left_out.values(), *("unreadable" for _ in transcriber.unreadable)]
 
 

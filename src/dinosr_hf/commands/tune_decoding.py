@@ -12,6 +12,7 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +21,13 @@ from tqdm import tqdm
 from .. import DinoSRForCTC
 from ..data import LabelledSource, open_labelled
 from ..recognition import Transcriber, load_processor
-from ..recognition.decoding import BeamSearchDecoder, DecodingOptions
+from ..recognition.decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions
+from ..recognition.transcription import decode_in_pieces
 from ..recognition.tuning import WORD_SCORES, Trial, random_pairs, tune
 from ..utils.command_line import Parser, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_weights
-from ._shared import AudioBar, add_audio_column, add_device
+from ._shared import AudioBar, add_dataset_options, add_device, dataset_options
 
 
 def make_parser() -> Parser:
@@ -37,8 +39,7 @@ def make_parser() -> Parser:
     add("--lexicon", help="file of the words that may be output (those of an ARPA language model)")
     add("--no_lexicon", action="store_true", help="search over labels, with a language model over labels")
     add("--column", help="column of the transcripts (the first known name)")
-    add("--split", help="split of the data, if it has several")
-    add_audio_column(parser)
+    add_dataset_options(parser)
     add("--output", help="file to write (decoding.json in the model's folder)")
     add("--lm_weights", type=float, nargs="+", help="weights to try with each of --word_scores")
     add("--word_scores", type=float, nargs="+", help="scores to try with each of --lm_weights")
@@ -109,15 +110,19 @@ def run(options: argparse.Namespace) -> None:
         options.language_model, lexicon, beam_size=options.beam_size, beam_threshold=options.beam_threshold
     )
     decoder = BeamSearchDecoder.from_tokenizer(processor.tokenizer, model.config, options=settings)
-    data = open_labelled(options.data, column=options.column, split=options.split, audio_column=options.audio_column)
+    data = open_labelled(options.data, column=options.column, **dataset_options(options))
     emissions, references = compute_emissions(transcriber, data, options.max_utterances)
 
-    (without,) = tune(lambda *_: transcriber.decoder, emissions, references, [(0.0, 0.0)], normalize=normalize)
+    def decode(decoder: CTCDecoder, frames: np.ndarray) -> str:  # as the transcriber does
+        return decode_in_pieces(decoder, frames, transcriber.search_frames).text
+
+    how: dict[str, Any] = {"normalize": normalize, "decode": decode}
+    (without,) = tune(lambda *_: transcriber.decoder, emissions, references, [(0.0, 0.0)], **how)
     pairs = pairs_of(options)
     with tqdm(total=len(pairs), desc="trials") as progress:
         trials = tune(
             *(decoder.reweighted, emissions, references, pairs),
-            normalize=normalize,
+            **how,
             on_trial=lambda trial: progress.update(),
         )
     best = trials[0]

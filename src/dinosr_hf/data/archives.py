@@ -96,7 +96,8 @@ class TarSource(SpeechSource):
             if has_suffix(member.id, HEADERLESS_SUFFIXES):
                 raise AudioFileError("It has no header.")
             with open(path, "rb") as archive:
-                yield PiecedFile(archive, [(member.offset, member.offset + member.num_bytes)])
+                place = path, member.offset, member.num_bytes, os.fstat(archive.fileno()).st_mtime_ns
+                yield PiecedFile(archive, [(member.offset, member.offset + member.num_bytes)], place)
         except AudioFileError as error:
             kind = unsupported_kind(member.id)
             if kind is None or not error.reason.startswith(("unreadable", "unsupported")):

@@ -260,10 +260,10 @@ def _warn_once(name: str, problem: str) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _find_streams_at(path: str | Path, size: int, modified: int) -> Streams:
-    """Find the streams of a file, of which windows are read one by one, once."""
+def _find_streams_at(path: str | Path, first: int, size: int, modified: int) -> Streams:
+    """Find the streams of a file, or of a part of an archive, once: windows of them are read one by one."""
     with open(path, "rb") as file:
-        return find_streams(file, size)
+        return find_streams(PiecedFile(file, [(first, first + size)]) if first else file, size)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -286,14 +286,15 @@ def open_audio(source: AudioInput) -> Iterator[OpenAudio]:
             if path is None:
                 file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
                 size = file.seek(0, io.SEEK_END)
-                found = find_streams(file, size)
+                place = getattr(file, "place", None)
+                found = find_streams(file, size) if place is None else _find_streams_at(*place)
             else:
                 if not os.path.isfile(path):  # opening a pipe would wait for someone to write to it
                     raise FileNotFoundError(path)
                 file = stack.enter_context(open(path, "rb", buffering=0))
                 status = os.fstat(file.fileno())
                 size = status.st_size
-                found = _find_streams_at(path, size, status.st_mtime_ns)
+                found = _find_streams_at(path, 0, size, status.st_mtime_ns)
             if found.note:
                 _warn(name, found.note)
             if found.pieces:

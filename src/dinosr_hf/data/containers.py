@@ -16,6 +16,9 @@ from typing import IO, NamedTuple, cast
 # Bytes, or the part of a file from the first to the second position.
 Piece = bytes | tuple[int, int]
 
+# A part of a file on the disk: path, first byte, number of bytes, and time of the file's last change.
+Place = tuple[str, int, int, int]
+
 
 class StreamError(ValueError):
     """A file that has several streams which cannot be read as one."""
@@ -29,10 +32,14 @@ class Streams(NamedTuple):
 
 
 class PiecedFile:
-    """A binary file for reading, put together of bytes and of parts of another file."""
+    """
+    A binary file for reading, put together of bytes and of parts of another file.
 
-    def __init__(self, file: IO[bytes], pieces: Sequence[Piece]) -> None:
-        self._file, self._pieces, self._position = file, pieces, 0
+    `place` is where it is on the disk, if it is one part of a file there.
+    """
+
+    def __init__(self, file: IO[bytes], pieces: Sequence[Piece], place: Place | None = None) -> None:
+        self._file, self._pieces, self._position, self.place = file, pieces, 0, place
         self.size = sum(map(_length, pieces))
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:

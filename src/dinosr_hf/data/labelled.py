@@ -9,7 +9,7 @@ import numpy as np
 from ..utils.command_line import argument_errors
 from ..utils.names import printable_name
 from ..utils.visible_text import remove_invisible
-from .manifests import PATH_COLUMNS, TableSource, names_paths
+from .manifests import TableSource, names_paths, path_columns
 from .mixture import JoinedSource
 from .opening import open_source
 from .sources import SpeechSource
@@ -69,31 +69,34 @@ class LabelledSource:
         return self.source.load(self.indices[position], start, num_samples)
 
 
-def find_metadata(folder: Path) -> Path | None:
+def find_metadata(folder: Path, audio_column: str = "audio") -> Path | None:
     """Return the table of a folder of audio, metadata.csv or metadata.jsonl; None if there is none with paths."""
     for table in (folder / name for name in METADATA_FILES):
         if table.exists():
-            if names_paths(table):
+            if names_paths(table, audio_column):
                 return table
-            logger.warning("%s is not used: its first line names none of %s.", table, ", ".join(PATH_COLUMNS))
+            columns = ", ".join(path_columns(audio_column))
+            logger.warning("%s is not used: its first line names none of %s.", table, columns)
     return None
 
 
-def open_metadata(table: Path) -> TableSource:
-    """Open the table of a folder of audio. Files that it does not list are left out with a warning."""
-    source = TableSource(table)
+def open_with_metadata(
+    name: str | Path, *, split: str | None = None, config_name: str | None = None, audio_column: str = "audio"
+) -> SpeechSource:
+    """
+    Open what `open_source` opens, with its arguments; of a folder that has one, the table of `find_metadata`.
+
+    Files that the table does not list are left out with a warning.
+    """
+    table = find_metadata(Path(name) if split is None else Path(name, split), audio_column)
+    if table is None or config_name is not None:
+        return open_source(name, split=split, config_name=config_name, audio_column=audio_column)
+    source = TableSource(table, audio_column)
     if unlisted := [*map(printable_name, source.unlisted())]:
         source.skipped["no label"] = unlisted
         counts = f"{len(unlisted):,} audio files beside it are not in the table"
         logger.warning("%s: %s and are left out, for example %s.", table, counts, unlisted[0])
     return source
-
-
-def _open_one(name: str, split: str | None, audio_column: str, config_name: str | None) -> SpeechSource:
-    table = find_metadata(Path(name) if split is None else Path(name, split))
-    if table is not None and config_name is None:
-        return open_metadata(table)
-    return open_source(name, split=split, audio_column=audio_column, config_name=config_name)
 
 
 def open_labelled(
@@ -120,7 +123,10 @@ def open_labelled(
     several = [names] if isinstance(names, (str, Path)) else list(names)
     if not several:
         raise ValueError("There is no data. Give at least one folder, table, manifest or dataset.")
-    sources = [_open_one(str(name), split, audio_column, config_name) for name in several]
+    sources = [
+        open_with_metadata(str(name), split=split, config_name=config_name, audio_column=audio_column)
+        for name in several
+    ]
     source = sources[0] if len(sources) == 1 else JoinedSource(sources)
     with argument_errors("" if column is None else f"{column_option}={column}: "):
         labels = source.labels(column)

@@ -145,8 +145,8 @@ class TableSource(SpeechSource):
 
     Columns:
 
-    - `path`, `audio_filepath`, `file_name`, `audio` or `wav`, the first that exists: the file, relative to the table's
-      folder, or absolute;
+    - `path`, `audio_filepath`, `file_name`, `audio` or `wav`, the first that exists, or the one that `audio_column`
+      names: the file, relative to the table's folder, or absolute;
     - `num_frames` and `sampling_rate`, else `num_samples` (at 16 kHz), else `duration` (seconds): its length. If a
       line has none, the file's header is read;
     - `offset` (seconds), with `duration`: the part of the file that is the utterance;
@@ -164,9 +164,9 @@ class TableSource(SpeechSource):
     files cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, audio_column: str = "audio") -> None:
         self._table, self.root = Path(path), Path(path).parent
-        self._entries = _in_samples(list(_entries(self._table)))
+        self._entries = _in_samples(list(_entries(self._table, path_columns(audio_column))))
         self.root = _root_of(self._entries, self.root)
         self._check_headers()
         ids = (entry.id for entry in self._entries)
@@ -230,17 +230,24 @@ class TableSource(SpeechSource):
         return load_audio(self.root / entry.path, start=entry.start + start, num_samples=num_samples)
 
 
-def names_paths(table: Path) -> bool:
-    """Return whether the first line of a `.csv` or `.jsonl` file, that of names, has a column of paths."""
+def path_columns(audio_column: str) -> tuple[str, ...]:
+    """Return the columns that may have the paths of a table: the named one, or `PATH_COLUMNS` by default."""
+    return PATH_COLUMNS if audio_column == "audio" else (audio_column,)
+
+
+def names_paths(table: Path, audio_column: str = "audio") -> bool:
+    """Return whether the first line of a `.csv` or `.jsonl` file, that of names, has one of `path_columns`."""
     lines = (remove_invisible(line).strip() for line in text_lines(table, errors="surrogateescape"))
     first = next((line for line in lines if line and not line.strip('"').startswith("sep=")), "")
-    return re.search(rf'(?:^|[,;\t{{]) *"?(?:{"|".join(PATH_COLUMNS)})"? *(?:[,;\t:]|$)', first) is not None
+    columns = "|".join(map(re.escape, path_columns(audio_column)))
+    return re.search(rf'(?:^|[,;\t{{]) *"?(?:{columns})"? *(?:[,;\t:]|$)', first) is not None
 
 
-def open_tsv(path: str | Path) -> ManifestSource | TableSource:
+def open_tsv(path: str | Path, audio_column: str = "audio") -> ManifestSource | TableSource:
     """Open a `.tsv`: a table, such as Common Voice's, if its first line names a column of paths; else a manifest."""
     names = next(text_lines(path, errors="surrogateescape"), "").split("\t")
-    return TableSource(path) if len(names) > 1 and set(PATH_COLUMNS) & set(names) else ManifestSource(path)
+    is_table = len(names) > 1 and set(path_columns(audio_column)) & set(names)
+    return TableSource(path, audio_column) if is_table else ManifestSource(path)
 
 
 def _in_samples(entries: list[_Entry]) -> list[_Entry]:
@@ -275,14 +282,14 @@ def _in_samples(entries: list[_Entry]) -> list[_Entry]:
     return converted
 
 
-def _entries(table: Path) -> Iterator[_Entry]:
+def _entries(table: Path, columns: Sequence[str]) -> Iterator[_Entry]:
     column: str | None = None
     for number, row in _rows(table):
-        column = column or next((candidate for candidate in PATH_COLUMNS if candidate in row), None)
+        column = column or next((candidate for candidate in columns if candidate in row), None)
         if column is None:
-            rule = f"the paths must be in one of {', '.join(PATH_COLUMNS)}. Rename it."
-            columns = ", ".join(map(str, row))
-            raise ValueError(f"{table} has no column with paths of audio. Its columns are {columns}; {rule}")
+            names, wanted = ", ".join(map(str, row)), ", ".join(columns)
+            rule = f"the paths must be in one of {wanted}. Rename it, or give its name as audio_column."
+            raise ValueError(f"{table} has no column with paths of audio. Its columns are {names}; {rule}")
         where = f"{table}, line {number}"
         path, samples = row.get(column), None
         if not isinstance(path, str) or not path or set("\n\0") & set(path):

@@ -156,12 +156,12 @@ def _open_folder(path: Path, split: str | None) -> SpeechSource | None:
     return None
 
 
-def _open_file(path: Path, name: str, split: str | None) -> SpeechSource | None:
+def _open_file(path: Path, name: str, split: str | None, audio_column: str) -> SpeechSource | None:
     """Open a recording, a manifest, a table, an archive or a pattern of them; return None if it is none of these."""
     kinds: dict[str, tuple[tuple[str, ...], Callable[[Path], SpeechSource]]] = {
         "a recording": (AUDIO_SUFFIXES + UNSUPPORTED_SUFFIXES, lambda path: FileSource([path])),
-        "a manifest": ((".tsv",), open_tsv),
-        "a table": (TABLE_SUFFIXES, TableSource),
+        "a manifest": ((".tsv",), lambda path: open_tsv(path, audio_column)),
+        "a table": (TABLE_SUFFIXES, lambda path: TableSource(path, audio_column)),
         "an archive": ((".tar", *COMPRESSED_SUFFIXES), TarSource),
     }
     for kind, (suffixes, opened) in kinds.items():
@@ -208,7 +208,8 @@ def open_source(
             `.parquet` file or a folder of them; or the name of a dataset on the Hub.
         split: Split of a dataset that has several, or the name of a subfolder of a folder with audio or archives.
         config_name: Configuration of a dataset that has several, on the Hub or in a folder whose README.md lists them.
-        audio_column: Column of a dataset that has the audio.
+        audio_column: Column of a dataset that has the audio, or of a table that has the paths; "audio": of a table the
+            first of `manifests.PATH_COLUMNS`.
 
     Raises:
         ValueError: If the name stands for nothing (the message lists what is accepted), a split is missing or does
@@ -221,7 +222,7 @@ def open_source(
         if path.is_dir():
             source = _open_folder(path, split)
         elif path.is_file() or _is_pattern(name):
-            source = _open_file(path, name, split)
+            source = _open_file(path, name, split, audio_column)
             if source is None and not has_suffix(name, ".parquet"):
                 raise ValueError(f"{name} has no recordings. {_ACCEPTED}")
         if source is not None:
@@ -283,24 +284,34 @@ def open_stream(
 
 
 def open_recordings(
-    names: Sequence[str | Path], *, split: str | None = None, audio_column: str = "audio"
+    names: Sequence[str | Path],
+    *,
+    split: str | None = None,
+    config_name: str | None = None,
+    audio_column: str = "audio",
 ) -> SpeechSource:
     """
     Open audio files and folders of them, or one name of anything else that `open_source` opens.
 
     Recordings of several files and folders are named by their paths below the lowest folder that contains all of them.
-    `split`, of one name only, and `audio_column` are those of `open_source`. Raises `ValueError` if a name does not
-    exist, nothing is readable, or several names are not all files and folders or have a split.
+    The options are those of `open_source`; `split` and `config_name` are for one name only. Raises `ValueError` if a
+    name does not exist, nothing is readable, or several names are not all files and folders, or have such an option.
     """
     paths = [Path(name) for name in names]
     suffixes = AUDIO_SUFFIXES + UNSUPPORTED_SUFFIXES
-    if len(paths) == 1 and (split is not None or paths[0].is_dir() or not has_suffix(paths[0], suffixes)):
-        return open_source(names[0], split=split, audio_column=audio_column)
-    if split is not None:
-        raise ValueError(f"split={split!r} needs a single input, but there are {len(names)}. Run once per input.")
+    has_options = split is not None or config_name is not None
+    if len(paths) == 1 and (has_options or paths[0].is_dir() or not has_suffix(paths[0], suffixes)):
+        return open_source(names[0], split=split, config_name=config_name, audio_column=audio_column)
+    for option, value in (("split", split), ("config_name", config_name)):
+        if value is not None:
+            raise ValueError(
+                f"{option}={value!r} needs a single input, but there are {len(names)}. Run once per input."
+            )
     for name, path in zip(names, paths, strict=True):
         if not name or not (path.is_dir() or has_suffix(path, suffixes)):
             kinds = f"neither an audio file ({', '.join(AUDIO_SUFFIXES)}) nor a folder"
             advice = "Name several of those, or one manifest, archive or dataset alone."
+            if all(has_suffix(path, (".tar",)) for path in paths):
+                advice = "Put quotes around a pattern of archives, or give their folder."
             raise ValueError(f"{name or 'An empty name'} is {kinds}. {advice}")
     return FileSource(paths)

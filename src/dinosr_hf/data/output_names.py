@@ -71,9 +71,11 @@ def output_paths(folder: str | Path, recordings: Iterable[str], suffix: str) -> 
 
 def _ignores_case(folder: Path) -> bool:
     """Return whether the disk of a folder, which need not exist yet, takes names that differ in case as the same."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    swapped = existing.with_name(existing.name.swapcase()) if existing.name else existing
-    return swapped.name != existing.name and swapped.exists() and swapped.samefile(existing)
+    for path in (folder.absolute(), *folder.absolute().parents):
+        if path.name.swapcase() != path.name and path.exists():
+            swapped = path.with_name(path.name.swapcase())
+            return swapped.exists() and swapped.samefile(path)
+    return False
 
 
 def _check_different(paths: dict[str, Path], folder: Path) -> None:

@@ -332,12 +332,17 @@ def _download(path: str) -> bytes | str:
         try:
             with fsspec.open(path, "rb") as file:
                 return file.read()
-        except FileNotFoundError as error:
-            raise AudioFileError(f"{path} does not exist.", "missing") from error
-        except OSError as error:
+        except (ImportError, ValueError):  # of a kind of URL that is not known here
+            raise
+        except Exception as error:  # those of HTTP clients are no OSError
+            # Over HTTP, fsspec calls any failure "not found", and has the reason as its cause.
+            reason = error.__cause__ or error
+            is_missing = reason is error or getattr(reason, "status", None) in (404, 410)
+            if isinstance(error, FileNotFoundError) and is_missing:
+                raise AudioFileError(f"{path} does not exist.", "missing") from error
             if wait is None:
-                raise OSError(f"{path} could not be downloaded: {error}") from error
-            logger.warning("%s could not be downloaded (%s); trying again in %d s.", path, error, wait)
+                raise OSError(f"{path} could not be downloaded: {reason}") from error
+            logger.warning("%s could not be downloaded (%s); trying again in %d s.", path, reason, wait)
             time.sleep(wait)
     raise AssertionError
 

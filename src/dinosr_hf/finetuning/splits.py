@@ -40,9 +40,9 @@ def _open_synthetic(arguments: LabelledDataArguments, split: str, seed: int) -> 
     return LabelledSource(source, source.labels(arguments.label_column), name="synthetic", split=split)
 
 
-def _have_metadata(folders: Sequence[str], split: str) -> bool:
+def _have_metadata(folders: Sequence[str], split: str, audio_column: str) -> bool:
     """Return whether each folder has a table of labels for the split; the split "" is the folder itself."""
-    return all(find_metadata(Path(folder, split)) is not None for folder in folders)
+    return all(find_metadata(Path(folder, split), audio_column) is not None for folder in folders)
 
 
 def open_splits(arguments: LabelledDataArguments, seed: int) -> Splits:
@@ -56,12 +56,15 @@ def open_splits(arguments: LabelledDataArguments, seed: int) -> Splits:
     if not data:
         raise ArgumentError("train_data is empty. Give at least one folder, table, manifest or dataset.")
     train, validation, test = arguments.train_split, arguments.eval_split, arguments.test_split
-    has_splits = all(_have_metadata([name], "train") and not _have_metadata([name], "") for name in data)
+    column = arguments.audio_column
+    has_splits = all(
+        _have_metadata([name], "train", column) and not _have_metadata([name], "", column) for name in data
+    )
     if is_synthetic or (train is None and has_splits):
         train = train or "train"
-        if not arguments.eval_data and (is_synthetic or _have_metadata(data, "validation")):
+        if not arguments.eval_data and (is_synthetic or _have_metadata(data, "validation", column)):
             validation = validation or "validation"
-        if not arguments.test_data and (is_synthetic or _have_metadata(data, "test")):
+        if not arguments.test_data and (is_synthetic or _have_metadata(data, "test", column)):
             test = test or "test"
 
     def open_one(names: Sequence[str], split: str | None, default: str) -> LabelledSource | None:

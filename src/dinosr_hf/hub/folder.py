@@ -21,6 +21,7 @@ from ..model.configuration_dinosr import DinoSRConfig
 from ..recognition.decoding import DecodingOptions
 from ..recognition.text import TextNormalization
 from ..training.run_record import RECORD_NAME, RunRecord
+from ..utils.command_line import NetworkError
 from ..utils.files import atomic_folder
 from ..utils.model_folder import feature_extractor, open_dinosr_config, open_weights, opening
 from .card import build_card, build_results
@@ -198,6 +199,10 @@ def push(
     if not ModelCard.load(folder / "README.md").data.get("license"):
         raise ValueError(f"The card of {folder} has no license. {advice}")
     api = HfApi(token=token)
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message)
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message)
+    except (NetworkError, OSError) as error:
+        advice = f"The folder is ready: `hf upload {repo_id} {folder}` uploads it."
+        raise OSError(f"{folder} could not be uploaded: {error}. {advice}") from error
     return str(url)

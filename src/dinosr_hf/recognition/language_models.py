@@ -99,10 +99,11 @@ def _without_byte_order_mark(path: str | Path) -> Iterator[str | Path]:
     if start != codecs.BOM_UTF8:
         yield path
         return
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".arpa") as copy:
-        copy.writelines(f"{line}\n" for line in text_lines(path))
-        copy.flush()
-        yield copy.name
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "model.arpa")
+        with open(copy, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in text_lines(path))
+        yield copy
 
 
 def load_language_model(path: str, words: Sequence[str]) -> tuple[Any, NDArray[np.bool_]]:

@@ -166,11 +166,15 @@ def _cue(caption: Caption, separator: str, escape: Callable[[str], str] = str) -
     return f"{start} --> {end}\n{text}\n"
 
 
-def to_json(transcript: Transcript) -> str:
-    """Format as JSON: "id", "text", "seconds", "score" and "words", each with "word", "start" and "end" in seconds."""
+def to_json(transcript: Transcript, indent: int | None = 2) -> str:
+    """
+    Format as JSON: "id", "text", "seconds", "score" and "words", each with "word", "start" and "end" in seconds.
+
+    With `indent=None` it is one line.
+    """
     words = [{"word": word, "start": round(start, 3), "end": round(end, 3)} for word, start, end in transcript.words]
     content = {**transcript._asdict(), "seconds": round(transcript.seconds, 6), "words": words}
-    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    return json.dumps(content, ensure_ascii=False, indent=indent) + "\n"
 
 
 def to_srt(transcript: Transcript) -> str:

@@ -125,6 +125,9 @@ class Transcriber:
         search_seconds: Maximum audio of one beam search, see `decode_in_pieces`.
         pause_seconds: Time without a label after which a word has ended, see `split_words_at_pauses`.
         windows: `window_seconds`, `context_seconds` and `batch_seconds` of `WindowedInference`.
+
+    Attributes:
+        search_frames: `search_seconds` in frames.
     """
 
     def __init__(
@@ -146,7 +149,7 @@ class Transcriber:
         for name, seconds in self._seconds.items():
             if not 2 * hop <= seconds * SAMPLING_RATE <= MAX_NUMBER:
                 raise ValueError(f"{name}={seconds} must be at least {2 * hop / SAMPLING_RATE}, two frames.")
-        self._search_frames = int(search_seconds * SAMPLING_RATE / hop)
+        self.search_frames = int(search_seconds * SAMPLING_RATE / hop)
         self._pause_frames = round(pause_seconds * SAMPLING_RATE / hop)
 
     @property
@@ -234,4 +237,4 @@ class Transcriber:
 
     def _decode(self, emissions: np.ndarray) -> Hypothesis:
         is_greedy = isinstance(self.decoder, GreedyDecoder)
-        return decode_in_pieces(self.decoder, emissions, _GREEDY_FRAMES if is_greedy else self._search_frames)
+        return decode_in_pieces(self.decoder, emissions, _GREEDY_FRAMES if is_greedy else self.search_frames)

@@ -7,7 +7,7 @@ wav2vec 2.0 (arXiv 2006.11477) tries 128 pairs, with weights in [0, 5] and word 
 import math
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -70,6 +70,7 @@ def tune(
     pairs: Sequence[tuple[float, float]],
     *,
     normalize: Callable[[str], str] = str,
+    decode: Callable[[CTCDecoder, Any], str] = lambda decoder, frames: decoder.decode(frames)[0].text,
     on_trial: Callable[[Trial], object] | None = None,
 ) -> list[Trial]:
     """
@@ -81,6 +82,7 @@ def tune(
         references: Transcript of each utterance.
         pairs: Pairs of weights to try, at least one.
         normalize: Applied to references and hypotheses before errors are counted.
+        decode: Returns the text of an utterance by a decoder: by default of all of it at once.
         on_trial: Called with each trial when it is done.
 
     Returns a trial for each pair, the best by `ErrorReport.ranking` first; ties are in the order of `pairs`. Raises
@@ -92,7 +94,7 @@ def tune(
     ranked: list[tuple[float, Trial]] = []
     for lm_weight, word_score in pairs:
         decoder = make_decoder(lm_weight, word_score)
-        report = score(expected, [normalize(decoder.decode(frames)[0].text) for frames in log_probs])
+        report = score(expected, [normalize(decode(decoder, frames)) for frames in log_probs])
         trial = Trial(lm_weight, word_score, **report.totals)
         ranked.append((report.ranking, trial))
         if on_trial is not None:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
@@ -25,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from .recipes import find_recipe, recipes
 from .text_files import load_yaml
 
+NetworkError: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined] # of its HTTP client, whichever
 MAX_NUMBER = 10**15  # of samples, or steps, which no run has
 
 
@@ -91,9 +94,10 @@ def command(script: str | os.PathLike, *user_errors: type[Exception]) -> Iterato
     Run the body of a script, with warnings as lines of text and user errors as one line instead of a traceback.
 
     From here on, characters that the terminal's encoding lacks are printed as escapes, such as `\\u00e9`.
-    `script` is its `__file__`. User errors, by default ValueError, OSError and ImportError, end it with the line
-    `program: message` and exit status 1; others are passed on. An error of stdout, such as a full disk, ends it in the
-    same way; if the reader of stdout has gone, as `head` goes, it ends with status 1 and without a message.
+    `script` is its `__file__`. User errors, by default ValueError, OSError and ImportError, and errors of the network
+    end it with the line `program: message` and exit status 1, Ctrl-C without a line; others are passed on. An error of
+    stdout, such as a full disk, ends it in the same way; if the reader of stdout has gone, as `head` goes, it ends
+    with status 1 and without a message.
     """
     _print_anything()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -101,12 +105,14 @@ def command(script: str | os.PathLike, *user_errors: type[Exception]) -> Iterato
     transformers_logging.disable_progress_bar()  # of loading weights, but it disables the Hub's too
     if shows_downloads:
         enable_progress_bars()
-    caught = user_errors or (ValueError, OSError, ImportError)
+    caught = (*(user_errors or (ValueError, OSError, ImportError)), NetworkError)  # which is no OSError
     handled: tuple[type[Exception], ...] = (OSError, *caught)
     try:
         yield
         if sys.stdout is not None:  # as `>&-` leaves it
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except handled as error:
         is_of_stdout = isinstance(error, OSError) and sys.stdout is not None and _drops_output()
         if is_of_stdout and isinstance(error, BrokenPipeError):

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from ...utils.names import one_line
 from .checkpoint_file import ConversionError
 
 # What a repository calls its model, in the order of preference.
@@ -37,7 +38,7 @@ def _download(repository: str, file: str, name: str) -> Path | None:
         return Path(hf_hub_download(repository, file))
     except LocalEntryNotFoundError as error:
         problem = "the Hub cannot be reached to download it"
-        raise ConversionError(f"{name} is not a file, and {problem}: {_first_line(error)}.") from error
+        raise ConversionError(f"{name} is not a file, and {problem}: {one_line(error)}.") from error
     except EntryNotFoundError:
         return None
     except GatedRepoError as error:
@@ -47,11 +48,7 @@ def _download(repository: str, file: str, name: str) -> Path | None:
         advice = "or it is private, and you are not logged in (hf auth login)"
         raise ConversionError(f"{name} is neither a file nor a model on the Hub, {advice}.") from error
     except (HfHubHTTPError, HFValidationError) as error:
-        raise ConversionError(f"{name} is neither a file nor a model on the Hub: {_first_line(error)}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConversionError(f"{name} is neither a file nor a model on the Hub: {one_line(error)}.") from error
 
 
 def download_checkpoint(name: str) -> Path:
