@@ -83,20 +83,6 @@ def test_runs_are_named_by_as_much_of_their_path_as_tells_them_apart(tmp_path):
     assert [run.name for run in read_runs(folders[:1])] == ["run"]
 
 
-def test_later_lines_replace_earlier_ones_of_the_same_step(tmp_path):
-    first = [line_of(step, loss=9.0) for step in (1, 10, 20, 30)]
-    again = [line_of(20, loss=1.0), evaluation_of(20), line_of(30, loss=1.0)]
-    run = read_run(write_run(tmp_path / "run", [*first, evaluation_of(30), *again]))
-    # A resumed run writes step 20 again.
-    assert [(line["step"], line.get("loss")) for line in run.lines] == [
-        (1, 9.0),
-        (10, 9.0),
-        (20, 1.0),
-        (20, None),
-        (30, 1.0),
-    ]
-
-
 def test_an_incomplete_last_line_is_ignored(tmp_path):
     folder = write_run(tmp_path / "run", [line_of(1)])
     with open(folder / "metrics.jsonl", "a") as file:
@@ -111,7 +97,7 @@ def test_an_incomplete_last_line_is_ignored(tmp_path):
     ("lines", "arguments", "message"),
     [
         (None, "codebook_size: 1", "metrics.jsonl does not exist. Give the output_dir of a run that has started"),
-        ("", "codebook_size: 1", "metrics.jsonl is empty"),
+        ("", "codebook_size: 1", "metrics.jsonl has no line of metrics"),
         ('{"loss": 1}\n', "codebook_size: 1", "metrics.jsonl has no line of metrics"),
         ('{"step": 1\n', "codebook_size: 1", "metrics.jsonl has no line of metrics"),
         ("[1]\n", "codebook_size: 1", "metrics.jsonl has no line of metrics"),

@@ -69,9 +69,7 @@ def test_the_paths_may_be_in_another_column(tmp_path, name):
     assert open_labelled(data).num_samples == [900]
     assert open_labelled(data, audio_column="enhanced").num_samples == [1_200]
     if name == "table.csv":
-        with pytest.raises(
-            ValueError, match="the paths must be in one of other"
-        ):
+        with pytest.raises(ValueError, match=r"the paths must be in one of other\. Rename it"):
             open_labelled(data, audio_column="other")
 
 
@@ -372,6 +370,12 @@ def test_splits_of_a_folder_are_found(tmp_path):
     other = folder_with_table(tmp_path / "other", ["other"])
     assert labels_of(splits_of(train_data=data, eval_data=[str(other)])) == [["train"], ["other"], ["test"]]
     assert labels_of(splits_of(train_data=data, train_split="test")) == [["test"], None, None]
+
+
+def test_evaluation_on_training_speech_is_said(tmp_path, caplog):
+    folder = str(folder_with_table(tmp_path))
+    splits_of(train_data=[folder], eval_data=[folder])
+    assert f"eval_data={folder} is trained on, so its figures are too good." in caplog.text
 
 
 def test_a_folder_with_one_table_is_training_speech(tmp_path):

@@ -87,7 +87,7 @@ def test_micro_batches_are_of_similar_size():
 
 @pytest.mark.parametrize(
     ("lengths", "step_samples", "num_steps"),
-    [([500], 40_000, 1), ([500] * 3, 100, 15), ([40_000, 40_000, 100], 40_000, 2), (LENGTHS, 10**9, 1)],
+    [([500], 40_000, 1), ([500] * 3, 100, 3), ([40_000, 40_000, 100], 40_000, 2), (LENGTHS, 10**9, 1)],
     ids=["one", "more steps than utterances", "two long ones", "all in one"],
 )
 def test_few_utterances(lengths, step_samples, num_steps):
@@ -95,6 +95,15 @@ def test_few_utterances(lengths, step_samples, num_steps):
     assert own.num_steps == num_steps
     assert len(list(own)) == len(own) == 3 * num_steps
     assert sorted(index for batch in own for index in batch) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("lengths", [[900, 10, 10, 10, 900, 10, 10], [100] * 9 + [2_000], [1_000] * 5])
+def test_no_step_is_empty(lengths):
+    own = sampler(lengths=lengths, step_samples=500)
+    for epoch in range(5):
+        steps = own.steps(epoch)
+        assert len(steps) == own.num_steps and all(steps)
+        assert sorted(index for step in steps for index in step) == list(range(len(lengths)))
 
 
 def test_no_utterances_are_refused():

@@ -403,12 +403,33 @@ def test_script_trains_and_prints_error_rates(script, model, corpus, tmp_path, c
         (["--train_data", "nowhere"], r"finetune_ctc\.py: nowhere does not exist"),
         (["--warmup_steps", "9"], r"finetune_ctc\.py: warmup_steps=9.* has no effect"),
         (["--save_steps", "3", "--eval_steps", "2"], r"finetune_ctc\.py: .*multiple of the evaluation steps"),
+        (
+            ["--save_steps", "4", "--eval_steps", "2"],
+            r"finetune_ctc\.py: save_steps=4 is not eval_steps=2, so the best",
+        ),
     ],
-    ids=["flag", "data", "warm-up", "evaluation without checkpoint"],
+    ids=["flag", "data", "warm-up", "evaluation without checkpoint", "best without checkpoint"],
 )
 def test_script_reports_errors_in_one_line(script, model, tmp_path, words, message):
     with pytest.raises(SystemExit, match=message):
         script("--model", model, "--output_dir", tmp_path / "out", *words)
+
+
+def test_a_gpu_without_memory_says_what_to_change(script, model, corpus, tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("dinosr_hf.finetuning.trainer.SpeechTrainer.train", fail)
+    flags = ["--model", model, "--train_data", corpus, "--output_dir", tmp_path / "out", "--use_cpu", "true"]
+    message = r"^finetune_ctc\.py: CUDA out of memory\. Tried to allocate 2\.00 GiB\. Lower --micro_seconds, which"
+    with pytest.raises(SystemExit, match=message):
+        script(*flags, "--min_seconds", 0.01, "--max_steps", 1, "--eval_strategy", "no")
+
+
+def test_a_head_that_learns_alone_to_the_end_is_said(script, model, corpus, tmp_path, caplog):
+    flags = ["--model", model, "--train_data", corpus, "--output_dir", tmp_path / "out", "--use_cpu", "true"]
+    script(*flags, "--min_seconds", 0.01, "--max_steps", 2, "--freeze_steps", 2, "--eval_strategy", "no", "--dry_run")
+    assert "freeze_steps=2 reaches to the last of max_steps=2: only the head learns." in caplog.text
 
 
 def test_a_dry_run_says_what_would_be_trained(script, model, corpus, tmp_path, capsys):

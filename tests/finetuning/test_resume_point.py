@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 import forks
 from dinosr_hf.finetuning import Recognition, finetune
 from dinosr_hf.finetuning.resume_point import find_resume_point, read_trainer_checkpoint, write_file_list
-from dinosr_hf.training.resume import CheckpointError
+from dinosr_hf.training.resume import CheckpointError, changed_arguments
 from dinosr_hf.training.run_record import read_record
 from dinosr_hf.training.signals import RunInterrupted
 from dinosr_hf.utils.command_line import ArgumentError
@@ -364,6 +364,17 @@ def test_other_arguments_are_refused_by_name(model, corpus, uninterrupted, inter
         recognise(model, corpus, interrupted, weight_decay=0.1, **OPTIONS)
 
 
+def test_another_spelling_of_a_path_is_the_same_argument(tmp_path, monkeypatch):
+    (tmp_path / "corpus").mkdir()
+    monkeypatch.chdir(tmp_path)
+    saved = {"model": "corpus/", "train_data": [str(tmp_path / "corpus")], "seed": 1}
+    now = {"model": "corpus", "train_data": ["./corpus"], "seed": 1}
+    assert changed_arguments(saved, now, saved) == ""
+    assert changed_arguments(saved, {**now, "train_data": ["other"]}, saved).startswith(
+        "train_data is ['other'] and was"
+    )
+
+
 def test_other_arguments_are_reported_if_resuming_is_requested(model, corpus, interrupted, caplog):
     count = CountSteps()
     changed = {**OPTIONS, "max_steps": 6}
@@ -567,7 +578,9 @@ def test_a_run_whose_recordings_vanish_writes_a_checkpoint_and_goes_on_later(mod
             if state.global_step == 5:
                 mount.rename(gone)
 
-    with pytest.raises(ArgumentError, match=r"None of the recordings of step 6 could be read; .* Look at the disk"):
+    with pytest.raises(
+        ArgumentError, match=r"None of the \d+ recordings up to step 6 could be read; .* Look at the disk"
+    ):
         recognise(model, mount, out, on_trainer=lambda trainer: trainer.add_callback(Unmount()), **options)
     gone.rename(mount)
     count = CountSteps()

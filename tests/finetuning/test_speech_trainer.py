@@ -245,6 +245,18 @@ def test_unreadable_recordings_are_left_out(tmp_path, model):
     assert record.data[0]["unreadable"] == 2
 
 
+def test_steps_of_a_recording_each_without_a_readable_one_stop_the_run(tmp_path, model):
+    corpus = write_corpus(tmp_path / "corpus", 6)
+
+    def spoil(trainer):
+        for file in corpus.glob("*.wav"):
+            file.write_bytes(b"nothing")
+
+    options = {"micro_seconds": 0.05, "step_seconds": 0.05, "max_steps": 5}
+    with pytest.raises(ArgumentError, match=r"None of the 2 recordings up to step 2 could be read"):
+        recognise(model, corpus, tmp_path / "out", on_trainer=spoil, **options)
+
+
 def trainer_of(model, tmp_path, **changes):
     """A trainer of the tiny model, without a data set."""
     loaded = DinoSRForCTC.from_pretrained(model, vocab_size=9)

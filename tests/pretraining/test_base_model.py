@@ -167,9 +167,12 @@ def test_a_run_starts_from_a_model_and_resumes_without_it(tmp_path, recordings, 
     # it started with the codebooks of its base
     assert first["target_perplexity"] != metrics_of(tmp_path / "plain")[0]["target_perplexity"]
     shutil.rmtree(folder)
-    arguments.run.max_steps = 6
-    run(arguments)
+    flags = ["--base_model", str(folder), "--output_dir"]
+    words = [str(tmp_path / "out" / "arguments.yaml"), "--max_steps", "6"]
+    run(parse_arguments([*words, *flags, str(tmp_path / "out")]))
     assert metrics_of(tmp_path / "out")[-1]["step"] == 6
+    with pytest.raises(ArgumentError, match=r"base_model=.* is neither a folder nor a model"):  # one that begins
+        parse_arguments([*words, *flags, str(tmp_path / "new")])
 
 
 @pytest.mark.parametrize("max_steps", [2, 3], ids=["finished", "unfinished"])
@@ -179,7 +182,7 @@ def test_a_run_keeps_its_base_model(tmp_path, recordings, base, monkeypatch, max
     other = shutil.copytree(base, tmp_path / "other")
     for name, value in {"base_model": str(other), "new_codebooks": True}.items():
         arguments = tiny_arguments(tmp_path, recordings, **{**options, "max_steps": max_steps, name: value})
-        with pytest.raises(CheckpointError, match=f"a run that began with another model: {name} is .* and was "):
+        with pytest.raises(CheckpointError, match=f"a run that began in another way: {name} is .* and was "):
             run(arguments)
     monkeypatch.chdir(base.parent)
     run(tiny_arguments(tmp_path, recordings, **{**options, "max_steps": 3, "base_model": base.name}))

@@ -212,6 +212,8 @@ def test_a_base_model_does_not_begin_at_random(tmp_path):
     save_folder(model, base)
     save_folder(model.dinosr, network)
     assert RunPlan(tiny(*slow, "--base_model", base), EPOCH).notes == []
+    (note,) = RunPlan(tiny("--base_model", base, "--fit_heads_steps", "600"), EPOCH).notes
+    assert note.startswith("Only heads and codebooks learn: fit_heads_steps=600 reaches to the last of max_steps=600.")
     for anew in (["--new_codebooks", "true"], ["--codebook_size", "100"], ["--base_model", network]):
         (note,) = RunPlan(tiny(*slow, "--base_model", base, *anew), EPOCH).notes
         assert "random start" in note

@@ -458,10 +458,11 @@ def test_collapse_is_reported_and_can_stop_the_run(tmp_path, recordings, caplog,
     assert metrics_of(tmp_path / "stopped")[-1]["step"] == 6
 
 
-def test_held_out_speech_is_evaluated_while_training(tmp_path, recordings):
+def test_held_out_speech_is_evaluated_while_training(tmp_path, recordings, caplog):
     _, metrics = trained(tmp_path, recordings, "run", max_steps=5, eval_data=str(recordings), eval_steps=2)
     evaluations = [line for line in metrics if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [2, 4, 5]
+    assert f"eval_data={recordings} is trained on, so its figures are too good." in caplog.text
     assert all(0 < line["eval_loss"] < 3 and 1 <= line["eval_target_perplexity"] <= 8 for line in evaluations)
 
 
@@ -527,7 +528,7 @@ def test_scaled_arguments_are_written_and_resumed_without_scaling_again(tmp_path
     assert written.run.learning_rate == pytest.approx(1e-3 * 0.5**0.5)
     with caplog.at_level("INFO", "dinosr_hf"):
         run(tiny_arguments(tmp_path, recordings, **options))
-    assert "This run is finished" in caplog.text and "at the checkpoint." not in caplog.text
+    assert "This run is finished" in caplog.text and "other arguments" not in caplog.text
 
 
 @pytest.mark.parametrize(

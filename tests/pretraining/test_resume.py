@@ -206,8 +206,7 @@ def test_a_finished_run_stays_and_goes_on_with_more_steps(tmp_path, recordings, 
         assert "This run is finished" in caplog.text
         assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in again.state_dict().items())
         run(tiny_arguments(tmp_path, recordings, checkpoint_steps=2, max_steps=6, learning_rate=2e-3))
-    assert "max_steps is 6 now, and was 4 at the checkpoint" in caplog.text
-    assert "learning_rate is 0.002 now, and was 0.001 at the checkpoint" in caplog.text
+    assert "other arguments: learning_rate is 0.002 and was 0.001, max_steps is 6 and was 4." in caplog.text
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -232,7 +231,7 @@ def test_revival_can_be_switched_on_and_off_when_resuming(tmp_path, recordings, 
         options = {"checkpoint_steps": 2, "codebook_revival_share": 0.1}
         reviving = run(tiny_arguments(tmp_path, recordings, max_steps=6, **options))
         plain = run(tiny_arguments(tmp_path, recordings, max_steps=8, checkpoint_steps=2))
-    assert "codebook_revival_share is 0.1 now, and was 0.0 at the checkpoint" in caplog.text
+    assert "codebook_revival_share is 0.1 and was 0.0" in caplog.text
     assert (reviving.codebooks.usage != 1).any() and plain.codebooks.usage is None
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == list(range(1, 9))
 
@@ -271,6 +270,27 @@ def test_going_back_renames_later_checkpoints(tmp_path, recordings, caplog):
     assert "checkpoint-6 is after step 3, so it is renamed to abandoned-checkpoint-6" in caplog.text
     assert [line["learning_rate"] < 2e-4 for line in metrics_of(out)] == [False] * 3 + [True] * 4
     assert read_checkpoint(find_checkpoints(out)[0]).step == 7
+
+
+def test_going_back_changes_nothing_before_the_run_begins(tmp_path, recordings, caplog):
+    options, out = {"checkpoint_steps": 1, "keep_checkpoints": 2}, tmp_path / "out"
+    run(tiny_arguments(tmp_path, recordings, **options))
+    before = sorted(path.name for path in out.iterdir())
+    back = {**options, "resume": str(out / "checkpoint-3"), "data": str(tmp_path / "typo")}
+    with pytest.raises(ArgumentError, match="typo does not exist"):
+        run(tiny_arguments(tmp_path, recordings, **back))
+    assert sorted(path.name for path in out.iterdir()) == before
+    with caplog.at_level("INFO", "dinosr_hf"):
+        run(tiny_arguments(tmp_path, recordings, **options))
+    assert "This run is finished. To continue it, raise max_steps" in caplog.text
+
+
+def test_a_finished_run_without_checkpoints_says_how_to_go_on(tmp_path, recordings, caplog):
+    options = {"checkpoint_steps": 0, "max_steps": 2}
+    run(tiny_arguments(tmp_path, recordings, **options))
+    with caplog.at_level("INFO", "dinosr_hf"):
+        run(tiny_arguments(tmp_path, recordings, **options))
+    assert f"To train its model on, give base_model={tmp_path / 'out'} and another output_dir." in caplog.text
 
 
 def test_going_back_in_a_finished_run_trains_again(tmp_path, recordings, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -74,24 +75,14 @@ class RunCurves(NamedTuple):
     bounds: Mapping[str, float]  # those of `_BOUNDS` that the run's arguments have
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    # A last line without an end is being written, or was when the run was killed.
-    complete = text[: text.rfind("\n") + 1]
-    lines: list[dict[str, Any]] = []
-    for row in complete.splitlines():
-        try:
-            line = json.loads(row)
-            step = int(line["step"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue  # half a line, from when the disk was full
-        if lines and lines[-1]["step"] > step:
-            lines = [earlier for earlier in lines if earlier["step"] < step]
-        lines.append(line)
-    if not lines and complete.strip():
-        raise ValueError(f"{path} has no line of metrics, an object with a step. Give the output_dir of a run.")
-    if not lines:
-        raise ValueError(f"{path} is empty: the run has not reached its first line of metrics yet.")
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl` without damaged ones, such as half a line from when the run was killed."""
+    lines = []
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            metrics = json.loads(line)
+            if isinstance(metrics, dict) and type(metrics.get("step")) is int:
+                lines.append(metrics)
     return lines
 
 
@@ -99,15 +90,17 @@ def read_run(folder: str | Path) -> RunCurves:
     """
     Read the metrics that a run has written so far to its `output_dir`: `metrics.jsonl` and `arguments.yaml`.
 
-    Of steps written twice, by a resumed run, the later ones count. Raises `ValueError` if a file is missing or
-    malformed.
+    Raises `ValueError` if a file is missing or malformed.
     """
     folder = Path(folder)
     metrics, arguments_file = folder / "metrics.jsonl", folder / "arguments.yaml"
     for path in (metrics, arguments_file):
         if not path.is_file():
             raise ValueError(f"{path} does not exist. Give the output_dir of a run that has started.")
-    lines = _read_lines(metrics)
+    if not (lines := read_metrics(metrics)):
+        raise ValueError(
+            f"{metrics} has no line of metrics, or none yet. Give the output_dir of a run that has begun."
+        )
     arguments = load_yaml(arguments_file)
     if not isinstance(arguments, dict) or "codebook_size" not in arguments:
         raise ValueError(f"{arguments_file} has no codebook_size. Give the output_dir of a pre-training run.")

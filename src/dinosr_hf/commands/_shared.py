@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from ..data import SpeechSource, open_recordings
 from ..training.signals import RunInterrupted
-from ..utils.command_line import Parser, command
+from ..utils.command_line import Parser, command, program
 from ..utils.model_folder import DTYPES
+from ..utils.names import one_line
 
 
 def add_dataset_options(parser: Parser) -> None:
@@ -75,10 +76,17 @@ def add_dtype(parser: Parser, what: str = "model") -> None:
 def resumable_command(
     script: str, *user_errors: type[Exception], after: str = "The same command resumes from there."
 ) -> Iterator[None]:
-    """Run the body of a script as `command` does; if a signal ends the run, say what comes `after` that, and exit."""
+    """
+    Run the body of a script as `command` does; if a signal ends the run, say what comes `after` that, and exit.
+
+    If the memory of a GPU is too small, say what to change.
+    """
     try:
         with command(script, *user_errors):
             yield
+    except torch.OutOfMemoryError as error:
+        advice = "Lower --micro_seconds, which changes results by rounding only, or set --gradient_checkpointing true."
+        sys.exit(f"{program(script)}: {one_line(error)[:200]}. {advice}")
     except RunInterrupted as interruption:
         print(f"{interruption} {after}", file=sys.stderr)
         sys.exit(interruption.exit_code)

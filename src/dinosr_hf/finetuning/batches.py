@@ -81,7 +81,7 @@ class LabelledDataset(Dataset):
         position, waveform = self.positions[index], None
         try:
             waveform = self._load(position)
-        except AudioFileError as error:
+        except (AudioFileError, OSError) as error:
             logger.warning("%s is left out: %s", self.source.ids[position], error)
         return Example(index, waveform, self.targets[position])
 
@@ -127,10 +127,10 @@ class StepBatchSampler(Sampler[list[int]]):
     """
     This process's micro-batches for training, `num_accumulated` per optimizer step, of similar lengths.
 
-    A step has about `step_samples` of audio over all processes and micro-batches together, and each utterance is in
-    one step of an epoch. The steps are the same for any number of processes and micro-batches; if a step has fewer
-    utterances than there are micro-batches, some of these are empty. `num_samples` are the lengths of the utterances
-    (`ValueError` if there are none), and `num_buckets` is that of `plan_epoch`.
+    A step has about `step_samples` of audio over all processes and micro-batches together, and at least one utterance;
+    each is in one step of an epoch. The steps are the same for any number of processes and micro-batches; if a step
+    has fewer utterances than there are micro-batches, some of these are empty. `num_samples` are the lengths of the
+    utterances (`ValueError` if there are none), and `num_buckets` is that of `plan_epoch`.
     """
 
     num_samples: Sequence[int]
@@ -146,7 +146,8 @@ class StepBatchSampler(Sampler[list[int]]):
         if not self.num_samples:
             raise ValueError("There are no utterances to train on.")
         self._lengths = np.asarray(self.num_samples, dtype=np.int64)
-        self.num_steps = max(1, round(int(self._lengths.sum()) / self.step_samples))
+        num_steps = max(1, round(int(self._lengths.sum()) / self.step_samples))
+        self.num_steps = min(num_steps, len(self.num_samples))
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -164,7 +165,12 @@ class StepBatchSampler(Sampler[list[int]]):
         ends = np.cumsum(self._lengths[order])
         # Cut the audio into equal parts: every epoch must have the same number of steps, for resuming.
         step_of = ((ends - self._lengths[order] / 2) * self.num_steps / ends[-1]).astype(np.int64)
-        return [order[step_of == step].tolist() for step in generator.permutation(self.num_steps)]
+        number = np.arange(self.num_steps)
+        # Utterances before a step, beside one in each step before it: a long one may have filled several.
+        before = np.maximum.accumulate(np.searchsorted(step_of, number) - number)
+        starts = np.minimum(before, len(order) - self.num_steps) + number
+        parts = np.split(order, starts[1:])
+        return [parts[step].tolist() for step in generator.permutation(self.num_steps)]
 
     def __iter__(self) -> Iterator[list[int]]:
         lengths = self._lengths.tolist()

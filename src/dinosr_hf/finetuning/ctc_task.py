@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from ..training.shared_arguments import argument
 from ..utils.command_line import ArgumentError
 from ..utils.extras import import_extra
 from ..utils.model_folder import feature_extractor
-from .task import Task
+from .task import Task, shorten_labels
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ class Recognition(Task):
             shown = " ".join(label for label, _ in unknown.most_common(10))
             raise ArgumentError(
                 f"processor={self.arguments.processor} lacks most labels of the transcripts of {train.name}, such as"
-                f" {shown}. Its labels are {shorten(' '.join(self.labels()), 200, placeholder=' ...')}. Give a"
+                f" {shown}. Its labels are {shorten_labels(self.labels())}. Give a"
                 f" processor that has them; if it has no {NORMALIZATION_FILE}, another case may be enough, which is"
                 f" {self.normalization.case}."
             )
@@ -158,7 +157,7 @@ class Recognition(Task):
         if not any(map(len, encoded)):
             raise ArgumentError(
                 f"{source.name}: none of its {len(source):,} transcripts has a label of the vocabulary, which is"
-                f" {shorten(' '.join(self.labels()), 200, placeholder=' ...')}. Is --case or --label_column wrong?"
+                f" {shorten_labels(self.labels())}. Is --case or --label_column wrong?"
             )
         return list(encoded)
 

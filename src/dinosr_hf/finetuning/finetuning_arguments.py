@@ -230,6 +230,12 @@ class FinetuningArguments(TrainingArguments):
             self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"
         separate_restarts()
         super().__post_init__()
+        by_steps = self.save_strategy == self.eval_strategy == "steps"
+        if self.load_best_model_at_end and by_steps and self.save_steps != self.eval_steps:
+            raise ArgumentError(
+                f"save_steps={self.save_steps:g} is not eval_steps={self.eval_steps:g}, so the best model may be of a"
+                " step without a checkpoint. Give both the same value, or set --load_best_model_at_end false."
+            )
 
     def to_record(self) -> dict[str, Any]:
         """Return the values for `run.json`: the fields of this class, and changed ones of `TrainingArguments`."""

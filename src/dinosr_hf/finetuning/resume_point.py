@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 from ..training.resume import (
     CheckpointError,
+    changed_arguments,
     choose_by_path,
     choose_checkpoint,
     find_checkpoints,
     refuse_existing_model,
+    warn_of_changes,
 )
 from ..training.run_record import RECORD_NAME, RunRecord, public_record, public_values, read_record_if_any, record_of
 from ..training.sealed_files import check_files, describe_files, read_sealed, seal
@@ -105,25 +107,10 @@ def _has_model(folder: Path) -> bool:
     return problem is None
 
 
-def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given arguments that may not change when a run resumes, in the form in which `run.json` has them."""
-    plain = public_values(arguments)
-    return {name: value for name, value in plain.items() if value is not None and not name.startswith(_UNCHECKED)}
-
-
-def _changes(record: RunRecord, arguments: Mapping[str, Any]) -> str:
-    """Return which arguments of a run have changed, with both values; empty if none has."""
-    now, before = _checked(arguments), _checked(record.arguments)
-    return ", ".join(
-        f"{name} is {now.get(name, 'not given')} and was {before.get(name, 'not given')}"
-        for name in sorted(now.keys() | before.keys())
-        if now.get(name) != before.get(name)
-    )
-
-
-def _warn_of_changes(record: RunRecord | None, arguments: Mapping[str, Any]) -> None:
-    if record is not None and (changes := _changes(record, arguments)):
-        logger.warning("Resuming a run that had other arguments: %s.", changes)
+def _checked(*given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Return the arguments that a run had and those that it has now, as `run.json` has them, and names to compare."""
+    before, now = ({name: value for name, value in public_values(each).items() if value is not None} for each in given)
+    return before, now, sorted(name for name in before.keys() | now.keys() if not name.startswith(_UNCHECKED))
 
 
 def _check_task(record: RunRecord | None, task: str, option: str, value: object) -> None:
@@ -174,7 +161,8 @@ def find_resume_point(
         if point.checkpoint is None:  # the run is finished, so as without a path
             return find_resume_point(output_dir, None, task, arguments)
         _check_task(point.checkpoint.record, task, "resume_from_checkpoint", resume_from_checkpoint)
-        _warn_of_changes(point.checkpoint.record, arguments)
+        if point.checkpoint.record is not None:
+            warn_of_changes(*_checked(point.checkpoint.record.arguments, arguments))
         return point
     has_checkpoints, record = bool(find_checkpoints(folder)), read_record_if_any(folder)
     is_finished = record is not None and record.finished is not None and _has_model(folder)
@@ -194,9 +182,10 @@ def find_resume_point(
     _check_task(record, task, "output_dir", folder)
     advice += " with --resume_from_checkpoint true."
     if mode == "true":
-        _warn_of_changes(record, arguments)
+        if record is not None:
+            warn_of_changes(*_checked(record.arguments, arguments))
     elif record is None:
         raise ArgumentError(f"{where} checkpoints, but no {RECORD_NAME} to compare. {advice}")
-    elif changes := _changes(record, arguments):
+    elif changes := changed_arguments(*_checked(record.arguments, arguments)):
         raise ArgumentError(f"{where} a run with other arguments: {changes}. {advice}")
     return ResumePoint(checkpoint, record)

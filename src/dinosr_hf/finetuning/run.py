@@ -7,10 +7,9 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from transformers import set_seed
@@ -28,7 +27,7 @@ from .finetuning_arguments import FinetuningArguments, InitialModelArguments, La
 from .initial_model import add_adapters, check_initial_model, load_initial_model, merge_adapters, renew_head
 from .resume_point import ResumePoint, TrainerCheckpoint, find_resume_point
 from .splits import open_splits
-from .task import Task
+from .task import Task, shorten_labels
 from .trainer import FreezeCallback, SpeechTrainer
 
 logger = logging.getLogger(__name__)
@@ -95,13 +94,16 @@ def _make_trainer(
     if known is not None and known != task.labels():
         renew_head(model)
         logger.warning(
-            f"{start.model} was trained with other labels ({_shorten(known)}): its head starts anew."
+            f"{start.model} was trained with other labels ({shorten_labels(known)}): its head starts anew."
             f"{task.keep_head_advice}"
         )
     train = _training_set(splits.train, task, model.config, data, arguments.seed)
     evaluation, test = (
         None if source is None else LabelledDataset(source, task.targets(source)) for source in splits[1:]
     )
+    if 0 < arguments.max_steps <= arguments.freeze_steps:
+        reach = f"freeze_steps={arguments.freeze_steps} reaches to the last of max_steps={arguments.max_steps}"
+        logger.warning(f"{reach}: only the head learns. Lower freeze_steps to train the encoder too.")
     callbacks = [FreezeCallback(model.base_model, arguments.freeze_steps)] if arguments.freeze_steps else []
     if start.lora_rank:
         model = add_adapters(model, start)
@@ -136,7 +138,7 @@ def _check_unchanged(checkpoint: TrainerCheckpoint, labels: Sequence[str], data:
     """Refuse to resume if the head's labels are others than at the checkpoint; warn if the recordings are."""
     if checkpoint.labels is not None and list(labels) != list(checkpoint.labels):
         changes = {"new": {*labels} - {*checkpoint.labels}, "gone": {*checkpoint.labels} - {*labels}}
-        shown = "; ".join(f"{kind}: {_shorten(sorted(names))}" for kind, names in changes.items() if names)
+        shown = "; ".join(f"{kind}: {shorten_labels(sorted(names))}" for kind, names in changes.items() if names)
         raise ArgumentError(
             f"{checkpoint.path} was trained with other labels ({shown or 'in another order'}). Undo the change of the"
             " training data, or give another output_dir."
@@ -149,10 +151,6 @@ def _check_unchanged(checkpoint: TrainerCheckpoint, labels: Sequence[str], data:
             for described in (checkpoint.record.data, data)
         )
         logger.warning(f"The training data has changed since {checkpoint.path} ({before}); now it has {now}.")
-
-
-def _shorten(labels: Iterable[str], width: int = 200) -> str:
-    return shorten(" ".join(labels), width, placeholder=" ...")
 
 
 def _train_and_save(
@@ -201,7 +199,7 @@ def _describe(trainer: SpeechTrainer, task: Task, test: LabelledDataset | None, 
     num_trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     rows = {
         "model": f"{sum(weight.numel() for weight in weights):,} weights, of which {num_trained:,} are trained",
-        "labels": f"{len(task.labels()):,}: {_shorten(task.labels())}",
+        "labels": f"{len(task.labels()):,}: {shorten_labels(task.labels())}",
     }
     for name, dataset in {"training": train, "evaluation": trainer.eval_dataset, "test": test}.items():
         if dataset is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ from ..data.labelled import find_metadata
 from ..data.synthetic import SyntheticCorpus
 from ..utils.command_line import ArgumentError
 from .finetuning_arguments import LabelledDataArguments
+
+logger = logging.getLogger(__name__)
 
 SYNTHETIC = ["synthetic"]
 
@@ -87,6 +90,10 @@ def open_splits(arguments: LabelledDataArguments, seed: int) -> Splits:
             column_option="label_column",
         )
 
+    held_out = {"eval_data": (arguments.eval_data, validation), "test_data": (arguments.test_data, test)}
+    for option, (names, split) in held_out.items():
+        if names != SYNTHETIC and (same := {*names} & {*data}) and split == train:
+            logger.warning("%s=%s is trained on, so its figures are too good. Give another.", option, min(same))
     training = open_one(data, train, "train")
     assert training is not None
     evaluation = open_one(arguments.eval_data, validation, "validation")

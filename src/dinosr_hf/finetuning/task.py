@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,11 @@ from transformers import EvalPrediction
 from ..data import LabelledSource
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRPreTrainedModel
+
+
+def shorten_labels(labels: Iterable[str]) -> str:
+    """Return labels as a line of at most 200 letters."""
+    return shorten(" ".join(labels), 200, placeholder=" ...")
 
 
 class Task(ABC):

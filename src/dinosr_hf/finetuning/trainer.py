@@ -147,6 +147,7 @@ class SpeechTrainer(Trainer):
         check_connected(args.world_size, "Set ddp_backend, for CPUs to gloo.")
         self.signals = SignalWatch()
         self._unreadable: set[int] = set()
+        self._unread_in_row = 0  # recordings, since one was read
         self._unfinished: Path | None = None  # where a checkpoint is being written
         # The number of forward passes in a step; set before Trainer reads it.
         args.gradient_accumulation_steps = math.ceil(args.step_seconds / (args.world_size * args.micro_seconds))
@@ -242,8 +243,9 @@ class SpeechTrainer(Trainer):
         self._unreadable.update(unreadable)
         num_read = sum(int((batch["index"] >= 0).sum()) for batch in batches)
         counts = self.accelerator.reduce(torch.tensor([num_read, len(unreadable)], device=device), reduction="sum")
-        # One alone may be damaged, and is left out; several are a disk that is gone.
-        if not num_read and not int(counts[0]) and int(counts[1]) > 1:  # the same in all processes
+        # One alone may be damaged, and is left out; several are a disk that is gone. The same in all processes.
+        self._unread_in_row = 0 if num_read or int(counts[0]) else self._unread_in_row + int(counts[1])
+        if self._unread_in_row > 1:
             self._stop_unread()
         return batches, counts[0]
 
@@ -254,8 +256,8 @@ class SpeechTrainer(Trainer):
         if step and self.args.save_strategy != "no" and not Path(self.args.output_dir, f"checkpoint-{step}").is_dir():
             self._save_checkpoint(self.model, None)
         raise ArgumentError(
-            f"None of the recordings of step {step + 1} could be read; the log names them. Look at the disk, or remove"
-            " damaged recordings from train_data, and give the same command again."
+            f"None of the {self._unread_in_row} recordings up to step {step + 1} could be read; the log names them."
+            " Look at the disk, or remove damaged recordings from train_data, and give the same command again."
         )
 
     def compute_loss(

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -73,8 +72,6 @@ def open_anchor(
     output_dir = Path(arguments.run.output_dir)
     if arguments.run.anchor is None:
         return None
-    if checkpoint is not None:
-        _check_same_anchor(checkpoint, arguments)
     # Loading a model draws random numbers, which are the run's in the main process only.
     with accelerator.main_process_first(), torch.random.fork_rng(devices=[]):
         if accelerator.is_main_process:
@@ -126,17 +123,6 @@ def _left_anchor(arguments: PretrainingArguments, source: SpeechSource | SpeechS
         return None
     logger.info(f"Anchor {arguments.run.anchor}: the labels in {folder}, of the same layer and recordings.")
     return anchor
-
-
-def _check_same_anchor(checkpoint: Checkpoint, arguments: PretrainingArguments) -> None:
-    before, now = checkpoint.manifest["arguments"], arguments.to_dict()
-    for name in ("anchor", "anchor_layer", "anchor_features"):
-        if os.path.realpath(str(before.get(name))) != os.path.realpath(str(now[name])):  # for all spellings of a path
-            raise CheckpointError(
-                f"{name}={now[name]}, but {checkpoint.path} was trained with {name}={before.get(name)}, and the anchor"
-                " stays the same during a run. Give the same, or start another run in another output_dir with"
-                f" base_model={checkpoint.path}."
-            )
 
 
 def _anchor_of(

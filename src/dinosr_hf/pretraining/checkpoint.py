@@ -18,10 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
-import accelerate
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, recursively_apply
 from safetensors import SafetensorError
@@ -36,6 +34,7 @@ from ..training.resume import (
     set_aside_later,
     step_of,
 )
+from ..training.run_record import library_versions
 from ..training.sealed_files import check_files, describe_files, seal
 from ..utils.files import TEMPORARY_PREFIX, atomic_folder, remove
 from ..utils.model_folder import save_folder
@@ -54,6 +53,7 @@ class Checkpoint(NamedTuple):
 
     path: Path
     manifest: Manifest
+    goes_back: bool = False  # it was named, and later ones are to be set aside
 
     @property
     def step(self) -> int:
@@ -128,7 +128,7 @@ def _collect(
         "step": step,
         "num_processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
-        "versions": {library.__name__: library.__version__ for library in (torch, transformers, accelerate, np)},
+        "versions": library_versions(),
     }
     manifest = {**about, **copy.deepcopy(dict(manifest))}
     return CheckpointContent(_copy(model.state_dict()), _copy(training), processes, manifest)
@@ -284,13 +284,17 @@ def _choose_by_path(path: Path, output_dir: Path, read: Callable[[Path], Checkpo
         return checkpoint.manifest["origin"] == origin
 
     checkpoint = choose_by_path("resume", path, output_dir, read, began_there)
-    if not began_there(checkpoint):
-        is_own = path.resolve().parent == output_dir.resolve()
-        if is_own and finished_step(output_dir) > checkpoint.step:  # of what is abandoned
-            (output_dir / FINISHED_FILE).unlink()
-        set_aside_later(output_dir, checkpoint.step)
-        checkpoint.manifest["origin"] = origin
-    return checkpoint
+    if began_there(checkpoint):
+        return checkpoint
+    checkpoint.manifest["origin"] = origin
+    return checkpoint._replace(goes_back=True)
+
+
+def abandon_later(output_dir: Path, checkpoint: Checkpoint) -> None:
+    """Set aside what a run has reached after the checkpoint that it goes back to."""
+    if finished_step(output_dir) > checkpoint.step:
+        (output_dir / FINISHED_FILE).unlink()
+    set_aside_later(output_dir, checkpoint.step)
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

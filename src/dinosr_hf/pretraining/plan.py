@@ -263,6 +263,9 @@ def _notes(plan: RunPlan) -> Iterator[str]:
                 f"The {decay} decay ends at {format_value(reached)} instead of {format_value(end)}:"
                 f" {name}={getattr(config, name):,} is past the last update."
             )
+    if run.fit_heads_steps >= run.max_steps:
+        reach = f"fit_heads_steps={run.fit_heads_steps:,} reaches to the last of max_steps={run.max_steps:,}"
+        yield f"Only heads and codebooks learn: {reach}. Lower it to train the network too."
     memory = 1 / max(1 - config.ema_decay, 1e-12)
     if run.base_model is None and memory > MAX_MEMORY_SHARE * run.max_steps:
         yield (

@@ -24,6 +24,7 @@ from ..model.configuration_dinosr import (
     TEACHER_INITS,
     DinoSRConfig,
 )
+from ..training.resume import find_checkpoints
 from ..training.run_record import public_values
 from ..training.shared_arguments import argument, shared_argument, shared_rules
 from ..utils.command_line import (
@@ -373,8 +374,16 @@ def parse_arguments(
 
 def _take_sizes(arguments: PretrainingArguments, base_model: str, line: CommandLine) -> None:
     """Set what the command line does not set to the base model's values. Codebooks and anchor may differ."""
-    with argument_errors("base_model="):
-        base = open_dinosr_config(base_model)
+    # A run that has begun may outlive its base model, whose values its checkpoints have.
+    last = next(iter(find_checkpoints(arguments.run.output_dir)), None)
+    try:
+        with argument_errors("base_model="):
+            base = open_dinosr_config(base_model)
+    except ArgumentError:
+        if last is None:
+            raise
+        with argument_errors("base_model="):
+            base = open_dinosr_config(last)
     for name in (*ARCHITECTURE, *INHERITED):
         if name == "num_anchor_labels":  # the run's anchor sets it
             continue

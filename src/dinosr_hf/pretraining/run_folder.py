@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
+from ..analysis.curves import read_metrics
 from ..data import MixedSource, SpeechSource, SpeechStream
 from ..training import run_record
 from ..training.run_record import RunRecord
@@ -62,23 +62,12 @@ def append_metrics(folder: str | os.PathLike, metrics: Mapping[str, Any]) -> Non
     flush_to_disk(file.name)
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of `metrics.jsonl` without damaged ones, such as half a line from when the run was killed."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            metrics = json.loads(line)
-            if isinstance(metrics, dict) and type(metrics.get("step")) is int:
-                lines.append(metrics)
-    return lines
-
-
 def read_evaluations(folder: str | os.PathLike) -> dict[int, dict[str, Any]]:
     """Return the figures of the evaluations in `metrics.jsonl` that have a loss, by step."""
-    lines = _read_metrics(Path(folder, METRICS_FILE))
+    path = Path(folder, METRICS_FILE)
     return {
         line["step"]: {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
-        for line in lines
+        for line in (read_metrics(path) if path.exists() else ())
         if isinstance(line.get("eval_loss"), float)
     }
 
@@ -93,7 +82,7 @@ def truncate_metrics(folder: str | os.PathLike, last_step: int, *, is_last: bool
     if path.exists():
         kept = [
             line
-            for line in _read_metrics(path)
+            for line in read_metrics(path)
             if line["step"] < last_step
             or (line["step"] == last_step and not (is_last and any(name.startswith("eval_") for name in line)))
         ]

@@ -31,7 +31,14 @@ from ..data.mixture import hold_out
 from ..data.synthetic import SyntheticCorpus
 from ..model.modeling_dinosr import DinoSRForPreTraining
 from ..training.restarts import check_connected, separate_restarts
-from ..training.resume import CheckpointError, lock_output_folder, refuse_existing_model, report_changes
+from ..training.resume import (
+    CheckpointError,
+    changed_arguments,
+    find_checkpoints,
+    lock_output_folder,
+    refuse_existing_model,
+    warn_of_changes,
+)
 from ..training.run_record import public_values
 from ..utils.command_line import ArgumentError, argument_errors
 from ..utils.files import write_atomically
@@ -40,7 +47,7 @@ from ..utils.threads import set_cpu_threads
 from .anchor_making import check_anchor, open_anchor
 from .base_model import initial_model
 from .best_model import BestModel
-from .checkpoint import Checkpoint, checkpoint_to_resume, remove_leftovers
+from .checkpoint import Checkpoint, abandon_later, checkpoint_to_resume, remove_leftovers
 from .feed import StepFeed
 from .held_out import HeldOut
 from .loop import Pretraining
@@ -57,11 +64,8 @@ logger = logging.getLogger(__name__)
 
 
 # Arguments that say what a run began with, and with these what it learnt from.
-_BEGINNING = ("base_model", "new_codebooks")
-_IDENTITY = (
-    *(*_BEGINNING, "data", "data_split", "data_config", "synthetic_languages", "seed"),
-    *("anchor", "anchor_layer", "anchor_features"),
-)
+_BEGINNING = ("base_model", "new_codebooks", "anchor", "anchor_layer", "anchor_features")
+_IDENTITY = (*_BEGINNING, "data", "data_split", "data_config", "synthetic_languages", "seed")
 
 
 def synthetic_corpus(data: DataArguments, *, num_utterances: int, seed: int, split: str) -> SyntheticCorpus:
@@ -189,7 +193,11 @@ def open_held_out(arguments: PretrainingArguments, held_out: SpeechSource | None
         assert data.eval_data is not None
         options: dict[str, Any] = {"split": data.eval_split, "audio_column": data.audio_column}
         if data.eval_data in data.data:
-            options["config_name"] = value_for(data.data_config, data.data.index(data.eval_data))
+            number = data.data.index(data.eval_data)
+            options["config_name"] = value_for(data.data_config, number)
+            if value_for(data.data_split, number) == data.eval_split:
+                advice = "Give another eval_split, or eval_share"
+                logger.warning("%s is trained on, so its figures are too good. %s.", name, advice)
         with argument_errors("eval_data="):
             source = open_source(data.eval_data, **options)
     if data.eval_labels is not None:
@@ -297,28 +305,11 @@ def _dry_run(arguments: PretrainingArguments, changes: Sequence[Change], acceler
         print(f"\nThe plan is drawn in {picture}. Nothing was trained.")
 
 
-def _resolved(value: Any) -> Any:
-    """Return an argument in a form that is the same for all spellings of a path."""
-    if isinstance(value, list):
-        return [_resolved(entry) for entry in value]
-    return os.path.realpath(value) if isinstance(value, str) else value
-
-
-def _changes(saved: Mapping[str, Any], arguments: PretrainingArguments, names: Sequence[str]) -> str:
-    """Return which of these arguments a run had otherwise, with both values; empty if none."""
-    now = public_values(arguments.to_dict())
-    return ", ".join(
-        f"{name} is {now[name]} and was {saved[name]}"
-        for name in names
-        if name in saved and _resolved(now[name]) != _resolved(saved[name])
-    )
-
-
 def _resume(arguments: PretrainingArguments, accelerator: Accelerator) -> Checkpoint | None:
     """
     Find the checkpoint to resume from, and report what has changed since.
 
-    Raises `CheckpointError` if the run began with another model.
+    Raises `CheckpointError` if the run began with another model or anchor.
     """
     options, output_dir = arguments.run, Path(arguments.run.output_dir)
     if accelerator.is_main_process:
@@ -327,19 +318,19 @@ def _resume(arguments: PretrainingArguments, accelerator: Accelerator) -> Checkp
     checkpoint = checkpoint_to_resume(options.resume, output_dir, check, accelerator)
     if checkpoint is None:
         return None
-    manifest = checkpoint.manifest
-    if changes := _changes(manifest["arguments"], arguments, _BEGINNING):
+    manifest, now = checkpoint.manifest, public_values(arguments.to_dict())
+    if changes := changed_arguments(manifest["arguments"], now, _BEGINNING):
         raise CheckpointError(
-            f"{checkpoint.path} is of a run that began with another model: {changes}. Give the same, or start another"
-            " run in another output_dir."
+            f"{checkpoint.path} is of a run that began in another way: {changes}. Give the same, or start another run"
+            f" in another output_dir, with base_model={checkpoint.path} to train its model on."
         )
     epoch, hours = manifest["feed"]["epoch"], manifest["progress"]["audio_seconds"] / 3600
     position = f"step {checkpoint.step} of {options.max_steps}, epoch {epoch}, {hours:.2f} hours of audio"
     logger.info(f"Resuming from {checkpoint.path}: {position}.")
     # If mixed_precision is unset, it is what Accelerate is configured to.
     saved = manifest["arguments"] | {"mixed_precision": manifest["precision"]}
-    now = public_values(arguments.to_dict()) | {"mixed_precision": accelerator.mixed_precision}
-    report_changes(saved, now, ignored={"output_dir", "resume", "trackers", "num_workers", "num_threads"})
+    now |= {"mixed_precision": accelerator.mixed_precision}
+    warn_of_changes(saved, now, now.keys() - {"output_dir", "resume", "trackers", "num_workers", "num_threads"})
     return checkpoint
 
 
@@ -353,7 +344,8 @@ def _end_step(options: RunArguments, finished_at: int, accelerator: Accelerator)
 
 def _refuse_other_run(arguments: PretrainingArguments, saved: Mapping[str, Any]) -> None:
     """Raise `ArgumentError` if the saved arguments, of the finished run in `output_dir`, are those of another run."""
-    if changes := _changes(saved, arguments, _IDENTITY):
+    names = [name for name in _IDENTITY if name in saved]  # none without a record
+    if changes := changed_arguments(saved, public_values(arguments.to_dict()), names):
         output_dir = Path(arguments.run.output_dir)
         raise ArgumentError(
             f"output_dir={output_dir} has a finished run with other arguments, so nothing would be trained: {changes}."
@@ -373,10 +365,10 @@ def _open_finished(output_dir: Path, last: Checkpoint | None) -> DinoSRForPreTra
             raise
         logger.warning(f"{error} It is written again from {last.path.name}.")
         return None
-    logger.info(
-        "This run is finished. To continue it, raise max_steps, or eval_patience if that ended it; to start another,"
-        " give another output_dir."
-    )
+    go_on = "To continue it, raise max_steps, or eval_patience if that ended it; to start another, give"
+    if not find_checkpoints(output_dir):
+        go_on = f"It has no checkpoint to go on from. To train its model on, give base_model={output_dir} and"
+    logger.info(f"This run is finished. {go_on} another output_dir.")
     return model
 
 
@@ -397,6 +389,8 @@ def _finished_model(
     end_step = _end_step(arguments.run, last_step, accelerator)
     if record is not None and record.finished is not None:
         last_step = max(last_step, record.steps)  # finished.json may be damaged
+    if checkpoint is not None and checkpoint.goes_back and last_step > checkpoint.step:
+        return None
     if last_step < end_step:
         if checkpoint is None and (record is None or record.finished is not None):
             refuse_existing_model(output_dir)  # else it is of this run, which did not finish
@@ -430,6 +424,8 @@ def _train(arguments: PretrainingArguments, accelerator: Accelerator) -> DinoSRF
     record = None
     if accelerator.is_main_process:
         write_atomically(output_dir / "arguments.yaml", arguments.to_yaml())
+        if own is not None and own.goes_back:
+            abandon_later(output_dir, own)
         last_step = own.step if own else 0
         truncate_metrics(output_dir, last_step, is_last=last_step >= options.max_steps)
         record = begin_record(arguments, source, accelerator, is_resumed=is_own)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -132,11 +132,26 @@ def refuse_existing_model(output_dir: str | os.PathLike) -> None:
         raise ArgumentError(f"output_dir={output_dir} has a model already. Give another folder, or remove this one.")
 
 
-def report_changes(saved: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
-    """Warn of each argument, by name, that has another value than in the run that wrote the checkpoint."""
-    for name, value in now.items():
-        if name not in ignored and saved.get(name) != value:
-            logger.warning("%s is %s now, and was %s at the checkpoint.", name, value, saved.get(name))
+def _resolved(value: Any) -> Any:
+    """Return an argument in a form that is the same for all spellings of a path."""
+    if isinstance(value, list):
+        return [_resolved(entry) for entry in value]
+    return os.path.realpath(value) if isinstance(value, str) else value
+
+
+def changed_arguments(saved: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Return which of the named arguments a run had otherwise, with both values; empty if none."""
+    return ", ".join(
+        f"{name} is {now.get(name, 'not given')} and was {saved.get(name, 'not given')}"
+        for name in names
+        if _resolved(now.get(name)) != _resolved(saved.get(name))
+    )
+
+
+def warn_of_changes(saved: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Warn if a run that resumes had other arguments of these names."""
+    if changes := changed_arguments(saved, now, sorted(names)):
+        logger.warning("Resuming a run that had other arguments: %s.", changes)
 
 
 @contextlib.contextmanager
