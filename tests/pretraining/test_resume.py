@@ -481,7 +481,7 @@ def test_signal_handlers_are_restored(tmp_path, recordings):
 
 
 FULL_DISK = """
-import logging, resource, sys
+import logging, resource, sys, threading
 from dinosr_hf.pretraining import CheckpointError, find_checkpoints, parse_arguments, run
 from dinosr_hf.pretraining.loop import Pretraining
 logging.basicConfig(level=logging.INFO)
@@ -490,6 +490,9 @@ train_step = Pretraining._train_step
 def train_step_and_fill_the_disk(self, *arguments):
     update = train_step(self, *arguments)
     if self.state.progress.step == 3:  # from here on no file may grow beyond 20 kB, as if the disk were full
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":  # that of step 2
+                thread.join()
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     return update
 Pretraining._train_step = train_step_and_fill_the_disk

@@ -71,11 +71,7 @@ def phone_name(label: str) -> str:
 
 
 def to_segment(item: Segment | tuple[str, float, float] | Mapping[str, Any]) -> Segment:
-    """
-    Convert (label, start, end), or a mapping with these keys, with the label as `phone_name` writes it.
-
-    Raises `ValueError` if one is missing or out of range.
-    """
+    """Convert (label, start, end), or a mapping with these keys; `ValueError` if one is missing or out of range."""
     try:
         label, start, end = (item[key] for key in Segment._fields) if isinstance(item, Mapping) else item
     except KeyError as error:
@@ -83,19 +79,20 @@ def to_segment(item: Segment | tuple[str, float, float] | Mapping[str, Any]) -> 
     name = label_text(label, "The label of a segment")
     if name is None:
         raise ValueError(f"The segment {item} has no label. Write one for silence, or leave it out.")
-    segment = Segment(phone_name(name), float(start), float(end))
+    segment = Segment(visible_text(name), float(start), float(end))
     if not (math.isfinite(segment.start) and segment.start <= segment.end < math.inf):
         raise ValueError(f"The segment {tuple(segment)} ends before it starts: times are seconds, start first.")
     return segment
 
 
-def _sort_segments(items: Iterable[Any]) -> list[Segment]:
-    """Segments by start, without those of no length."""
-    return sorted((s for s in map(to_segment, items) if s.end > s.start), key=attrgetter("start"))
+def _sort_segments(items: Iterable[Any], silence: str) -> list[Segment]:
+    """Segments by start, without those of no length; those whose label shows nothing are silence."""
+    segments = (s if s.label else s._replace(label=silence) for s in map(to_segment, items) if s.end > s.start)
+    return sorted(segments, key=attrgetter("start"))
 
 
 def _labels_of_segments(segments: Iterable[Any], num_frames: int, stride: int, field: int, silence: str) -> list[str]:
-    spoken = _sort_segments(segments)
+    spoken = _sort_segments(segments, silence)
     for left, right in pairwise(spoken):
         if left.end - right.start > stride / 2 / SAMPLING_RATE + 1e-9:
             raise ValueError(
@@ -118,7 +115,7 @@ def _labels_of_segments(segments: Iterable[Any], num_frames: int, stride: int, f
 
 
 def _labels_of_steps(
-    labels: Sequence[str], step_seconds: float, num_frames: int, stride: int, field: int
+    labels: Sequence[str], step_seconds: float, num_frames: int, stride: int, field: int, silence: str
 ) -> list[str]:
     check_ranges([(0 < step_seconds < math.inf, "step_seconds", step_seconds, "more than 0, such as 0.01")])
     # In samples, since 0.01 * 16,000 is 160 exactly, but 0.0325 / 0.01 is not 3.25.
@@ -134,7 +131,7 @@ def _labels_of_steps(
             f"labels where the audio was cut, and give a label every {step_seconds} s (or a command its step_seconds)."
         )
     positions = np.floor(centers / step + 1e-9).astype(np.int64)
-    return [labels[position] for position in np.minimum(positions, len(labels) - 1)]
+    return [visible_text(labels[position]) or silence for position in np.minimum(positions, len(labels) - 1)]
 
 
 def frame_labels(
@@ -159,14 +156,14 @@ def frame_labels(
             later one counts.
         num_frames: T; `stride` and `field` are also as for `frame_centers`.
         step_seconds: Length of a step in seconds; ignored for segments.
-        silence: Label of frames outside all segments.
+        silence: Label of frames outside all segments, and of those whose label shows nothing.
 
     Raises `ValueError` if a segment ends before it starts or begins after the recording, segments overlap by more,
     fixed-rate labels and frames do not cover the same time, or `num_frames` or `step_seconds` is out of range.
     """
     items: list[Any] = list(labels)
     if items and all(isinstance(item, str) for item in items):
-        return _labels_of_steps(items, step_seconds, num_frames, stride, field)
+        return _labels_of_steps(items, step_seconds, num_frames, stride, field, silence)
     return _labels_of_segments(items, num_frames, stride, field, silence)
 
 
@@ -180,10 +177,11 @@ def label_segments(
     Consecutive equal labels become one segment, so both forms of labels give the same segments. Silence is appended up
     to the recording's length in `seconds`; None: end with the last label.
     """
-    spoken = _sort_segments(
+    spans = (
         Segment(label, step * step_seconds, (step + 1) * step_seconds) if isinstance(label, str) else label
         for step, label in enumerate(labels)
     )
+    spoken = _sort_segments(spans, silence)
     last = max((segment.end for segment in spoken), default=0.0)
     if seconds is not None and seconds - last > _MAX_ROUNDING_SECONDS:
         spoken.append(Segment(silence, last, seconds))

@@ -15,7 +15,7 @@ from ..utils.command_line import argument_errors
 from ..utils.names import printable_name
 from ..utils.text_files import check_regular_file, json_lines, read_text, text_lines
 from ..utils.visible_text import visible_text
-from .alignment import Labels, Segment, phone_name, to_segment
+from .alignment import Labels, Segment, to_segment
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ctm", ".txt", ".TextGrid")
 
@@ -32,7 +32,7 @@ def _parse_row(row: dict[str, Any], tier: str, place: str) -> tuple[str, list[st
         raise ValueError(f'{place}, must be an object with a string "name" (or "id") and a list "{tier}".')
     kinds = {type(label) for label in row[tier]}
     if kinds <= {str}:
-        return name, [*map(phone_name, row[tier])]
+        return name, [*map(visible_text, row[tier])]
     if kinds != {dict}:
         raise ValueError(f'{place}, must hold all strings or all objects with label, start and end in "{tier}".')
     try:
