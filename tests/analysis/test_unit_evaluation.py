@@ -24,6 +24,7 @@ from dinosr_hf.analysis.unit_evaluation import (
     total,
 )
 from dinosr_hf.commands._evaluation import open_labelled_speech
+from dinosr_hf.commands._shared import dataset_options
 from dinosr_hf.data import normalize_waveform, open_recordings
 from dinosr_hf.inference.windowed import WindowedInference
 from dinosr_hf.units import BaselineExtractor, LayerKMeans, UnitExtractor, fit_layer_kmeans, load_baseline, load_model
@@ -470,6 +471,18 @@ def test_the_script_evaluates_mfccs(corpus, trained, tmp_path, capsys):
     # 4,000 to 5,600 samples with a frame of 400 every 320
     assert rows[1]["num_frames"] == rows[2]["num_frames"] == sum(range(12, 18))
     assert f"| none | 0 | {kinds[1]} | 6 | 87 | " in capsys.readouterr().out
+
+
+def test_a_configuration_is_of_the_evaluated_data_alone(corpus, trained, tmp_path):
+    """Recordings to fit on are other data, which need not have it."""
+    words = [*words_for(corpus, trained), "--output_dir", str(tmp_path), "--data_config", "de"]
+    with pytest.raises(
+        SystemExit, match="config_name='de' is for a dataset with configurations, and .*speech has none"
+    ):
+        load_command("evaluate_units").main(words)
+    options = load_command("evaluate_units").parse([*words, "--kmeans_data", "d", "--mfccs", "tuned"])
+    assert dataset_options(options, options.data)["config_name"] == dataset_options(options)["config_name"] == "de"
+    assert dataset_options(options, "d")["config_name"] is None
 
 
 def test_the_script_evaluates_a_file_of_kmeans(corpus, trained, anchored, tmp_path):

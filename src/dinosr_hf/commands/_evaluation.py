@@ -45,7 +45,7 @@ def refuse_networks(options: argparse.Namespace, parser: Parser, names: Sequence
 def open_labelled_speech(name: str, options: argparse.Namespace, split: str | None = None) -> SpeechWithReference:
     """Open the recordings that have labels, and their phones, by the flags of `add_labels`."""
     labels = {name: getattr(options, name) for name in ("labels", "tier", "step_seconds", "fold_stress")}
-    opened = {**dataset_options(options), "split": split, "speaker_column": options.speakers}
+    opened = {**dataset_options(options, name), "split": split, "speaker_column": options.speakers}
     source, reference = open_reference(name, **labels, **opened)
     with_labels = [index for index, recording in enumerate(source.ids) if recording in reference.labels]
     return PartialSource(source, with_labels), reference

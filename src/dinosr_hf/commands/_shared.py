@@ -28,9 +28,10 @@ def add_dataset_options(parser: Parser) -> None:
     parser.add_argument("--audio_column", default="audio", help=text)
 
 
-def dataset_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `open_recordings` that are in options."""
-    return {"split": options.split, "config_name": options.data_config, "audio_column": options.audio_column}
+def dataset_options(options: argparse.Namespace, name: str | None = None) -> dict[str, Any]:
+    """Return the arguments of `open_recordings` that are in options; --data_config is for --data, or data so named."""
+    config_name = options.data_config if name is None or name == options.data else None
+    return {"split": options.split, "config_name": config_name, "audio_column": options.audio_column}
 
 
 def add_inputs(parser: Parser) -> None:

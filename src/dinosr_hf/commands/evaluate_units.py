@@ -196,9 +196,10 @@ def cluster_mfccs(source: SpeechSource, fit: SpeechSource, options: argparse.Nam
 
 def unit_sets(source: SpeechSource, options: argparse.Namespace) -> Iterator[UnitSet]:
     """Yield the units of all models and MFCCs, with a progress bar."""
-    columns = {**dataset_options(options), "split": None}
-    fit = open_recordings(options.kmeans_data, **columns) if options.kmeans_data else None
-    if fit is not None:
+    fit = None
+    if options.kmeans_data:
+        columns = {**dataset_options(options, options.kmeans_data[0]), "split": None}
+        fit = open_recordings(options.kmeans_data, **columns)
         clustered = [(name, baseline_config(name)) for name in options.models if options.kmeans_layers]
         clustered += [(options.models[0], DinoSRConfig())] if options.mfccs else []
         for name, config in clustered:  # before hours of work
