@@ -477,7 +477,7 @@ def test_a_configuration_is_of_the_evaluated_data_alone(corpus, trained, tmp_pat
     """Recordings to fit on are other data, which need not have it."""
     words = [*words_for(corpus, trained), "--output_dir", str(tmp_path), "--data_config", "de"]
     with pytest.raises(
-        SystemExit, match="config_name='de' is for a dataset with configurations, and .*speech has none"
+        SystemExit, match=r"config_name='de' is for a dataset with configurations"
     ):
         load_command("evaluate_units").main(words)
     options = load_command("evaluate_units").parse([*words, "--kmeans_data", "d", "--mfccs", "tuned"])
