@@ -476,9 +476,7 @@ def test_the_script_evaluates_mfccs(corpus, trained, tmp_path, capsys):
 def test_a_configuration_is_of_the_evaluated_data_alone(corpus, trained, tmp_path):
     """Recordings to fit on are other data, which need not have it."""
     words = [*words_for(corpus, trained), "--output_dir", str(tmp_path), "--data_config", "de"]
-    with pytest.raises(
-        SystemExit, match=r"config_name='de' is for a dataset with configurations"
-    ):
+    with pytest.raises(SystemExit, match=r"config_name='de' is for a dataset with configurations"):
         load_command("evaluate_units").main(words)
     options = load_command("evaluate_units").parse([*words, "--kmeans_data", "d", "--mfccs", "tuned"])
     assert dataset_options(options, options.data)["config_name"] == dataset_options(options)["config_name"] == "de"
