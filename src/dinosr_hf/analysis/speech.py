@@ -65,8 +65,11 @@ def open_reference(
             raise ValueError(f"labels={str(labels)!r}: the synthetic corpus has labels of its own. Leave labels out.")
         if split is not None:
             raise ValueError(f"split={split!r}: of the synthetic corpus, the test split is used. Leave split out.")
-        if speaker_column is not None:
-            raise ValueError(f"speakers={speaker_column!r}: the synthetic corpus knows its own. Leave speakers out.")
+        others = {"tier": (tier, "phones"), "speakers": (speaker_column, None)}
+        others |= {"data_config": (config_name, None), "audio_column": (audio_column, "audio")}
+        for name, (value, default) in others.items():
+            if value != default:
+                raise ValueError(f"{name}={value!r} has no effect on the synthetic corpus. Leave {name} out.")
         rows = SyntheticCorpus(num_synthetic, split="test", noise=False, text="mixed").to_dataset()
         source, speaker_column = DatasetSource(rows), "speaker_id"
         found: dict[str, Labels] = {

@@ -36,8 +36,8 @@ def add_networks(parser: Parser) -> None:
     parser.add_argument("--sources", nargs="+", default=["student"], choices=networks, help=text)
 
 
-def refuse_networks(options: argparse.Namespace, parser: Parser, names: Sequence[str] = ("sources",)) -> None:
-    """Refuse options that only a DinoSR has an effect of, if no model is one."""
+def check_sources(options: argparse.Namespace, parser: Parser, names: Sequence[str] = ("sources",)) -> None:
+    """Refuse options that have an effect on a DinoSR alone, if no model is one."""
     if not any(has_codebooks(open_config(name)) for name in options.models):
         refuse_unused(options, parser.get_default, names, "no model is a DinoSR with codebooks", "add one")
 

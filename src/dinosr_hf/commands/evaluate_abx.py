@@ -31,14 +31,7 @@ from ..units.baseline_models import baseline_config
 from ..utils.command_line import ArgumentError, Parser, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file, write_atomically
 from ..utils.tables import csv_table, markdown_table
-from ._evaluation import (
-    add_labels,
-    add_networks,
-    check_inputs,
-    open_labelled_speech,
-    refuse_networks,
-    require_speakers,
-)
+from ._evaluation import add_labels, add_networks, check_inputs, check_sources, open_labelled_speech, require_speakers
 from ._shared import add_device, add_dtype
 
 
@@ -114,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     source, reference = open_labelled_speech(options.data, options, options.split)
     require_speakers(reference, "ABX within and across speakers")
     check_inputs(options.models, options.layers, (source, reference))
-    refuse_networks(options, make_parser())
+    check_sources(options, make_parser())
     out = claim_output_file(Path(options.output_dir, "abx.md")).parent
     rows = []
     for number, name in enumerate(options.models):

@@ -23,14 +23,7 @@ from ..units.baseline_models import baseline_config
 from ..utils.command_line import Parser, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
-from ._evaluation import (
-    add_labels,
-    add_networks,
-    check_inputs,
-    open_labelled_speech,
-    refuse_networks,
-    require_speakers,
-)
+from ._evaluation import add_labels, add_networks, check_inputs, check_sources, open_labelled_speech, require_speakers
 from ._shared import add_device, add_dtype
 
 
@@ -72,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.fit_data:
         require_speakers(labelled[1], "A split into speakers to fit on and to evaluate on")
     check_inputs(options.models, options.layers, labelled)
-    refuse_networks(options, make_parser())
+    check_sources(options, make_parser())
     held_out = Recordings.with_labels(*labelled)
     if options.fit_data:
         labelled = open_labelled_speech(options.fit_data, options, options.fit_split)

@@ -47,7 +47,7 @@ from ..units.baseline_models import baseline_config, open_feature_extractor
 from ..utils.command_line import ArgumentError, Parser, argument_errors, command, parse_options, refuse_unused
 from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
-from ._evaluation import add_labels, check_inputs, open_labelled_speech, refuse_networks, require_speakers
+from ._evaluation import add_labels, check_inputs, check_sources, open_labelled_speech, require_speakers
 from ._shared import add_device, add_dtype, dataset_options
 
 
@@ -166,7 +166,7 @@ def extract_units(
 
 def check_models(options: argparse.Namespace) -> None:
     """Raise `ValueError`, before hours of work, if a model lacks the requested units, or options have no effect."""
-    refuse_networks(options, make_parser(), ["layers", "sources"])
+    check_sources(options, make_parser(), ["layers", "sources"])
     for name in options.models:
         config = open_config(name)
         if has_codebooks(config):
