@@ -62,7 +62,7 @@ def fresh_process():
 
 @pytest.fixture(scope="session")
 def recordings(tmp_path_factory):
-    """A folder of coloured noise in several formats; those of tests/data have several rates and channels too."""
+    """A folder of coloured noise in several formats."""
     import soundfile  # an optional package
 
     folder = tmp_path_factory.mktemp("recordings")
@@ -78,3 +78,12 @@ def no_pictures(monkeypatch):
     """Leave the pictures of reports and pages empty: each takes up to a second."""
     monkeypatch.setattr("dinosr_hf.analysis.reports.save_figure", lambda figure, path, dpi: path.touch())
     monkeypatch.setattr("dinosr_hf.analysis.inspection.page.png_uri", lambda figure, dpi: "data:image/png;base64,")
+
+
+@pytest.fixture
+def no_pauses(monkeypatch, tmp_path):
+    """Let `datasets` cache in the test's folder, and not wait for seconds at the end of a stream of parquet files."""
+    import datasets  # an optional package
+
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # for a bug in old pyarrow
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -107,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _has(self, repo: str, revision: str | None) -> bool:
-        if not self.server.files(repo):
+        if not (self.server.root / repo).is_dir():
             self._refuse("RepoNotFound")
         elif revision not in (None, "main", self.server.commit(repo)):
             self._refuse("RevisionNotFound")
@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         prefix = f"{below}/" if below else ""
         files = {name: content for name, content in self.server.files(repo).items() if name.startswith(prefix)}
-        if not files:
+        if below and not files:
             self._refuse("EntryNotFound")
             return
         self._json([{"type": "file", "path": name, **_describe(name, content)} for name, content in files.items()])
@@ -189,6 +189,9 @@ class _Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "header":
                 self.server.commits.append(value)
+                continue
+            if line["key"] == "deletedFile":
+                (self.server.root / repo / value["path"]).unlink()
                 continue
             is_large = line["key"] == "lfsFile"
             content = self.server.uploaded[value["oid"]] if is_large else base64.b64decode(value["content"])

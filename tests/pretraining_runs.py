@@ -12,10 +12,11 @@ import yaml
 from safetensors.torch import load_file
 
 import forks
+from dinosr_hf import DinoSRConfig
 from dinosr_hf.data import FolderSource
 from dinosr_hf.pretraining import parse_arguments
+from scripts import ROOT
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "examples" / "configs"
 
 TINY = {
@@ -51,6 +52,8 @@ TINY = {
     "log_steps": 1,
     "save_steps": 0,
 }
+# Of these, those of the configuration of the model.
+SIZES = {name: value for name, value in TINY.items() if hasattr(DinoSRConfig, name)}
 
 
 def read_config(name, *flags):

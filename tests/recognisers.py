@@ -1,4 +1,4 @@
-"""Tiny models in folders as runs write them: recognisers, a classifier, a pre-training checkpoint."""
+"""Tiny models in folders as runs write them, the record of a run, and the scripts that open such a model."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,36 @@ import torch
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining, DinoSRForSequenceClassification
+from dinosr_hf.training.run_record import RunRecord
 from dinosr_hf.utils.model_folder import feature_extractor, save_folder
 from tiny import randomize, tiny_config, waveforms
 
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"]
 LABELS = ["<pad>", "<s>", "</s>", "<unk>", "|", "A", "B", "C", "D"]
+RECORD = RunRecord(
+    task="automatic-speech-recognition",
+    arguments={"learning_rate": 5e-5, "data": ["/home/jo/corpus/train"], "output_dir": "/home/jo/runs/asr"},
+    base_model="/home/jo/runs/base",
+    data=[{"name": "/home/jo/corpus/train", "split": None, "hours": 9.81, "utterances": 2763}],
+    steps=20_000,
+    evaluation=[
+        {"dataset": "/home/jo/corpus/test", "split": None, "wer": 0.0823, "cer": 0.0217, "num_utterances": 410}
+    ],
+    versions={"dinosr_hf": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+    started="2026-11-25T09:00:00+00:00",
+    finished="2026-11-25T15:30:00+00:00",
+    hardware="1 x NVIDIA H100",
+)
+# Scripts that open one of the models: its name, and what follows its folder.
+MODEL_SCRIPTS = {
+    "extract_units": ("pretrained", "{data} --output_dir {out} --layers 3"),
+    "fit_kmeans": ("pretrained", "{data} --output {out}.safetensors --layer 2"),
+    "inspect_units": ("pretrained", "{data} --output {out}.html --layer 3"),
+    "convert_checkpoint": ("pretrained", "{out} --to fairseq"),
+    "transcribe": ("recogniser", "{data}"),
+    "tune_decoding": ("recogniser", "{data} {out}.arpa"),
+    "export_onnx": ("recogniser", "{out}"),
+}
 
 
 def tiny_processor(work: Path) -> Wav2Vec2Processor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import forks
+from dinosr_cli import COMMANDS as MODULES
 from dinosr_hf import DinoSRForPreTraining
 from hub_server import hub_server
 from scripts import FIXTURES, ROOT, load_command
@@ -24,10 +25,10 @@ COMMANDS = [
 SMALL_STEPS = "--step_seconds 8 --micro_seconds 8 --min_seconds 0.5 --max_seconds 2 --num_buckets 2 --num_workers 0"
 SMALL = {  # later flags win
     "pretrain": f"{SMALL_STEPS} --max_steps 3 --fit_heads_steps 1 --eval_steps 3 --checkpoint_steps 0 --num_threads 1",
-    "extract_units": "--layers 2 --num_threads 1",
-    "finetune_ctc": "--step_seconds 8 --micro_seconds 8 --max_steps 2 --freeze_steps 1 --eval_steps 2 --save_steps 2"
+    "units": "--layers 2 --num_threads 1",
+    "finetune": "--step_seconds 8 --micro_seconds 8 --max_steps 2 --freeze_steps 1 --eval_steps 2 --save_steps 2"
     " --mask_feature_length 8",
-    "evaluate_units": "--layers 2 --num_samples 0",
+    "evaluate": "--layers 2 --num_samples 0",
 }
 
 
@@ -65,20 +66,17 @@ def convert(words):
 def test_each_command_of_the_guide_runs(place):
     done = []
     for command in COMMANDS:
-        words = shlex.split(command)
-        script = next(word for word in words if word.endswith(".py"))
-        flags = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
-        flags = flags[words.index(script) + 1 :]
-        name = re.fullmatch(r"examples/(\w+)\.py", script)[1]
+        program, name, *flags = shlex.split(command)
+        assert program == "dinosr"
         done.append(name)
-        if name == "convert_checkpoint":
-            convert([ROOT / script, *flags])
+        if name == "convert":
+            convert(["-m", "dinosr_cli", name, *flags])
             continue
         if "--anchor_layer" in flags:
             flags[flags.index("--anchor_layer") + 1] = "2"
             flags += ["--num_anchor_labels", "5"]
-        load_command(name).main([*flags, *SMALL[name].split()])
-    assert done.count("pretrain") == 9 and {"extract_units", "finetune_ctc", "evaluate_units"} <= set(done)
+        load_command(MODULES[name][0]).main([*flags, *SMALL[name].split()])
+    assert done.count("pretrain") == 9 and {"units", "finetune", "evaluate"} <= set(done)
     base, adapted = (DinoSRForPreTraining.from_pretrained(f"runs/{name}") for name in ("base", "adapted"))
     assert adapted.config.head_input == base.config.head_input == "own_layer"
     assert DinoSRForPreTraining.from_pretrained("runs/adapted-anew").config.codebook_size == 128

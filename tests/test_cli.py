@@ -36,7 +36,7 @@ def test_the_help_fits_a_screen_and_imports_no_torch():
 
 
 def test_every_script_has_a_subcommand_and_the_other_way_round():
-    modules = {module for module, _ in COMMANDS.values()}
+    modules = {module for module, *_ in COMMANDS.values()}
     assert modules - WITHOUT_SCRIPT == EXAMPLES
     assert modules == {path.stem for path in (ROOT / "src" / "dinosr_hf" / "commands").glob("[a-z]*.py")}
 
@@ -81,6 +81,15 @@ def test_a_subcommand_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     monkeypatch.delitem(sys.modules, "dinosr_hf.commands.extract_units", raising=False)
     assert last_words(monkeypatch, "units") == 'dinosr units needs accelerate: pip install "dinosr-hf[train]"'
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-recognition"])
+def test_demos_refuse_what_they_do_not_take(monkeypatch, name):
+    other = "Use `dinosr pretrain` or `dinosr finetune`."
+    said = last_words(monkeypatch, name, "base_1gpu")
+    assert said == f"dinosr {name}: base_1gpu: a demo takes no file or recipe. {other}"
+    said = last_words(monkeypatch, name, "--data", "my_speech")
+    assert said == f"dinosr {name}: --data: a demo has synthetic speech. {other}"
 
 
 def test_a_package_that_transformers_misses_is_said(monkeypatch):

@@ -14,10 +14,9 @@ from dinosr_hf.commands.demo import MARKER
 from dinosr_hf.pretraining import parse_arguments
 from dinosr_hf.utils.files import claim_output_folder
 from dinosr_hf.utils.model_folder import save_folder
-from scripts import load_command
+from scripts import ROOT, load_command
 from tiny import tiny_config
 
-ROOT = Path(__file__).parent.parent
 SIZES = {
     "max_steps": 2,
     "synthetic_utterances": 6,

@@ -9,21 +9,19 @@ import sys
 import warnings
 
 import pytest
-from test_run_record import RECORD
 from transformers import AutoConfig
 
 from audio_files import write
 from dinosr_hf.model.modeling_dinosr import AUTO_CLASSES
 from dinosr_hf.training.run_record import write_record
 from language_models import write_arpa
-from recognisers import save_models
+from recognisers import MODEL_SCRIPTS, RECORD, save_models
 from scripts import ROOT, load_command
-from test_user_errors import SCRIPTS
 
 FINETUNING = "{nothing} --train_data {corpus} --eval_strategy no --use_cpu true --max_steps 1 --output_dir {out}"
 # Of each script that opens a model: the kind of the model, and the words of a command, with {model} for its folder.
 COMMANDS = {
-    **{script: (kind, f"{{model}} {words}") for script, (kind, words) in SCRIPTS.items()},
+    **{script: (kind, f"{{model}} {words}") for script, (kind, words) in MODEL_SCRIPTS.items()},
     "evaluate_units": ("pretrained", "{model} --data {data} --labels {labels} --layers 3 --output_dir {out}"),
     "evaluate_layers": (
         "pretrained",

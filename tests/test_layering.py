@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_relative_import_files
 
-ROOT = Path(__file__).parent.parent
+from scripts import ROOT
+
 PACKAGE = ROOT / "src" / "dinosr_hf"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

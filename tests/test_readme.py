@@ -19,12 +19,12 @@ from dinosr_hf import DinoSRConfig, DinoSRForPreTraining, DinoSRForSequenceClass
 from dinosr_hf.pretraining import ArgumentError, parse_arguments, run
 from dinosr_hf.utils.command_line import parse_groups
 from dinosr_hf.utils.model_folder import save_folder
+from documents import blocks
 from language_models import write_arpa
 from pretraining_runs import metrics_of, read_config, tiny_arguments
 from recognisers import save_recogniser
-from scripts import load_command, load_script
+from scripts import ROOT, load_command, load_script
 
-ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "configs" / "tiny_cpu.yaml"
 DOCUMENTS = sorted(
     file.relative_to(ROOT).as_posix()
@@ -35,18 +35,6 @@ DOCUMENTS = sorted(
     for file in ROOT.glob(pattern)
 )
 CODES = r"\b(?:S(?:10|[1-9])|T(?:1[01]|[1-9])|M[1-4]|D(?:1[01]|[1-9]))\b"
-
-
-def blocks(name, language):
-    """Return (number of its first line, text) of each fenced block of a language, or of each code cell."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    if name.endswith(".ipynb"):
-        cells = json.loads(text)["cells"] if language == "python" else []
-        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-        code = [re.sub(r"^%.*", "", cell) for cell in code]  # IPython's magic
-        return [(1, re.sub(r"^(STEPS|UTTERANCES) = \d+", r"\1 = 8", cell, flags=re.MULTILINE)) for cell in code]
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
 
 
 RUN_BLOCKS = """
@@ -287,7 +275,7 @@ def test_invalid_commands_are_detected(command):
         check_command(words)
 
 
-@pytest.mark.parametrize("name", [module for module, _ in COMMANDS.values()])
+@pytest.mark.parametrize("name", [module for module, *_ in COMMANDS.values()])
 def test_each_flag_has_a_help_text(name):
     module = load_command(name)
     assert max(map(len, module.__doc__.splitlines())) < 120, "a backslash joins two lines"

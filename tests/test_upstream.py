@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 import dinosr_hf
 from dinosr_hf import DinoSRConfig
+from scripts import ROOT
 from tiny import SIZES, deterministic_config, padded, randomize, tiny_config, waveforms
 from tolerances import CODEBOOK_COUNTS, CODEBOOK_SUMS, GRADIENTS, LOSSES, SAME_ARITHMETIC, WEIGHTS
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.24"), reason="a new model goes into the newest transformers"
 )
 
-MODULAR = Path(__file__).parent.parent / "docs" / "upstream" / "modular_dinosr.py"
+MODULAR = ROOT / "docs" / "upstream" / "modular_dinosr.py"
 MODELS = (
     "DinoSRModel",
     "DinoSRForPreTraining",

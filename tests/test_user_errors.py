@@ -10,21 +10,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from audio_files import write
+from disk import POINTER
 from pretraining_runs import write_config
-from recognisers import save_models
+from recognisers import MODEL_SCRIPTS, save_models
 from scripts import load_command
-
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5\n"
-# Of the scripts that open a model: the kind of the model, and what follows its folder.
-SCRIPTS = {
-    "extract_units": ("pretrained", "{data} --output_dir {out} --layers 3"),
-    "fit_kmeans": ("pretrained", "{data} --output {out}.safetensors --layer 2"),
-    "inspect_units": ("pretrained", "{data} --output {out}.html --layer 3"),
-    "convert_checkpoint": ("pretrained", "{out} --to fairseq"),
-    "transcribe": ("recogniser", "{data}"),
-    "tune_decoding": ("recogniser", "{data} {out}.arpa"),
-    "export_onnx": ("recogniser", "{out}"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +52,11 @@ def with_sizes(**sizes):
 
 
 def run_on_model(monkeypatch, work, script, folder, out):
-    words = [word.format(data=work / "data", out=out) for word in SCRIPTS[script][1].split()]
+    words = [word.format(data=work / "data", out=out) for word in MODEL_SCRIPTS[script][1].split()]
     return last_words(monkeypatch, script, folder, *words)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MODEL_SCRIPTS)
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
@@ -75,7 +64,7 @@ def run_on_model(monkeypatch, work, script, folder, out):
         (
             "model.safetensors",
             lambda content: content[:-100],
-            "model.safetensors has .* bytes instead of .*: it was cut",
+            r"model.safetensors is damaged: .* \([\d,]+ bytes\)\. Download it again",
         ),
         ("model.safetensors", lambda _: b"", r"model.safetensors is empty \(0 bytes\)"),
         ("config.json", lambda _: POINTER.encode(), "config.json is (a Git LFS pointer|not valid JSON|not a config)"),
@@ -96,7 +85,7 @@ def run_on_model(monkeypatch, work, script, folder, out):
     ],
 )
 def test_a_damaged_model_is_one_line(work, tmp_path, monkeypatch, script, name, damage, message):
-    folder = damaged(work, tmp_path, SCRIPTS[script][0], name, damage)
+    folder = damaged(work, tmp_path, MODEL_SCRIPTS[script][0], name, damage)
     found = run_on_model(monkeypatch, work, script, folder, tmp_path / "out")
     assert re.search(message, found), found
     assert str(folder) in found
@@ -114,7 +103,7 @@ def test_a_damaged_processor_is_one_line(work, tmp_path, monkeypatch, script, na
 @pytest.mark.parametrize("script", ["extract_units", "transcribe"])
 def test_a_missing_shard_is_named(work, tmp_path, monkeypatch, script):
     folder = tmp_path / "model"
-    shutil.copytree(work / SCRIPTS[script][0], folder)
+    shutil.copytree(work / MODEL_SCRIPTS[script][0], folder)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     places = {key: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, key in enumerate(sorted(weights))}
@@ -222,7 +211,7 @@ def test_split_and_column_that_an_error_asks_for_can_be_given(work, tmp_path, mo
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"speech": [{"array": [0.0, 0.1] * 4_000, "sampling_rate": 16_000}]})
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "data")
-    kind, words = SCRIPTS[script]
+    kind, words = MODEL_SCRIPTS[script]
     argv = [str(work / kind), *words.format(data=tmp_path / "data", out=tmp_path / "out").split()]
     argv += ["--num_clusters", "2"] if script == "fit_kmeans" else []
     assert "has the splits train, test. Choose one of them." in last_words(monkeypatch, script, *argv)
@@ -368,8 +357,8 @@ def test_tuning_a_model_on_the_hub_needs_a_file_to_write(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script", ["extract_units", "transcribe", "fit_kmeans", "inspect_units"])
 def test_a_device_that_is_not_there_is_named(work, tmp_path, monkeypatch, script):
-    words = [word.format(data=work / "data", out=tmp_path / "out") for word in SCRIPTS[script][1].split()]
-    found = last_words(monkeypatch, script, work / SCRIPTS[script][0], *words, "--device", "gpu")
+    words = [word.format(data=work / "data", out=tmp_path / "out") for word in MODEL_SCRIPTS[script][1].split()]
+    found = last_words(monkeypatch, script, work / MODEL_SCRIPTS[script][0], *words, "--device", "gpu")
     assert found.startswith("device=gpu cannot be used: Expected one of cpu")
 
 

@@ -1,5 +1,8 @@
 """A DinoSR of a few thousand weights, with odd sizes, and waveforms for it: 20 samples a frame, 40 in the first."""
 
+import copy
+
+import numpy as np
 import torch
 
 from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
@@ -49,6 +52,10 @@ def waveforms(batch_size: int, num_samples: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch_size, num_samples, generator=torch.Generator().manual_seed(seed))
 
 
+def white_noise(num_samples: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(num_samples).astype(np.float32)
+
+
 def padded(waves: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Utterances (S,) of different lengths to input_values and attention_mask, each (B, S)."""
     ones = [torch.ones(len(wave), dtype=torch.long) for wave in waves]
@@ -72,3 +79,31 @@ def vary_anchor(model: DinoSRForPreTraining) -> DinoSRForPreTraining:
         features = model.eval().dinosr(waveforms(1, 9_000, seed=3)).last_hidden_state[0]
         model.anchor_head.bias.copy_(-model.anchor_head.weight @ features.mean(dim=0))
     return model
+
+
+def without_attention(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a model, in which a frame depends on its neighbours only."""
+    copied = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            if name.endswith("attention.out_proj.weight"):
+                parameter.zero_()
+    return copied
+
+
+def pretraining_model(config: DinoSRConfig | None = None, seed: int = 0, **changes) -> DinoSRForPreTraining:
+    """Return a model whose teacher is not its student."""
+    torch.manual_seed(seed)
+    return randomize(DinoSRForPreTraining(config or deterministic_config(**changes)))
+
+
+def every_third(batch_size: int, num_frames: int, offset: int = 0) -> torch.Tensor:
+    """Return a mask (B, T) of every third frame."""
+    mask = torch.zeros(batch_size, num_frames, dtype=torch.bool)
+    mask[:, offset::3] = True
+    return mask
+
+
+def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of a model's state."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -14,7 +14,7 @@ from .model import modeling_dinosr
 from .model.codebook_dinosr import OnlineCodebooks, perplexity
 from .model.configuration_dinosr import DinoSRConfig
 from .model.fast_cpu_dinosr import set_fast_cpu
-from .model.masking_dinosr import sample_span_mask
+from .model.masking_dinosr import TorchDraws, sample_span_mask
 from .model.modeling_dinosr import (
     AUTO_CLASSES,
     DinoSRForAudioFrameClassification,
@@ -24,6 +24,7 @@ from .model.modeling_dinosr import (
     DinoSRForSequenceClassification,
     DinoSRForXVector,
     DinoSRModel,
+    DinoSRModelOutput,
     DinoSRPreTrainedModel,
 )
 from .utils.model_folder import FolderTokenizer
@@ -55,8 +56,10 @@ __all__ = [
     "DinoSRForSequenceClassification",
     "DinoSRForXVector",
     "DinoSRModel",
+    "DinoSRModelOutput",
     "DinoSRPreTrainedModel",
     "OnlineCodebooks",
+    "TorchDraws",
     "perplexity",
     "sample_span_mask",
     "set_fast_cpu",

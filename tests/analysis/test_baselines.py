@@ -10,17 +10,14 @@ from dinosr_hf.analysis import baselines
 from dinosr_hf.analysis.baselines import mfcc
 from dinosr_hf.analysis.kmeans import fit_kmeans
 from dinosr_hf.analysis.quality import unit_quality
-
-
-def noise(num_samples: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(num_samples).astype(np.float32)
+from tiny import white_noise
 
 
 def tones(frequencies: list[float], seconds_each: float) -> np.ndarray:
     """Harmonic tones in sequence, with a little noise."""
     time = np.arange(int(16_000 * seconds_each)) / 16_000
     speech = [sum(np.sin(2 * np.pi * f * k * time) / k for k in range(1, 6)) for f in frequencies]
-    return np.concatenate(speech) + 0.01 * noise(len(time) * len(frequencies))
+    return np.concatenate(speech) + 0.01 * white_noise(len(time) * len(frequencies))
 
 
 def slow_mfcc(waveform: np.ndarray, tuned: bool) -> np.ndarray:
@@ -70,7 +67,7 @@ def slow_mfcc(waveform: np.ndarray, tuned: bool) -> np.ndarray:
 @pytest.mark.parametrize("num_samples", [400, 719, 720, 879, 880, 5_000, 16_000])
 @pytest.mark.parametrize("tuned", [True, False], ids=["tuned", "textbook"])
 def test_frames_match_the_model(num_samples, tuned):
-    features = mfcc(noise(num_samples), tuned=tuned)
+    features = mfcc(white_noise(num_samples), tuned=tuned)
     assert features.shape == (DinoSRConfig().num_frames(num_samples), 39)
     assert features.dtype == np.float32
     assert np.isfinite(features).all()
@@ -87,7 +84,7 @@ TINY_CONVOLUTIONS = {  # of examples/configs/tiny_cpu.yaml: frames of 58 ms
 def test_frames_match_a_model_with_other_convolutions(num_samples):
     config = DinoSRConfig(**TINY_CONVOLUTIONS)
     assert config.receptive_field == 930
-    features = mfcc(noise(num_samples), field=config.receptive_field)
+    features = mfcc(white_noise(num_samples), field=config.receptive_field)
     assert features.shape == (config.num_frames(num_samples), 39)
 
 
@@ -95,22 +92,22 @@ def test_frames_match_a_model_with_other_convolutions(num_samples):
 @pytest.mark.parametrize("num_samples", [5_000, 5_200], ids=["odd", "even"])
 def test_features_equal_slow_mfcc(num_samples, tuned):
     # Loud and then very quiet, to reach the floor of the energies.
-    waveform = noise(num_samples) * np.where(np.arange(num_samples) < 2_000, 1.0, 1e-3)
+    waveform = white_noise(num_samples) * np.where(np.arange(num_samples) < 2_000, 1.0, 1e-3)
     # float32 keeps 7 digits of values up to 100; the spectrum passes through complex64.
     np.testing.assert_allclose(mfcc(waveform, tuned=tuned), slow_mfcc(waveform, tuned), atol=1e-3)
 
 
 def test_long_recordings_are_transformed_in_parts(monkeypatch):
-    whole = mfcc(noise(9_000))
+    whole = mfcc(white_noise(9_000))
     for windows in (1, 7, 50):
         monkeypatch.setattr(baselines, "_MAX_WINDOWS", windows)
-        np.testing.assert_allclose(mfcc(noise(9_000)), whole, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(mfcc(white_noise(9_000)), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("field", [80, 400, 480, 930], ids=lambda field: f"field {field}")
 @pytest.mark.parametrize("tuned", [True, False], ids=["tuned", "textbook"])
 def test_click_peaks_in_the_frame_centered_on_it(tuned, field):
-    waveform = 0.01 * noise(16_000)
+    waveform = 0.01 * white_noise(16_000)
     waveform[320 * 20 + field // 2] = 1.0
     energy = mfcc(waveform, field=field, tuned=tuned)[:, 0]
     assert np.argmax(energy) == 20
@@ -123,7 +120,7 @@ def test_click_peaks_in_the_frame_centered_on_it(tuned, field):
 
 def test_receptive_field_only_shifts_features():
     """A field wider by two strides has the same features one frame later: windows still see what lies before."""
-    waveform = noise(16_000)
+    waveform = white_noise(16_000)
     same = mfcc(waveform, tuned=False)
     np.testing.assert_allclose(mfcc(waveform, field=1040, tuned=False), same[1:-1], atol=1e-5)
 
@@ -177,4 +174,4 @@ def test_units_of_tones_are_the_tones():
 def test_missing_scipy_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.fft", None)
     with pytest.raises(ImportError, match=r'pip install "dinosr-hf\[analysis\]"'):
-        mfcc(noise(400))
+        mfcc(white_noise(400))

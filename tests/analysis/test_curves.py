@@ -3,15 +3,15 @@
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 from matplotlib.colors import to_hex
 
 from dinosr_hf.analysis.curves import REFERENCE, RunCurves, read_run, read_runs, run_figure
+from scripts import ROOT
 
 BOUNDS = {"collapse_perplexity": 0.05, "collapse_active": 0.15, "collapse_variation": 0.02}
-PLOT_RUN = Path(__file__).parents[2] / "examples" / "plot_run.py"
+PLOT_RUN = ROOT / "examples" / "plot_run.py"
 LOSS, TARGETS, USED = (
     "loss (nats)",
     "target perplexity, share of the codewords",

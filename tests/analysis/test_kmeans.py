@@ -9,10 +9,7 @@ import torch
 
 from dinosr_hf.analysis.kmeans import KMeans, fit_kmeans
 from dinosr_hf.analysis.quality import unit_quality
-
-
-def noise(num_samples: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(num_samples).astype(np.float32)
+from tiny import white_noise
 
 
 def blobs(num_frames: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,8 +28,8 @@ def test_clusters_of_new_frames():
 
 
 def test_predict_returns_the_nearest_centroid():
-    units = fit_kmeans(noise(900).reshape(-1, 3), 7, seed=0)
-    frames = noise(600, seed=1).reshape(-1, 3)
+    units = fit_kmeans(white_noise(900).reshape(-1, 3), 7, seed=0)
+    frames = white_noise(600, seed=1).reshape(-1, 3)
     distances = ((frames[:, None] - units.centroids[None]) ** 2).sum(-1)
     np.testing.assert_array_equal(units.predict(frames), distances.argmin(axis=1))
 
@@ -42,7 +39,7 @@ def test_ties_go_to_the_first_centroid():
 
 
 def test_seed_determines_the_clusters():
-    frames = noise(3_000).reshape(-1, 3)
+    frames = white_noise(3_000).reshape(-1, 3)
     first, again, other = (fit_kmeans(frames, 9, seed).centroids for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -63,14 +60,14 @@ def test_the_threads_are_those_of_torch(monkeypatch, num_threads):
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        fit_kmeans(noise(30).reshape(-1, 3), 3, seed=0)
+        fit_kmeans(white_noise(30).reshape(-1, 3), 3, seed=0)
     finally:
         torch.set_num_threads(before)
     assert used == [num_threads]
 
 
 def test_max_frames_fits_on_a_sample():
-    frames = noise(3_000).reshape(-1, 3)
+    frames = white_noise(3_000).reshape(-1, 3)
     centroids = fit_kmeans(frames, 100, seed=0, max_frames=100).centroids
     assert centroids.shape == (100, 3)
     # With as many clusters as sampled frames, the centroids are these frames, but for scikit-learn's centring.
@@ -102,8 +99,8 @@ def test_predict_with_other_dimensions_raises():
 
 
 def test_assign_takes_batches_and_equals_predict():
-    clusters = fit_kmeans(noise(900).reshape(-1, 3), 7, seed=0)
-    frames = noise(600, seed=1)
+    clusters = fit_kmeans(white_noise(900).reshape(-1, 3), 7, seed=0)
+    frames = white_noise(600, seed=1)
     found = clusters.assign(torch.from_numpy(frames).view(4, 5, 10, 3))
     assert found.dtype == torch.int64 and found.shape == (4, 5, 10)
     np.testing.assert_array_equal(found.flatten(), clusters.predict(frames.reshape(-1, 3)))

@@ -77,7 +77,7 @@ def test_hidden_files_are_kept_apart(tmp_path):
 
 def test_links_are_followed_once(tmp_path):
     for name in ("real/x.wav", "far/y.wav"):
-        touch(tmp_path / name)
+        write(tmp_path / name, 1_000)
     root = tmp_path / "real"
     (root / "far").symlink_to(tmp_path / "far")
     (root / "linked.wav").symlink_to(tmp_path / "far" / "y.wav")
@@ -89,6 +89,7 @@ def test_links_are_followed_once(tmp_path):
     (root / ".cache").mkdir()
     (root / ".cache" / "again").symlink_to(tmp_path / "far")
     assert find_files(root, ".wav") == Found(["far/y.wav", "linked.wav", "x.wav"], [], ["circle", "gone"])
+    assert [name for name, _ in FolderSource(root).utterances] == ["far/y.wav", "linked.wav", "x.wav"]
 
 
 def test_folder_that_cannot_be_listed_is_counted(tmp_path, monkeypatch):

@@ -21,7 +21,6 @@ from recognisers import save_models
 from scripts import load_command
 from tiny import randomize
 
-ROOT = Path(__file__).parents[2]
 LENGTHS = {"a": 1_000, "b": 2_345, "c": 3_100, "deep/d": 700}
 FEATURES = ["--layers", "2", "--num_threads", "1"]
 UNITS = [*FEATURES, "--shard_seconds", "0.05"]

@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,11 +29,10 @@ from dinosr_hf.finetuning.classification_task import (
 )
 from dinosr_hf.utils.command_line import ArgumentError, parse_groups
 from dinosr_hf.utils.model_folder import save_folder
-from scripts import load_command
+from scripts import ROOT, load_command
 from tiny import tiny_config, waveforms
 from tolerances import LOSSES
 
-ROOT = Path(__file__).parents[2]
 EVERY_30 = {"eval_steps": 30, "save_steps": 30}
 CLASSES = ["a", "b", "c", "d"]
 TONES = {"high": 3100.0, "low": 190.0, "middle": 800.0}

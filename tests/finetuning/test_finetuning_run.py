@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from finetuning_runs import recognise, write_corpus, write_model
 from scripts import load_command
 from tiny import tiny_config, waveforms
 
-ROOT = Path(__file__).parents[2]
 LAYER = "dinosr.encoder.layers.0.attention.q_proj.weight"
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
@@ -439,6 +437,6 @@ def test_a_dry_run_says_what_would_be_trained(script, model, corpus, tmp_path, c
     said = capsys.readouterr().out
     assert re.search(r"^training +\d+ of \d+ utterances, [\d.]+ minutes$", said, re.MULTILINE)
     assert re.search(r"^labels +11: <pad> <s> </s> <unk> \| e h l m n o$", said, re.MULTILINE)
-    assert re.search(r"^steps +7 of at most 2 s of audio over 1 process\(es\), in micro-batches of 1 s: ", said, re.M)
+    assert re.search(r"^steps +7 of [\d.]+ s of audio on average over 1 process\(es\), in \d+ micro-batch", said, re.M)
     assert "start       the first step" in said and said.endswith("Nothing was trained.\n")
     assert not list(out.glob("*"))

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from dinosr_hf.training.resume import CheckpointError, changed_arguments
 from dinosr_hf.training.run_record import read_record
 from dinosr_hf.training.signals import RunInterrupted
 from dinosr_hf.utils.command_line import ArgumentError
+from disk import flip_a_bit, truncate
 from finetuning_runs import recognise, recognition_of, run_settings, write_corpus, write_model
 from kills import run_through_kills
 from scripts import ROOT
@@ -243,17 +245,6 @@ def test_a_run_interrupted_after_its_last_step_trains_no_further(model, corpus, 
     record = recognise(model, corpus, out, on_trainer=count, **options)
     assert count.steps == [] and record.steps == 7
     assert_same_model(out, uninterrupted)
-
-
-def truncate(path):
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
-def flip_a_bit(path, place=None, bit=3):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 if place is None else place] ^= 1 << bit
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -535,6 +526,18 @@ def test_the_best_checkpoint_is_found_in_a_moved_folder(model, corpus, best_is_f
     moved = shutil.copytree(out, tmp_path / "moved")
     recognise(model, corpus, moved, on_trainer=rate_by_step, **options)
     assert all(torch.equal(value, first[name]) for name, value in load_file(moved / "model.safetensors").items())
+
+
+def test_the_best_checkpoint_stays_when_a_run_is_resumed_by_another_spelling(
+    model, corpus, best_is_first, tmp_path, monkeypatch
+):
+    out, options = best_is_first
+    first = load_file(out / "checkpoint-1" / "model.safetensors")
+    shutil.copytree(out, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    again = {"resume_from_checkpoint": str(tmp_path / "moved" / "checkpoint-3"), "save_total_limit": 1}
+    recognise(model, corpus, Path("moved"), on_trainer=rate_by_step, **options, **again)
+    assert all(torch.equal(value, first[name]) for name, value in load_file("moved/model.safetensors").items())
 
 
 def test_a_damaged_best_checkpoint_is_not_loaded(model, corpus, best_is_first, tmp_path):

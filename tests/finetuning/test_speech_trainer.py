@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +19,8 @@ from dinosr_hf.finetuning import FinetuningArguments, LabelledCollator, SpeechTr
 from dinosr_hf.training.run_record import read_record
 from dinosr_hf.utils.command_line import ArgumentError
 from finetuning_runs import recognise, run_settings, write_corpus, write_model
+from scripts import ROOT
 from tiny import deterministic_config, waveforms
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -350,6 +349,16 @@ def test_processes_that_are_not_connected_are_refused(tmp_path, model, monkeypat
 def test_accumulation_keeps_a_pass_below_micro_seconds(tmp_path, model, step_seconds):
     trainer = trainer_of(model, tmp_path, step_seconds=step_seconds, micro_seconds=0.5)
     assert trainer.args.gradient_accumulation_steps == math.ceil(step_seconds / 0.5)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(2.0, 8), (2.9, 11), (3.1, 8)])
+def test_accumulation_of_little_data(tmp_path, model, seconds, expected):
+    loaded = DinoSRForCTC.from_pretrained(model, vocab_size=9)
+    arguments = FinetuningArguments(output_dir=str(tmp_path), **run_settings(step_seconds=2.0, micro_seconds=0.25))
+    train = SimpleNamespace(num_samples=[int(1_600 * seconds)] * 10)  # one or two steps
+    trainer = SpeechTrainer(loaded, arguments, train_dataset=train)
+    assert trainer.args.gradient_accumulation_steps == expected
+    assert seconds / trainer.sampler.num_steps / expected <= 1.1 * 0.25
 
 
 @pytest.mark.slow

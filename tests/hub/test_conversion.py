@@ -200,21 +200,6 @@ def test_a_checkpoint_without_weights_is_refused(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [CHECKPOINT.read_bytes()[:1000], CHECKPOINT.read_bytes()[:-300]],
-    ids=["first-bytes", "last-bytes-missing"],
-)
-def test_damaged_files_are_refused(tmp_path, content):
-    file = tmp_path / "damaged.pt"
-    file.write_bytes(content)
-    with pytest.raises(
-        ConversionError, match=r"damaged\.pt was cut: it begins as an archive of [\d,]+ bytes, but has no end"
-    ):
-        convert(file, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
     ("content", "problem"),
     [
         (b"", r"is empty \(0 bytes\)\. Download it again\.$"),
@@ -228,21 +213,6 @@ def test_other_files_are_no_checkpoints(tmp_path, content, problem):
     with pytest.raises(ConversionError, match=rf"words\.arpa {problem}"):
         convert(tmp_path / "words.arpa", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-class Harmful:
-    """An object whose unpickling would call something."""
-
-    def __reduce__(self):
-        return print, ("run",)
-
-
-def test_files_with_code_are_refused_and_not_run(tmp_path, capsys):
-    file = tmp_path / "harmful.pt"
-    torch.save({"cfg": Harmful()}, file)
-    with pytest.raises(ConversionError, match="cannot be opened as a checkpoint without running code from it"):
-        convert(file, tmp_path / "out")
-    assert "run" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "."])

@@ -16,7 +16,6 @@ from hub_server import hub_server
 from scripts import FIXTURES
 
 CASE = FIXTURES / "spidr_objective"
-ROOT = FIXTURES.parents[1]
 
 
 @pytest.mark.parametrize(

@@ -131,10 +131,12 @@ def test_settings_without_a_place_in_the_layout_are_named(layout, tmp_path, capl
     save_folder(DinoSRForPreTraining(tiny_config(**plain)), tmp_path / "plain")
     write(tmp_path / "plain", tmp_path / "a" / "plain.pt")
     assert "no place" not in caplog.text
-    changed = tiny_config(**plain, mask_min_spans=2, codebook_update_steps=4)
+    changed = tiny_config(**plain, mask_min_spans=2, codebook_update_steps=4, reference_padding=True)
     save_folder(DinoSRForPreTraining(changed), tmp_path / "changed")
     write(tmp_path / "changed", tmp_path / "b" / "changed.pt")
-    message = "codebook_update_steps=4 (read back as 1), mask_min_spans=2 (read back as 1)."
+    message = (
+        "codebook_update_steps=4 (read back as 1), mask_min_spans=2 (read back as 1), reference_padding=True (read"
+    )
     assert f"The file has no place for {message}" in caplog.text
 
 
@@ -449,6 +451,15 @@ def test_data2vec_with_overlapping_weights_is_refused(tmp_path):
     header = json.dumps({"a": entry, "b": entry}).encode()
     (tmp_path / "data2vec" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(ConversionError, match=r"model\.safetensors is damaged: .*Download it again"):
+        convert(tmp_path / "data2vec", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "value"), [("do_normalize", False), ("sampling_rate", 8_000)])
+def test_data2vec_of_other_waveforms_is_refused(tmp_path, name, value):
+    data2vec_folder(tmp_path)
+    settings = {"do_normalize": True, "sampling_rate": 16_000, name: value}
+    (tmp_path / "data2vec" / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConversionError, match=f"has {name}={value}, which is not supported; expected"):
         convert(tmp_path / "data2vec", tmp_path / "out")
 
 

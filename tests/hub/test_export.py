@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,13 +20,12 @@ from dinosr_hf.hub import export
 from dinosr_hf.hub.export import OUTPUTS, ExportError, OnnxModel, TorchModel, compare, export_onnx, quantize_onnx
 from dinosr_hf.model.modeling_dinosr import AUTO_CLASSES
 from dinosr_hf.utils.model_folder import feature_extractor, save_folder
+from documents import blocks
 from recognisers import VOCABULARY, letters_processor, save_recogniser
-from scripts import load_command, load_script
-from test_readme import blocks
+from scripts import ROOT, load_command, load_script
 from tiny import deterministic_config, padded, randomize, tiny_config, waveforms
 from tolerances import ACTIVATIONS, SAME_ARITHMETIC
 
-ROOT = Path(__file__).parents[2]
 # Few layers, since exporting time grows with their number.
 CHANGES = {"num_hidden_layers": 1, "num_codebooks": 1, "num_conv_pos_embeddings": 1}
 ONE_CONVOLUTION = {"conv_dim": [11], "conv_stride": [20], "conv_kernel": [40]}  # frames as with the tiny model's three
@@ -314,9 +312,20 @@ def test_only_an_exported_model_is_overwritten_and_only_on_request(folders, tmp_
             make(folders / source, folders / "int8")
     (tmp_path / "int8").mkdir()
     quantize_onnx(folders / "onnx", tmp_path / "int8")
-    (tmp_path / "int8" / "model.onnx").write_text("old")
+    for name in ("model.onnx", "model.onnx.data", "added_tokens.json", "notes.txt"):  # the second is of a larger model
+        (tmp_path / "int8" / name).write_text("old")
     quantize_onnx(folders / "onnx", tmp_path / "int8", overwrite=True)
     assert (tmp_path / "int8" / "model.onnx").read_bytes() == (folders / "int8" / "model.onnx").read_bytes()
+    found = {file.name for file in (tmp_path / "int8").iterdir()}
+    assert found == {file.name for file in (folders / "int8").iterdir()} | {"notes.txt"}
+
+
+def test_wrapped_models_are_refused_with_the_way_out(folders, tmp_path):
+    model = torch.compile(DinoSRForCTC.from_pretrained(folders / "torch"))
+    with pytest.raises(
+        ValueError, match=r"is a OptimizedModule, not one of .*merge_and_unload.*before `torch.compile`"
+    ):
+        export_onnx(model, tmp_path / "onnx", processor=feature_extractor())
 
 
 def test_int8_twice_is_refused(folders, tmp_path):

@@ -13,24 +13,24 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml, parse_eval_result_entries
-from test_run_record import RECORD
 from transformers import pipeline
 
 import forks
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
 from dinosr_hf.hub import Dataset, build_card, prepare, push, read_provenance
 from dinosr_hf.hub.card import METRIC_NAMES, build_results, code, redact_paths, render_card
+from dinosr_hf.hub.folder import OF_AN_EARLIER_UPLOAD
 from dinosr_hf.recognition import TextNormalization
 from dinosr_hf.recognition.decoding import DecodingOptions, find_decoding
 from dinosr_hf.training.run_record import METRICS, record_of, write_record
 from dinosr_hf.utils.command_line import NetworkError
 from dinosr_hf.utils.model_folder import save_folder
+from disk import names
 from hub_server import TOKEN, hub_server
-from recognisers import save_models, tiny_processor
-from scripts import load_command
+from recognisers import RECORD, save_models, tiny_processor
+from scripts import ROOT, load_command
 from tiny import tiny_config
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "prepare_for_hub.py"
 PROVENANCE = {
     "repo_id": "someone/tiny-asr",
@@ -77,10 +77,6 @@ def read(saved, tmp_path, provenance, name="recogniser"):
     path = tmp_path / "provenance.yaml"
     path.write_text(yaml.safe_dump(provenance))
     return read_provenance(saved[0] / name, path)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_every_metric_of_a_record_has_a_name():
@@ -550,7 +546,10 @@ def test_push_uploads_the_folder(saved, tmp_path):
     train, test = PROVENANCE["datasets"]
     own = provenance_with(datasets=[train, {**test, "task_id": "clean"}])
     (tmp_path / "provenance.yaml").write_text(yaml.safe_dump(own))
-    (tmp_path / "hub").mkdir()
+    uploaded = tmp_path / "hub" / "someone" / "tiny-asr"
+    for name in ("decoding.json", "model-00001-of-00002.safetensors", ".eval_results/other.yaml", "notes.txt"):
+        (uploaded / name).parent.mkdir(parents=True, exist_ok=True)
+        (uploaded / name).write_text("of an earlier upload")
     with hub_server(tmp_path / "hub") as hub:
         flags = (saved[0] / "recogniser", "ready", "--provenance", "provenance.yaml", "--push")
         done = run_script(*flags, work=tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
@@ -561,7 +560,7 @@ def test_push_uploads_the_folder(saved, tmp_path):
         assert created.get("private") or created.get("visibility") == "private"  # of hub clients, old and new
         assert [commit["summary"] for commit in hub.commits] == ["Add model"]
         assert len([line for line in hub.requests if line.startswith("PUT /large/")]) == 1
-    uploaded = tmp_path / "hub" / "someone" / "tiny-asr"
+    (uploaded / "notes.txt").unlink()  # which stayed
     files = {file.relative_to(uploaded): file.read_bytes() for file in uploaded.rglob("*") if file.is_file()}
     assert Path(".eval_results", "someone--corpus.yaml") in files
     ready = tmp_path / "ready"
@@ -598,20 +597,23 @@ def test_push_creates_the_repository_and_uploads_the_folder(
     out = prepare(saved[0] / "recogniser", tmp_path / "ready", *provenance_and_record)
     push(out, "someone/tiny", private=private, token=TOKEN, message="First")
     folder = {"folder_path": out, "repo_id": "someone/tiny", "commit_message": "First"}
+    folder["delete_patterns"] = list(OF_AN_EARLIER_UPLOAD)
     assert asked == [
         ("create_repo", TOKEN, ("someone/tiny",), {"private": private, "exist_ok": True}),
         ("upload_folder", TOKEN, (), folder),
     ]
 
 
-def test_a_push_without_a_network_says_what_to_do(saved, provenance_and_record, tmp_path, monkeypatch):
+@pytest.mark.parametrize("private", [True, False])
+def test_a_push_without_a_network_says_what_to_do(saved, provenance_and_record, tmp_path, monkeypatch, private):
     def fail(self, *args, **kwargs):
         raise NetworkError("no route to host")
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
     out = prepare(saved[0] / "recogniser", tmp_path / "ready", *provenance_and_record)
-    with pytest.raises(OSError, match=r"ready could not be uploaded: no route to host.* `hf upload someone/tiny \S+"):
-        push(out, "someone/tiny")
+    command = "hf upload --private someone/tiny" if private else "hf upload someone/tiny"
+    with pytest.raises(OSError, match=rf"ready could not be uploaded: no route to host.* `{command} \S+` uploads it"):
+        push(out, "someone/tiny", private=private)
 
 
 def test_only_a_prepared_folder_is_uploaded(saved, tmp_path):

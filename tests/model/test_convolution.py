@@ -151,6 +151,15 @@ def test_autocast_decides_the_precision(group_bytes):
         assert (low - parameter.grad).norm() <= 0.05 * parameter.grad.norm()
 
 
+def test_autocast_of_weights_in_low_precision():
+    modules, signal = layers().bfloat16(), torch.randn(2, 33)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = convolve(modules, signal, 6, 13)
+    low.square().sum().backward()
+    assert all(parameter.grad.dtype == torch.bfloat16 for parameter in modules.parameters())
+    torch.testing.assert_close(low, convolve(modules.float(), signal, 6, 13), atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("geometry", ["base", "tiny_cpu"])
 def test_autocast_is_as_exact_as_in_the_plain_layers(geometry):
     encoder, _ = encoders(geometry)

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining, DinoSRModel
+from dinosr_hf.model.modeling_dinosr import zero_padding
 from tiny import NO_DROPOUT, SIZES, deterministic_config, padded, randomize, tiny_config, waveforms
 from tolerances import GRADIENTS, SAME_ARITHMETIC
 
@@ -123,6 +124,20 @@ def test_eager_attention_is_sdpa():
     assert [attention.shape for attention in eager.attentions] == [(3, 3, num_frames, num_frames)] * 3
     # nobody attends to padding
     assert not eager.attentions[0][2][..., model.config.num_frames(97) :].any()
+
+
+def test_attentions_of_sdpa_are_empty_with_the_warning_of_transformers(monkeypatch):
+    said = []
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.logger.warning_once", said.append)
+    x, mask = padded([waveforms(1, length)[0] for length in LENGTHS])
+    with torch.no_grad():  # in which packed frames have an attention of their own
+        found = encoder().eval()(x, mask, output_attentions=True)
+    assert found.attentions == () and "does not support `output_attentions=True`" in said[0]
+
+
+def test_a_layer_on_another_device_than_the_mask():
+    mask = torch.tensor([[True, True, False]])
+    assert zero_padding(torch.empty(1, 3, 4, device="meta"), mask).shape == (1, 3, 4)
 
 
 def test_flex_attention_is_sdpa():

@@ -5,7 +5,6 @@ Parity with the paper's code: a tiny checkpoint written by it, its intermediate 
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ from dinosr_hf import DinoSRForPreTraining, DinoSRModel, sample_span_mask
 from dinosr_hf.hub.conversion import convert
 from dinosr_hf.hub.conversion.fairseq import ENCODER_KEYS, STUDENT_KEYS
 from dinosr_hf.hub.conversion.layout import rename
+from scripts import FIXTURES
 from tolerances import ACTIVATIONS, CODEBOOK_COUNTS, CODEBOOK_SUMS, GRADIENTS, KEY_BIASES, LOSSES, WEIGHTS
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASE = FIXTURES / "dev_tiny"
 CASES = pytest.mark.parametrize("case", ["nopad", "pad"])
 

@@ -8,26 +8,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from dinosr_hf import DinoSRForPreTraining, DinoSRForPreTrainingOutput
 from dinosr_hf.pretraining.metrics import MetricSums
-from tiny import deterministic_config, padded, randomize, tiny_config, waveforms
+from tiny import deterministic_config, every_third, padded, pretraining_model, state_of, tiny_config, waveforms
 from tolerances import CODEBOOK_COUNTS, CODEBOOK_SUMS, LOSSES, SAME_ARITHMETIC, WEIGHTS
 
 LENGTHS = (801, 390, 241)
-
-
-def pretraining_model(config=None, seed=0, **changes):
-    """A model whose teacher is not its student."""
-    torch.manual_seed(seed)
-    return randomize(DinoSRForPreTraining(config or deterministic_config(**changes)))
-
-
-def every_third(batch_size, num_frames, offset=0):
-    mask = torch.zeros(batch_size, num_frames, dtype=torch.bool)
-    mask[:, offset::3] = True
-    return mask
-
-
-def state_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def changed(before, model):

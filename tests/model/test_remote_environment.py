@@ -16,7 +16,6 @@ import venv
 import numpy as np
 import pytest
 import torch
-from test_run_record import RECORD
 from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
 from transformers.utils import is_torchaudio_available
 
@@ -24,7 +23,7 @@ import dinosr_hf
 from dinosr_hf.hub import Dataset, Provenance, prepare
 from dinosr_hf.hub.conversion import convert
 from hub_server import hub_server
-from recognisers import save_models
+from recognisers import RECORD, save_models
 from scripts import FIXTURES
 from tiny import waveforms
 from tolerances import SAME_ARITHMETIC

@@ -76,6 +76,17 @@ def test_features_are_hidden_states(model):
         torch.testing.assert_close(features, output.hidden_states[layer], **SAME_ARITHMETIC)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_units_are_computed_without_tf32(model, source):
+    seen = []
+    hook = model.dinosr.feature_extractor.register_forward_hook(
+        lambda *_: seen.append(torch.backends.cudnn.allow_tf32)
+    )
+    model.encode_units(waveforms(1, 900), layer=2, source=source)
+    hook.remove()
+    assert seen == [False] and torch.backends.cudnn.allow_tf32
+
+
 @torch.no_grad()
 def test_features_of_the_teacher_are_targets_before_they_are_normalised(model):
     wave = waveforms(1, 900)

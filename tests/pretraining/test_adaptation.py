@@ -19,20 +19,7 @@ from dinosr_hf.pretraining.base_model import initial_model
 from dinosr_hf.pretraining.held_out import HeldOut
 from dinosr_hf.pretraining.plan import RunPlan
 from dinosr_hf.utils.model_folder import save_folder
-from pretraining_runs import TINY, metrics_of, read_config, tiny_arguments
-
-SIZES = {name: value for name, value in TINY.items() if hasattr(DinoSRConfig, name)}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A pre-training checkpoint whose teacher differs from its student."""
-    torch.manual_seed(0)
-    model = DinoSRForPreTraining(DinoSRConfig(**SIZES))
-    with torch.no_grad():
-        for weight in model.teacher.parameters():
-            weight.add_(torch.rand_like(weight))
-    return save_folder(model, tmp_path_factory.mktemp("base") / "model")
+from pretraining_runs import SIZES, metrics_of, read_config, tiny_arguments
 
 
 def changed(before, after):

@@ -34,6 +34,7 @@ from dinosr_hf.pretraining.scaling import scale_to_batch
 from dinosr_hf.units import fit_layer_kmeans, open_extractors
 from dinosr_hf.utils.model_folder import feature_extractor
 from pretraining_runs import CHANCE, CONFIGS, TINY, assert_same_run, metrics_of, tiny_arguments, write_config
+from tiny import white_noise
 
 CPU = torch.device("cpu")
 EMPTY = np.array([], np.uint8)  # of a recording without labels
@@ -45,18 +46,14 @@ def track_anchor(**changes):
     return TrackAnchor(TRACKS, **{**grid, **changes})
 
 
-def noise(num_samples):
-    return np.random.default_rng(0).standard_normal(num_samples).astype(np.float32)
-
-
 def part(name="a", num_samples=2_000, start=0, speed=1.0, *, field=400, at_speed=None):
     """Return a part of noise; `at_speed` is its length for the model."""
     num_frames = ((at_speed or num_samples) - field) // 320 + 1
-    return Part(name, noise(num_samples), start, num_frames, speed)
+    return Part(name, white_noise(num_samples), start, num_frames, speed)
 
 
 def mfcc_anchor(seed=0):
-    centroids = mfcc(noise(8_000))[[seed, 5, 11, 17]]
+    centroids = mfcc(white_noise(8_000))[[seed, 5, 11, 17]]
     return MfccAnchor(KMeans(centroids), field=400, is_tuned=True)
 
 
@@ -100,7 +97,7 @@ def test_recordings_without_a_track_have_no_labels():
 
 @pytest.mark.parametrize("is_tuned", [True, False], ids=["tuned", "textbook"])
 def test_mfcc_labels_are_the_nearest_clusters_of_the_part(is_tuned):
-    features = mfcc(noise(8_000), field=325, tuned=is_tuned)
+    features = mfcc(white_noise(8_000), field=325, tuned=is_tuned)
     anchor = MfccAnchor(KMeans(features[[3, 14, 15]]), 325, is_tuned)
     distances = ((features[:, None] - anchor.kmeans.centroids) ** 2).sum(axis=-1)
     nearest = distances.argmin(axis=1)
@@ -357,7 +354,7 @@ def test_labels_that_do_not_fit_their_audio_name_the_recording(files, recordings
 def test_recordings_without_a_frame_leave_no_anchor(files):
     folder = files / "short"
     folder.mkdir()
-    soundfile.write(folder / "a.wav", noise(100), 16_000)
+    soundfile.write(folder / "a.wav", white_noise(100), 16_000)
     (files / "a.jsonl").write_text(json.dumps({"name": "a", "phones": ["x"]}))
     with pytest.raises(ArgumentError, match=r"No recording with labels is as long as a frame\. Give longer"):
         made(files, folder, anchor=str(files / "a.jsonl"))
@@ -525,6 +522,18 @@ def test_a_resumed_run_makes_its_anchor_again_or_refuses_another(tmp_path, recor
     assert run(again) is not None
     assert f"{file} is missing" in caplog.text and "It was made again instead" in caplog.text
     assert file.read_bytes() == good
+
+
+@pytest.mark.parametrize("change", ["gone", "longer"])
+def test_a_resumed_run_does_not_need_the_file_that_its_labels_came_from(files, recordings, change):
+    options = {"anchor": str(files / "labels.jsonl"), "checkpoint_steps": 2}
+    num_labels = run(tiny_arguments(files, recordings, **options, max_steps=2)).config.num_anchor_labels
+    if change == "gone":
+        (files / "labels.jsonl").unlink()
+    else:
+        row = json.dumps({"name": "20", "phones": ["a phone more"] * 9})
+        (files / "labels.jsonl").write_text((files / "labels.jsonl").read_text() + "\n" + row)
+    assert run(tiny_arguments(files, recordings, **options, max_steps=4)).config.num_anchor_labels == num_labels
 
 
 @pytest.mark.filterwarnings("ignore:All .* utterances together")

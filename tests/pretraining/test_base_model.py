@@ -12,20 +12,7 @@ from dinosr_hf import DinoSRConfig, DinoSRForCTC, DinoSRForPreTraining, DinoSRMo
 from dinosr_hf.pretraining import ArgumentError, CheckpointError, parse_arguments, run
 from dinosr_hf.pretraining.base_model import initial_model
 from dinosr_hf.utils.model_folder import save_folder
-from pretraining_runs import CONFIGS, TINY, launch, metrics_of, tiny_arguments, write_config
-
-SIZES = {name: value for name, value in TINY.items() if hasattr(DinoSRConfig, name)}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A pre-training checkpoint whose teacher differs from its student, and whose codebooks are not initial."""
-    torch.manual_seed(0)
-    model = DinoSRForPreTraining(DinoSRConfig(**SIZES))
-    with torch.no_grad():
-        for weights in (*model.teacher.parameters(), model.codebooks.sums, model.codebooks.counts):
-            weights.add_(torch.rand_like(weights))
-    return save_folder(model, tmp_path_factory.mktemp("base") / "model")
+from pretraining_runs import CONFIGS, SIZES, TINY, launch, metrics_of, tiny_arguments, write_config
 
 
 def start_from(tmp_path, name, recordings="synthetic", **changes):

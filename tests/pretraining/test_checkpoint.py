@@ -65,33 +65,12 @@ def test_no_flipped_bit_and_no_cut_of_any_file_goes_unnoticed(out):
     assert read_checkpoint(checkpoint).manifest == unchanged  # negative control
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        *((lambda content, key=key: content.pop(key), rf"checkpoint\.json\.{key} is missing")
-          for key in ("feed", "progress", "monitor", "step", "arguments", "origin", "architecture", "files")),
-        (lambda content: content.update(step="4"), r"step is '4'"),
-        (lambda content: content.update(step=True), r"step is True"),
-        (lambda content: content.update(step=3), r"step is 3, but progress is"),
-        (lambda content: content["progress"].update(utterances=-1), r"progress\.utterances is -1"),
-        (lambda content: content["progress"].update(audio_seconds=float("nan")), r"progress\.audio_seconds is nan"),
-        (lambda content: content["progress"].pop("skipped_in_row"), r"progress\.skipped_in_row is missing"),
-        (lambda content: content["feed"].update(epoch=1.5), r"feed\.epoch is 1\.5"),
-        (lambda content: content["monitor"].update(target_perplexities=[{}]), r"perplexities\[0\]\.is_warned is"),
-        (lambda content: content["monitor"].update(feature_variation=3), r"monitor\.feature_variation is 3"),
-        (lambda content: content.update(num_processes=0), "num_processes is 0"),
-        (lambda content: content.update(arguments=[]), r"arguments is \[\]"),
-        (lambda content: content["files"].pop("training_state.pt"), r"files lacks training_state\.pt"),
-        (lambda content: content["files"].pop("model.safetensors"), "files has no weights"),
-        (lambda content: content["files"]["config.json"].pop("bytes"), r"files\.config\.json\.bytes is missing"),
-        (lambda content: content.update(files=["model.safetensors"]), r"files is \['model\.safetensors'\]"),
-        *((lambda content, name=name: content["files"].update({name: content["files"]["config.json"]}), "not a name")
-          for name in ("../config.json", "/etc/passwd", "a/b", "..", "", "a\0b")),
-    ],
-)  # fmt: skip
-def test_each_value_of_the_manifest_is_checked(out, change, message):
-    rewrite_manifest(out / "checkpoint-4", change)
-    with pytest.raises(CheckpointError, match=message):
+@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "a/b", "..", "", "a\0b"])
+def test_only_files_of_the_folder_are_listed(out, name):
+    rewrite_manifest(
+        out / "checkpoint-4", lambda content: content["files"].update({name: content["files"]["config.json"]})
+    )
+    with pytest.raises(CheckpointError, match="which is not the name of a file"):
         read_checkpoint(out / "checkpoint-4")
 
 
@@ -110,7 +89,7 @@ def test_formats_of_other_versions_are_named(out):
 
 def test_a_folder_of_another_step_is_refused(out):
     (out / "checkpoint-4").rename(out / "checkpoint-40")
-    with pytest.raises(CheckpointError, match="step is 4, but the folder is named checkpoint-40"):
+    with pytest.raises(CheckpointError, match="is of step 4, but the folder is named checkpoint-40"):
         read_checkpoint(out / "checkpoint-40")
     (out / "checkpoint-40").rename(out / "best")  # any other name says nothing about the step
     assert read_checkpoint(out / "best").step == 4

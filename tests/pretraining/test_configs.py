@@ -1,7 +1,5 @@
 """Every ready configuration can be parsed, gives a possible model and run, and agrees with its comments."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 
@@ -12,17 +10,13 @@ from dinosr_hf.pretraining import parse_arguments
 from dinosr_hf.pretraining.plan import RunPlan
 from dinosr_hf.pretraining.scaling import scale_to_batch
 from dinosr_hf.training.schedules import make_schedule
+from pretraining_runs import CONFIGS, read_config
 
-CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 NAMES = ("base_ls960", "base_1gpu", "large_ll60k", "multilingual", "small", "spidr_base", "tiny_cpu")
 TRAINING_ON = ("adapt", "small_again")  # test_adaptation.py opens these
 # For fine-tuning: tests/finetuning opens these.
 OTHERS = ("ctc_", "classify_", "superb_")
 BASE = DinoSRConfig()
-
-
-def read(name, *flags):
-    return parse_arguments([str(CONFIGS / f"{name}.yaml"), *flags], "unused")
 
 
 def test_all_configurations_are_tested():
@@ -32,7 +26,7 @@ def test_all_configurations_are_tested():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_configuration_gives_a_plan(name, tmp_path):
-    arguments, changes = scale_to_batch(read(name))
+    arguments, changes = scale_to_batch(read_config(name))
     plan = RunPlan(arguments, None, changes=changes)
     assert str(plan)
     shortest = int(arguments.data.min_seconds * SAMPLING_RATE)
@@ -53,7 +47,7 @@ def test_numbers_are_numbers_to_yaml(name):
 
 
 def test_spidr_has_the_values_of_its_package():
-    arguments = read("spidr_base")
+    arguments = read_config("spidr_base")
     config = arguments.model_config()
     assert {name: getattr(config, name) for name in SPIDR_VALUES} == SPIDR_VALUES
     assert (config.qkv_bias, config.layerdrop, config.freeze_front_end_step) == (False, 0, 200_000)
@@ -66,13 +60,13 @@ def test_spidr_has_the_values_of_its_package():
 
 
 def test_scaling_spidr_keeps_the_audio_at_which_teacher_and_front_end_stop():
-    config = scale_to_batch(read("spidr_base", "--step_seconds", "475", "--scale_to_batch"))[0].model_config()
+    config = scale_to_batch(read_config("spidr_base", "--step_seconds", "475", "--scale_to_batch"))[0].model_config()
     assert config.freeze_front_end_step == 200_000 * 8
     assert config.teacher_stop_step == pytest.approx(184_207 * 8, rel=1e-3)
 
 
 def test_one_gpu_is_base_with_an_eighth_of_the_batch():
-    arguments, changes = scale_to_batch(read("base_1gpu"))
+    arguments, changes = scale_to_batch(read_config("base_1gpu"))
     model, run = arguments.model, arguments.run
     assert arguments.data.step_seconds * 8 == run.reference_step_seconds == 3800
     assert changes
@@ -91,19 +85,19 @@ def test_one_gpu_can_run_for_the_length_of_the_paper():
     flags = [f"--{word}" if position % 2 == 0 else word for position, word in enumerate(words)]
     text = (CONFIGS / "base_1gpu.yaml").read_text().replace("\n# ", " ")
     assert all(f"{name} to {value}" in text for name, value in zip(words[::2], words[1::2], strict=True))
-    small, paper = read("base_1gpu", *flags), read("base_ls960")
+    small, paper = read_config("base_1gpu", *flags), read_config("base_ls960")
     assert small.model_config().to_diff_dict() == paper.model_config().to_diff_dict()
     assert (small.run.max_steps, small.run.save_steps) == (paper.run.max_steps, paper.run.save_steps)
 
 
 def test_large_has_codebooks_for_two_thirds_of_its_layers():
-    model = read("large_ll60k").model
+    model = read_config("large_ll60k").model
     assert (model.num_hidden_layers, model.hidden_size, model.num_attention_heads) == (24, 1024, 16)
     assert model.num_codebooks / model.num_hidden_layers == BASE.num_codebooks / BASE.num_hidden_layers
 
 
 def test_multilingual_mixes_several_data():
-    arguments = read("multilingual")
+    arguments = read_config("multilingual")
     assert len(arguments.data.data) == len(arguments.data.data_weights) == 3
     assert arguments.data.data_temperature == 0.5
     assert arguments.model_config().to_diff_dict() == BASE.to_diff_dict()

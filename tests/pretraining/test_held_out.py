@@ -1,20 +1,22 @@
-"""Held-out speech: the same figures for any batches and processes, and a model that does not change."""
+"""Held-out speech: the same figures for any batches and processes, an unchanged model, an evaluation that fails."""
 
 import contextlib
+import json
 import logging
 import types
 
 import numpy as np
 import pytest
 import torch
-from test_pretraining_model import pretraining_model, state_of
 
 from dinosr_hf.analysis import Segment, UnitQuality, unit_quality
 from dinosr_hf.analysis.model_units import frame_units, layer_tables
 from dinosr_hf.data import AudioFileError, SpeechSource, Utterance, normalize_waveform, utterance_generator
 from dinosr_hf.model.masking_dinosr import sample_span_mask
+from dinosr_hf.pretraining import run
 from dinosr_hf.pretraining.held_out import HeldOut
-from tiny import tiny_config
+from pretraining_runs import metrics_of, tiny_arguments
+from tiny import pretraining_model, state_of, tiny_config
 
 # A frame has 20 samples, the first one 40; a second has 16,000.
 LENGTHS = {"a/1.flac": 1601, "a/2.flac": 990, "b/3.flac": 2405, "b/4.flac": 700}
@@ -312,3 +314,26 @@ def test_labels_of_recordings_that_are_not_used_are_not_anothers():
 def test_unusable_speech_or_labels_are_refused(lengths, labels, message):
     with pytest.raises(ValueError, match=message):
         held_out(pretraining_model(), MemorySource(lengths), labels=labels)
+
+
+def test_a_failed_last_evaluation_costs_nothing(tmp_path, recordings, monkeypatch):
+    changes = {"eval_data": str(recordings), "eval_steps": 1, "max_steps": 2, "checkpoint_steps": 2}
+    arguments = tiny_arguments(tmp_path, recordings, **changes)
+    plain, steps = HeldOut.evaluate, []
+
+    def fail_at_the_second(*given, **options):
+        steps.append(len(steps))
+        if len(steps) == 2:
+            raise RuntimeError("out of memory")
+        return plain(*given, **options)
+
+    monkeypatch.setattr(HeldOut, "evaluate", fail_at_the_second)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(arguments)
+    monkeypatch.setattr(HeldOut, "evaluate", plain)
+    out = tmp_path / "out"
+    assert (out / "model.safetensors").is_file()
+    run(arguments)  # from the checkpoint: only the evaluation is left
+    lines = [(line["step"], "eval_loss" in line) for line in metrics_of(out)]
+    assert lines == [(1, False), (1, True), (2, False), (2, True)]
+    assert json.loads((out / "run.json").read_text())["finished"]

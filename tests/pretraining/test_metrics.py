@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from test_pretraining_model import every_third, pretraining_model
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.model.modeling_dinosr import energy_sums
 from dinosr_hf.pretraining.metrics import MetricSums
-from tiny import deterministic_config, padded, tiny_config, waveforms
+from tiny import deterministic_config, every_third, padded, pretraining_model, tiny_config, waveforms
 
 SMALL = tiny_config(codebook_size=7)
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from dinosr_hf.pretraining.pretraining_arguments import DataArguments
 from dinosr_hf.pretraining.scaling import scale_to_batch
 from dinosr_hf.training.schedules import tri_stage
 from dinosr_hf.utils.model_folder import save_folder
+from pretraining_runs import CONFIGS, read_config
 
-CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 # 10 steps of 80 s, with 64 utterances of 12.5 s in total, on 2 processes with 2 passes a step each.
 EPOCH = PlanSummary(
     num_steps=10,
@@ -38,7 +37,7 @@ def tiny(*flags):
 
 
 def base(*flags):
-    return parse_arguments([str(CONFIGS / "base_ls960.yaml"), *flags], "unused")
+    return read_config("base_ls960", *flags)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,8 @@ from dinosr_hf.pretraining.held_out import HeldOut
 from dinosr_hf.pretraining.monitor import CollapseMonitor
 from dinosr_hf.pretraining.plan import RunPlan
 from dinosr_hf.pretraining.pretraining_arguments import GROUPS, ModelArguments, RunArguments
-from pretraining_runs import CONFIGS, ROOT, launch, metrics_of, tiny_arguments, write_config
+from pretraining_runs import CONFIGS, launch, metrics_of, tiny_arguments, write_config
+from scripts import ROOT
 
 
 def test_flags_take_precedence_over_the_default_file():
@@ -493,6 +495,18 @@ def test_held_out_speech_of_the_same_dataset_has_its_configuration(tmp_path, rec
     for name in ("org/two", "org/other"):
         runner.open_held_out(tiny_arguments(tmp_path, recordings, **data, eval_data=name))
     assert opened == {"org/two": "de", "org/other": None}
+    data = {"data": ["org/one", "org/one"], "data_config": ["en", "de"]}
+    with pytest.raises(ArgumentError, match=r"eval_data=org/one is among the data with the configurations de, en"):
+        runner.open_held_out(tiny_arguments(tmp_path, recordings, **data, eval_data="org/one"))
+
+
+def test_each_split_that_is_trained_on_is_looked_at(tmp_path, recordings, monkeypatch, caplog):
+    monkeypatch.setattr(runner, "open_source", lambda *arguments, **options: FolderSource(recordings))
+    data = {"data": ["org/one", "org/one"], "data_split": ["clean", "other"]}
+    for split, is_trained in (("other", True), ("test", False)):
+        caplog.clear()
+        runner.open_held_out(tiny_arguments(tmp_path, recordings, **data, eval_data="org/one", eval_split=split))
+        assert ("eval_data=org/one is trained on" in caplog.text) == is_trained
 
 
 def test_long_recordings_of_which_little_is_used_are_told_of(tmp_path, recordings, caplog):
@@ -518,6 +532,12 @@ def test_a_dry_run_prints_the_plan_draws_it_and_trains_nothing(tmp_path, recordi
     assert "8 labels from mfcc; weight 2 beside 2 codebooks, 0.5 of it on unmasked frames" in printed
     assert "learning_rate" in printed and "Nothing was trained" in printed
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.png"]
+
+
+def test_a_dry_run_without_matplotlib_prints_the_plan(tmp_path, recordings, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(tiny_arguments(tmp_path, recordings, dry_run=True)) is None
+    assert 'The plan is not drawn, as there is no matplotlib (pip install "dinosr-hf[' in capsys.readouterr().out
 
 
 def test_scaled_arguments_are_written_and_resumed_without_scaling_again(tmp_path, recordings, caplog):

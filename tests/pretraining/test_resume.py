@@ -28,10 +28,10 @@ from dinosr_hf.pretraining import (
     run,
 )
 from dinosr_hf.pretraining.checkpoint import CheckpointWriter
+from disk import flip_a_bit, truncate
 from kills import run_through_kills
 from pretraining_runs import (
     ANCHORED,
-    ROOT,
     assert_same_run,
     launch,
     metrics_of,
@@ -39,6 +39,7 @@ from pretraining_runs import (
     tiny_arguments,
     write_config,
 )
+from scripts import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +140,6 @@ def test_a_checkpoint_names_versions_arguments_and_files(tmp_path, recordings):
     assert manifest["arguments"]["codebook_size"] == 8
     assert manifest["progress"]["step"] == 2 and manifest["progress"]["audio_seconds"] > 0
     assert set(manifest["files"]) >= {"model.safetensors", "training_state.pt", "process_states.pt", "config.json"}
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +10,11 @@ import torch
 from dinosr_hf.pretraining import ArgumentError, parse_arguments
 from dinosr_hf.pretraining.scaling import Change, changes_table, format_value, scale_to_batch
 from dinosr_hf.training.schedules import tri_stage
-
-CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+from pretraining_runs import CONFIGS, read_config
 
 
 def base(*flags):
-    return parse_arguments([str(CONFIGS / "base_ls960.yaml"), "--scale_to_batch", *flags], "unused")
+    return read_config("base_ls960", "--scale_to_batch", *flags)
 
 
 def eighth(*flags):
@@ -173,7 +171,7 @@ def test_adam_gets_as_far_and_is_as_noisy_with_the_same_audio():
 
 
 def test_without_the_option_nothing_changes():
-    arguments = parse_arguments([str(CONFIGS / "base_ls960.yaml"), "--step_seconds", "475"], "unused")
+    arguments = read_config("base_ls960", "--step_seconds", "475")
     assert scale_to_batch(arguments) == (arguments, [])
 
 

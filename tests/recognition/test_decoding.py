@@ -11,17 +11,14 @@ import sys
 
 import numpy as np
 import pytest
-from transformers import Wav2Vec2CTCTokenizer
 
 from dinosr_hf.recognition import make_processor
 from dinosr_hf.recognition.decoding import BeamSearchDecoder, DecodingOptions, GreedyDecoder
 from dinosr_hf.recognition.language_models import read_lexicon
+from emissions import LABELS, NAMED, PATH, TIMES, of_path, tokenizer_of
 from language_models import ArpaScorer, write_arpa
 from tiny import tiny_config
 
-# Blank and delimiter are not in the usual places.
-LABELS = ["a", "<pad>", "b", "|", "<unk>"]
-NAMED = {"blank_id": 1, "word_delimiter_id": 3, "special_ids": [4]}
 PHONES = {"blank_id": 1, "special_ids": [4]}
 WORDS = ["a", "ab", "ba", "abb"]
 SENTENCES = ["a ab", "ab ba a", "ba ab", "ab ab a ba", "a"]
@@ -31,18 +28,6 @@ WIDE = {"beam_size": 100_000, "beam_threshold": 1e6}
 def emissions(num_frames, num_labels=5, seed=0, scale=2.0):
     logits = scale * np.random.default_rng(seed).standard_normal((num_frames, num_labels))
     return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
-
-
-def of_path(path, labels=LABELS):
-    """Emissions (T, V) that are nearly certain of a path with one label per frame."""
-    logits = np.full((len(path), len(labels)), -9.0)
-    logits[np.arange(len(path)), [labels.index(label) for label in path]] = 0
-    return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
-
-
-def tokenizer_of(folder, labels, **options):
-    (folder / "vocab.json").write_text(json.dumps({label: index for index, label in enumerate(labels)}))
-    return Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -220,10 +205,6 @@ def test_tokenizer_of_another_model_raises(tmp_path):
     for changes in ({"vocab_size": 5, "pad_token_id": 4}, {"vocab_size": 10, "pad_token_id": 0}):
         with pytest.raises(ValueError, match="'<pad>' is label 6, but the model's blank is label"):
             GreedyDecoder.from_tokenizer(tokenizer, tiny_config(**changes))
-
-
-PATH = ["<pad>", "<pad>", "a", "a", "<pad>", "b", "|", "|", "<pad>", "a", "<pad>", "<pad>"]
-TIMES = {"frame_seconds": 0.02, "first_center": 0.0125}
 
 
 def all_decoders(**options):

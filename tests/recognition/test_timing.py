@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from test_decoding import LABELS, NAMED, TIMES, of_path, tokenizer_of
 from transformers import AutoProcessor, AutoTokenizer, pipeline
 
 from dinosr_hf import DinoSRConfig
@@ -18,6 +17,7 @@ from dinosr_hf.recognition.timing import (
     store_emission_delay,
     stored_emission_delay,
 )
+from emissions import LABELS, NAMED, PATH, TIMES, of_path, tokenizer_of
 from recognisers import save_models
 from tiny import tiny_config
 
@@ -69,11 +69,9 @@ def test_no_delay_is_measured(utterances):
 
 
 def test_delay_is_subtracted_from_times():
-    path = ["<pad>", "<pad>", "a", "a", "<pad>", "b", "|", "|", "<pad>", "a", "<pad>", "<pad>"]
-
     def times(**options):
         (found,) = GreedyDecoder(LABELS, **NAMED, **TIMES, lead_seconds=0, tail_seconds=0.01, **options).decode(
-            of_path(path)
+            of_path(PATH)
         )
         return [time for _, *span in found.words for time in span]
 

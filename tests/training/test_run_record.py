@@ -26,21 +26,7 @@ from dinosr_hf.training.run_record import (
     write_record,
 )
 from pretraining_runs import metrics_of, tiny_arguments
-
-RECORD = RunRecord(
-    task="automatic-speech-recognition",
-    arguments={"learning_rate": 5e-5, "data": ["/home/jo/corpus/train"], "output_dir": "/home/jo/runs/asr"},
-    base_model="/home/jo/runs/base",
-    data=[{"name": "/home/jo/corpus/train", "split": None, "hours": 9.81, "utterances": 2763}],
-    steps=20_000,
-    evaluation=[
-        {"dataset": "/home/jo/corpus/test", "split": None, "wer": 0.0823, "cer": 0.0217, "num_utterances": 410}
-    ],
-    versions={"dinosr_hf": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
-    started="2026-11-25T09:00:00+00:00",
-    finished="2026-11-25T15:30:00+00:00",
-    hardware="1 x NVIDIA H100",
-)
+from recognisers import RECORD
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):

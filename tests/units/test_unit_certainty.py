@@ -74,6 +74,11 @@ def test_teacher_scores_are_negative_distances(model, recordings):
     assert sum(seconds) == pytest.approx(sum(utterance.num_samples for utterance in recordings.utterances) / 16_000)
 
 
+def test_the_layer_is_by_default_that_of_the_configuration(model, recordings):
+    found, wanted = (next(scored_units(model, recordings, **layer)) for layer in ({}, {"layer": 3}))
+    np.testing.assert_array_equal(found.codes, wanted.codes)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,12 +1,9 @@
-"""A corpus of units on disk: the script, shards, several processes, kills, errors."""
+"""A corpus of units on disk: the script, shards, several processes, errors."""
 
 import json
 import os
 import re
-import signal
-import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +18,9 @@ from dinosr_hf.units import LayerKMeans, UnitCorpus, UnitExtractor, load_units
 from dinosr_hf.units.corpus import shards_of, share_of
 from dinosr_hf.utils import files
 from dinosr_hf.utils.model_folder import save_folder
-from scripts import load_command
+from scripts import ROOT, load_command
 from tiny import randomize, tiny_config, vary_anchor
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "extract_units.py"
 NUM_RECORDINGS = 23
 
@@ -141,38 +137,6 @@ def test_several_layers_are_columns(script, command, model_folder, folder, tmp_p
         assert list(row) == ["id", "units_3", "durations_3", "units_2", "durations_2"]
         for layer, codes in zip((3, 2), expected[name], strict=True):
             assert np.repeat(row[f"units_{layer}"], row[f"durations_{layer}"]).tolist() == codes
-
-
-def kill_when(words, out, num_shards):
-    """Start a process and kill it once there are `num_shards` shards; return whether it was still running."""
-    program, until = forks.Program(words), time.monotonic() + 120
-    while program.is_running and len(shards_of(out)) < num_shards and time.monotonic() < until:
-        time.sleep(0.002)
-    if program.is_running:
-        os.kill(program.pid, signal.SIGKILL)
-    done = program.wait()
-    assert len(shards_of(out)) >= num_shards, done.stdout + done.stderr
-    return done.returncode == -signal.SIGKILL
-
-
-@pytest.mark.slow
-def test_killed_run_resumes(script, command, model_folder, folder, tmp_path):
-    out = tmp_path / "units"
-    # Slow down the write of each shard, between content and rename, so that a kill falls into it.
-    slow = (
-        "import os, sys, time, runpy; sync = os.fsync; os.fsync = lambda file: (time.sleep(0.05), sync(file));"
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    words = ["-c", slow, SCRIPT, *command]
-    assert kill_when(words, out, 2)
-    first = rows_of(out)
-    assert 0 < len(first) < NUM_RECORDINGS
-    assert kill_when(words, out, 6)
-    second = rows_of(out)
-    assert len(first) < len(second) < NUM_RECORDINGS and first.items() <= second.items()
-    script.main(command)
-    assert {name: [row["units"]] for name, row in rows_of(out).items()} == expected_rows(model_folder, folder)
-    assert not list(out.glob(".unfinished-*"))
 
 
 def test_half_written_shards_do_not_count(script, command, model_folder, folder, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from dinosr_hf import DinoSRConfig, DinoSRForPreTraining
 from dinosr_hf.data import normalize_waveform, open_recordings
 from dinosr_hf.units import FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, fit_layer_kmeans, load_model
 from dinosr_hf.utils.model_folder import save_folder
-from tiny import randomize, tiny_config, vary_anchor
+from tiny import randomize, tiny_config, vary_anchor, without_attention
 from tolerances import SAME_ARITHMETIC
 
 LENGTHS = {"deep/short": 30, "a": 1_234, "b": 2_345, "long": 9_871}
@@ -42,17 +42,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def recordings(folder):
     return open_recordings([folder])
-
-
-def without_attention(model):
-    """A copy without attention, in which a frame depends on its neighbours only."""
-    copy = DinoSRForPreTraining(model.config).eval()
-    copy.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        for encoder in (copy.dinosr.encoder, copy.teacher):
-            for layer in encoder.layers:
-                layer.attention.out_proj.weight.zero_()
-    return copy
 
 
 def units_in_one_pass(model, path, layers, source):
@@ -124,8 +113,10 @@ def test_units_of_the_anchor(model, folder, recordings):
         assert len(np.unique(units.codes)) > 3 and units.codes.max() < 6
     student = next(UnitExtractor(model, layers=[3]).units(recordings))
     assert not np.array_equal(next(extractor.units(recordings)).codes, student.codes)
-    with pytest.raises(ValueError, match=r"source='anchor' is unknown. Choose one of student, teacher"):
+    with pytest.raises(ValueError, match=r"source=anchor has units, but no features\. Give student, teacher or"):
         next(extractor.features(recordings))
+    with pytest.raises(ValueError, match="is_smoothed applies to features, and source='anchor' has none"):
+        UnitExtractor(model, layers=[3], source="anchor", is_smoothed=True)
     with pytest.raises(ValueError, match=r"k-means is of layer 3 of the student .* layers \[3\] of the anchor"):
         next(extractor.units(recordings, kmeans=LayerKMeans(np.zeros((4, 36), np.float32), 3, "student")))
     with pytest.raises(
@@ -209,6 +200,20 @@ def test_kmeans_of_another_layer_or_file_raises(model, recordings, tmp_path):
         LayerKMeans.load(tmp_path / "missing.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "student_feed_forward"}, "source=student_feed_forward has features and no units of its own"),
+        ({"is_smoothed": True}, "is_smoothed applies to features and k-means, not to codewords"),
+        ({"layers": [1]}, "layer=1 has no codebook"),
+    ],
+)
+def test_options_without_effect_on_units_are_refused(model, recordings, options, message):
+    extractor = UnitExtractor(model, **{"layers": [3], **options})
+    with pytest.raises(ValueError, match=message):
+        next(extractor.units(recordings))
+
+
 def test_files_of_earlier_releases_load(tmp_path):
     centroids = np.arange(12, dtype=np.float32).reshape(3, 4)
     file = tmp_path / "kmeans.safetensors"
@@ -263,7 +268,7 @@ def test_invalid_feature_files_raise(model, recordings, tmp_path):
     extractor = UnitExtractor(model, layers=[1])
     with pytest.raises(ValueError, match=r"form='txt' is unknown. Choose one of npy, safetensors"):
         FeatureFiles(tmp_path, extractor, recordings, form="txt")
-    with pytest.raises(ValueError, match=r"source=anchor has units, but no features\. Give student or teacher"):
+    with pytest.raises(ValueError, match=r"source=anchor has units, but no features\. Give student, teacher or"):
         FeatureFiles(tmp_path, UnitExtractor(model, layers=[3], source="anchor"), recordings)
     for suffix in ("wav", "flac"):
         sf.write(tmp_path / f"same.{suffix}", noise(500), 16_000)

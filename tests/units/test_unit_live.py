@@ -204,3 +204,11 @@ def test_invalid_arguments_raise(model):
         UnitStreamer(model, 2, "both")
     with pytest.raises(ValueError, match="source='anchor' has units on the last layer alone"):
         UnitStreamer(model, 2, "anchor")
+    with pytest.raises(ValueError, match=r"layer=2 and layers=\[3\] are both given"):
+        UnitStreamer(model, 2, layers=[3])
+
+
+@pytest.mark.parametrize("source", ["student", "anchor"])
+def test_the_layer_is_by_default_that_of_the_other_ways_to_units(model, source):
+    found = streamed(UnitStreamer(model, source=source, **SETTINGS), [SIGNAL])
+    np.testing.assert_array_equal(found, streamed(UnitStreamer(model, 3, source, **SETTINGS), [SIGNAL]))

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -24,6 +23,7 @@ from dinosr_hf.utils.command_line import (
     parse_options,
     read_command_line,
 )
+from scripts import ROOT
 
 
 @dataclass
@@ -228,7 +228,7 @@ def test_output_that_does_not_fit_on_the_disk_is_an_error(monkeypatch, errors):
             print("transcripts")
 
 
-MODULES = sorted((Path(__file__).parents[2] / "src" / "dinosr_hf" / "commands").glob("[a-z]*.py"))
+MODULES = sorted((ROOT / "src" / "dinosr_hf" / "commands").glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)

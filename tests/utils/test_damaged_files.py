@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 
 import numpy as np
 import pytest
@@ -67,7 +66,7 @@ def test_what_lies_in_the_place_of_a_file_is_named(tmp_path, name):
 def test_a_header_that_is_none_is_said(tmp_path, header):
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    assert f"{path} is not a safetensors file, or damaged" in explain_damage(path)
+    assert f"{path} is damaged: Error while deserializing header" in explain_damage(path)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
@@ -97,23 +96,23 @@ def tensor(shape, end=4):
 
 
 HOSTILE_HEADERS = {
-    "many-tensors": ({f"t{i}": tensor([0], 0) for i in range(50_000)}, r"has a header of [\d,]+ bytes; at most"),
-    "many-dimensions": ({"a": tensor([1] * 100_000)}, "is not a safetensors file, or damaged"),
-    "long-numbers": ({"a": tensor([10**4000] * 400)}, "is not a safetensors file, or damaged"),
-    "negative": ({"a": tensor([-1])}, "is not a safetensors file, or damaged"),
-    "text": ({"a": tensor("111")}, "is not a safetensors file, or damaged"),
-    "beyond-the-end": ({"a": tensor([1], 2**70)}, "has [\\d,]+ bytes instead of 1,180,591,620,717,411,303,"),
-    "metadata": ({"__metadata__": {"a": "x" * 5_000_000}}, r"has a header of 5,[\d,]+ bytes; at most 2,097,152 are"),
+    "long-numbers": {"a": tensor([10**4000] * 400)},
+    "large-numbers": {"a": tensor([2**62, 2**62])},
+    "negative": {"a": tensor([-1])},
+    "text": {"a": tensor("111")},
+    "beyond-the-end": {"a": tensor([1], 2**70)},
+    "more-than-there-is": {"a": tensor([2], 8)},
+    "less-than-there-is": {"a": tensor([0], 0)},
+    "overlap": {"a": tensor([1]), "b": tensor([1])},
+    "line-breaks": {"a\n\x1b[2J" * 10_000: tensor([2])},
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE_HEADERS)
-def test_a_hostile_header_is_refused_in_less_than_a_second(tmp_path, name):
-    entries, message = HOSTILE_HEADERS[name]
-    header = json.dumps(entries).encode()
+def test_a_hostile_header_is_refused_in_a_line(tmp_path, name):
+    header = json.dumps(HOSTILE_HEADERS[name]).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    start = time.process_time()
-    with pytest.raises(ValueError, match=rf"x\.safetensors {message}"):
+    line = r"[^\n\x1b]{9,200} \([\d,]+ bytes\)\. Download it again\.$"
+    with pytest.raises(ValueError, match=rf"x\.safetensors is damaged: {line}"):
         count_weights([path])
-    assert time.process_time() - start < 1

@@ -22,10 +22,7 @@ from dinosr_hf.utils.files import (
     temporary_path,
     write_atomically,
 )
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+from disk import names
 
 
 def write_and_fail(path):

@@ -12,6 +12,7 @@ from dinosr_hf import DinoSRForCTC, DinoSRForPreTraining
 from dinosr_hf.data import SAMPLING_RATE
 from dinosr_hf.hub.conversion.layout import read_settings
 from dinosr_hf.utils.model_folder import feature_extractor, open_config, open_weights, save_folder
+from disk import names
 from hub_server import hub_server
 from tiny import tiny_config
 
@@ -19,10 +20,6 @@ from tiny import tiny_config
 @pytest.fixture(scope="module")
 def model():
     return DinoSRForPreTraining(tiny_config())
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_feature_extractor_has_the_rate_that_audio_is_read_at():

@@ -11,7 +11,7 @@ from ..model.modeling_dinosr import check_layers
 from ..units.baseline_models import baseline_config, open_feature_extractor
 from ..utils.command_line import Parser, argument_errors, refuse_unused
 from ..utils.model_folder import has_codebooks, open_config
-from ._shared import add_dataset_options, dataset_options
+from ._shared import add_dataset_options, dataset_options, describe_labelled
 
 SpeechWithReference = tuple[SpeechSource, Reference]
 
@@ -72,6 +72,17 @@ def check_inputs(
             source, reference = labelled
             reference.check_lengths(source, config)
             checked.add(frames)
+
+
+def describe_features(name: str, layers: Sequence[int], sources: Sequence[str]) -> str:
+    """Say which features of a model are evaluated, for a dry run; `sources` are those of a DinoSR."""
+    networks = sources if has_codebooks(open_config(name)) else ["encoder"]
+    return f"{name}: layers {list(layers)} of the {' and the '.join(networks)}"
+
+
+def describe_speech(source: SpeechSource, reference: Reference) -> str:
+    """Say what `open_labelled_speech` has opened, for a dry run."""
+    return describe_labelled(source, len(reference.speakers) - len(source))
 
 
 def require_speakers(reference: Reference, what: str) -> None:

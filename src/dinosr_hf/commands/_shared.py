@@ -1,12 +1,14 @@
-"""What several commands have in common: flags, and a progress bar in seconds of audio."""
+"""What several commands have in common: flags, dry runs, and a progress bar in seconds of audio."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,10 +16,15 @@ import torch
 from tqdm import tqdm
 
 from ..data import SpeechSource, open_recordings
+from ..data.output_folder import describe_recordings
+from ..model.configuration_dinosr import DinoSRConfig
 from ..training.signals import RunInterrupted
 from ..utils.command_line import Parser, command, program
+from ..utils.files import claim_output_file
 from ..utils.model_folder import DTYPES
 from ..utils.names import one_line
+
+PlanRow = tuple[str, str]  # a name, and what a dry run says of it
 
 
 def add_dataset_options(parser: Parser) -> None:
@@ -71,6 +78,38 @@ def add_dtype(parser: Parser, what: str = "model") -> None:
     parser.add_argument(
         "--dtype", default="float32", choices=list(DTYPES), help=f"precision of the {what} (%(default)s)"
     )
+
+
+def add_dry_run(parser: Parser) -> None:
+    """Add --dry_run, for commands that print their plan with `print_plan`."""
+    text = "open models and data, say what would be computed, and end"
+    parser.add_argument("--dry_run", action="store_true", help=text)
+
+
+def claim_output(path: str | Path, options: argparse.Namespace) -> Path:
+    """Return the path of a command's output as `claim_output_file` does; a dry run leaves no new folder behind."""
+    missing = [folder for folder in Path(path).parents if not os.path.exists(folder)]
+    try:
+        return claim_output_file(path)
+    finally:
+        for folder in missing if options.dry_run else []:
+            with suppress(OSError):  # not created, or no longer empty
+                folder.rmdir()
+
+
+def count_frames(recordings: SpeechSource, config: DinoSRConfig) -> int:
+    """Return the number of frames of all recordings together."""
+    return sum(int(config.num_frames(num_samples)) for _, num_samples in recordings.utterances)
+
+
+def describe_labelled(recordings: SpeechSource, num_without: int) -> str:
+    """Say how many recordings are to do, how long they are, what is left out, and how many have no labels."""
+    return f"{describe_recordings(recordings)} Without labels: {num_without:,} recordings."
+
+
+def print_plan(rows: Iterable[PlanRow]) -> None:
+    """Print the plan of a dry run, one row a line."""
+    print(*(f"{name:11} {text}" for name, text in rows), "Nothing was computed.", sep="\n")
 
 
 @contextmanager

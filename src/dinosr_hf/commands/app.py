@@ -23,6 +23,8 @@ def make_parser() -> Parser:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder of a model, or its name on the Hub")
     longest = "seconds of the longest recording to accept (%(default)s)"
     parser.add_argument("--max_seconds", type=float, default=30.0, help=longest)
+    greedy = "transcribe without the beam search that a recogniser's decoding.json asks for"
+    parser.add_argument("--greedy", action="store_true", help=greedy)
     add_device(parser, "models")
     return parser
 
@@ -35,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
     with command(__file__):
         options = parse(argv)
         import_extra("gradio", "app", "The page")  # fail before the models are loaded
-        listener = Listener(options.models, device=options.device, max_seconds=options.max_seconds)
+        listener = Listener(
+            options.models, device=options.device, greedy=options.greedy, max_seconds=options.max_seconds
+        )
         title = " and ".join(Path(name).resolve().name for name in options.models)
         build_page(listener, title).launch()

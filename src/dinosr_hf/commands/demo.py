@@ -10,6 +10,7 @@ apart, compared with an untrained model and k-means on MFCCs: the textbook's, an
 we can.
 """
 
+import argparse
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,7 +36,7 @@ from ..pretraining import (
     synthetic_corpus,
 )
 from ..pretraining.metrics import MetricSums
-from ..utils.command_line import Parser, check_ranges, plain_words
+from ..utils.command_line import ArgumentError, Parser, check_ranges, plain_words
 from ..utils.files import claim_output_folder
 from ..utils.recipes import recipes
 from ..utils.tables import markdown_table
@@ -102,6 +103,16 @@ def make_parser() -> Parser:
     return parser
 
 
+def parse_demo(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse a demo's options, and return the flags of its training; it has its own recipe and data."""
+    options, flags = parser.parse_known_args(plain_words(argv))
+    if flags and not flags[0].startswith("-"):
+        raise ArgumentError(f"{flags[0]}: a demo takes no file or recipe. Use `dinosr pretrain` or `dinosr finetune`.")
+    if given := {flag.partition("=")[0] for flag in flags} & {"--data", "--train_data"}:
+        raise ArgumentError(f"{given.pop()}: a demo has synthetic speech. Use `dinosr pretrain` or `dinosr finetune`.")
+    return options, flags
+
+
 def evaluate(arguments: PretrainingArguments, out: Path, num_test: int) -> None:
     """Print how the model in a folder does on held-out voices, and draw its units."""
     print("\nEvaluating on held-out voices ...", flush=True)
@@ -152,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
     logging.getLogger("dinosr_hf").setLevel(logging.INFO)
     errors, anew = (ValueError, OSError, ImportError, TrainingStopped), "The demo begins anew when it is run again."
     with resumable_command(__file__, *errors, after=anew):
-        options, flags = make_parser().parse_known_args(plain_words(argv))
+        options, flags = parse_demo(make_parser(), argv)
         num_test = options.test_utterances
         check_ranges([(num_test >= 1, "test_utterances", num_test, "at least 1")])
         flags += ["--output_dir", options.output_dir, "--seed", str(options.seed)]

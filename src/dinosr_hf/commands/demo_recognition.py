@@ -17,12 +17,12 @@ from transformers import pipeline
 from ..data.synthetic import SyntheticCorpus
 from ..recognition import SpeechRecognitionPipeline
 from ..training.run_record import read_record
-from ..utils.command_line import Parser, command, parse_groups, plain_words
+from ..utils.command_line import Parser, command, parse_groups
 from ..utils.files import claim_output_folder
 from ..utils.model_folder import open_dinosr_config
 from ..utils.tables import markdown_table
 from . import finetune_ctc
-from .demo import MARKER
+from .demo import MARKER, parse_demo
 
 
 def word_times(recognise: Callable[..., Any], corpus: SyntheticCorpus) -> tuple[float, int]:
@@ -51,7 +51,7 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str]) -> None:
     with command(__file__):
-        options, flags = make_parser().parse_known_args(plain_words(argv))
+        options, flags = parse_demo(make_parser(), argv)
         flags = ["ctc_tiny", *flags, "--model", options.model, "--seed", str(options.seed)]
         flags += ["--output_dir", options.output_dir]
         open_dinosr_config(options.model)

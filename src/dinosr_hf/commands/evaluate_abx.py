@@ -25,14 +25,24 @@ from ..analysis.abx import (
     write_unit_files,
 )
 from ..analysis.reports import write_report
+from ..analysis.unit_evaluation import Reference
 from ..data import SpeechSource
 from ..units import FeatureFiles, UnitExtractor, open_extractors
 from ..units.baseline_models import baseline_config
 from ..utils.command_line import ArgumentError, Parser, command, parse_options, refuse_unused
-from ..utils.files import claim_output_file, write_atomically
+from ..utils.files import write_atomically
 from ..utils.tables import csv_table, markdown_table
-from ._evaluation import add_labels, add_networks, check_inputs, check_sources, open_labelled_speech, require_speakers
-from ._shared import add_device, add_dtype
+from ._evaluation import (
+    add_labels,
+    add_networks,
+    check_inputs,
+    check_sources,
+    describe_features,
+    describe_speech,
+    open_labelled_speech,
+    require_speakers,
+)
+from ._shared import PlanRow, add_device, add_dry_run, add_dtype, claim_output, print_plan
 
 
 def make_parser() -> Parser:
@@ -61,6 +71,7 @@ def make_parser() -> Parser:
     parser.add_argument("--output_dir", required=True, help="folder for triphones.item, abx.md, abx.csv and abx.json")
     add_device(parser, "models")
     add_dtype(parser, "models")
+    add_dry_run(parser)
     return parser
 
 
@@ -74,12 +85,30 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def layers_of(name: str, options: argparse.Namespace) -> list[int]:
+    """Return the layers of a model to evaluate: those asked for, or 5, or the last of fewer."""
+    return options.layers or [min(5, baseline_config(name).num_hidden_layers)]
+
+
+def plan(source: SpeechSource, reference: Reference, options: argparse.Namespace) -> Iterator[PlanRow]:
+    """Yield the rows of a dry run's plan; `ValueError` as `triphone_items`."""
+    for name in options.models:
+        items = triphone_items(source, reference, baseline_config(name), silence=options.silence)
+        what = name if options.items_only else describe_features(name, layers_of(name, options), options.sources)
+        yield "model", f"{what}; {len(items):,} triphones"
+    if not options.items_only:
+        distances = ", ".join(options.distances)
+        yield "distances", f"{distances} for features, identical for units of layers with a codebook"
+    yield "recordings", describe_speech(source, reference)
+    yield "results", options.output_dir
+
+
 def write_representations(
     name: str, source: SpeechSource, folder: Path, options: argparse.Namespace
 ) -> Iterator[tuple[str, int, str, Path]]:
     """Write features and units of one model; yield source, layer, distance, and the folder to compare by it."""
     where = {"device": options.device, "dtype": options.dtype}
-    layers = options.layers or [min(5, baseline_config(name).num_hidden_layers)]
+    layers = layers_of(name, options)
     for features in open_extractors(name, layers=layers, sources=options.sources, **where):
         kind = features.source
         FeatureFiles(folder / kind, features, source).write()
@@ -108,7 +137,10 @@ def run(options: argparse.Namespace) -> None:
     require_speakers(reference, "ABX within and across speakers")
     check_inputs(options.models, options.layers, (source, reference))
     check_sources(options, make_parser())
-    out = claim_output_file(Path(options.output_dir, "abx.md")).parent
+    out = claim_output(Path(options.output_dir, "abx.md"), options).parent
+    if options.dry_run:
+        print_plan(plan(source, reference, options))
+        return
     rows = []
     for number, name in enumerate(options.models):
         config = baseline_config(name)

@@ -11,7 +11,7 @@ the extras `train` and `analysis`.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,10 +21,18 @@ from ..analysis.layers import REPORT, Recordings, check_disjoint_speakers, draw_
 from ..units import open_extractors
 from ..units.baseline_models import baseline_config
 from ..utils.command_line import Parser, command, parse_options, refuse_unused
-from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
-from ._evaluation import add_labels, add_networks, check_inputs, check_sources, open_labelled_speech, require_speakers
-from ._shared import add_device, add_dtype
+from ._evaluation import (
+    add_labels,
+    add_networks,
+    check_inputs,
+    check_sources,
+    describe_features,
+    describe_speech,
+    open_labelled_speech,
+    require_speakers,
+)
+from ._shared import PlanRow, add_device, add_dry_run, add_dtype, claim_output, print_plan
 
 
 def make_parser() -> Parser:
@@ -49,6 +57,7 @@ def make_parser() -> Parser:
     parser.add_argument("--output_dir", required=True, help="folder for layers.md, .csv, .json, .png and .pdf")
     add_device(parser, "models")
     add_dtype(parser, "models")
+    add_dry_run(parser)
     return parser
 
 
@@ -59,8 +68,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def layers_of(name: str, options: argparse.Namespace) -> list[int]:
+    """Return the layers of a model to evaluate: those asked for, or all."""
+    return options.layers or list(range(1, open_config(name).num_hidden_layers + 1))
+
+
+def plan(fit: Recordings, held_out: Recordings, options: argparse.Namespace) -> Iterator[PlanRow]:
+    """Yield the rows of a dry run's plan."""
+    for name in options.models:
+        yield "model", describe_features(name, layers_of(name, options), options.sources)
+    yield "recordings", describe_speech(held_out.source, held_out.reference)
+    if options.fit_data:
+        yield "fitted on", describe_speech(fit.source, fit.reference)
+    yield "speakers", f"{len(fit.speakers)} to fit on, {len(held_out.speakers)} others to evaluate on"
+    yield "results", options.output_dir
+
+
 def run(options: argparse.Namespace) -> None:
-    claim_output_file(Path(options.output_dir, "layers.md"))
+    claim_output(Path(options.output_dir, "layers.md"), options)
     labelled = open_labelled_speech(options.data, options, options.split)
     if not options.fit_data:
         require_speakers(labelled[1], "A split into speakers to fit on and to evaluate on")
@@ -74,15 +99,17 @@ def run(options: argparse.Namespace) -> None:
         check_disjoint_speakers(fit, held_out)
     else:
         fit, held_out = held_out.split(options.seed)
-    print(f"Fitted on {len(fit.speakers)} speakers, evaluated on {len(held_out.speakers)} others.")
     for name in options.models:
         num_frames = sum(fit.num_frames(baseline_config(name)).values())
         check_num_clusters(options.num_clusters, min(num_frames, options.max_frames))
+    if options.dry_run:
+        print_plan(plan(fit, held_out, options))
+        return
+    print(f"Fitted on {len(fit.speakers)} speakers, evaluated on {len(held_out.speakers)} others.")
     rows = []
     for name in options.models:
-        layers = options.layers or list(range(1, open_config(name).num_hidden_layers + 1))
         where = {"device": options.device, "dtype": options.dtype}
-        for extractor in open_extractors(name, layers=layers, sources=options.sources, **where):
+        for extractor in open_extractors(name, layers=layers_of(name, options), sources=options.sources, **where):
             draw = {"max_frames": options.max_frames, "seed": options.seed}
             train, test = (draw_frames(extractor, recordings, **draw) for recordings in (fit, held_out))
             for position, layer in enumerate(tqdm(extractor.layers, f"{name}, {extractor.source}", disable=None)):

@@ -32,8 +32,9 @@ from ..analysis.model_units import unit_layers
 from ..analysis.reports import LayerReport, Metric, write_report
 from ..analysis.unit_evaluation import REPORT, Reference, evaluate_units
 from ..data import SpeechSource, open_recordings
+from ..data.output_folder import describe_recordings
 from ..model.configuration_dinosr import DinoSRConfig
-from ..model.modeling_dinosr import UNIT_SOURCES, check_unit_layers
+from ..model.modeling_dinosr import UNIT_SOURCES, DinoSRForPreTraining, check_unit_layers
 from ..units import (
     LayerExtractor,
     LayerKMeans,
@@ -45,10 +46,26 @@ from ..units import (
 )
 from ..units.baseline_models import baseline_config, open_feature_extractor
 from ..utils.command_line import ArgumentError, Parser, argument_errors, command, parse_options, refuse_unused
-from ..utils.files import claim_output_file
 from ..utils.model_folder import open_config
-from ._evaluation import add_labels, check_inputs, check_sources, open_labelled_speech, require_speakers
-from ._shared import add_device, add_dtype, dataset_options
+from ._evaluation import (
+    add_labels,
+    check_inputs,
+    check_sources,
+    describe_speech,
+    open_labelled_speech,
+    require_speakers,
+)
+from ._shared import (
+    PlanRow,
+    add_device,
+    add_dry_run,
+    add_dtype,
+    claim_output,
+    count_frames,
+    dataset_options,
+    describe_labelled,
+    print_plan,
+)
 
 
 def make_parser() -> Parser:
@@ -84,6 +101,7 @@ def make_parser() -> Parser:
     parser.add_argument("--smooth", action="store_true", help="smooth features for k-means, as dinosr kmeans does")
     add_device(parser, "models")
     add_dtype(parser, "models")
+    add_dry_run(parser)
     return parser
 
 
@@ -131,6 +149,25 @@ def layers_of(config: DinoSRConfig, kind: str, options: argparse.Namespace) -> l
     return options.layers if options.layers and kind != "anchor" else unit_layers(config, kind)
 
 
+class OpenedKMeans(NamedTuple):
+    """Clusters in a file, and the extractor of their features."""
+
+    file: str
+    extractor: UnitExtractor
+    kmeans: LayerKMeans
+
+
+def open_kmeans(model: DinoSRForPreTraining, options: argparse.Namespace) -> list[OpenedKMeans]:
+    """Open the files of k-means; `ValueError` for those of another model."""
+    opened = []
+    for file in options.kmeans:
+        kmeans = LayerKMeans.load(file)
+        extractor = UnitExtractor(model, layers=[kmeans.layer], source=kmeans.source, is_smoothed=kmeans.is_smoothed)
+        extractor.check_kmeans(kmeans)
+        opened.append(OpenedKMeans(file, extractor, kmeans))
+    return opened
+
+
 def extract_units(
     name: str, source: SpeechSource, fit: SpeechSource | None, options: argparse.Namespace
 ) -> Iterator[UnitSet]:
@@ -143,18 +180,12 @@ def extract_units(
 
     if has_codebooks(config):
         model = load_model(name, **where)
-        fitted = []
-        for file in options.kmeans:  # all of them before hours of work
-            kmeans = LayerKMeans.load(file)
-            extractor = UnitExtractor(
-                model, layers=[kmeans.layer], source=kmeans.source, is_smoothed=kmeans.is_smoothed
-            )
-            extractor.check_kmeans(kmeans)
-            fitted.append(extracted(f"k-means of {file}", extractor, len(kmeans.centroids), kmeans=kmeans))
+        fitted = open_kmeans(model, options)  # all of them before hours of work
         for kind in options.sources or model.config.unit_sources:
             extractor = UnitExtractor(model, layers=layers_of(model.config, kind, options), source=kind)
             yield extracted(kind, extractor, model.config.num_units(kind))
-        yield from fitted
+        for file, extractor, kmeans in fitted:
+            yield extracted(f"k-means of {file}", extractor, len(kmeans.centroids), kmeans=kmeans)
     if fit is None:
         return
     num_clusters = num_clusters_for(name, options)
@@ -194,17 +225,49 @@ def cluster_mfccs(source: SpeechSource, fit: SpeechSource, options: argparse.Nam
         yield UnitSet("none", f"k-means on {kind} MFCCs", [0], units, num_clusters, DinoSRConfig())
 
 
-def unit_sets(source: SpeechSource, options: argparse.Namespace) -> Iterator[UnitSet]:
+def open_kmeans_data(options: argparse.Namespace) -> SpeechSource | None:
+    """Open the recordings to fit k-means on, if it is fitted; `ValueError` if they have too few frames."""
+    if not options.kmeans_data:
+        return None
+    columns = {**dataset_options(options, options.kmeans_data[0]), "split": None}
+    fit = open_recordings(options.kmeans_data, **columns)
+    clustered = [(name, baseline_config(name)) for name in options.models if options.kmeans_layers]
+    clustered += [(options.models[0], DinoSRConfig())] if options.mfccs else []
+    for name, config in clustered:
+        check_num_clusters(num_clusters_for(name, options), count_frames(fit, config))
+    return fit
+
+
+def describe_units(name: str, options: argparse.Namespace) -> str:
+    """Say which units of a model are evaluated, for a dry run; loads the model only to check files of k-means."""
+    config = open_config(name)
+    parts: list[str] = []
+    if has_codebooks(config):
+        kinds = options.sources or config.unit_sources
+        parts += [f"layers {layers_of(config, kind, options)} of the {kind}" for kind in kinds]
+    if options.kmeans:
+        opened = open_kmeans(load_model(name, device=options.device, dtype=options.dtype), options)
+        parts += [f"layers {extractor.layers} of the {extractor.source} by {file}" for file, extractor, _ in opened]
+    if options.kmeans_layers:
+        parts.append(f"layers {options.kmeans_layers} by k-means, {num_clusters_for(name, options)} clusters")
+    return f"{name}: {'; '.join(parts)}"
+
+
+def plan(recordings: str, fit: SpeechSource | None, options: argparse.Namespace) -> Iterator[PlanRow]:
+    """Yield the rows of a dry run's plan, of which one says of the `recordings`."""
+    for name in options.models:
+        yield "model", describe_units(name, options)
+    if options.mfccs:
+        num_clusters = num_clusters_for(options.models[0], options)
+        yield "MFCCs", f"{' and '.join(options.mfccs)}, by k-means, {num_clusters} clusters"
+    yield "recordings", recordings
+    if fit is not None:
+        yield "k-means on", describe_recordings(fit)
+    yield "results", options.output_dir
+
+
+def unit_sets(source: SpeechSource, fit: SpeechSource | None, options: argparse.Namespace) -> Iterator[UnitSet]:
     """Yield the units of all models and MFCCs, with a progress bar."""
-    fit = None
-    if options.kmeans_data:
-        columns = {**dataset_options(options, options.kmeans_data[0]), "split": None}
-        fit = open_recordings(options.kmeans_data, **columns)
-        clustered = [(name, baseline_config(name)) for name in options.models if options.kmeans_layers]
-        clustered += [(options.models[0], DinoSRConfig())] if options.mfccs else []
-        for name, config in clustered:  # before hours of work
-            num_frames = sum(int(config.num_frames(length)) for _, length in fit.utterances)
-            check_num_clusters(num_clusters_for(name, options), num_frames)
     parts = [extract_units(name, source, fit, options) for name in options.models]
     if fit is not None:
         parts.append(cluster_mfccs(source, fit, options))
@@ -226,16 +289,21 @@ def add_abx(
             row.update({f"abx_{speaker}": error for speaker, error in errors.items()})
 
 
-def evaluate_on_phones(options: argparse.Namespace) -> tuple[LayerReport, list[dict]]:
+def evaluate_on_phones(options: argparse.Namespace) -> tuple[LayerReport, list[dict]] | None:
+    """Return the report and its rows; None after a dry run."""
     source, reference = open_labelled_speech(options.data, options, options.split)
     if options.abx:
         require_speakers(reference, "ABX within and across speakers")
     check_models(options)
     check_inputs(options.models, options.kmeans_layers, (source, reference))
+    fit = open_kmeans_data(options)
+    if options.dry_run:
+        print_plan(plan(describe_speech(source, reference), fit, options))
+        return None
     minutes = source.seconds / 60
     print(f"{len(source):,} of {len(reference.speakers):,} recordings have labels; {minutes:.1f} minutes in total.")
     rows: list[dict] = []
-    for part in unit_sets(source, options):
+    for part in unit_sets(source, fit, options):
         if options.abx:
             part = part._replace(units=list(part.units))
         frames = {"stride": part.config.inputs_to_logits_ratio, "field": part.config.receptive_field}
@@ -250,13 +318,18 @@ def evaluate_on_phones(options: argparse.Namespace) -> tuple[LayerReport, list[d
     return (REPORT._replace(metrics={**REPORT.metrics, **ABX_METRICS}) if options.abx else REPORT), rows
 
 
-def evaluate_on_discophon(options: argparse.Namespace) -> tuple[LayerReport, list[dict]]:
+def evaluate_on_discophon(options: argparse.Namespace) -> tuple[LayerReport, list[dict]] | None:
+    """Return the report and its rows; None after a dry run."""
     benchmark = discophon.DiscoPhon(options.discophon, options.languages, options.split or "test")
     check_models(options)
     check_inputs(options.models, options.kmeans_layers)
+    fit = open_kmeans_data(options)
+    if options.dry_run:
+        print_plan(plan(describe_labelled(benchmark.source, num_without=0), fit, options))
+        return None
     print(f"{len(benchmark.source):,} recordings of {', '.join(benchmark.languages)}.")
     rows: list[dict] = []
-    for part in unit_sets(benchmark.source, options):
+    for part in unit_sets(benchmark.source, fit, options):
         frames = {"num_units": part.num_codes, "stride": part.config.inputs_to_logits_ratio}
         found = benchmark.evaluate(part.units, **frames, with_abx=options.abx)
         for layer, own in zip(part.layers, found, strict=True):
@@ -269,12 +342,15 @@ def evaluate_on_discophon(options: argparse.Namespace) -> tuple[LayerReport, lis
 
 def run(options: argparse.Namespace) -> None:
     name = "discophon" if options.discophon else "units"
-    claim_output_file(Path(options.output_dir, f"{name}.md"))
+    claim_output(Path(options.output_dir, f"{name}.md"), options)
     if options.discophon:
         discophon.import_discophon()
     if options.abx:
         import_fastabx()
-    report, rows = (evaluate_on_discophon if options.discophon else evaluate_on_phones)(options)
+    evaluated = (evaluate_on_discophon if options.discophon else evaluate_on_phones)(options)
+    if evaluated is None:
+        return
+    report, rows = evaluated
     markdown = report.markdown(rows)
     if options.discophon:  # too many languages for curves
         sentence = write_report(options.output_dir, name, markdown=markdown, csv=report.csv(rows), rows=rows)

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from ..model.modeling_dinosr import UNIT_SOURCES
-from ..training.restarts import check_connected
+from ..training.restarts import check_connected, separate_restarts
 from ..units import FEATURE_FORMATS, FeatureFiles, LayerKMeans, UnitCorpus, UnitExtractor, load_model
 from ..units.corpus import FORMATS
 from ..utils.command_line import Parser, command, parse_options, program, refuse_unused
@@ -124,6 +124,7 @@ def run(options: argparse.Namespace, state: PartialState) -> int:
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    separate_restarts()
     # A process that is done waits for all others, however long they take.
     state = PartialState(cpu=cpu, timeout=timedelta(days=30))
     try:

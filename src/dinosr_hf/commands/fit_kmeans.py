@@ -11,12 +11,23 @@ frames, 100 minutes of speech, take up to three minutes of one core. Needs sciki
 import argparse
 from collections.abc import Sequence
 
-from ..analysis.kmeans import MAX_FRAMES
+from ..analysis.kmeans import MAX_FRAMES, check_num_clusters
+from ..data.output_folder import describe_recordings
 from ..model.modeling_dinosr import SOURCES
 from ..units import UnitExtractor, fit_layer_kmeans, load_model
 from ..utils.command_line import Parser, command, parse_options
-from ..utils.files import claim_output_file
-from ._shared import AudioBar, add_device, add_dtype, add_inputs, open_inputs
+from ..utils.extras import import_extra
+from ._shared import (
+    AudioBar,
+    add_device,
+    add_dry_run,
+    add_dtype,
+    add_inputs,
+    claim_output,
+    count_frames,
+    open_inputs,
+    print_plan,
+)
 
 
 def make_parser() -> Parser:
@@ -35,6 +46,7 @@ def make_parser() -> Parser:
     add("--batch_seconds", type=float, default=120.0, help="seconds of audio per batch (%(default)s)")
     add_device(parser)
     add_dtype(parser)
+    add_dry_run(parser)
     return parser
 
 
@@ -45,7 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     if not options.output.endswith(".safetensors"):
         raise ValueError("--output must end in .safetensors.")
-    claim_output_file(options.output)
+    claim_output(options.output, options)
     source = open_inputs(options)
     model = load_model(options.model, device=options.device, dtype=options.dtype)
     if options.smooth and options.source == "teacher":
@@ -57,6 +69,19 @@ def run(options: argparse.Namespace) -> None:
         is_smoothed=options.smooth,
         batch_seconds=options.batch_seconds,
     )
+    if options.dry_run:
+        import_extra("sklearn.cluster", "analysis", "K-means")  # it and the next check are those of fit_layer_kmeans
+        num_frames = min(count_frames(source, extractor.config), options.max_frames)
+        check_num_clusters(options.num_clusters, num_frames)
+        smoothed = ", smoothed" if extractor.is_smoothed else ""
+        rows = [
+            ("model", f"{options.model}: layers {extractor.layers} of the {extractor.source}{smoothed}"),
+            ("recordings", describe_recordings(source)),
+            ("clusters", f"{options.num_clusters:,}, fitted on {num_frames:,} frames"),
+            ("results", options.output),
+        ]
+        print_plan(rows)
+        return
     with AudioBar(source.seconds) as bar:
         kmeans = fit_layer_kmeans(
             extractor,

@@ -4,8 +4,8 @@ Write an HTML page to look at and listen to the units of a checkpoint, with plot
     dinosr inspect runs/base my_speech --output page.html
     dinosr inspect runs/base my_speech --labels phones.jsonl --output page.html --layer 9
 
-DATA is a folder, a manifest, an archive or a dataset; --labels has its phones (docs/units.md). The page has tables and
-plots, and for each codeword its phones, its neighbours and its most typical moments.
+DATA is a folder, a manifest, an archive or a dataset; --labels has its phones (docs/evaluating-units.md). The page has
+tables and plots, and for each codeword its phones, its neighbours and its most typical moments.
 """
 
 import argparse
@@ -16,11 +16,22 @@ from pathlib import Path
 from ..analysis import read_alignments
 from ..analysis.inspection import AUDIO_FORMATS, CodewordInspector, render_page
 from ..data import SAMPLING_RATE, open_recordings
+from ..data.name_matching import match_names
 from ..model.modeling_dinosr import check_unit_layers
 from ..units import load_model, scored_units
 from ..utils.command_line import Parser, command, parse_options, refuse_unused
-from ..utils.files import claim_output_file, write_atomically
-from ._shared import AudioBar, add_dataset_options, add_device, add_dtype, dataset_options
+from ..utils.files import write_atomically
+from ._shared import (
+    AudioBar,
+    add_dataset_options,
+    add_device,
+    add_dry_run,
+    add_dtype,
+    claim_output,
+    dataset_options,
+    describe_labelled,
+    print_plan,
+)
 
 # Meaning of a unit's score, by source.
 SCORES = {"student": "probability", "teacher": "distance", "anchor": "probability"}
@@ -52,6 +63,7 @@ def make_parser() -> Parser:
     parser.add_argument("--batch_seconds", type=float, default=120.0, help="seconds of audio in a batch (%(default)s)")
     add_device(parser)
     add_dtype(parser)
+    add_dry_run(parser)
     return parser
 
 
@@ -66,7 +78,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    output = claim_output_file(options.output)
+    output = claim_output(options.output, options)
     recordings = open_recordings([options.data], **dataset_options(options))
     labels = read_alignments(options.labels, tier=options.tier) if options.labels else None
     words = read_alignments(options.words, tier="words") if options.words else None
@@ -83,6 +95,16 @@ def run(options: argparse.Namespace) -> None:
         num_moments=options.num_moments,
         **frames,
     )
+    if options.dry_run:
+        labelled, _ = match_names(recordings.ids + recordings.others, labels or {})
+        num_without = sum(name not in labelled for name in recordings.ids)
+        rows = [
+            ("model", f"{options.model}: layers [{layer}] of the {options.source}"),
+            ("recordings", describe_labelled(recordings, num_without)),
+            ("results", str(output)),
+        ]
+        print_plan(rows)
+        return
     with AudioBar(recordings.seconds) as bar:
         for units in scored_units(
             model,

@@ -55,7 +55,7 @@ def all_commands(files: dict[str, str], recipe_files: dict[str, str]) -> argpars
     """Return a parser of `dinosr` with all subcommands, whose files and recipes shtab completes by these mappings."""
     whole = argparse.ArgumentParser("dinosr")
     subcommands = whole.add_subparsers()
-    for name, (_, text) in COMMANDS.items():
+    for name, (*_, text) in COMMANDS.items():
         parents = [_parser_of(parent, files) for parent in (INHERITED.get(name), name) if parent]
         if parents[-1].dataclass_types:
             vars(parents[-1].add_argument("recipe", nargs="?"))["complete"] = recipe_files

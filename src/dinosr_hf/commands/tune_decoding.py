@@ -20,14 +20,23 @@ from tqdm import tqdm
 
 from .. import DinoSRForCTC
 from ..data import LabelledSource, open_labelled
+from ..data.mixture import PartialSource
 from ..recognition import Transcriber, load_processor
 from ..recognition.decoding import BeamSearchDecoder, CTCDecoder, DecodingOptions
 from ..recognition.transcription import decode_in_pieces
 from ..recognition.tuning import WORD_SCORES, Trial, random_pairs, tune
 from ..utils.command_line import Parser, command, parse_options, refuse_unused
-from ..utils.files import claim_output_file
 from ..utils.model_folder import open_weights
-from ._shared import AudioBar, add_dataset_options, add_device, dataset_options
+from ._shared import (
+    AudioBar,
+    add_dataset_options,
+    add_device,
+    add_dry_run,
+    claim_output,
+    dataset_options,
+    describe_labelled,
+    print_plan,
+)
 
 
 def make_parser() -> Parser:
@@ -51,6 +60,7 @@ def make_parser() -> Parser:
     add("--max_utterances", type=int, help="use only the first utterances")
     add("--batch_seconds", type=float, default=60.0, help="seconds of audio per batch (%(default)s)")
     add_device(parser)
+    add_dry_run(parser)
     return parser
 
 
@@ -99,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
     check_options(options)
     if not (options.output or Path(options.model).is_dir()):
         raise ValueError(f"{options.model} is not a folder here, which could take the result. Give --output.")
-    output = claim_output_file(options.output or Path(options.model) / "decoding.json")
+    output = claim_output(options.output or Path(options.model) / "decoding.json", options)
     processor, normalization = load_processor(options.model)
     normalize = normalization or str
     model = open_weights(DinoSRForCTC, options.model, device=options.device, dtype=torch.float32)
@@ -111,6 +121,17 @@ def run(options: argparse.Namespace) -> None:
     )
     decoder = BeamSearchDecoder.from_tokenizer(processor.tokenizer, model.config, options=settings)
     data = open_labelled(options.data, column=options.column, **dataset_options(options))
+    pairs = pairs_of(options)
+    if options.dry_run:
+        used = PartialSource(data.source, data.indices[: options.max_utterances])
+        rows = [
+            ("model", f"{options.model}, with {options.language_model}"),
+            ("recordings", describe_labelled(used, num_without=len(data.source) - len(data))),
+            ("trials", f"{len(pairs):,} pairs of lm_weight and word_score, beam_size={options.beam_size}"),
+            ("results", str(output)),
+        ]
+        print_plan(rows)
+        return
     emissions, references = compute_emissions(transcriber, data, options.max_utterances)
 
     def decode(decoder: CTCDecoder, frames: np.ndarray) -> str:  # as the transcriber does
@@ -118,7 +139,6 @@ def run(options: argparse.Namespace) -> None:
 
     how: dict[str, Any] = {"normalize": normalize, "decode": decode}
     (without,) = tune(lambda *_: transcriber.decoder, emissions, references, [(0.0, 0.0)], **how)
-    pairs = pairs_of(options)
     with tqdm(total=len(pairs), desc="trials") as progress:
         trials = tune(
             *(decoder.reweighted, emissions, references, pairs),

@@ -4,17 +4,17 @@ import glob
 import logging
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..utils.damaged_files import explain_damage
-from ..utils.names import printable_name
+from ..utils.names import one_line, printable_name
 from .audio import AudioFileError, about, audio_info, load_audio
 from .containers import PiecedFile
 from .finding import (
@@ -35,11 +35,8 @@ logger = logging.getLogger(__name__)
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _COMPRESSIONS |= {b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
 
-# Headers of a member beside its own, which hold a long name, a large size, or what else does not fit there.
-_EXTENSIONS = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
-_EXTENSIONS |= {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE}
-_MAX_EXTENSIONS, _MAX_EXTENSION_BYTES = 8, 2**20
-_MAX_PADDING = 2**20  # zeros after the end of an archive
+# What `tarfile` raises for headers that are damaged or made to do harm.
+_TAR_ERRORS = (tarfile.TarError, OSError, ArithmeticError, LookupError, MemoryError, RecursionError, ValueError)
 
 
 class _Member(NamedTuple):
@@ -162,145 +159,65 @@ def _why_compressed(path: Path, compression: str) -> str:
     )
 
 
-def _pax_records(data: bytes) -> dict[bytes, bytes]:
-    """Return the records of an extended header, each of the form `LENGTH KEY=VALUE` and a line break."""
-    records: dict[bytes, bytes] = {}
-    data, position = data.rstrip(b"\0"), 0
-    while position < len(data):
-        length = data[position : position + 8].partition(b" ")[0]
-        end = position + (int(length) if length.isdigit() else 0)
-        key, _, value = data[position + len(length) + 1 : end - 1].partition(b"=")
-        if not key or data[end - 1 : end] != b"\n":
-            raise tarfile.ReadError("an extended header is damaged")
-        records[key] = value
-        position = end
-    return records
+def _why_unreadable(path: Path, error: Exception) -> str:
+    with open(path, "rb") as file:
+        start = file.read(8)
+    for magic, compression in _COMPRESSIONS.items():
+        if start.startswith(magic):
+            return _why_compressed(path, compression)
+    if (damage := explain_damage(path)) is not None:
+        return damage
+    problem = f"{path} cannot be read as a tar archive: {one_line(error)}"
+    return f"{problem}. Download it again, or pack its files anew."
 
 
-def _decode(name: bytes) -> str:
-    try:
-        return name.decode("utf-8")
-    except UnicodeDecodeError:
-        return name.decode(tarfile.ENCODING, "surrogateescape")
-
-
-def _read_header(file: IO[bytes], position: int) -> tarfile.TarInfo | None:
-    """Return the header at a position; None for the mark of an archive's end."""
-    file.seek(position)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("it was cut within a header")
-    if not any(block):
-        return None
-    info = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
-    info.offset_data = position + tarfile.BLOCKSIZE
-    return info
-
-
-def _find_joined(file: IO[bytes], position: int) -> int | None:
-    """Return where another archive follows the end of one, as `cat a.tar b.tar` writes them; None if none does."""
-    file.seek(position)
-    rest = file.read(_MAX_PADDING)
-    position += (len(rest) - len(rest.lstrip(b"\0"))) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
-    try:
-        return position if _read_header(file, position) is not None else None
-    except tarfile.TarError:
-        return None
-
-
-def _complete(info: tarfile.TarInfo, records: Mapping[bytes, bytes]) -> None:
-    """Set name and size of a member by its extended headers, and refuse a sparse one, which may unpack to anything."""
-    if path := records.get(b"path"):
-        info.name = _decode(path)
-    if size := records.get(b"size"):
-        info.size = int(size) if size.isdigit() and len(size) < 20 else -1
-    if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith(b"GNU.sparse.") for key in records):
-        raise tarfile.ReadError(f"{printable_name(info.name)[:200]} is sparse, as `tar --sparse` packs files")
-    if not info.isreg() and info.type in tarfile.SUPPORTED_TYPES:
-        info.size = min(0, info.size)  # folders and links have no data, whatever is stated
-
-
-def _members(file: IO[bytes], file_size: int, may_be_joined: bool) -> Iterator[tarfile.TarInfo]:
+def _members(path: Path, may_be_joined: bool) -> Iterator[tarfile.TarInfo]:
     """
-    Yield the members of an archive. Raises `tarfile.TarError` if it is damaged, or made to do harm.
+    Yield the members of an archive. Raises `ValueError` if it is compressed, damaged, or has sparse members.
 
-    Python's own reader, depending on its release, goes back to earlier members for ever, calls itself for each header
-    of a name, takes minutes for a long one, and ends without an error at a damaged one. Here, each step goes forward.
+    `TarFile` takes a damaged header for the end, and may go back to earlier members for ever. Here neither passes.
     """
-    shared: dict[bytes, bytes] = {}  # records for all members
-    own: dict[bytes, bytes] = {}  # for the next one
-    position = num_extensions = 0
-    while position < file_size:
-        info = _read_header(file, position)
-        if info is None:
-            joined = _find_joined(file, position)
-            if joined is None:
-                break
-            if not may_be_joined:
-                problem = f"at byte {joined:,}, another archive follows its end, which a stream would leave out"
-                raise tarfile.ReadError(problem)
-            position, shared = joined, {}
-            continue
-        is_extension = info.type in _EXTENSIONS
-        if is_extension:
-            num_extensions += 1
-            if num_extensions > _MAX_EXTENSIONS or info.size > _MAX_EXTENSION_BYTES:
-                limits = f"{_MAX_EXTENSIONS} extended headers, or one of more than {_MAX_EXTENSION_BYTES:,} bytes"
-                raise tarfile.ReadError(f"at byte {position:,}, a member has more than {limits}")
-        else:
-            _complete(info, shared | own)
-        if not 0 <= info.size <= file_size - info.offset_data:
-            claim = f"a member claims {info.size:,} bytes of the archive's {file_size:,}"
-            raise tarfile.ReadError(f"at byte {position:,}, {claim}")
-        position = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        if not is_extension:
-            own, num_extensions = {}, 0
-            yield info
-            continue
-        data = file.read(info.size)
-        if info.type == tarfile.GNUTYPE_LONGNAME:
-            own[b"path"] = data.partition(b"\0")[0]
-        elif info.type != tarfile.GNUTYPE_LONGLINK:
-            (shared if info.type == tarfile.XGLTYPE else own).update(_pax_records(data))
-    if num_extensions:
-        raise tarfile.ReadError("it ends after the extended headers of a member")
-
-
-@contextmanager
-def _reading(path: Path, may_be_joined: bool) -> Iterator[Iterator[tarfile.TarInfo]]:
-    """Open an archive and give its members; `ValueError` with its name if it is compressed or damaged."""
     try:
-        with open(path, "rb") as file:
-            magic = file.read(8)
-            compression = next((name for start, name in _COMPRESSIONS.items() if magic.startswith(start)), None)
-            if compression is not None:
-                raise ValueError(_why_compressed(path, compression))
-            yield _members(file, file.seek(0, os.SEEK_END), may_be_joined)
-    except (tarfile.TarError, OSError) as error:
-        if (damage := explain_damage(path)) is not None:
-            raise ValueError(damage) from error
-        problem = f"{path} cannot be read as a tar archive: {error}"
-        raise ValueError(f"{problem}. Download it again, or pack its files anew.") from error
+        with open(path, "rb") as file, tarfile.TarFile(fileobj=file) as archive:
+            position, size, has_ended = 0, path.stat().st_size, False
+            while position < size:
+                file.seek(position)
+                if not any(file.read(tarfile.BLOCKSIZE)):  # the end; another archive follows if `cat` joined them
+                    position, has_ended = position + tarfile.BLOCKSIZE, True
+                    continue
+                file.seek(position)
+                member = tarfile.TarInfo.fromtarfile(archive)
+                if has_ended and not may_be_joined:
+                    problem = f"at byte {position:,}, another archive follows its end, which a stream would leave out"
+                    raise tarfile.ReadError(problem)
+                if member.issparse():
+                    name = printable_name(member.name)[:200]
+                    raise tarfile.ReadError(f"{name} is sparse, as `tar --sparse` packs files")
+                if member.size < 0 or not position < archive.offset <= size:
+                    claim = f"a member claims {member.size:,} bytes of the archive's {size:,}"
+                    raise tarfile.ReadError(f"at byte {position:,}, {claim}")
+                position = archive.offset
+                yield member
+    except _TAR_ERRORS as error:
+        raise ValueError(_why_unreadable(path, error)) from error
 
 
 def check_archive(path: Path) -> None:
-    """Raise `ValueError` for an archive that is compressed, damaged, made to do harm, or several joined to one."""
-    with _reading(path, may_be_joined=False) as members:
-        for member in members:
-            if member.name.encode("utf-8", "ignore").decode() != member.name:
-                shown = printable_name(member.name)
-                raise tarfile.ReadError(f"the name {shown} in it is not UTF-8, which a stream needs")
+    """Raise `ValueError` for an archive that is compressed, damaged, sparse, joined, or has names other than UTF-8."""
+    for member in _members(path, may_be_joined=False):
+        if member.name.encode("utf-8", "ignore").decode() != member.name:
+            problem = f"the name {printable_name(member.name)} in it is not UTF-8, which a stream needs"
+            raise ValueError(f"{path} cannot be streamed: {problem}. Leave streaming out.")
 
 
 def _audio_members(path: Path, root: Path) -> Iterator[_Member]:
     """Yield the audio files in an archive, in their order."""
-    with _reading(path, may_be_joined=True) as members:
-        for member in members:
-            if member.isdir() or not has_suffix(member.name, AUDIO_SUFFIXES + UNSUPPORTED_SUFFIXES):
-                continue
-            reason = "hidden" if is_hidden(member.name) else None if member.isreg() else "link"
-            name = f"{path.relative_to(root).as_posix()}/{member.name}"
-            yield _Member(str(path), name, member.offset_data, member.size, reason)
+    for member in _members(path, may_be_joined=True):
+        if member.isdir() or not has_suffix(member.name, AUDIO_SUFFIXES + UNSUPPORTED_SUFFIXES):
+            continue
+        reason = "hidden" if is_hidden(member.name) else None if member.isreg() else "link"
+        name = f"{path.relative_to(root).as_posix()}/{member.name}"
+        yield _Member(str(path), name, member.offset_data, member.size, reason)
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - tarfile.BLOCKSIZE))
         if file.read().strip(b"\0"):

@@ -270,8 +270,8 @@ def check_column(audio_column: str, columns: Sequence[str]) -> None:
         raise ValueError(f"{problem}. Name the one that has the audio.")
 
 
-def kind_of_audio(arrow_type: Any, column: str, sampling_rate: int | None) -> str:
-    """Return what a column of an Arrow type stores: "files", "arrays" (with their rates) or "samples" (lists)."""
+def kind_of_audio(arrow_type: Any, column: str) -> str:
+    """Return what a column of an Arrow type stores, "files" or "arrays"; raise `ValueError` if neither."""
     types = require("pyarrow").types
 
     def is_samples(kind: Any) -> bool:
@@ -280,23 +280,17 @@ def kind_of_audio(arrow_type: Any, column: str, sampling_rate: int | None) -> st
     fields = set(arrow_type.names) if types.is_struct(arrow_type) else set()
     scalars = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     if {"array", "sampling_rate"} <= fields and is_samples(arrow_type.field("array").type):
-        kind = "arrays"
-    elif fields & {"bytes", "path"} or any(is_kind(arrow_type) for is_kind in scalars):
-        kind = "files"
-    elif is_samples(arrow_type):
-        kind = "samples"
-    else:
-        raise ValueError(
-            f"The column {column!r} is {arrow_type}, which is not audio. Audio is an Audio column, paths, bytes of"
-            ' files, {"array": list of floats, "sampling_rate": int}, or a list of floats.'
-        )
-    if (kind == "samples") != (sampling_rate is not None):
-        rule = "sampling_rate must be given for lists of floats, and only for them"
-        raise ValueError(f"sampling_rate={sampling_rate}, but the column {column!r} has {kind}: {rule}.")
-    return kind
+        return "arrays"
+    if fields & {"bytes", "path"} or any(is_kind(arrow_type) for is_kind in scalars):
+        return "files"
+    what = "without its sampling rate" if is_samples(arrow_type) else "which is not audio"
+    raise ValueError(
+        f"The column {column!r} is {arrow_type}, {what}. Audio is an Audio column, paths, bytes of files, or"
+        ' {"array": list of floats, "sampling_rate": int}. Make one of these of it.'
+    )
 
 
-def stored_audio(value: Any, kind: str, sampling_rate: int | None) -> Any:
+def stored_audio(value: Any, kind: str) -> Any:
     """Return what an Arrow scalar of such a column stores, without a copy: a path, a file object, or `Samples`."""
     pa = require("pyarrow")
     if kind == "files":
@@ -308,11 +302,10 @@ def stored_audio(value: Any, kind: str, sampling_rate: int | None) -> Any:
                 is_path = pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
                 return field.as_py() if is_path else pa.BufferReader(field.as_buffer())
         raise AudioFileError("The row has neither bytes nor a path.", "missing")
-    if kind == "arrays" and value.is_valid:
-        value, sampling_rate = value["array"], value["sampling_rate"].as_py()
-    if not value.is_valid or not sampling_rate:
+    samples, rate = (value[name] if value.is_valid else value for name in ("array", "sampling_rate"))
+    if not samples.is_valid or not rate.as_py():
         raise AudioFileError("The row has no samples.", "empty")
-    return Samples(value.values.to_numpy(zero_copy_only=False), int(sampling_rate))
+    return Samples(samples.values.to_numpy(zero_copy_only=False), int(rate.as_py()))
 
 
 def row_id(value: Any, row: int, name: str) -> str:
@@ -336,27 +329,25 @@ class DatasetSource(StoredSource):
     A `datasets.Dataset` with a column of audio.
 
     The column can be of `Audio` (files or their bytes, decoded by `load_audio`, never by torchcodec), paths, bytes of
-    files, `{"array", "sampling_rate"}` as in the synthetic corpus, or lists of floats. Only the samples of a requested
-    part are touched. An utterance's id is its `id`, text or a number, if it has one, else its row number.
+    files, or `{"array", "sampling_rate"}` as in the synthetic corpus. Only the samples of a requested part are read.
+    An utterance's id is its `id`, text or a number, if it has one, else its row number.
 
     Args:
         dataset: A map-style `datasets.Dataset`.
         audio_column: Name of the column of audio.
-        sampling_rate: Sampling rate of lists of floats, Hz; required for them, and for them only.
 
     Raises `ValueError` if the dataset is of another kind, lacks the column or has something else in it, and
     `ImportError` if `datasets` is not installed.
     """
 
-    def __init__(self, dataset: Any, audio_column: str = "audio", *, sampling_rate: int | None = None) -> None:
+    def __init__(self, dataset: Any, audio_column: str = "audio") -> None:
         check_dataset(dataset, "Dataset")
         check_column(audio_column, dataset.column_names)
         # In Arrow format rows are what is stored: nothing is decoded.
         self._rows = dataset.select_columns([audio_column]).with_format("arrow")
         self._others = dataset.remove_columns([audio_column])
-        self._sampling_rate = sampling_rate
         column_type = self._rows.features.arrow_schema.field(audio_column).type
-        self._kind = kind_of_audio(column_type, audio_column, sampling_rate)
+        self._kind = kind_of_audio(column_type, audio_column)
         given = self._column("id") if "id" in self._others.column_names else range(len(dataset))
         names = [row_id(value, row, "The dataset") for row, value in enumerate(given)]
 
@@ -387,4 +378,4 @@ class DatasetSource(StoredSource):
         return [label(row) for row in self._positions]
 
     def _stored(self, row: int) -> AudioInput:
-        return stored_audio(self._rows[row].column(0)[0], self._kind, self._sampling_rate)
+        return stored_audio(self._rows[row].column(0)[0], self._kind)

@@ -119,7 +119,6 @@ class SpeechStream:
             shuffled by the epoch's number alone in later ones).
         num_open_shards: Number of shards to read in turn, if they are shuffled. Each holds a row group of parquet in
             memory.
-        sampling_rate: Sampling rate of lists of floats, Hz; required for them, and for them only.
         name: Name of the dataset in messages.
 
     Raises `ValueError` if the dataset is of another kind, is split among processes, lacks the column or has something
@@ -134,7 +133,6 @@ class SpeechStream:
         window_seconds: float,
         shuffle_seed: int | None = None,
         num_open_shards: int = 4,
-        sampling_rate: int | None = None,
         name: str = "The stream",
     ) -> None:
         check_dataset(dataset, "IterableDataset")
@@ -149,13 +147,13 @@ class SpeechStream:
             raise ValueError(f"num_open_shards={num_open_shards} must be at least 1.")
         self.audio_column = audio_column
         self._window_samples = int(window_seconds * SAMPLING_RATE)
-        self._sampling_rate, self._name = sampling_rate, name
+        self._name = name
         columns = dataset.column_names
         if columns is not None:  # else they are known with the first row
             check_column(audio_column, columns)
             dataset = dataset.decode(False)
             dataset = dataset.select_columns([c for c in (audio_column, "id", "__key__") if c in columns])
-            kind_of_audio(dataset.features.arrow_schema.field(audio_column).type, audio_column, sampling_rate)
+            kind_of_audio(dataset.features.arrow_schema.field(audio_column).type, audio_column)
         if shuffle_seed is not None:
             # With a buffer of one row, only shards are shuffled and interleaved.
             dataset = dataset.shuffle(seed=shuffle_seed, buffer_size=1, max_buffer_input_shards=num_open_shards)
@@ -311,8 +309,7 @@ class SpeechStream:
                 raise AudioFileError("Its name, or that of a folder, begins with a dot.", "hidden")
             if require("pyarrow").types.is_null(value.type):
                 raise AudioFileError("The row has no audio.", "missing")
-            kind = kind_of_audio(value.type, self.audio_column, self._sampling_rate)
-            audio = stored_audio(value, kind, self._sampling_rate)
+            audio = stored_audio(value, kind_of_audio(value.type, self.audio_column))
             if isinstance(audio, Samples):  # copied, so as not to keep the shard's other rows in memory
                 audio = Samples(np.array(audio.frames, dtype=np.float32), audio.rate)
             else:

@@ -50,7 +50,7 @@ TEXTS = ("sentences", "digits", "mixed")
 FORMATS = ("flac", "wav")
 
 # Seconds at each end of a text. With less around digits, recognisers get more of them right, and time them better
-# (docs/experiments.md).
+# (docs/experiments-2026-11.md).
 _SILENCE_SECONDS = (0.05, 0.3)
 _DIGITS_SILENCE = (0.0, 0.1)
 

@@ -122,6 +122,11 @@ class LabelledCollator:
         }
 
 
+def count_steps(num_samples: Sequence[int], step_samples: int) -> int:
+    """Return the number of steps of an epoch of utterances of these lengths: of about `step_samples`, at least one."""
+    return min(max(1, round(sum(num_samples) / step_samples)), len(num_samples))
+
+
 @dataclass(eq=False)
 class StepBatchSampler(Sampler[list[int]]):
     """
@@ -146,8 +151,7 @@ class StepBatchSampler(Sampler[list[int]]):
         if not self.num_samples:
             raise ValueError("There are no utterances to train on.")
         self._lengths = np.asarray(self.num_samples, dtype=np.int64)
-        num_steps = max(1, round(int(self._lengths.sum()) / self.step_samples))
-        self.num_steps = min(num_steps, len(self.num_samples))
+        self.num_steps = count_steps(self.num_samples, self.step_samples)
         self.epoch = 0
 
     def __len__(self) -> int:

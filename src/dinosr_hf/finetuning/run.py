@@ -28,7 +28,7 @@ from .initial_model import add_adapters, check_initial_model, load_initial_model
 from .resume_point import ResumePoint, TrainerCheckpoint, find_resume_point
 from .splits import open_splits
 from .task import Task, shorten_labels
-from .trainer import FreezeCallback, SpeechTrainer
+from .trainer import FreezeCallback, SpeechTrainer, mean_step_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +206,8 @@ def _describe(trainer: SpeechTrainer, task: Task, test: LabelledDataset | None, 
             minutes = sum(dataset.num_samples) / SAMPLING_RATE / 60
             rows[name] = f"{len(dataset):,} of {len(dataset.source):,} utterances, {minutes:,.1f} minutes"
     rows["steps"] = (
-        f"{steps:,} of at most {args.step_seconds:g} s of audio over {num_processes} process(es), in micro-batches of"
-        f" {args.micro_seconds:g} s: {steps / steps_per_epoch:,.1f} epochs"
+        f"{steps:,} of {mean_step_seconds(train, args.step_seconds):,.4g} s of audio on average over {num_processes}"
+        f" process(es), in {args.gradient_accumulation_steps} micro-batch(es): {steps / steps_per_epoch:,.1f} epochs"
     )
     rows["start"] = "the first step" if begin.checkpoint is None else str(begin.checkpoint.path)
     rows["results"] = args.output_dir

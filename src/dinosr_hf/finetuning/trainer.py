@@ -35,7 +35,7 @@ from ..training.schedules import make_schedule
 from ..training.signals import RunInterrupted, SignalWatch
 from ..utils.command_line import ArgumentError
 from ..utils.files import flush_to_disk, remove, temporary_path
-from .batches import LabelledCollator, LabelledDataset, LengthBatchSampler, StepBatchSampler
+from .batches import LabelledCollator, LabelledDataset, LengthBatchSampler, StepBatchSampler, count_steps
 from .finetuning_arguments import FinetuningArguments
 from .resume_point import read_file_list, write_file_list
 
@@ -89,9 +89,12 @@ class _RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if (resumed := self._trainer.resumed_from) is not None:
-            best = resumed.with_name(f"checkpoint-{state.best_global_step}")
-            if best.is_dir():
-                state.best_model_checkpoint = str(best)
+            # In this run's folder by the name that `rotate_checkpoints` compares, or it would be removed.
+            own = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+            for best in (own, resumed.with_name(own.name)):
+                if best.is_dir():
+                    state.best_model_checkpoint = str(best)
+                    break
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._trainer.check_weights()
@@ -115,6 +118,12 @@ class _RunCallback(TrainerCallback):
         sampler, dataset = self._trainer.sampler, self._trainer.train_dataset
         dataset.epoch = state.global_step // sampler.num_steps
         sampler.set_epoch(dataset.epoch)
+
+
+def mean_step_seconds(dataset: LabelledDataset, step_seconds: float) -> float:
+    """Return the audio of a step on average: as many steps are made as come nearest to `step_seconds`."""
+    num_samples = dataset.num_samples
+    return sum(num_samples) / count_steps(num_samples, int(step_seconds * SAMPLING_RATE)) / SAMPLING_RATE
 
 
 class SpeechTrainer(Trainer):
@@ -149,8 +158,12 @@ class SpeechTrainer(Trainer):
         self._unreadable: set[int] = set()
         self._unread_in_row = 0  # recordings, since one was read
         self._unfinished: Path | None = None  # where a checkpoint is being written
-        # The number of forward passes in a step; set before Trainer reads it.
-        args.gradient_accumulation_steps = math.ceil(args.step_seconds / (args.world_size * args.micro_seconds))
+        # The number of forward passes in a step; set before Trainer reads it. With little data a step has up to half
+        # as much again as step_seconds; a pass may have a tenth more than micro_seconds.
+        longest, train = args.step_seconds, kwargs.get("train_dataset")
+        if train is not None:
+            longest = max(longest, mean_step_seconds(train, args.step_seconds) / 1.1)
+        args.gradient_accumulation_steps = math.ceil(longest / (args.world_size * args.micro_seconds))
         if args.ddp_find_unused_parameters is None:
             # The encoder may have no gradients, and the mask embedding may be unused. Trainer's default is False with
             # activation checkpointing, and would then wait for their gradients forever.

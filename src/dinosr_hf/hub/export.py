@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, Wav2Vec2Processor
 from ..data import SAMPLING_RATE
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import DinoSRForCTC, DinoSRForXVector
+from ..recognition.text import NORMALIZATION_FILE
 from ..utils.extras import import_extra
 from ..utils.files import atomic_folder
 from ..utils.model_folder import open_weights
@@ -37,6 +38,10 @@ from ..utils.names import printable_name
 from .folder import Processor, StrPath, open_folder, open_processor
 
 NETWORK = "model.onnx"
+# What a folder of an exported model may have beside its network and configuration.
+BESIDE = {f"{NETWORK}.data", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"} | {
+    *("vocab.json", "special_tokens_map.json", "added_tokens.json", NORMALIZATION_FILE)
+}
 
 # Exported networks and torch differ by rounding: 2e-6 (tiny models), 1e-5 (base), for outputs of about 1.
 MAX_DIFFERENCE = 1e-4
@@ -261,6 +266,16 @@ def _check_target(folder: Path, overwrite: bool) -> None:
             raise ValueError(f"{folder} has an exported model already. Give another folder, or set overwrite.")
 
 
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """`atomic_folder`, after which no file of an earlier export is left beside the new ones."""
+    with atomic_folder(folder) as temporary:
+        yield temporary
+        written = {file.name for file in temporary.iterdir()}
+    for name in BESIDE - written:
+        (folder / name).unlink(missing_ok=True)
+
+
 def export_onnx(
     model: PreTrainedModel | StrPath, folder: StrPath, *, processor: Processor | None = None, overwrite: bool = False
 ) -> Path:
@@ -272,7 +287,7 @@ def export_onnx(
 
     Args:
         model: A recogniser, classifier or encoder of `OUTPUTS`, or the path to a folder with it and its processor.
-        folder: Path to the folder to write, atomically; returned.
+        folder: Path to the folder to write; returned. A new one appears complete or not at all.
         processor: Feature extractor and tokenizer; required if `model` is not a folder.
         overwrite: Whether to replace an exported model.
 
@@ -283,12 +298,17 @@ def export_onnx(
     """
     folder = Path(folder)
     _check_target(folder, overwrite)
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, nn.Module):
         source = Path(model)
         _, model_class = open_folder(source, OUTPUTS, _PROBLEM)
         processor = processor or open_processor(source, is_recogniser=model_class is DinoSRForCTC)
         model = cast(PreTrainedModel, open_weights(model_class, source))
     name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"The model is a {name}, not one of {', '.join(OUTPUTS)}. Merge the adapters of PEFT into it by"
+            " `model.merge_and_unload()`, or give the model as it was before `torch.compile`."
+        )
     if name not in OUTPUTS:
         raise ValueError(f"The model is a {name}, {_PROBLEM}")
     if processor is None:
@@ -302,7 +322,7 @@ def export_onnx(
     own.set_attn_implementation("eager")
     own.config.architectures = [name]
     vars(own.config).pop("auto_map", None)  # the code that it names is not part of the folder
-    with atomic_folder(folder) as temporary:
+    with _replaced(folder) as temporary:
         own.config.to_json_file(temporary / "config.json")
         processor.save_pretrained(temporary)
         _export_network(own, output, temporary / NETWORK)
@@ -320,7 +340,7 @@ def quantize_onnx(source: StrPath, folder: StrPath, *, overwrite: bool = False) 
 
     Args:
         source: Path to the folder that `export_onnx` wrote.
-        folder: Path to the folder to write, atomically; returned.
+        folder: Path to the folder to write; returned. A new one appears complete or not at all.
         overwrite: Whether to replace an exported model.
 
     Raises:
@@ -333,7 +353,7 @@ def quantize_onnx(source: StrPath, folder: StrPath, *, overwrite: bool = False) 
     nodes = onnx.load(network, load_external_data=False).graph.node
     if any(node.op_type == "MatMulInteger" for node in nodes):
         raise ValueError(f"{source} is already in int8. Give the folder that export_onnx wrote.")
-    with atomic_folder(folder) as temporary:
+    with _replaced(folder) as temporary:
         for file in source.iterdir():
             if file.is_file() and not file.name.startswith(NETWORK):
                 shutil.copyfile(file, temporary / file.name)

@@ -39,6 +39,11 @@ RUN_FILES = (
     *("optimizer.pt", "scheduler.pt", "training_state.pt", "process_states.pt", "anchor.safetensors"),
     *("anchor_origin.json", "plan.png", "checkpoint-*", "abandoned-checkpoint-*", "best-*", "step-*"),
 )
+# Files of an earlier upload that would contradict a later one without them: weights, results, settings of decoding.
+OF_AN_EARLIER_UPLOAD = (
+    *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    *("decoding.json", f"{EVAL_RESULTS_FOLDER}/*"),
+)
 
 StrPath = str | os.PathLike
 Processor = Wav2Vec2Processor | Wav2Vec2FeatureExtractor
@@ -183,6 +188,9 @@ def push(
     """
     Upload a folder that `prepare` wrote, or raise `ValueError`; return the URL of the repository.
 
+    In an existing repository files of the same names are replaced, and weights, results and settings of decoding that
+    only an earlier upload had are removed (`OF_AN_EARLIER_UPLOAD`). Other files stay.
+
     Args:
         repo_id: Name of the repository, `organisation/name`, which is created if it does not exist.
         private: Whether a new repository is private; an existing one does not change.
@@ -201,8 +209,11 @@ def push(
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message)
+        api.upload_folder(
+            folder_path=folder, repo_id=repo_id, commit_message=message, delete_patterns=list(OF_AN_EARLIER_UPLOAD)
+        )
     except (NetworkError, OSError) as error:
-        advice = f"The folder is ready: `hf upload {repo_id} {folder}` uploads it."
+        command = f"hf upload {'--private ' if private else ''}{repo_id} {folder}"
+        advice = f"The folder is ready: `{command}` uploads it."
         raise OSError(f"{folder} could not be uploaded: {error}. {advice}") from error
     return str(url)

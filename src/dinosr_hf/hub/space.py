@@ -63,6 +63,7 @@ class Listener:
     Args:
         models: Their folders or names on the Hub.
         device: Device of the models.
+        greedy: Whether the recogniser leaves beam search out, which its `decoding.json` may ask for.
         max_seconds: Length of the longest recording to accept.
 
     Attributes:
@@ -72,7 +73,12 @@ class Listener:
     """
 
     def __init__(
-        self, models: Sequence[str | Path], *, device: str | torch.device = "cpu", max_seconds: float = 30.0
+        self,
+        models: Sequence[str | Path],
+        *,
+        device: str | torch.device = "cpu",
+        greedy: bool = False,
+        max_seconds: float = 30.0,
     ) -> None:
         check_ranges([(max_seconds > 0, "max_seconds", max_seconds, "more than 0")])
         self.max_seconds = max_seconds
@@ -81,7 +87,7 @@ class Listener:
         for name in models:
             (kind,) = open_dinosr_config(name).architectures or ["model of no kind"]
             if kind == "DinoSRForCTC" and self._recogniser is None:
-                self._recogniser = Transcriber.from_folder(name, device=device)
+                self._recogniser = Transcriber.from_folder(name, greedy=greedy, device=device)
             elif kind == "DinoSRForPreTraining" and self._pretrained is None:
                 self._pretrained = load_model(name, device=device)
             else:

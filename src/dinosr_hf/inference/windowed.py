@@ -31,6 +31,7 @@ from ..data import SAMPLING_RATE, AudioFileError, SpeechSource, normalize_wavefo
 from ..data.collator import pad_batch
 from ..data.packing import equal_parts, pack
 from ..model.configuration_dinosr import DinoSRConfig
+from ..model.modeling_dinosr import without_tf32
 from ..utils.command_line import MAX_NUMBER, check_ranges
 
 logger = logging.getLogger(__name__)
@@ -261,9 +262,7 @@ class WindowedInference:
         """Compute the rows of a batch of windows, and yield the recordings that are complete with them."""
         readable = [task for task, wave in zip(tasks, waves, strict=True) if wave is not None]
         if readable:
-            # TF32, which convolutions use on GPUs by default, moves frames to other units.
-            now = torch.backends.cudnn
-            with now.flags(now.enabled, now.benchmark, now.benchmark_limit, now.deterministic, allow_tf32=False):
+            with without_tf32():
                 computed = compute([wave for wave in waves if wave is not None])
             for (recording, window, *_), rows in zip(readable, computed, strict=True):
                 if recording.is_unreadable:

@@ -64,6 +64,8 @@ class OnlineCodebooks(nn.Module):
     For each micro-batch of a training step, call the module, which assigns, and `accumulate`; then `commit` once. What
     `accumulate` gathers is no part of the state: a checkpoint is taken after `commit`, with `held` beside it.
 
+    All codewords are zero until `codebooks.sums.copy_(codebooks.initial_sums())`, which `DinoSRForPreTraining` does.
+
     State:
         sums: (N, V, D), decayed sum of the frames of each codeword.
         counts: (N, V), decayed number of frames of each codeword.

@@ -441,10 +441,15 @@ class _Stack(torch.autograd.Function):
     def _layers(ctx: Any, parameters: Sequence[Any]) -> list[_ConvLayer]:
         layers = []
         for i, (stride, eps) in enumerate(ctx.plan.strides_and_eps):
-            weight, bias, norm_weight, norm_bias = parameters[4 * i : 4 * i + 4]
-            low_bias = None if bias is None else bias.to(ctx.low)
-            layers.append(_ConvLayer(weight.to(ctx.low), low_bias, norm_weight, norm_bias, stride, eps))
+            weight, bias, norm_weight, norm_bias = _Stack._in_precision(ctx, parameters[4 * i : 4 * i + 4])
+            layers.append(_ConvLayer(weight, bias, norm_weight, norm_bias, stride, eps))
         return layers
+
+    @staticmethod
+    def _in_precision(ctx: Any, parameters: Sequence[Any]) -> list[Any]:
+        """Weight and bias of a convolution in the precision of products, those of its norm in that of norms."""
+        dtypes = (ctx.low, ctx.low, ctx.high, ctx.high)
+        return [None if each is None else each.to(dtype) for each, dtype in zip(parameters, dtypes, strict=True)]
 
     @staticmethod
     def _forward_group(
@@ -464,9 +469,8 @@ class _Stack(torch.autograd.Function):
         """The same in operations that autograd differentiates as often as asked."""
         signal = pieces[:, None].to(ctx.low)
         for i, (stride, eps) in enumerate(ctx.plan.strides_and_eps):
-            weight, bias, norm_weight, norm_bias = parameters[4 * i : 4 * i + 4]
-            bias = None if bias is None else bias.to(ctx.low)
-            convolved = nn.functional.conv1d(signal, weight.to(ctx.low), bias, stride).transpose(1, 2).to(ctx.high)
+            weight, bias, norm_weight, norm_bias = _Stack._in_precision(ctx, parameters[4 * i : 4 * i + 4])
+            convolved = nn.functional.conv1d(signal, weight, bias, stride).transpose(1, 2).to(ctx.high)
             normed = nn.functional.layer_norm(convolved, convolved.shape[2:], norm_weight, norm_bias, eps)
             signal = nn.functional.gelu(normed).to(ctx.low).transpose(1, 2)
         return signal.transpose(1, 2)[:, : ctx.plan.piece_frames].to(ctx.high)

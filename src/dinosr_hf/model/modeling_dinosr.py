@@ -25,6 +25,7 @@ says; on CPUs `fast_cpu_dinosr` has faster equivalents, used where its guard `ma
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Unpack
 
@@ -99,7 +100,7 @@ class DinoSRModelOutput(Wav2Vec2BaseModelOutput):  # trf-ignore: TRF057
         extract_features: (B, T, C), the normalised output of the front end.
         feed_forward_outputs: On request, a tuple of (B, T, D): the output of the layers' feed-forward networks.
         hidden_states: On request, the first layer's input and each layer's output, (B, T, D) each.
-        attentions: On request, (B, heads, T, T) a layer.
+        attentions: On request, (B, heads, T, T) a layer; empty unless the model has `attn_implementation="eager"`.
     """
 
     feed_forward_outputs: tuple[torch.Tensor, ...] | None = None
@@ -122,7 +123,7 @@ class DinoSRForPreTrainingOutput(ModelOutput):  # trf-ignore: TRF057
         codes: int64 (N, M), the codeword of each masked frame, in the order of (batch, time).
         last_hidden_state: (B, T, D), the student's output.
         hidden_states: On request, the student's: the first layer's input and each layer's output, (B, T, D) each.
-        attentions: On request, the student's: (B, heads, T, T) a layer.
+        attentions: On request, the student's, as in `DinoSRModelOutput`.
         anchor_losses: float32 (2,), nats, None without `anchor_labels`: cross entropy of the anchor's head and the
             labels, mean over masked and over unmasked frames with a label; 0 where there is none.
 
@@ -350,7 +351,16 @@ class DinoSRFeatureProjection(nn.Module):
 
 def zero_padding(hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
     """Set (B, T, D) to zero outside of `frame_mask`, bool (B, T); None: all frames are valid."""
-    return hidden_states if frame_mask is None else hidden_states.masked_fill(~frame_mask[..., None], 0.0)
+    if frame_mask is None:
+        return hidden_states
+    frame_mask = frame_mask.to(hidden_states.device)  # `device_map` may have put this layer on another
+    return hidden_states.masked_fill(~frame_mask[..., None], 0.0)
+
+
+def without_tf32() -> AbstractContextManager[None]:
+    """Convolve in full precision on GPUs: TF32, which torch takes by default, moves frames to other units."""
+    now = torch.backends.cudnn
+    return now.flags(now.enabled, now.benchmark, now.benchmark_limit, now.deterministic, allow_tf32=False)
 
 
 class PaddedFrames:
@@ -598,7 +608,8 @@ class DinoSREncoder(nn.Module):
         hidden_states = self.dropout(self.layer_norm(hidden_states))
 
         frames: PaddedFrames | ValidFrames = PaddedFrames(layer_mask)
-        if may_use_fast_forms(hidden_states, self):
+        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        if may_use_fast_forms(hidden_states, self) and not wants_attentions:
             has_dropout = self.training and self.config.attention_dropout > 0
             frames = valid_frames(self.config, hidden_states, layer_mask, attention_mask, has_dropout) or frames
         layer_outputs = {}
@@ -1371,15 +1382,38 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         layers = check_layers(self.config, wanted, with_codebooks=False)
         encoder = self.teacher if source == "teacher" else self.dinosr.encoder
         frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
-        features = self.teacher.front_end_features(input_values, frame_mask) if source == "teacher" else None
-        if features is None:
-            convolved = self.dinosr.feature_extractor(input_values, frame_mask)
-            features, _ = self.dinosr.feature_projection(convolved.transpose(1, 2))
-        _, outputs = encoder(features, frame_mask, return_layers=layers, num_layers=max(layers))
+        with without_tf32():
+            features = self.teacher.front_end_features(input_values, frame_mask) if source == "teacher" else None
+            if features is None:
+                convolved = self.dinosr.feature_extractor(input_values, frame_mask)
+                features, _ = self.dinosr.feature_projection(convolved.transpose(1, 2))
+            _, outputs = encoder(features, frame_mask, return_layers=layers, num_layers=max(layers))
         chosen = [outputs[layer] for layer in layers]
         if source == "student":
             return torch.stack([layer.hidden_states for layer in chosen])
         return torch.stack([layer.feed_forward for layer in chosen])
+
+    def unit_features(self, layers: Sequence[int], source: str) -> tuple[list[int], str]:
+        """Return layers (L, or one for all) and source of the `layer_features` that units of L layers come from."""
+        # CODEPATH: "own_layer" for SpidR's checkpoints, "last_layer" for all others; the anchor's head is on the last.
+        if source == "student" and self.config.head_input == "own_layer":
+            return list(layers), "student_feed_forward"
+        return (list(layers), source) if source == "teacher" else ([self.config.num_hidden_layers], "student")
+
+    def unit_head(self, layer: int, source: str) -> nn.Module:
+        """Return the prediction head of a layer, or the anchor's; raise `ValueError` if the layer has none."""
+        check_source(source, ("student", "anchor"))
+        (number,) = check_unit_layers(self.config, [layer], source)
+        if source == "anchor":
+            return self.anchor_head  # type: ignore[return-value] # it exists if the layer is in order
+        return self.heads[number - self.config.codebook_layers[0]]
+
+    def check_unit_request(self, layer: int | None, layers: Sequence[int] | None, source: str) -> list[int]:
+        """Return the layers that `layer` or `layers` of `encode_units` ask for; raise `ValueError` as it does."""
+        if layer is not None and layers is not None:
+            raise ValueError(f"layer={layer} and layers={layers} are both given. Give one of them.")
+        wanted = layers if layers is not None else [self.config.default_layer(source) if layer is None else layer]
+        return check_unit_layers(self.config, wanted, source)
 
     @torch.no_grad()
     def encode_units(
@@ -1413,11 +1447,8 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
             ValueError: If a layer has no units of the source, an input or the source is not one of these, both `layer`
                 and `layers` are given, or the model is in training mode.
         """
-        if layer is not None and layers is not None:
-            raise ValueError(f"layer={layer} and layers={layers} are both given. Give one of them.")
+        chosen = self.check_unit_request(layer, layers, source)
         self._check_unmasked(input_values, attention_mask, "encode_units")
-        wanted = layers if layers is not None else [self.config.default_layer(source) if layer is None else layer]
-        chosen = check_unit_layers(self.config, wanted, source)
         if attention_mask is not None and self.config.reference_padding:
             codes, lengths = self._units_one_by_one(input_values, attention_mask, chosen, source)
         else:
@@ -1428,16 +1459,11 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, layers: list[int], source: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         frame_mask = self._frame_mask(attention_mask, self.config.num_frames(input_values.shape[1]))
+        features = self.layer_features(input_values, attention_mask, *self.unit_features(layers, source))
         if source == "teacher":
-            features = self.layer_features(input_values, attention_mask, layers, "teacher")
             codes = self.teacher_units(normalize_over_time(features, frame_mask), layers)
-        # CODEPATH: "own_layer" for SpidR's checkpoints, "last_layer" for all others.
-        elif source == "student" and self.config.head_input == "own_layer":
-            features = self.layer_features(input_values, attention_mask, layers, "student_feed_forward")
-            codes = self.student_units(features, layers)
         else:
-            hidden_states = self.dinosr(input_values, attention_mask, return_dict=True).last_hidden_state
-            codes = self.student_units(hidden_states, layers, source)
+            codes = self.student_units(features, layers, source)
         if frame_mask is None:
             return codes, torch.full(codes.shape[1:2], codes.shape[2], device=codes.device)
         return codes.masked_fill(~frame_mask, NO_UNIT), frame_mask.sum(dim=-1)
@@ -1463,15 +1489,12 @@ class DinoSRForPreTraining(DinoSRPreTrainedModel):  # trf-ignore: TRF057
         """
         Return each frame's most probable codeword by the prediction heads of L layers with codebooks.
 
-        The student's last layer (..., D), or with `head_input="own_layer"` the `layer_features` (L, ..., D) of its
-        feed-forward networks, to int64 (L, ...). With source "anchor", the last layer to the most probable label of
-        the anchor's head. Raises `ValueError` if a layer has no codebook, or the model no anchor.
+        The `layer_features` that `unit_features` names, (L, ..., D) or (1, ..., D), to int64 (L, ...). With source
+        "anchor", to the most probable label of the anchor's head. Raises `ValueError` if a layer has no codebook, or
+        the model no anchor.
         """
-        check_source(source, ("student", "anchor"))
-        numbers, first = check_unit_layers(self.config, layers, source), self.config.codebook_layers[0]
-        heads: list[Any] = [self.anchor_head if source == "anchor" else self.heads[n - first] for n in numbers]
-        has_own_inputs = source == "student" and self.config.head_input == "own_layer"
-        inputs = hidden_states if has_own_inputs else [hidden_states] * len(heads)
+        heads = [self.unit_head(layer, source) for layer in layers]
+        inputs = hidden_states.expand(len(heads), *hidden_states.shape[1:])
         pairs = zip(heads, inputs, strict=True)
         return torch.stack([head(features).float().argmax(dim=-1) for head, features in pairs])
 

@@ -11,8 +11,10 @@ from ..analysis import Labels, Segment, read_alignments
 from ..analysis.alignment import SILENCE, STRIDE
 from ..analysis.alignment_files import SUFFIXES
 from ..data.finding import find_files
+from ..training.resume import CheckpointError, find_checkpoints
 from ..utils.command_line import ArgumentError, argument_errors, refuse_unused
 from ..utils.model_folder import open_config
+from .anchor import load_anchor
 
 if TYPE_CHECKING:
     from .pretraining_arguments import DataArguments, ModelArguments, RunArguments
@@ -122,6 +124,9 @@ def settle_anchor(model: ModelArguments, data: DataArguments, run: RunArguments)
             )
         return
     kind, way_out = anchor_kind(run.anchor), "set another --anchor"
+    begun = _labels_of_begun_run(run)
+    if begun is not None and kind == "model" and run.anchor_layer is None:
+        kind = "labels"  # a folder of TextGrids that is gone
     if kind != "mfcc":
         refuse_unused(run, defaults.get, ["anchor_features"], f"anchor={run.anchor} has no MFCCs", way_out)
         if data.streaming:
@@ -136,7 +141,9 @@ def settle_anchor(model: ModelArguments, data: DataArguments, run: RunArguments)
             last = open_config(run.anchor).num_hidden_layers
         raise ArgumentError(f"anchor={run.anchor} is a model: set --anchor_layer, from 1 to {last}.")
     if kind == "labels":
-        _settle_label_file(model, run.anchor, data.label_tier)
+        if begun is None:
+            begun = len(anchor_label_names(read_anchor_labels(run.anchor, data.label_tier)))
+        _settle_num_labels(model, run.anchor, begun)
     else:
         model.num_anchor_labels = model.num_anchor_labels or model.codebook_size
     ends = (run.anchor_end_weight, run.anchor_end_unmasked_share)
@@ -148,8 +155,17 @@ def settle_anchor(model: ModelArguments, data: DataArguments, run: RunArguments)
         )
 
 
-def _settle_label_file(model: ModelArguments, path: str, tier: str) -> None:
-    num_labels = len(anchor_label_names(read_anchor_labels(path, tier)))
+def _labels_of_begun_run(run: RunArguments) -> int | None:
+    """Return the number of labels of a run that has begun, which may outlive their file; None if it has not."""
+    if run.resume == "never" or not find_checkpoints(run.output_dir):
+        return None
+    try:
+        return load_anchor(run.output_dir).num_labels
+    except CheckpointError:  # it is made again
+        return None
+
+
+def _settle_num_labels(model: ModelArguments, path: str, num_labels: int) -> None:
     if model.num_anchor_labels not in (0, num_labels):
         raise ArgumentError(
             f"num_anchor_labels={model.num_anchor_labels}, but anchor={path} has {num_labels} different labels, with"

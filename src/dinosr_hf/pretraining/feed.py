@@ -50,7 +50,8 @@ class _StepPlan(NamedTuple):
     source: SpeechSource
     # Those with an utterance for each process, by their positions among all, which do not depend on the processes.
     steps: dict[int, list[Crop]]
-    summary: PlanSummary
+    members: Sequence[tuple[int, int]] | None
+    speeds: Sequence[float] | None
 
 
 def fingerprint(source: SpeechSource | SpeechStream) -> str:
@@ -220,7 +221,18 @@ class StepFeed:
 
     def summarize(self) -> PlanSummary | None:
         """Summarize the current epoch over all processes; None for a stream, which is not known in advance."""
-        return None if isinstance(self._source, SpeechStream) else self._plan(self._source).summary
+        return None if isinstance(self._source, SpeechStream) else self._summary(self._plan(self._source))
+
+    def _summary(self, plan: _StepPlan) -> PlanSummary:
+        sizes = {"micro_samples": self._micro_samples, "min_samples": self._min_samples}
+        return summarize_plan(
+            list(plan.steps.values()),
+            [utterance.num_samples for utterance in plan.source.utterances],
+            world_size=self._world_size,
+            **sizes,
+            members=plan.members,
+            speeds=plan.speeds,
+        )
 
     def _plan(self, source: SpeechSource) -> _StepPlan:
         """Plan the current epoch or window. Raises `ArgumentError` if no step has an utterance for each process."""
@@ -254,9 +266,7 @@ class StepFeed:
                 f"Epoch {self._epoch}: skipping {len(steps) - len(usable)} of {len(steps)} steps that have fewer"
                 f" utterances than there are processes ({world_size}). Raise step_seconds, or lower max_seconds."
             )
-        sizes = {"world_size": world_size, "micro_samples": self._micro_samples, "min_samples": self._min_samples}
-        summary = summarize_plan(list(usable.values()), num_samples, **sizes, members=members, speeds=speeds)
-        return _StepPlan(source, usable, summary)
+        return _StepPlan(source, usable, members, speeds)
 
     def _speeds(self, source: SpeechSource, members: Sequence[tuple[int, int]] | None) -> list[float] | None:
         """Return the speed of each member of the epoch; None if all are as recorded."""
@@ -284,7 +294,8 @@ class StepFeed:
         for plan in self._plans():
             if is_first:
                 is_first = False
-                logger.info(f"{'Window' if isinstance(self._source, SpeechStream) else 'Epoch'}: {plan.summary}")
+                what = "Window" if isinstance(self._source, SpeechStream) else "Epoch"
+                logger.info(f"{what}: {self._summary(plan)}")
             rest = {position: step for position, step in plan.steps.items() if position >= self._step}
             share = (self._rank, self._world_size, self._micro_samples)
             dataset = StepDataset(plan.source, list(rest.values()), self._collator, *share)

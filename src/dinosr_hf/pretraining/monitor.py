@@ -2,8 +2,8 @@
 Detection of collapse and divergence: figures of a run that leave their bounds, since when, and what usually helps.
 
 The loss of a collapsed model falls: if all frames are alike, they are easy to predict. Collapse shows in the
-perplexities, the codewords in use, and the share of the energy that changes over time. docs/experiments.md has the
-measurements behind the default bounds. A run diverges if its loss stays far above that of guessing.
+perplexities, the codewords in use, and the share of the energy that changes over time. docs/experiments-2026-11.md has
+the measurements behind the default bounds. A run diverges if its loss stays far above that of guessing.
 """
 
 from __future__ import annotations

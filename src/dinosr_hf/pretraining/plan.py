@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BYTES_PER_WEIGHT = 4  # weights, averages and codebooks are float32 in any precision
 ADAM_AVERAGES = 2
 # Codewords start at random, and frames fall on those that have moved. A run whose first step took them a tenth of the
-# way to their frames ended with 3 of 128 in use; the paper's takes them 98 % (docs/experiments.md).
+# way to their frames ended with 3 of 128 in use; the paper's takes them 98 % (docs/experiments-2026-11.md).
 MIN_FIRST_MOVE = 0.5
 # A teacher whose average spans more than this share of the run mostly remembers its random weights.
 MAX_MEMORY_SHARE = 0.25

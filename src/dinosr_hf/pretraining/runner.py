@@ -192,10 +192,16 @@ def open_held_out(arguments: PretrainingArguments, held_out: SpeechSource | None
     else:
         assert data.eval_data is not None
         options: dict[str, Any] = {"split": data.eval_split, "audio_column": data.audio_column}
-        if data.eval_data in data.data:
-            number = data.data.index(data.eval_data)
-            options["config_name"] = value_for(data.data_config, number)
-            if value_for(data.data_split, number) == data.eval_split:
+        same = [number for number, trained in enumerate(data.data) if trained == data.eval_data]
+        if same:
+            configs = {value_for(data.data_config, number) for number in same}
+            if len(configs) > 1:
+                raise ArgumentError(
+                    f"{name} is among the data with the configurations {', '.join(sorted(map(str, configs)))}, and"
+                    " which of them to evaluate on is not known. Give other eval_data, or eval_share."
+                )
+            (options["config_name"],) = configs
+            if data.eval_split in (value_for(data.data_split, number) for number in same):
                 advice = "Give another eval_split, or eval_share"
                 logger.warning("%s is trained on, so its figures are too good. %s.", name, advice)
         with argument_errors("eval_data="):
@@ -301,8 +307,11 @@ def _dry_run(arguments: PretrainingArguments, changes: Sequence[Change], acceler
     plan = RunPlan(arguments, summary, world_size, changes=changes, left_out=left_out)
     if accelerator.is_main_process:
         print(plan)
-        picture = save_figure(plan_figure(plan), Path(arguments.run.output_dir) / "plan.png")
-        print(f"\nThe plan is drawn in {picture}. Nothing was trained.")
+        try:
+            drawn = f"is drawn in {save_figure(plan_figure(plan), Path(arguments.run.output_dir) / 'plan.png')}"
+        except ImportError:
+            drawn = 'is not drawn, as there is no matplotlib (pip install "dinosr-hf[analysis]")'
+        print(f"\nThe plan {drawn}. Nothing was trained.")
 
 
 def _resume(arguments: PretrainingArguments, accelerator: Accelerator) -> Checkpoint | None:

@@ -20,7 +20,6 @@ from ..analysis.segmentation import find_runs
 from ..data import SAMPLING_RATE, SpeechSource
 from ..data.finding import literal_paths
 from ..data.output_folder import OutputFolder
-from ..model.modeling_dinosr import UNIT_SOURCES, check_unit_layers
 from ..utils.command_line import check_choice
 from ..utils.extras import import_extra
 from ..utils.files import atomic_file, write_atomically
@@ -168,15 +167,7 @@ class UnitCorpus(ExtractionFolder):
         check_choice("form", form, FORMATS)
         if shard_seconds <= 0:
             raise ValueError(f"shard_seconds={shard_seconds} must be more than 0.")
-        if kmeans is None:
-            if extractor.source not in UNIT_SOURCES:
-                raise ValueError(
-                    f"source={extractor.source} has features and no units of its own. Give k-means of it, or extract"
-                    " features."
-                )
-            check_unit_layers(extractor.config, extractor.layers, extractor.source)
-        else:
-            extractor.check_kmeans(kmeans)
+        extractor.check_units(kmeans)
         clusters = None if kmeans is None else kmeans.digest
         settings = {"layers": extractor.layers, "kmeans_sha256": clusters, "format": form, "deduplicate": deduplicate}
         place = {"process": process, "num_processes": num_processes}

@@ -19,6 +19,7 @@ from ..data import SAMPLING_RATE, SpeechSource
 from ..inference.windowed import RunningMoments, WindowedInference, model_batch, without_padding
 from ..model.configuration_dinosr import DinoSRConfig
 from ..model.modeling_dinosr import (
+    SOURCES,
     UNIT_SOURCES,
     DinoSRForPreTraining,
     check_layers,
@@ -93,7 +94,8 @@ class LayerExtractor(ABC):
         layers: Numbers of its transformer layers, from 1.
         source: Says what the features are taken from, one of `SOURCES`; for units alone, "anchor".
         is_smoothed: Whether the student's features are normalised over the recording, as the teacher's always are, and
-            averaged over three frames. Their clusters tell more of phones and less of speakers.
+            averaged over three frames. Their clusters tell more of phones and less of speakers. The teacher's are not
+            averaged, whatever this says.
         normalizes: Whether the model expects samples of zero mean and unit variance.
         is_padding_safe: Whether its outputs are independent of padding; if not, a batch is one window.
         windows: `window_seconds`, `context_seconds` and `batch_seconds` of `WindowedInference`.
@@ -113,6 +115,8 @@ class LayerExtractor(ABC):
         is_padding_safe: bool,
         **windows: float,
     ) -> None:
+        if is_smoothed and source == "anchor":
+            raise ValueError("is_smoothed applies to features, and source='anchor' has none. Leave it out.")
         self.model, self.config, self.layers, self.source = model.eval(), config, layers, source
         self.is_smoothed = is_smoothed and source != "teacher"
         if not is_padding_safe:
@@ -136,7 +140,11 @@ class LayerExtractor(ABC):
     @property
     def about_model(self) -> dict[str, str]:
         """The model's precision, and the digest of its weights in that, which is the same wherever the model is."""
-        return {"dtype": str(self.model.dtype).removeprefix("torch."), "model_sha256": model_digest(self.model)}
+        return {"dtype": self._dtype, "model_sha256": model_digest(self.model)}
+
+    @property
+    def _dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -166,12 +174,21 @@ class LayerExtractor(ABC):
                 f"k-means was fitted with is_smoothed={kmeans.is_smoothed}, but the extractor has"
                 f" is_smoothed={self.is_smoothed}. Use the same."
             )
-        own = self.about_model
-        if kmeans.dtype == own["dtype"] and kmeans.model_sha256 != own["model_sha256"]:
+        if kmeans.dtype != self._dtype:
+            return
+        digest = model_digest(self.model)
+        if kmeans.model_sha256 != digest:
             raise ValueError(
                 f"k-means was fitted on another model: its digest is {kmeans.model_sha256}, and that of"
-                f" {self.name or 'this one'} is {own['model_sha256']}. Use it with the model that it was fitted on, or"
-                " fit it again."
+                f" {self.name or 'this one'} is {digest}. Use it with the model that it was fitted on, or fit it"
+                " again."
+            )
+
+    def check_features(self) -> None:
+        """Raise `ValueError` if the source has no features."""
+        if self.source not in SOURCES:
+            raise ValueError(
+                f"source={self.source} has units, but no features. Give {', '.join(SOURCES[:-1])} or {SOURCES[-1]}."
             )
 
     def units(
@@ -237,9 +254,9 @@ class LayerExtractor(ABC):
 
         Features are the student's layer outputs, as they are or `is_smoothed`, or what the teacher's codebooks
         cluster, normalised over the recording. Hours of features are a memory-mapped temporary file. Raises
-        `ValueError` for the anchor, which has none.
+        `ValueError` as `check_features`.
         """
-        check_source(self.source)
+        self.check_features()
         for index, rows in self._runner.run(recordings, self._features, indices=indices, on_progress=on_progress):
             if rows is None:
                 rows = np.empty((0, len(self.layers), self.config.hidden_size), np.float32)
@@ -300,6 +317,19 @@ class UnitExtractor(LayerExtractor):
             **windows,
         )
 
+    def check_units(self, kmeans: LayerKMeans | None) -> None:
+        """Raise `ValueError` if k-means does not fit, see `check_kmeans`, or a layer has no units without it."""
+        if kmeans is not None:
+            self.check_kmeans(kmeans)
+            return
+        if self.source not in UNIT_SOURCES:
+            raise ValueError(
+                f"source={self.source} has features and no units of its own. Give k-means of it, or extract features."
+            )
+        if self.is_smoothed:
+            raise ValueError("is_smoothed applies to features and k-means, not to codewords. Leave it out.")
+        check_unit_layers(self.config, self.layers, self.source)
+
     def units(
         self,
         recordings: SpeechSource,
@@ -311,13 +341,12 @@ class UnitExtractor(LayerExtractor):
         """
         Extract the units of recordings as `LayerExtractor.units` does.
 
-        Without `kmeans` they are codewords, which every layer must have (else `ValueError`), or the anchor's labels.
+        Without `kmeans` they are codewords or the anchor's labels, see `check_units`.
         """
+        self.check_units(kmeans)
         if kmeans is not None:
             yield from super().units(recordings, kmeans=kmeans, indices=indices, on_progress=on_progress)
-            return
-        check_unit_layers(self.config, self.layers, self.source)
-        if self.source == "teacher":
+        elif self.source == "teacher":
             yield from self._units_of_features(recordings, self._teacher_units, indices, on_progress)
         else:
             yield from self._units_of_windows(recordings, self._codes, indices, on_progress)
@@ -343,39 +372,34 @@ def scored_units(
     model: DinoSRForPreTraining,
     recordings: SpeechSource,
     *,
-    layer: int = 5,
+    layer: int | None = None,
     source: str = "student",
     batch_seconds: float = 120.0,
     on_progress: Progress = None,
 ) -> Iterator[ScoredUnits]:
     """
-    Extract the units of recordings with their scores, the longest recording first.
+    Extract the units of a layer, by default `DinoSRConfig.default_layer`, with their scores; the longest recording
+    comes first.
 
     Scores of student and anchor are the probabilities that the head gives the units; those of the teacher minus the
     distances from its output to the codewords, the root mean square over the D dimensions. The arguments are those of
     `UnitExtractor` and its `units`, for a single layer, which must have units of the source (else `ValueError`).
     """
+    layer = model.config.default_layer(source) if layer is None else layer
     check_unit_layers(model.config, [layer], source)
-    number = layer - model.config.codebook_layers[0]
-    head = model.anchor_head if source == "anchor" else model.heads[number]
-    feature_layer, features_of = layer, "teacher"
-    # CODEPATH: "own_layer" for SpidR's checkpoints, "last_layer" for all others; the anchor's head is on the last.
-    if source == "student" and model.config.head_input == "own_layer":
-        features_of = "student_feed_forward"
-    elif source != "teacher":
-        feature_layer, features_of = model.config.num_hidden_layers, "student"
-    extractor = UnitExtractor(model, layers=[feature_layer], source=features_of, batch_seconds=batch_seconds)
+    feature_layers, features_of = model.unit_features([layer], source)
+    extractor = UnitExtractor(model, layers=feature_layers, source=features_of, batch_seconds=batch_seconds)
     for name, features in extractor.features(recordings, on_progress=on_progress):
         codes, scores = [], []
         for chunk in _chunks(features[:, 0]):
             rows = torch.tensor(chunk, device=model.device)  # (T, D)
-            if source != "teacher":
-                assert head is not None
-                chunk_scores, chunk_codes = head(rows.to(model.dtype)).float().softmax(dim=-1).max(dim=-1)
+            if source == "teacher":
+                chunk_codes = model.teacher_units(rows[None], [layer])[0]
+                codewords = model.codebooks.codewords[layer - model.config.codebook_layers[0]]
+                chunk_scores = -(rows - codewords[chunk_codes]).square().mean(dim=-1).sqrt()
             else:
-                chunk_codes = model.codebooks(rows[None], [number])[0]
-                distances = rows - model.codebooks.codewords[number][chunk_codes]
-                chunk_scores = -distances.square().mean(dim=-1).sqrt()
+                logits = model.unit_head(layer, source)(rows.to(model.dtype))
+                chunk_scores, chunk_codes = logits.float().softmax(dim=-1).max(dim=-1)
             codes.append(chunk_codes.cpu().numpy())
             scores.append(chunk_scores.cpu().numpy())
         yield ScoredUnits(name, np.concatenate(codes), np.concatenate(scores))

@@ -39,8 +39,7 @@ class FeatureFiles(ExtractionFolder):
         num_processes: int = 1,
     ) -> None:
         check_choice("form", form, FEATURE_FORMATS)
-        if extractor.source == "anchor":
-            raise ValueError("source=anchor has units, but no features. Give student or teacher.")
+        extractor.check_features()
         place = {"process": process, "num_processes": num_processes}
         super().__init__(folder, extractor, recordings, {}, results="features", **place)
         self._form = form

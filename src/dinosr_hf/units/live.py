@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data import SAMPLING_RATE
 from ..inference.windowed import RunningMoments
-from ..model.modeling_dinosr import DinoSRForPreTraining, check_unit_layers
+from ..model.modeling_dinosr import DinoSRForPreTraining
 
 
 class UnitStreamer:
@@ -31,7 +31,7 @@ class UnitStreamer:
 
     Args:
         model: In any precision, on any device; it is put into evaluation mode.
-        layer: Number of the transformer layer whose codebook is used, from 1.
+        layer: Number of the transformer layer whose codebook is used, from 1. None: `DinoSRConfig.default_layer`.
         source: "student", "teacher" or "anchor", see `DinoSRForPreTraining.encode_units`.
         layers: Several layers at once, instead of `layer`.
         context_seconds: Past signal in each window; memory and the time per step grow with it.
@@ -46,7 +46,7 @@ class UnitStreamer:
     def __init__(
         self,
         model: DinoSRForPreTraining,
-        layer: int = 5,
+        layer: int | None = None,
         source: str = "student",
         *,
         layers: Sequence[int] | None = None,
@@ -55,7 +55,7 @@ class UnitStreamer:
         step_seconds: float = 0.5,
         level: tuple[float, float] | None = None,
     ) -> None:
-        self._layers = check_unit_layers(model.config, [layer] if layers is None else layers, source)
+        self._layers = model.check_unit_request(layer, layers, source)
         self._is_single = layers is None
         self._model, self._source, self._level = model.eval(), source, level
         self._hop, self._field = model.config.inputs_to_logits_ratio, model.config.receptive_field

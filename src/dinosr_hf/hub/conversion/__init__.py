@@ -62,7 +62,7 @@ PRETRAINING = (
     *("attention_init", "qkv_bias", "codebook_decay", "codebook_end_decay", "codebook_end_decay_step"),
     *("codebook_update_steps", "codebook_revival_share", "num_anchor_labels", "ema_decay", "ema_schedule"),
     *("ema_end_decay", "ema_anneal_steps", "ema_timescale", "ema_threshold", "teacher_init", "freeze_teacher_step"),
-    *("freeze_front_end_step", "freeze_mode", "mask_prob", "mask_length", "mask_min_spans"),
+    *("freeze_front_end_step", "freeze_mode", "mask_prob", "mask_length", "mask_min_spans", "reference_padding"),
 )
 # Arguments of `convert` that only some layouts use.
 LAYOUT_ARGUMENTS = {"spidr": ("config", "num_attention_heads", "objective"), "fairseq, CTC": ("dictionary",)}
@@ -196,7 +196,7 @@ def _open_to_write(folder: Path, file: Path, layout: str) -> DinoSRForPreTrainin
 
 
 def _warn_of_losses(config: DinoSRConfig, written: DinoSRConfig) -> None:
-    """Name the settings of pre-training that are other ones when the file is read again."""
+    """Name the settings that are other ones when the file is read again."""
     pairs = {name: (getattr(config, name), getattr(written, name)) for name in PRETRAINING}
     lost = [f"{name}={own} (read back as {other})" for name, (own, other) in pairs.items() if own != other]
     if lost:
@@ -214,7 +214,7 @@ def convert_to_fairseq(folder: str | os.PathLike, file: str | os.PathLike) -> Pa
     """
     Write a `DinoSRForPreTraining` in the authors' layout and return the path; converting it back is bit-exact.
 
-    Settings of training that the layout has no place for are named in a warning.
+    Settings that the layout has no place for are named in a warning.
 
     Args:
         folder: Path of the model's folder, from `convert` or pre-training.

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ...model.configuration_dinosr import DinoSRConfig
+from ...model.configuration_dinosr import SAMPLING_RATE, DinoSRConfig
 from ...utils.command_line import argument_errors
 from ...utils.damaged_files import explain_damage
 from .checkpoint_file import ConversionError, open_checkpoint
@@ -39,6 +39,8 @@ def read_data2vec_folder(folder: Path) -> Layout:
             " data2vec-audio can be converted."
         )
     check_settings(settings, REQUIRED, {"add_adapter": False})
+    if (inputs := folder / "preprocessor_config.json").is_file():
+        check_settings(read_settings(inputs), (), {"do_normalize": True, "sampling_rate": SAMPLING_RATE})
     values = {name: settings[name] for name in FIELDS if name in settings}
     with argument_errors("The checkpoint's configuration is not valid: ", (TypeError,)):
         values["num_codebooks"] = min(DinoSRConfig().num_codebooks, settings["num_hidden_layers"])

@@ -1,4 +1,4 @@
-"""Download a checkpoint from the Hub: its file and the config.json beside it, no other file of the repository."""
+"""Download a checkpoint from the Hub: its file and the settings beside it, no other file of the repository."""
 
 from __future__ import annotations
 
@@ -71,5 +71,9 @@ def download_checkpoint(name: str) -> Path:
             f"{repository} on the Hub has no {' or '.join(files)}. Give the name of the repository and the path of its"
             f" checkpoint: {repository}/FILE."
         )
-    _download(repository, Path(match[2] or _FILES[0]).with_name("config.json").as_posix(), name)
-    return found.parent if found.name in ("model.safetensors", "pytorch_model.bin") else found
+    beside = Path(match[2] or _FILES[0])
+    _download(repository, beside.with_name("config.json").as_posix(), name)
+    if found.name not in ("model.safetensors", "pytorch_model.bin"):
+        return found
+    _download(repository, beside.with_name("preprocessor_config.json").as_posix(), name)
+    return found.parent

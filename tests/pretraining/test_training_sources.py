@@ -9,6 +9,7 @@ import signal
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from audio_files import datasets, sf
@@ -29,12 +30,21 @@ from pretraining_runs import ANCHORED, assert_same_run, metrics_of, send_at_load
 # Half of TINY's, so that an epoch has several steps.
 STEPS = {"step_seconds": 4.0, "micro_seconds": 4.0}
 
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch, tmp_path):
-    # datasets waits for seconds at the end of interleaved parquet files, because of a bug in old pyarrow.
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory):
+    """A folder of coloured noise in several formats, rates and channels."""
+    folder = tmp_path_factory.mktemp("recordings")
+    generator = np.random.default_rng(0)
+    for number, (suffix, rate, channels) in enumerate(
+        [("wav", 16000, 1), ("flac", 22050, 2), ("ogg", 16000, 1), ("mp3", 44100, 2), ("wav", 8000, 1)] * 3
+    ):
+        seconds = 0.8 + 0.15 * number
+        audio = generator.standard_normal((int(rate * seconds), channels)).cumsum(axis=0) * 0.002
+        sf.write(folder / f"{number:02d}.{suffix}", np.clip(audio, -0.9, 0.9), rate)
+    return folder
 
 
 @pytest.fixture(scope="session")
