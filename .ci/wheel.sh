@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Build sdist and wheel, install the wheel into an empty environment outside of the repository, and use it there.
 # Usage: .ci/wheel.sh [PYTHON [DIST]]: the Python to build and to install it with (python3); a folder that `make build`
-# made, to test its wheel.
+# made, to test its wheel. CONSTRAINTS: a file for pip (constraints.txt); empty: the newest releases, as a stranger gets.
 set -euo pipefail
 unset PYTHONPATH PYTHONDONTWRITEBYTECODE # the processes share what the first one compiles
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 python=$(realpath -s "$(command -v "${1:-python3}")")
+constraints=${CONSTRAINTS-$root/constraints.txt}
 dist=${2:+$(realpath -e "$2")}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -13,7 +14,7 @@ cd "$work"
 
 make_environment() { # its folder, what to install
 	"$python" -m venv --without-pip "$1"
-	"$python" -m pip --python "$1/bin/python" install -q --no-compile -c "$root/constraints.txt" "$2"
+	"$python" -m pip --python "$1/bin/python" install -q --no-compile ${constraints:+-c "$constraints"} "$2"
 }
 # Here and in `make build` the wheel is built from the sdist, so the sdist has all that building needs.
 if [[ -z $dist ]]; then
