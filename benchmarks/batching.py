@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 import torch
-from contest import headline
+from contest import at_least, headline
 
 from dinosr_hf import DinoSRConfig
 from dinosr_hf.data import (
@@ -48,18 +48,15 @@ class Case(NamedTuple):
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare steps with and without duration buckets.")
     parser.add_argument("data", nargs="?", help="folder, manifest, ... of recordings; default: the synthetic corpus")
-    parser.add_argument("--utterances", type=int, default=300, help="utterances of the synthetic corpus")
+    parser.add_argument("--utterances", type=at_least(1), default=300, help="utterances of the synthetic corpus")
     parser.add_argument("--step_seconds", type=float, default=600.0, help="audio of an optimizer step")
     parser.add_argument("--micro_seconds", type=float, default=120.0, help="audio of a forward pass, with padding")
     parser.add_argument("--min_seconds", type=float, default=2.0, help="leave out shorter utterances")
     parser.add_argument("--max_seconds", type=float, default=20.0, help="crop longer ones")
-    parser.add_argument("--num_buckets", type=int, default=20, help="number of buckets, compared with one")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs to read of each case")
-    parser.add_argument("--workers", type=int, default=0, help="reading processes")
-    options = parser.parse_args(argv)
-    if options.epochs < 1 or options.num_buckets < 2 or options.workers < 0:
-        parser.error("--epochs must be at least 1, --num_buckets 2, --workers 0.")
-    return options
+    parser.add_argument("--num_buckets", type=at_least(2), default=20, help="number of buckets, compared with one")
+    parser.add_argument("--epochs", type=at_least(1), default=3, help="epochs to read of each case")
+    parser.add_argument("--workers", type=at_least(0), default=0, help="reading processes")
+    return parser.parse_args(argv)
 
 
 def in_samples(seconds: float) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import torch
 from accelerate import Accelerator
-from contest import CONFIGS, SIZES, headline, model_config
+from contest import CONFIGS, add_size, headline, model_config, timing_parser
 from safetensors.torch import load_file
 
 from dinosr_hf import DinoSRForPreTraining
@@ -31,9 +31,8 @@ CONFIG = CONFIGS / "tiny_cpu.yaml"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure the stall of a checkpoint.")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="model of the demo or of the paper")
-    parser.add_argument("--repeats", type=int, default=5, help="number of checkpoints (%(default)s)")
+    parser = timing_parser(__doc__, repeats=5)
+    add_size(parser)
     return parser.parse_args(argv)
 
 
@@ -64,6 +63,7 @@ def check(state: TrainState, path: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         state, words = make_state(options.size, folder)
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
             num_bytes = sum(file.stat().st_size for file in path.iterdir())
     stall, total = statistics.median(stalls), statistics.median(totals)
     size = f"{options.size}, {num_bytes / 1e6:,.0f} MB a checkpoint"
-    print(headline(torch.device("cpu"), torch.get_num_threads()))
+    print(headline(torch.device("cpu"), options.threads))
     print(f"{size}, medians of {options.repeats}")
     print("| training stands still, s | files take, s | share |\n|---|---|---|")
     print(f"| {stall:.3f} | {total:.3f} | {stall / total:.2f} |")

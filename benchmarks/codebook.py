@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from contest import choose_device, headline, time_in_turn
+from contest import at_least, choose_device, headline, time_in_turn, timing_parser
 
 from dinosr_hf.model.codebook_dinosr import OnlineCodebooks
 
@@ -63,13 +63,11 @@ def largest_difference(size: int, targets: torch.Tensor) -> float:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time one step of the base model's codebooks.")
-    parser.add_argument("--frames", type=int, default=2_000, help="masked frames per step (%(default)s)")
+    parser = timing_parser(__doc__, repeats=9)
+    parser.add_argument("--frames", type=at_least(1), default=2_000, help="masked frames per step (%(default)s)")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[256, 512, 1_024, 2_048], help="codebook sizes (%(default)s)"
+        "--sizes", type=at_least(1), nargs="+", default=[256, 512, 1_024, 2_048], help="codebook sizes (%(default)s)"
     )
-    parser.add_argument("--repeats", type=int, default=9, help="timed steps of each form (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     return parser.parse_args(argv)
 
 

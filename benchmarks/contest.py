@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dinosr_hf import DinoSRConfig
 from dinosr_hf.pretraining import parse_arguments
+from dinosr_hf.utils.tables import markdown_table
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 SAMPLING_RATE = 16_000
@@ -49,26 +50,43 @@ def model_config(size: str) -> DinoSRConfig:
     )
 
 
-def contest_parser(description: str | None, *, batch: int, repeats: int) -> argparse.ArgumentParser:
-    """Return a parser of the options that all benchmarks with contestants in processes of their own have."""
+def at_least(least: float) -> Callable[[str], float]:
+    """Return a type of options: numbers of at least so much, whole ones if `least` is an int."""
+
+    def number(text: str) -> float:
+        if not (value := type(least)(text)) >= least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}.")
+        return value
+
+    return number
+
+
+def timing_parser(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
+    """Return a parser of the options of all benchmarks that time forms in turn."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's (%(default)s)")
-    parser.add_argument("--batch", type=int, default=batch, help="number of utterances (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=repeats, help="timed steps of each contestant (%(default)s)")
+    parser.add_argument("--repeats", type=at_least(1), default=repeats, help="number of timed runs (%(default)s)")
     parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads (%(default)s)"
+        "--threads", type=at_least(1), default=torch.get_num_threads(), help="number of CPU threads (%(default)s)"
+    )
+    return parser
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's (%(default)s)")
+
+
+def contest_parser(
+    description: str | None, *, batch: int, repeats: int, smallest_batch: int = 1
+) -> argparse.ArgumentParser:
+    """Return a parser of the options that all benchmarks with contestants in processes of their own have."""
+    parser = timing_parser(description, repeats=repeats)
+    add_size(parser)
+    parser.add_argument(
+        "--batch", type=at_least(smallest_batch), default=batch, help="number of utterances (%(default)s)"
     )
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--serve", help=argparse.SUPPRESS)  # the contestant that a process is
     return parser
-
-
-def parse_contest(parser: argparse.ArgumentParser, argv: Sequence[str], *, smallest_batch: int) -> argparse.Namespace:
-    """Parse the command line, and check the options that all benchmarks have."""
-    options = parser.parse_args(argv)
-    if options.batch < smallest_batch or options.repeats < 1 or options.threads < 1:
-        parser.error(f"--batch must be at least {smallest_batch}, --repeats and --threads 1.")
-    return options
 
 
 def choose_device(threads: int) -> torch.device:
@@ -221,14 +239,33 @@ def compete(script: str, names: Sequence[str], argv: Sequence[str], repeats: int
     return found
 
 
-def print_times(found: Mapping[str, Mapping[str, Any]], audio: float) -> None:
-    """Print a table of the results of `compete`, for steps of `audio` seconds, with ratios to "ours"."""
-    ours = statistics.median(found["ours"]["times"])
-    print("| contestant | median (s) | min | max | audio s/s | peak GiB | ours / it |")
-    print("|---|---|---|---|---|---|---|")
-    for name, one in found.items():
-        middle = statistics.median(one["times"])
-        print(
-            f"| {name} | {middle:.3f} | {min(one['times']):.3f} | {max(one['times']):.3f} | {audio / middle:.1f}"
-            f" | {one['gib']:.2f} | {ours / middle:.2f} |"
-        )
+def print_times(
+    heading: str,
+    times: Mapping[str, Sequence[float]],
+    others: Callable[[str, float], Mapping[str, str]] = lambda name, median: {},
+) -> None:
+    """Print a table of the seconds of runs by name; `others` returns a row's further cells from name and median."""
+    rows = []
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        spread = {"median (s)": median, "min": min(seconds), "max": max(seconds)}
+        cells = {column: f"{value:.3f}" for column, value in spread.items()}
+        rows.append({heading: name, **cells, **others(name, median)})
+    print(markdown_table([*rows[0]], [[*row.values()] for row in rows]), end="", flush=True)
+
+
+def print_contest(
+    found: Mapping[str, Mapping[str, Any]],
+    audio: float,
+    others: Callable[[float], Mapping[str, str]] = lambda median: {},
+    compared: Mapping[str, str] = {},
+) -> None:
+    """Print a table of the results of `compete`, for steps of `audio` seconds, with ratios to "ours" or `compared`."""
+    times = {name: one["times"] for name, one in found.items()}
+
+    def cells(name: str, median: float) -> dict[str, str]:
+        ours = statistics.median(times[compared.get(name, "ours")])
+        own = {"audio s/s": f"{audio / median:.1f}", "peak GiB": f"{found[name]['gib']:.2f}"}
+        return {**own, **others(median), "ours / it": f"{ours / median:.2f}"}
+
+    print_times("contestant", times, cells)

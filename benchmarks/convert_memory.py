@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from contest import headline, model_config
+from contest import add_size, headline, model_config
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.hub.conversion.fairseq import to_fairseq
@@ -34,7 +34,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the memory of a conversion.")
-    parser.add_argument("--size", choices=("tiny", "base"), default="tiny", help="model of the demo or of the paper")
+    add_size(parser)
     parser.add_argument("--optimizer", action="store_true", help="add the optimizer's two moments to the file")
     return parser.parse_args(argv)
 
@@ -45,7 +45,7 @@ def write_checkpoint(size: str, optimizer: bool, file: Path) -> dict[str, torch.
     model = DinoSRForPreTraining(model_config(size))
     checkpoint = to_fairseq(model)
     if optimizer:
-        moments = [{"exp_avg": p.detach(), "exp_avg_sq": p.detach().square()} for p in model.dinosr.parameters()]
+        moments = [{"exp_avg": p.detach().clone(), "exp_avg_sq": p.detach() ** 2} for p in model.dinosr.parameters()]
         checkpoint["last_optimizer_state"] = {"state": dict(enumerate(moments))}
     torch.save(checkpoint, file)
     return model.state_dict()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from contest import SAMPLING_RATE, SIZES, headline, time_in_turn
+from contest import SAMPLING_RATE, add_size, at_least, headline, print_times, time_in_turn, timing_parser
 from train_step import make_model
 
 from dinosr_hf import set_fast_cpu
@@ -56,12 +56,10 @@ def largest_difference(encoder: DinoSRFeatureEncoder, waveforms: torch.Tensor) -
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time the convolutional feature encoder.")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's (%(default)s)")
-    parser.add_argument("--batch", type=int, default=4, help="number of utterances (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of each utterance (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=10, help="timed runs of each form (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser = timing_parser(__doc__, repeats=10)
+    add_size(parser)
+    parser.add_argument("--batch", type=at_least(1), default=4, help="number of utterances (%(default)s)")
+    parser.add_argument("--seconds", type=at_least(0.1), default=5.0, help="length of each utterance (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -82,9 +80,7 @@ def main(argv: Sequence[str]) -> None:
         f"{options.size}: {options.batch} x {options.seconds:g} s, {options.repeats} runs of each form in turn;"
         f" outputs and gradients differ by at most {difference:.1e}\n"
     )
-    print("| form | median (s) | min | max |\n|---|---|---|---|")
-    for name, seconds in times.items():
-        print(f"| {name} | {statistics.median(seconds):.3f} | {min(seconds):.3f} | {max(seconds):.3f} |")
+    print_times("form", times)
     ratio = statistics.median(times["plain"]) / statistics.median(times["fast"])
     print(f"\nplain / fast: {ratio:.2f}")
 

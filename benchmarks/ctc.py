@@ -14,17 +14,8 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from contest import (
-    choose_device,
-    compete,
-    contest_parser,
-    headline,
-    model_config,
-    parse_contest,
-    print_times,
-    serve,
-)
-from extract import SAMPLING_RATE, baseline_config, make_batch, num_samples
+from contest import choose_device, compete, contest_parser, headline, model_config, print_contest, serve
+from extract import SAMPLING_RATE, baseline_config, make_batch, num_samples, parse_lengths
 from transformers import Data2VecAudioConfig, Data2VecAudioForCTC
 
 from dinosr_hf import DinoSRForCTC
@@ -43,13 +34,8 @@ Recogniser = DinoSRForCTC | Data2VecAudioForCTC
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = contest_parser(__doc__, batch=4, repeats=5)
-    parser.add_argument("--shortest", type=float, default=3.0, help="seconds of the shortest, at least 0.5")
-    parser.add_argument("--longest", type=float, default=8.0, help="seconds of the longest; lengths are spaced evenly")
     parser.add_argument("--train_convolutions", action="store_true", help="train the convolutions too")
-    options = parse_contest(parser, argv, smallest_batch=1)
-    if not 0.5 <= options.shortest <= options.longest:
-        parser.error(f"--shortest={options.shortest:g} must be between 0.5 and --longest={options.longest:g}.")
-    return options
+    return parse_lengths(parser, argv, shortest=3.0, longest=8.0)
 
 
 def make_recogniser(name: str, options: argparse.Namespace, device: torch.device, **changes: float) -> Recogniser:
@@ -143,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
         f"{options.size}: {options.batch} utterances of {options.shortest:g} to {options.longest:g} s, convolutions"
         f" {'trained' if options.train_convolutions else 'frozen'}; {options.repeats} steps of each in turn\n"
     )
-    print_times(found, audio)
+    print_contest(found, audio)
 
 
 if __name__ == "__main__":

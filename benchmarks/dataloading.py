@@ -27,7 +27,7 @@ import datasets
 import numpy as np
 import soundfile as sf
 import torch
-from contest import SAMPLING_RATE, SIZES, choose_device, headline, model_config, wait_for
+from contest import SAMPLING_RATE, SIZES, at_least, choose_device, headline, model_config, wait_for
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.data import FolderSource, MicroBatch, SpeechSource, SpeechStream, open_source, open_stream
@@ -50,17 +50,14 @@ class Storage(NamedTuple):
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the reading of steps from files of several kinds.")
     parser.add_argument("data", nargs="?", help="folder of recordings; default: the synthetic corpus")
-    parser.add_argument("--utterances", type=int, default=300, help="utterances of the synthetic corpus")
+    parser.add_argument("--utterances", type=at_least(1), default=300, help="utterances of the synthetic corpus")
     parser.add_argument("--step_seconds", type=float, default=200.0, help="audio of an optimizer step")
     parser.add_argument("--micro_seconds", type=float, default=50.0, help="audio of a forward pass")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs to read of each form")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="reading processes")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the model")
+    parser.add_argument("--epochs", type=at_least(1), default=3, help="epochs to read of each form")
+    parser.add_argument("--workers", type=at_least(0), nargs="+", default=[0, 1, 2], help="reading processes")
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads(), help="threads of the model")
     parser.add_argument("--train", choices=SIZES, default="tiny", help="size of the model to train")
-    options = parser.parse_args(argv)
-    if options.epochs < 1 or options.utterances < 1 or min(options.workers) < 0:
-        parser.error("--epochs and --utterances must be at least 1, --workers 0.")
-    return options
+    return parser.parse_args(argv)
 
 
 def store(source: SpeechSource, place: Path) -> list[Storage]:

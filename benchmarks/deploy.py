@@ -15,12 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from contest import SAMPLING_RATE, SIZES, headline, model_config
+from contest import SAMPLING_RATE, add_size, at_least, headline, model_config, print_times, time_in_turn, timing_parser
 
 from dinosr_hf import DinoSRForCTC
 from dinosr_hf.hub.export import FolderModel, OnnxModel, TorchModel, compare, export_onnx, quantize_onnx
@@ -31,15 +32,11 @@ TOLERANCE = 1e-4
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="the demo's model or the paper's")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of the utterance, at least 0.1")
-    parser.add_argument("--repeats", type=int, default=5, help="number of timed runs of each form")
-    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads")
-    options = parser.parse_args(argv)
-    if options.seconds < 0.1 or options.repeats < 1 or options.threads < 1:
-        parser.error("--seconds must be at least 0.1, --repeats and --threads at least 1.")
-    return options
+    parser = timing_parser(__doc__, repeats=5)
+    parser.set_defaults(threads=1)
+    add_size(parser)
+    parser.add_argument("--seconds", type=at_least(0.1), default=10.0, help="length of the utterance (%(default)s)")
+    return parser.parse_args(argv)
 
 
 def save_model(size: str, folder: Path) -> None:
@@ -73,26 +70,25 @@ def main(argv: Sequence[str]) -> None:
         difference = found["onnx"].max_difference
         sys.exit(f"Nothing was timed: the network's output differs from torch's by {difference:.1e}")
 
-    times: dict[str, list[float]] = {name: [] for name in models}
     cpu_times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(options.repeats):
-        for name, model in models.items():
-            since, cpu_since = time.perf_counter(), time.process_time()
-            model.run([waveform])
-            times[name].append(time.perf_counter() - since)
-            cpu_times[name].append(time.process_time() - cpu_since)
 
+    def run(name: str) -> None:
+        since = time.process_time()
+        models[name].run([waveform])
+        cpu_times[name].append(time.process_time() - since)
+
+    def cells(name: str, median: float) -> dict[str, str]:
+        return {
+            "CPU (s)": f"{statistics.median(cpu_times[name]):.3f}",
+            "size (MiB)": f"{found[name].num_bytes[1] / 2**20:.1f}",
+            "largest difference": f"{found[name].max_difference:.1e}",
+            "other best labels": f"{found[name].changed_decisions:.1%}",
+        }
+
+    times = time_in_turn({name: partial(run, name) for name in models}, options.repeats, torch.device("cpu"))
     print(headline(torch.device("cpu"), options.threads, "onnxruntime"))
     print(f"{options.size}: one utterance of {options.seconds:g} s, {options.repeats} runs of each in turn\n")
-    print("| form | size (MiB) | median (s) | min | max | CPU (s) | largest difference | other best labels |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, seconds in times.items():
-        comparison = found[name]
-        print(
-            f"| {name} | {comparison.num_bytes[1] / 2**20:.1f} | {statistics.median(seconds):.3f} |"
-            f" {min(seconds):.3f} | {max(seconds):.3f} | {statistics.median(cpu_times[name]):.3f} |"
-            f" {comparison.max_difference:.1e} | {comparison.changed_decisions:.1%} |"
-        )
+    print_times("form", times, cells)
     print()
     for clock, measured in (("wall time", times), ("CPU time, which depends less on other programs", cpu_times)):
         medians = {name: statistics.median(seconds) for name, seconds in measured.items()}

@@ -5,8 +5,9 @@ Time features and units of a padded batch, compared with models of transformers 
 
 Each contestant runs in its own process, in evaluation mode, and they take turns on the same padded batch with its
 attention mask. Features: `ours`, `data2vec` and `hubert` (transformers, the same sizes), `spidr` (outputs of all
-layers). Units of layer 5: `ours units` and `spidr units` by the student's head, `ours teacher` by the teacher. Nothing
-is timed unless our features equal those of `Data2VecAudioModel` with our weights on each utterance alone.
+layers). Units: `ours units` and `spidr units` are those of all codebooks, by the student's heads; `ours teacher` those
+of the lowest codebook, by the teacher. `spidr units` is compared with `ours units`, all others with `ours`. Nothing is
+timed unless our features equal those of `Data2VecAudioModel` with our weights on each utterance alone.
 """
 
 import argparse
@@ -16,13 +17,13 @@ from collections.abc import Callable, Sequence
 import torch
 from contest import (
     SAMPLING_RATE,
+    at_least,
     choose_device,
     compete,
     contest_parser,
     headline,
     model_config,
-    parse_contest,
-    print_times,
+    print_contest,
     require_spidr,
     serve,
 )
@@ -36,17 +37,27 @@ OURS = ("ours", "ours units", "ours teacher")
 BASELINES = ("data2vec", "hubert", "spidr", "spidr units")
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = contest_parser(__doc__, batch=8, repeats=5)
+def parse_lengths(
+    parser: argparse.ArgumentParser, argv: Sequence[str], *, shortest: float, longest: float
+) -> argparse.Namespace:
+    """Add the lengths of a batch to the options, and parse them all."""
     parser.add_argument(
-        "--shortest", type=float, default=2.0, help="seconds of the shortest, at least 0.5 (%(default)s)"
+        "--shortest", type=at_least(0.5), default=shortest, help="seconds of the shortest (%(default)s)"
     )
     parser.add_argument(
         "--longest",
         type=float,
-        default=12.0,
+        default=longest,
         help="seconds of the longest; lengths are spaced evenly (%(default)s)",
     )
+    options = parser.parse_args(argv)
+    if not options.shortest <= options.longest:
+        parser.error(f"--shortest={options.shortest:g} must be at most --longest={options.longest:g}.")
+    return options
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = contest_parser(__doc__, batch=8, repeats=5)
     parser.add_argument(
         "--peers",
         nargs="+",
@@ -54,10 +65,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=["data2vec", "hubert"],
         help="baselines to compare with (%(default)s)",
     )
-    options = parse_contest(parser, argv, smallest_batch=1)
-    if not 0.5 <= options.shortest <= options.longest:
-        parser.error(f"--shortest={options.shortest:g} must be between 0.5 and --longest={options.longest:g}.")
-    return options
+    return parse_lengths(parser, argv, shortest=2.0, longest=12.0)
 
 
 def num_samples(options: argparse.Namespace) -> torch.Tensor:
@@ -97,18 +105,26 @@ def make_contestant(
     config = model_config(options.size)
     if name in OURS:
         model = DinoSRForPreTraining(config).to(device).eval()
-        layer = config.codebook_layers[0]
         if name == "ours":
             return lambda waveforms, mask: model.dinosr(waveforms, mask).last_hidden_state
-        source = "student" if name == "ours units" else "teacher"
-        return lambda waveforms, mask: model.encode_units(waveforms, mask, layer=layer, source=source)
+        layers, source = config.codebook_layers, "student"
+        if name == "ours teacher":
+            layers, source = layers[:1], "teacher"
+        return lambda waveforms, mask: model.encode_units(waveforms, mask, layers=layers, source=source)
     if name.startswith("spidr"):
         from spidr.config import DinoSRConfig as SpidrConfig  # type: ignore[import-not-found]
         from spidr.models import DinoSR
 
         spidr_model = DinoSR(SpidrConfig()).to(device).eval()
-        encode = spidr_model.get_codebooks if name == "spidr units" else spidr_model.get_intermediate_outputs
-        return lambda waveforms, mask: encode(waveforms, attention_mask=frame_mask(config, mask)[:, None, None])
+
+        def run_spidr(waveforms: torch.Tensor, mask: torch.Tensor) -> object:
+            padding = frame_mask(config, mask)[:, None, None]
+            if name == "spidr":
+                return spidr_model.get_intermediate_outputs(waveforms, attention_mask=padding)
+            found = spidr_model.get_codebooks(waveforms, attention_mask=padding)
+            return [probabilities.argmax(dim=-1) for probabilities in found if probabilities is not None]
+
+        return run_spidr
     kind, build = (Data2VecAudioConfig, Data2VecAudioModel) if name == "data2vec" else (HubertConfig, HubertModel)
     baseline = build(baseline_config(kind, config)).to(device).eval()
     return lambda waveforms, mask: baseline(waveforms, attention_mask=mask).last_hidden_state
@@ -166,7 +182,7 @@ def main(argv: Sequence[str]) -> None:
         f"{options.size}: {options.batch} utterances of {options.shortest:g} to {options.longest:g} s in a batch,"
         f" {padding:.0%} of it padding; {options.repeats} runs of each in turn\n"
     )
-    print_times(results, audio)
+    print_contest(results, audio, compared={"spidr units": "ours units"})
 
 
 if __name__ == "__main__":

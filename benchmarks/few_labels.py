@@ -59,20 +59,20 @@ def word_error_rate(out: Path, flags: Sequence[str | Path]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     folder = Path(options.output_dir)
+    models = {seed: pretrained(folder, seed, options.pretraining_steps) for seed in options.seeds}
     print(headline(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.get_num_threads()))
-    print("| labels | start | " + " | ".join(f"seed {seed}" for seed in options.seeds) + " | mean |")
-    print("|---|---|" + "---|" * (len(options.seeds) + 1))
+    print("| labels | start | " + " | ".join(f"seed {seed}" for seed in models) + " | mean |")
+    print("|---|---|" + "---|" * (len(models) + 1))
     for labels, num_utterances in UTTERANCES.items():
         for start, extra in STARTS.items():
             rates = options.scratch_learning_rates if start == "from scratch" else [1e-3]
             for rate in rates:
                 found = []
-                for seed in options.seeds:
-                    model = pretrained(folder, seed, options.pretraining_steps)
+                for seed, model in models.items():
                     flags = ["--model", model, "--seed", str(seed), "--synthetic_utterances", str(num_utterances)]
                     flags += ["--max_steps", str(options.max_steps), "--learning_rate", str(rate), *extra]
-                    name = f"{start}-{labels}-{rate}-{options.max_steps}-{seed}".replace(" ", "_")
-                    found.append(word_error_rate(folder / name, flags))
+                    name = f"{start}-{labels}-{rate}-{options.pretraining_steps}-{options.max_steps}-{seed}"
+                    found.append(word_error_rate(folder / name.replace(" ", "_"), flags))
                 cells = " | ".join(f"{wer:.1%}" for wer in found)
                 described = start if start == "pre-trained" else f"{start}, learning rate {rate:g}"
                 print(f"| {labels} | {described} | {cells} | {np.mean(found):.1%} |", flush=True)

@@ -1,7 +1,7 @@
 """
 Check on one GPU, within eight minutes, the most important of what the benchmarks and the tests check on a CPU.
 
-    python benchmarks/gpu_check.py --output gpu.md
+    python benchmarks/gpu_check.py --output runs/gpu.md
     python benchmarks/gpu_check.py --spidr_python spidr_env/bin/python --parts step compile
     python benchmarks/gpu_check.py --size tiny --minutes 20                # on a CPU, to try the script
 
@@ -39,6 +39,7 @@ from train_step import disable_dropout, make_inputs, make_model
 
 from dinosr_hf import DinoSRForPreTraining
 from dinosr_hf.hub.conversion import convert
+from dinosr_hf.utils.files import claim_output_file
 
 ROOT = Path(__file__).parent.parent
 # Name of a part -> its seconds at most, of eight minutes. What takes longest comes last and gets what is left.
@@ -56,7 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="time limit of all parts together (%(default)s)")
     parser.add_argument("--data", nargs="+", default=["synthetic"], help="recordings of `pretrain` (synthetic speech)")
     parser.add_argument("--spidr_python", help="Python in which spidr and this package are installed, to compare with")
-    parser.add_argument("--output", help="file to write the table to")
+    parser.add_argument("--output", type=claim_output_file, help="file to write the table to")
     parser.add_argument("--serve", help=argparse.SUPPRESS)  # the part that a process is
     options = parser.parse_args(argv)
     if options.minutes <= 0:
@@ -106,7 +107,7 @@ def rows_of(printed: str) -> list[tuple[str, str]]:
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         if header is None:
             header = cells
-        elif not name.startswith("---"):
+        elif not name.startswith("---") and len(cells) == len(header):  # a part that was killed leaves half a row
             named = [f"{column} {cell}" for column, cell in zip(header, cells, strict=True) if column not in SPREAD]
             rows.append((name, ", ".join(named if len(cells) > 1 else cells)))
     return rows
@@ -357,7 +358,7 @@ def main(argv: Sequence[str]) -> None:
     lines += [f"| {' | '.join(row)} |" for row in [("part", "what", "figures"), ("---",) * 3, *rows]]
     print("\n".join(lines))
     if options.output:
-        Path(options.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}.")
 

@@ -4,8 +4,9 @@ Measure how time and memory of a training step grow with batch, seconds, layers,
     python benchmarks/scaling.py --size base --seconds 4 --repeats 3 --threads 2 --axes batch seconds layers codewords
 
 One axis changes at a time. Each value runs in its own process, and they take steps in turn. Nothing is timed unless
-the checks of `train_step.py` hold. The table has the time and the counted operations relative to the first value: time
-should grow no faster. Along `processes`, all processes share batch and threads (gloo on CPUs, nccl on GPUs).
+the checks of `train_step.py` hold. The table of an axis has the time and the counted operations relative to the first
+value: time should grow no faster. Along `processes`, all processes share batch and threads (gloo on CPUs, nccl on
+GPUs), and the memory is that of the first.
 """
 
 import argparse
@@ -14,11 +15,12 @@ import os
 import socket
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from contest import CountOperations, choose_device, compete, contest_parser, headline, parse_contest, serve
+from contest import CountOperations, at_least, choose_device, compete, contest_parser, headline, print_times, serve
 from torch.nn.parallel import DistributedDataParallel
 from train_step import find_errors, make_inputs, our_step
 
@@ -33,15 +35,12 @@ ENVIRONMENT = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = contest_parser(__doc__, batch=4, repeats=5)
+    parser = contest_parser(__doc__, batch=4, repeats=5, smallest_batch=2)
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="length of an utterance along the other axes (%(default)s)"
+        "--seconds", type=at_least(0.5), default=4.0, help="length of an utterance along the other axes (%(default)s)"
     )
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what to vary (all)")
-    options = parse_contest(parser, argv, smallest_batch=2)
-    if options.seconds < 0.5:
-        parser.error(f"--seconds={options.seconds:g} must be at least 0.5.")
-    return options
+    return parser.parse_args(argv)
 
 
 def at(options: argparse.Namespace, axis: str, value: int) -> tuple[argparse.Namespace, dict[str, int]]:
@@ -111,6 +110,25 @@ def run_contestant(options: argparse.Namespace) -> None:
     serve(step, device, summarize)
 
 
+def print_axis(axis: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the table of an axis from what `compete` returned for its values."""
+    first = next(iter(found))
+    base = statistics.median(found[first]["times"])
+    memory = "peak GiB of the first process" if axis == "processes" else "peak GiB"
+
+    def growth(name: str, median: float) -> dict[str, str]:
+        time, operations = median / base, found[name]["operations"] / found[first]["operations"]
+        return {
+            "time": f"{time:.2f}",
+            "operations": f"{operations:.2f}",
+            "time per operation": f"{time / operations:.2f}",
+            memory: f"{found[name]['gib']:.2f}",
+        }
+
+    print_times(axis, {name: one["times"] for name, one in found.items()}, growth)
+    print()
+
+
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     if options.serve:
@@ -121,21 +139,9 @@ def main(argv: Sequence[str]) -> None:
         sys.exit("Nothing was timed: " + "; ".join(found))
     print(headline(device, options.threads, "transformers", precision="bf16" if options.bf16 else "float32"))
     print(f"{options.size}: {options.batch} x {options.seconds:g} s unless varied; {options.repeats} steps in turn\n")
-    print("| axis | value | median (s) | min | max | time | operations | time per operation | peak GiB |")
-    print("|---|---|---|---|---|---|---|---|---|")
     for axis in options.axes:
-        names = {f"{axis}={value}": value for value in AXES[axis]}
-        found = compete(__file__, list(names), argv, options.repeats)
-        first = next(iter(found.values()))
-        for name, one in found.items():
-            middle = statistics.median(one["times"])
-            time = middle / statistics.median(first["times"])
-            operations = one["operations"] / first["operations"]
-            print(
-                f"| {axis} | {names[name]:,} | {middle:.3f} | {min(one['times']):.3f} | {max(one['times']):.3f} |"
-                f" {time:.2f} | {operations:.2f} | {time / operations:.2f} | {one['gib']:.2f} |",
-                flush=True,
-            )
+        found = compete(__file__, [f"{axis}={value}" for value in AXES[axis]], argv, options.repeats)
+        print_axis(axis, {f"{value:,}": one for value, one in zip(AXES[axis], found.values(), strict=True)})
 
 
 if __name__ == "__main__":

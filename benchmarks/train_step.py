@@ -12,7 +12,6 @@ compiled` are forms compiled with `torch.compile`.
 
 import argparse
 import contextlib
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +21,13 @@ import torch
 from contest import (
     SAMPLING_RATE,
     CountOperations,
+    at_least,
     choose_device,
     compete,
     contest_parser,
     headline,
     model_config,
-    parse_contest,
+    print_contest,
     require_spidr,
     serve,
     wait_for,
@@ -54,10 +54,8 @@ PARTS = {
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = contest_parser(__doc__, batch=4, repeats=10)
-    parser.add_argument(
-        "--seconds", type=float, default=4.0, help="length of an utterance, at least 0.5 (%(default)s)"
-    )
+    parser = contest_parser(__doc__, batch=4, repeats=10, smallest_batch=2)
+    parser.add_argument("--seconds", type=at_least(0.5), default=4.0, help="length of an utterance (%(default)s)")
     parser.add_argument(
         "--peers",
         nargs="+",
@@ -65,10 +63,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=["eager"],
         help="baselines to compare with (%(default)s)",
     )
-    options = parse_contest(parser, argv, smallest_batch=2)
-    if options.seconds < 0.5:
-        parser.error(f"--seconds={options.seconds:g} must be at least 0.5.")
-    return options
+    return parser.parse_args(argv)
 
 
 def make_model(size: str, attention: str, device: torch.device, **changes: Any) -> DinoSRForPreTraining:
@@ -256,19 +251,14 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def report(found: dict[str, dict], options: argparse.Namespace, device: torch.device) -> None:
-    audio = options.batch * options.seconds
     rate = matrix_rate(device, torch.bfloat16 if options.bf16 else torch.float32)
-    ours = statistics.median(found["ours"]["times"])
-    print("| contestant | median (s) | min | max | audio s/s | peak GiB | TFLOP/s | of matrix rate | ours / it |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name, one in found.items():
-        middle = statistics.median(one["times"])
+
+    def speed(median: float) -> dict[str, str]:
         # All do the same work, so our count of operations is used for all.
-        speed = found["ours"]["operations"] / middle
-        print(
-            f"| {name} | {middle:.3f} | {min(one['times']):.3f} | {max(one['times']):.3f} | {audio / middle:.1f}"
-            f" | {one['gib']:.2f} | {speed / 1e12:.2f} | {speed / rate:.0%} | {ours / middle:.2f} |"
-        )
+        operations = found["ours"]["operations"] / median
+        return {"TFLOP/s": f"{operations / 1e12:.2f}", "of matrix rate": f"{operations / rate:.0%}"}
+
+    print_contest(found, options.batch * options.seconds, speed)
     memory = {name: found["ours"]["gib"] / one["gib"] for name, one in found.items() if name != "ours"}
     print("\nmemory, ours / it: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in memory.items()))
     parts = sorted(found["ours"]["parts"].items(), key=lambda part: -part[1])

@@ -93,7 +93,7 @@ class Study:
         return {units.id: units.codes[0] for units in extractor.units(self.recordings)}
 
     def at_seams(self, found: dict[str, np.ndarray], window_seconds: float, context_seconds: float) -> float:
-        """Return the percentage of frames within 0.2 s of a seam that have the same unit."""
+        """Return the percentage of frames within 0.2 s of a seam that have the same unit, or nan without seams."""
         config, same = self.model.config, []
         frames = SAMPLING_RATE / config.inputs_to_logits_ratio
         for name, codes in self.whole.items():
@@ -101,7 +101,7 @@ class Study:
             for part in plan_windows(len(codes), window, round(context_seconds * frames))[1:]:
                 near = slice(part.first - round(0.2 * frames), part.first + round(0.2 * frames))
                 same.append(found[name][near] == codes[near])
-        return 100 * float(np.concatenate(same).mean())
+        return 100 * float(np.concatenate(same).mean()) if same else np.nan
 
     def streamed(self, known: bool = False, **settings: float) -> tuple[dict[str, np.ndarray], float]:
         found = {}

@@ -116,11 +116,14 @@ def test_nothing_is_timed_if_results_differ(load_in_process, capsys, monkeypatch
     assert capsys.readouterr().out == ""
 
 
-def test_scaling_prints_a_table(load_in_process, capsys, monkeypatch):
+def test_scaling_prints_a_table_of_each_axis(load_in_process, capsys, monkeypatch):
     benchmark = load_in_process("benchmarks/scaling.py")
     monkeypatch.setattr(benchmark, "AXES", {"batch": (1, 2), "layers": (8, 9), "codewords": (32, 128)})
     benchmark.main([*QUICK, "--seconds", "0.5", "--axes", "batch", "layers", "codewords"])
-    table = {(row[0], row[1]): row[2:] for row in rows(capsys.readouterr().out)[2:]}
+    table, axis = {}, ""
+    for name, *cells in rows(capsys.readouterr().out):
+        axis = name if cells[0] == "median (s)" else axis
+        table[axis, name] = cells
     assert [table[key][4] for key in (("batch", "1"), ("layers", "8"), ("codewords", "32"))] == ["1.00"] * 3
     assert float(table["batch", "2"][4]) == pytest.approx(2, abs=0.05)
     assert 1 < float(table["codewords", "128"][4]) < float(table["layers", "9"][4]) < 1.2
@@ -128,9 +131,10 @@ def test_scaling_prints_a_table(load_in_process, capsys, monkeypatch):
 
 def test_scaling_runs_several_processes(capsys):
     load_script("benchmarks/scaling.py").main([*QUICK, "--seconds", "0.5", "--axes", "processes"])
-    table = rows(capsys.readouterr().out)[2:]
-    assert [row[1] for row in table] == ["1", "2"]
-    assert float(table[1][6]) == pytest.approx(1, abs=0.02)  # two processes do the work of one
+    heading, _, *table = rows(capsys.readouterr().out)
+    assert heading[0] == "processes" and heading[-1] == "peak GiB of the first process"
+    assert [row[0] for row in table] == ["1", "2"]
+    assert float(table[1][5]) == pytest.approx(1, abs=0.02)  # two processes do the work of one
 
 
 def test_scale_to_batch_trains_once_and_refuses_other_options(tmp_path, capsys, monkeypatch):
@@ -180,8 +184,67 @@ def test_dataloading_is_not_timed_if_recordings_differ(capsys, monkeypatch):
 def test_convert_memory_converts_what_it_wrote(capsys, monkeypatch):
     benchmark = load_script("benchmarks/convert_memory.py")
     monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **options: forks.run(command[1:]))
-    benchmark.main(["--size", "tiny"])
-    assert re.search(r"peak of a process that converts +\d+ MB, [\d.]+ times the file", capsys.readouterr().out)
+    sizes = []
+    for flags in ([], ["--optimizer"]):
+        benchmark.main(["--size", "tiny", *flags])
+        printed = capsys.readouterr().out
+        assert re.search(r"peak of a process that converts +\d+ MB, [\d.]+ times the file", printed)
+        sizes.append(int(re.search(r"^file +(\d+) MB", printed, re.MULTILINE)[1]))
+    assert sizes[1] > 1.8 * sizes[0]  # two moments of the student's weights; with one, 1.5 times
+
+
+@pytest.mark.parametrize("form", ["fast", "plain"])
+def test_convolution_is_not_timed_if_its_forms_differ(capsys, monkeypatch, form):
+    benchmark = load_script("benchmarks/convolution.py")
+    quick = ["--batch", "2", "--seconds", "0.5", "--repeats", "1"]
+    benchmark.main(quick)
+    assert [row[0] for row in rows(capsys.readouterr().out)] == ["form", "---", "fast", "plain"]
+    plain = benchmark.FORMS[form]
+    monkeypatch.setitem(benchmark.FORMS, form, lambda *inputs: 1.1 * plain(*inputs))
+    with pytest.raises(SystemExit, match="Nothing was timed: the forms differ"):
+        benchmark.main(quick)
+
+
+def test_codebook_prints_a_table(capsys, monkeypatch):
+    benchmark = load_script("benchmarks/codebook.py")
+    benchmark.main(["--frames", "50", "--sizes", "8", "16", "--repeats", "1"])
+    assert [row[0] for row in rows(capsys.readouterr().out)[2:]] == ["8", "16"]
+    monkeypatch.setattr(benchmark, "TOLERANCE", -1.0)
+    with pytest.raises(SystemExit, match="Nothing was timed: with 8 codewords"):
+        benchmark.main(["--frames", "50", "--sizes", "8"])
+
+
+@pytest.mark.parametrize("script", ["train_step", "extract", "convolution", "codebook", "checkpoint_stall", "deploy"])
+def test_nothing_is_timed_without_repeats(capsys, script):
+    with pytest.raises(SystemExit):
+        load_script(f"benchmarks/{script}.py").parse(["--repeats", "0"])
+    assert "argument --repeats: 0 must be at least 1." in capsys.readouterr().err
+
+
+def test_units_without_a_seam_do_not_agree_at_one(tmp_path, capsys):
+    randomize(DinoSRForPreTraining(tiny_config())).save_pretrained(tmp_path / "model")
+    soundfile.write(tmp_path / "short.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 16_000), 16_000)
+    words = ["--windows", "10", "--contexts", "0", "--stream_contexts", "1", "--lookaheads", "0"]
+    main = load_script("benchmarks/unit_agreement.py").main
+    main([str(tmp_path / "model"), str(tmp_path / "short.wav"), "--layer", "2", "--sources", "student", *words])
+    assert ["10", "0", "100.0", "nan"] in rows(capsys.readouterr().out)
+
+
+def test_few_labels_pretrains_once_for_each_seed(tmp_path, capsys, monkeypatch):
+    benchmark, runs = load_script("benchmarks/few_labels.py"), []
+
+    def run_script(script, *flags):
+        folder = flags[flags.index("--output_dir") + 1]
+        runs.append((script, folder.name))
+        folder.mkdir(exist_ok=True)
+        (folder / "run.json").write_text(json.dumps({"evaluation": [{"split": "test", "wer": 0.25}]}))
+
+    monkeypatch.setattr(benchmark, "run_script", run_script)
+    for steps in ("3", "4"):
+        benchmark.main(["--output_dir", str(tmp_path), "--seeds", "0", "1", "--pretraining_steps", steps])
+        assert all(row[2:] == ["25.0%"] * 3 for row in rows(capsys.readouterr().out)[2:])
+    assert [script for script, _ in runs].count("pretrain.py") == 4
+    assert len({*runs}) == len(runs) == 4 + 2 * 2 * 4
 
 
 # -- learning.py
