@@ -479,8 +479,31 @@ def test_speed_is_that_of_training_alone(tmp_path, recordings, monkeypatch):
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock() + taken[0])
     held_out = {"eval_data": str(recordings), "eval_steps": 1, "log_steps": 1}
     _, metrics = trained(tmp_path, recordings, "run", max_steps=3, **held_out)
-    last = [line for line in metrics if "audio_seconds_per_second" in line][-1]
-    assert last["seconds"] / last["audio_seconds_per_second"] < 1_000 < 2_000 < last["elapsed_seconds"]
+    lines = [line for line in metrics if "audio_seconds_per_second" in line]
+    taken = [line["seconds"] / line["audio_seconds_per_second"] for line in lines]
+    assert taken[-1] < 1_000 < 2_000 < lines[-1]["elapsed_seconds"]
+    assert [line["seconds_left"] for line in lines] == pytest.approx([2 * taken[0], taken[1], 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("save_folder", r"The model could not be written to .*step-1"),
+        ("evaluate", "Step 1 could not be evaluated"),
+    ],
+)
+def test_what_fails_beside_the_training_does_not_end_it(tmp_path, recordings, monkeypatch, caplog, name, message):
+    save = loop.save_folder
+
+    def fail(*arguments):
+        if name == "evaluate" or Path(arguments[1]).name.startswith("step-"):
+            raise ValueError("it is broken")
+        save(*arguments)
+
+    monkeypatch.setattr(loop if name == "save_folder" else HeldOut, name, fail)
+    options = {"max_steps": 2, "save_steps": 1, "eval_data": str(recordings), "eval_steps": 1}
+    assert run(tiny_arguments(tmp_path, recordings, **options)) is not None
+    assert re.search(f"{message}.*it is broken", caplog.text)
 
 
 def test_held_out_speech_of_the_same_dataset_has_its_configuration(tmp_path, recordings, monkeypatch):
