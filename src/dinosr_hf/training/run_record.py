@@ -38,8 +38,9 @@ METRICS = (
 
 def library_versions() -> dict[str, str]:
     """Return the versions of Python, of this package and of the libraries that determine a run, if installed."""
-    versions = {"python": platform.python_version()}
-    for name in ("dinosr-hf", "torch", "transformers", "accelerate", "datasets", "peft"):
+    # torch's own version also names the CUDA that it was built for, which its package from PyPI does not.
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("dinosr-hf", "transformers", "accelerate", "datasets", "peft"):
         try:
             versions[name.replace("-", "_")] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
