@@ -69,8 +69,6 @@ RESULTS = {
     "prepare_for_hub": {"read_provenance": (None, None)},
     "transcribe": {"open_inputs": None},
 }
-
-
 CASES = [
     ("app", "--greedy", "Listener", "greedy", True),
     ("app", "--max_seconds 12.5", "Listener", "max_seconds", 12.5),
@@ -81,6 +79,7 @@ CASES = [
     ("convert_checkpoint", "--objective spidr", "convert", "objective", "spidr"),
     ("convert_checkpoint", "--license mit", "convert", "license", "mit"),
     ("evaluate_abx", "--silence SIL spn", "triphone_items", "silence", ["SIL", "spn"]),
+    ("evaluate_abx", "--silence SIL spn --dry_run", "triphone_items", "silence", ["SIL", "spn"]),
     ("evaluate_abx", "--max_size_group 3", "abx_errors", "max_size_group", 3),
     ("evaluate_abx", "--max_x_across 2", "abx_errors", "max_x_across", 2),
     ("export_onnx", "--overwrite", "export_onnx", "overwrite", True),
@@ -172,6 +171,7 @@ def test_tuning_writes_lexicon_and_beam_to_decoding_json(tmp_path, tuning):
         ("--trials 3 --seed 5", random_pairs(3, seed=5)),
         ("--seed 5", random_pairs(32, seed=5)),
     ],
+    ids=["weights", "scores", "both", "random", "seed"],
 )
 def test_tuning_tries_the_pairs_that_are_asked_for(flags, pairs):
     script = load_command("tune_decoding")
