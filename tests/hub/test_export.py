@@ -323,7 +323,7 @@ def test_only_an_exported_model_is_overwritten_and_only_on_request(folders, tmp_
 def test_wrapped_models_are_refused_with_the_way_out(folders, tmp_path):
     model = torch.compile(DinoSRForCTC.from_pretrained(folders / "torch"))
     with pytest.raises(
-        ValueError, match=r"is a OptimizedModule, not one of .*merge_and_unload.*before `torch.compile`"
+        ValueError, match=r"class is OptimizedModule, and not one of .*merge_and_unload.*before `torch.compile`"
     ):
         export_onnx(model, tmp_path / "onnx", processor=feature_extractor())
 

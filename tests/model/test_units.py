@@ -77,7 +77,8 @@ def test_features_are_hidden_states(model):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_units_are_computed_without_tf32(model, source):
+def test_units_are_computed_without_tf32(model, source, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     seen = []
     hook = model.dinosr.feature_extractor.register_forward_hook(
         lambda *_: seen.append(torch.backends.cudnn.allow_tf32)

@@ -214,6 +214,16 @@ def test_options_without_effect_on_units_are_refused(model, recordings, options,
         next(extractor.units(recordings))
 
 
+def test_the_model_is_hashed_once_and_only_if_its_digest_decides(model, recordings, monkeypatch):
+    hashed = []
+    monkeypatch.setattr("dinosr_hf.units.extraction.model_digest", lambda model: hashed.append(model) or "abc")
+    extractor = UnitExtractor(model, layers=[1])
+    for dtype, times in (("bfloat16", 0), ("float32", 1)):
+        kmeans = LayerKMeans(np.zeros((4, 36), np.float32), 1, "student", dtype=dtype, model_sha256="abc")
+        next(extractor.units(recordings, kmeans=kmeans))
+        assert len(hashed) == times
+
+
 def test_files_of_earlier_releases_load(tmp_path):
     centroids = np.arange(12, dtype=np.float32).reshape(3, 4)
     file = tmp_path / "kmeans.safetensors"

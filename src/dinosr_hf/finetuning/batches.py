@@ -124,7 +124,7 @@ class LabelledCollator:
 
 def count_steps(num_samples: Sequence[int], step_samples: int) -> int:
     """Return the number of steps of an epoch of utterances of these lengths: of about `step_samples`, at least one."""
-    return min(max(1, round(sum(num_samples) / step_samples)), len(num_samples))
+    return max(1, min(round(sum(num_samples) / step_samples), len(num_samples)))
 
 
 @dataclass(eq=False)

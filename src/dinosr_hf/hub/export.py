@@ -306,7 +306,7 @@ def export_onnx(
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"The model is a {name}, not one of {', '.join(OUTPUTS)}. Merge the adapters of PEFT into it by"
+            f"The model's class is {name}, and not one of {', '.join(OUTPUTS)}. Merge the adapters of PEFT into it by"
             " `model.merge_and_unload()`, or give the model as it was before `torch.compile`."
         )
     if name not in OUTPUTS:

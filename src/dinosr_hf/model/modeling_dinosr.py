@@ -357,12 +357,6 @@ def zero_padding(hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -
     return hidden_states.masked_fill(~frame_mask[..., None], 0.0)
 
 
-def without_tf32() -> AbstractContextManager[None]:
-    """Convolve in full precision on GPUs: TF32, which torch takes by default, moves frames to other units."""
-    now = torch.backends.cudnn
-    return now.flags(now.enabled, now.benchmark, now.benchmark_limit, now.deterministic, allow_tf32=False)
-
-
 class PaddedFrames:
     """The frames of a batch as they are, padding included; the plain form of `fast_cpu_dinosr.ValidFrames`."""
 
@@ -861,6 +855,12 @@ def check_unit_layers(config: DinoSRConfig, layers: Sequence[int], source: str) 
     if found != [last]:
         raise ValueError(f"source='anchor' has units on the last layer alone, but layers={found}. Give {last}.")
     return found
+
+
+def without_tf32() -> AbstractContextManager[None]:
+    """Convolve in full precision on GPUs: TF32, which torch takes by default, moves frames to other units."""
+    now = torch.backends.cudnn
+    return now.flags(now.enabled, now.benchmark, now.benchmark_limit, now.deterministic, allow_tf32=False)
 
 
 # Models

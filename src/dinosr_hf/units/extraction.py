@@ -343,10 +343,11 @@ class UnitExtractor(LayerExtractor):
 
         Without `kmeans` they are codewords or the anchor's labels, see `check_units`.
         """
-        self.check_units(kmeans)
         if kmeans is not None:
             yield from super().units(recordings, kmeans=kmeans, indices=indices, on_progress=on_progress)
-        elif self.source == "teacher":
+            return
+        self.check_units(None)
+        if self.source == "teacher":
             yield from self._units_of_features(recordings, self._teacher_units, indices, on_progress)
         else:
             yield from self._units_of_windows(recordings, self._codes, indices, on_progress)
